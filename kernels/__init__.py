@@ -1,0 +1,12 @@
+"""Sequence-mixing operations on tensors laid out [batch, time, heads, channels]; imported as `seqzoo.kernels`.
+
+Every operation has `backend="auto" | "fused" | "chunked" | "reference"` and `lengths: [B]` for padded batches: what lies
+past a sequence's length never changes its outputs or gradients, and outputs past it are zero.
+"""
+
+from .attention import attention
+from .diagonal_scan import diagonal_scan
+from .linear_attention import linear_attention
+from .vq_attention import VQState, nearest_code, vq_attention
+
+__all__ = ["VQState", "attention", "diagonal_scan", "linear_attention", "nearest_code", "vq_attention"]

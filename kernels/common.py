@@ -1,0 +1,51 @@
+"""What every operation shares: the choice of a backend, padding, and the dtype sums are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+
+
+def choose(operation: str, backend: str, implementations: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The implementation of `operation` that `backend` names; "auto" takes the fastest one there is.
+
+    Raises:
+        ValueError: `backend` is unknown, or the operation has no such form.
+    """
+    if backend == "auto":
+        return implementations["chunked"]
+    if backend not in implementations:
+        known = ", ".join(("auto", *implementations))
+        raise ValueError(f"{operation} has no backend {backend!r}; valid: {known}")
+    return implementations[backend]
+
+
+def valid_positions(lengths: Tensor, T: int) -> Tensor:
+    """True where a position lies within its sequence: [B] lengths -> [B, T]."""
+    return torch.arange(T, device=lengths.device) < lengths[:, None]
+
+
+def zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """`x` [B, T, ...] with zeros past each length, in value and gradient, whatever stood there (NaN included)."""
+    if lengths is None:
+        return x
+    valid = valid_positions(lengths, x.shape[1])
+    return torch.where(valid.reshape(valid.shape + (1,) * (x.dim() - 2)), x, 0)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and carried state for inputs of `dtype`: at least single precision, double stays double."""
+    if dtype.is_complex:
+        return torch.promote_types(dtype, torch.complex64)
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_lengths(operation: str, lengths: Tensor | None, B: int) -> None:
+    """Raises ValueError unless `lengths` is None or int64 [B]. Values are not read: that would synchronise a GPU."""
+    if lengths is not None and (lengths.dtype != torch.int64 or lengths.shape != (B,)):
+        raise ValueError(f"{operation}: lengths must be int64 [{B}], got {lengths.dtype} {list(lengths.shape)}")

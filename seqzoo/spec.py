@@ -1,0 +1,42 @@
+"""What tasks and models say to each other: a `TaskSpec` describes the data, a `Batch` carries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """All a model knows of a task.
+
+    `kind="tokens"` are ids in `[0, vocab_size)`; `kind="pixels"` are intensities in `[0, vocab_size)`, `channels` of
+    them per position, which the model normalises to `(x / (vocab_size - 1) - mean) / std`, channel by channel.
+    """
+
+    name: str
+    kind: Literal["tokens", "pixels"]
+    vocab_size: int
+    max_length: int
+    num_classes: int
+    channels: int = 1
+    pad_id: int = 0
+    mask_id: int | None = None  # tokens only: the id of <mask>
+    num_inputs: int = 1  # 2: a pair of sequences is classified
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    mask_ratio: float = 0.15
+
+
+class Batch(NamedTuple):
+    """Some examples of a split, padded to a common length T.
+
+    With `num_inputs=2`, `inputs` and `lengths` have an axis of 2 after the batch axis.
+    """
+
+    inputs: Tensor  # tokens: int64 [B, T]; pixels: uint8 [B, T, channels]
+    lengths: Tensor  # int64 [B]; what lies past them is padding
+    labels: Tensor  # int64 [B]
+    index: Tensor  # int64 [B], positions in the split
