@@ -1,0 +1,67 @@
+"""Softmax attention."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ..common import check_lengths, choose
+from .chunked import attention_chunked
+from .reference import attention_reference
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    position: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale · q kᵀ) v, with grouped key/value heads.
+
+    Query i of a sequence stands at `position + i`, key j at j; a causal query sees the keys up to its own place. With
+    `position` the keys may be more than the queries (a cache and what is new), without it they are as many.
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, S, G, D]; G divides H, and head h reads key/value head h // (H / G).
+        v: [B, S, G, Dv].
+        causal: hide the keys after each query.
+        lengths: int64 [B], how many keys are valid; queries that stand past it give zeros.
+        scale: a number, or one per query: [T] or [B, T], such as the entropy-invariant log n / (log 512 · √D).
+            None is 1/√D.
+        position: int64 [B], where each sequence's first query stands; None is 0.
+        backend: "auto", "chunked" (PyTorch's scaled_dot_product_attention) or "reference".
+
+    Returns:
+        [B, T, H, Dv] in v's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
+
+    Source: Vaswani et al. 2017, equation 1; the per-query scale: Su, "Entropy invariance of attention" (2021).
+    """
+    B, T, H, D = q.shape
+    _, S, G, _ = k.shape
+    if k.shape != (B, S, G, D) or v.shape[:3] != (B, S, G):
+        raise ValueError(
+            f"attention: k must be [{B}, S, G, {D}] and v [{B}, S, G, Dv], got {list(k.shape)}, {list(v.shape)}"
+        )
+    if H % G:
+        raise ValueError(f"attention: {G} key/value heads do not divide {H} query heads")
+    if position is None and S != T:
+        raise ValueError(f"attention: {T} queries against {S} keys need position, where the first query stands")
+    if isinstance(scale, Tensor) and scale.shape not in ((T,), (B, T)):
+        raise ValueError(f"attention: a scale per query is [{T}] or [{B}, {T}], got {list(scale.shape)}")
+    check_lengths("attention", lengths, B)
+    run = choose("attention", backend, {"chunked": attention_chunked, "reference": attention_reference})
+    if scale is None:
+        scale = 1 / math.sqrt(D)
+    elif isinstance(scale, Tensor):
+        scale = scale.expand(B, T)[:, :, None, None]
+    return run(q, k, v, causal=causal, lengths=lengths, scale=scale, position=position)

@@ -1,0 +1,101 @@
+"""Softmax attention over vector-quantised keys, linear in time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..common import check_lengths, choose
+from .chunked import vq_attention_chunked
+from .codes import nearest_code
+from .reference import vq_attention_reference
+from .state import VQState
+
+__all__ = ["VQState", "nearest_code", "vq_attention"]
+
+
+def vq_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    *,
+    block_len: int,
+    codes: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    initial_state: VQState | None = None,
+    output_final_state: bool = False,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, VQState]:
+    """softmax(q k̂ᵀ + bias) v, where k̂ is the code nearest to each key.
+
+    Keys that share a code share their score, so that all keys further back than the previous block (causal), or than
+    either neighbouring block (bidirectional), are summed up by code: the mean of their values and the logarithm of
+    their number. Keys in the window of these blocks stand one by one. The result is that of quadratic attention over
+    k̂, whatever the block length; time and memory are linear in T.
+
+    Gradients: exact for q and v, through the sums too. The codebook gets none. A key gets the straight-through
+    gradient (that of k̂) from the queries whose window holds it and none from the others, so dk depends on `block_len`.
+
+    Args:
+        q, k: [B, T, H, D]. There is no hidden scale: multiply q by the one you want.
+        v: [B, T, H, Dv].
+        codebook: [H, S, D].
+        block_len: positions in a block, L.
+        codes: int64 [B, T, H] from `nearest_code`, where the caller has them already.
+        bias: added to the score of a key at distance i - j from its query, up to a distance of R ≤ block_len:
+            [H, R + 1] or, one per query, [B, T, H, R + 1] over distances 0..R if causal, else with 2R + 1 entries
+            over distances -R..R. Keys further away get none.
+        causal: hide the keys after each query.
+        initial_state: where an earlier call stopped (causal only).
+        output_final_state: return the state after `lengths` (or T) positions too (causal only).
+        lengths: int64 [B].
+        backend: "auto", "chunked" or "reference".
+
+    Returns:
+        [B, T, H, Dv] in v's dtype, and the `VQState` if asked for.
+
+    Raises:
+        ValueError: shapes that do not fit together, a bias that reaches past `block_len`, a state asked of
+            bidirectional attention, or an unknown backend.
+
+    Source: Lingle, "Transformer-VQ" (ICLR 2024), section 3; the bidirectional form: Su, post 9844 (2023).
+    """
+    B, T, H, D = q.shape
+    if k.shape != q.shape or v.shape[:3] != (B, T, H):
+        raise ValueError(
+            f"vq_attention: q and k must be [B, T, H, D], v [B, T, H, Dv], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if codebook.dim() != 3 or codebook.shape[0] != H or codebook.shape[2] != D:
+        raise ValueError(f"vq_attention: codebook must be [{H}, S, {D}], got {list(codebook.shape)}")
+    if codes is not None and codes.shape != (B, T, H):
+        raise ValueError(f"vq_attention: codes must be [{B}, {T}, {H}], got {list(codes.shape)}")
+    if block_len < 1:
+        raise ValueError(f"vq_attention: block_len must be 1 or more, got {block_len}")
+    if bias is not None:
+        widest = block_len + 1 if causal else 2 * block_len + 1
+        if bias.shape[:-1] not in ((H,), (B, T, H)) or bias.shape[-1] > widest or not (causal or bias.shape[-1] % 2):
+            raise ValueError(
+                f"vq_attention: bias must be [{H}, n] or [{B}, {T}, {H}, n] with {'n' if causal else 'n odd and'} at most {widest}, got {list(bias.shape)}"
+            )
+    if not causal and (initial_state is not None or output_final_state):
+        raise ValueError("vq_attention: only causal attention has a state; valid: causal=True")
+    check_lengths("vq_attention", lengths, B)
+    run = choose("vq_attention", backend, {"chunked": vq_attention_chunked, "reference": vq_attention_reference})
+    if codes is None:
+        codes = nearest_code(k, codebook, lengths=lengths)
+    y, state = run(
+        q,
+        k,
+        v,
+        codebook.detach(),
+        codes,
+        block_len=block_len,
+        bias=bias,
+        causal=causal,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        lengths=lengths,
+    )
+    return (y, state) if output_final_state else y

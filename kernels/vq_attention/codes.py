@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common import accumulation_dtype, zero_padding
+
+
+@torch.no_grad()
+def nearest_code(k: Tensor, codebook: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    """The index of the code nearest to each key, argmin_s |k - c_s|², in single precision at least.
+
+    Args:
+        k: [B, T, H, D].
+        codebook: [H, S, D].
+        lengths: int64 [B]; past them the codes mean nothing, but are valid indices.
+
+    Returns:
+        int64 [B, T, H].
+    """
+    dtype = accumulation_dtype(k.dtype)
+    k, codebook = zero_padding(k, lengths).to(dtype), codebook.to(dtype)
+    closeness = torch.einsum("bthd,hsd->bths", k, codebook) - codebook.square().sum(-1) / 2
+    return closeness.argmax(-1)
+
+
+def straight_through(k: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
+    """The code of each key in value, the key itself in gradient: [B, T, H, D]."""
+    heads = torch.arange(codebook.shape[0], device=codes.device)
+    return codebook[heads, codes].to(k.dtype) + (k - k.detach())
