@@ -1,0 +1,135 @@
+"""The interface of every sequence mixer, and the two functions through which training reaches inside one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from seqzoo.kernels.common import zero_padding
+
+
+class State(Protocol):
+    """What a causal block remembers: a NamedTuple of tensors, batch first."""
+
+    @property
+    def position(self) -> Tensor:
+        """int64 [B], how many steps each sequence has taken."""
+
+
+class Block(nn.Module, ABC):
+    """A sequence mixer, [B, T, d_model] -> [B, T, d_model].
+
+    A subclass writes `mix` and, if it can be causal, `initial_state`; padding is replaced by zeros before it is called
+    and after. Any split of a sequence over calls of `extend` gives what `forward` gives over the whole.
+    """
+
+    recurrence: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters that set the recurrence: trained at a smaller rate and never decayed."""
+
+    def __init__(self, d_model: int, *, causal: bool) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.causal = causal
+        self._auxiliary: Tensor | None = None
+
+    @abstractmethod
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        """Outputs for `x` [B, T, d_model] after `state`, and the state after them; no state in, None or any state out."""
+
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The state of `batch_size` sequences of which nothing has been seen.
+
+        Raises:
+            ValueError: the block is bidirectional.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """Mixes `x` [B, T, d_model] over time. `lengths` int64 [B]: outputs past them are zero, inputs have no effect.
+
+        Raises:
+            ValueError: `x` is not [B, T, d_model].
+        """
+        self._check(x)
+        y, _ = self.mix(zero_padding(x, lengths), None, lengths)
+        return zero_padding(y, lengths)
+
+    def extend(self, x: Tensor, state: Any, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Mixes the next T steps of sequences that stand at `state`: outputs [B, T, d_model] and the new state.
+
+        With `lengths`, each sequence takes as many of the T steps.
+
+        Raises:
+            ValueError: the block is bidirectional, or `x` is not [B, T, d_model].
+        """
+        self._require_causal("extend")
+        self._check(x)
+        y, state = self.mix(zero_padding(x, lengths), state, lengths)
+        return zero_padding(y, lengths), state
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the block's own worth logging."""
+        return {}
+
+    def after_step(self) -> None:
+        """What the block does once an optimiser step is taken."""
+
+    def recording(self) -> bool:
+        """Whether this forward pass is one to learn from: training, with gradients, not a recomputation in backward."""
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+    def _require_causal(self, what: str) -> None:
+        if not self.causal:
+            raise ValueError(f"{type(self).__name__}: {what} needs a causal block; valid: causal=True")
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
+            raise ValueError(
+                f"{type(self).__name__} takes [batch, time of 1 or more, {self.d_model}], got {list(x.shape)}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_auxiliary": None}
+
+
+def head_dim(block: str, d_model: int, num_heads: int) -> int:
+    """d_model / num_heads.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+    if num_heads < 1 or d_model % num_heads:
+        divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
+        raise ValueError(f"{block}: num_heads={num_heads} does not divide d_model={d_model}; valid: {divisors}")
+    return d_model // num_heads
+
+
+def auxiliary_loss(module: nn.Module) -> Tensor:
+    """The sum of the losses that blocks inside `module` have of their own in the last forward pass, a scalar.
+
+    Zero if there are none. Reading clears them, so that no loss is counted twice.
+    """
+    total = torch.zeros(())
+    for block in module.modules():
+        if isinstance(block, Block) and block._auxiliary is not None:
+            total = block._auxiliary + total.to(block._auxiliary.device)
+            block._auxiliary = None
+    return total
+
+
+def after_step(module: nn.Module) -> None:
+    """Lets every block inside `module` apply what it gathered since the last optimiser step (codebooks, features).
+
+    Call it after each `optimizer.step()`; under torch.distributed on every rank.
+    """
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.after_step()
+

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqzoo.kernels import linear_attention
+
+from .base import Block, head_dim
+from .rotary import rotate
+
+FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu}
+
+
+class LinearAttentionState(NamedTuple):
+    memory: Tensor  # [B, H, D, D], or [B, H, D, D + 1] with the normaliser's sum in the last column
+    position: Tensor  # int64 [B]
+
+
+class LinearAttention(Block):
+    """Attention with φ(q)·φ(k) for the exponential of q·k: a sum over keys that can be carried (Katharopoulos et al. 2020).
+
+    The output is divided either by the sum of the weights, or by its own size in each head (RMS norm; Qin et al. 2022,
+    "The Devil in Linear Transformer"), which lets φ be negative.
+
+    Args:
+        d_model: width.
+        causal: sum over what came before only.
+        num_heads: heads, H; divides `d_model`.
+        feature_map: φ, "elu" (elu + 1), "relu" or "silu".
+        normalize: divide by the sum of the weights; False: RMS norm per head. "silu" needs False, as its weights
+            can sum to zero.
+        decay: multiply weights at distance n by γ_h^n, γ_h = 1 - 2^(-5 - h) (RetNet, Sun et al. 2023).
+        rotary: rotary positions on φ(q) and φ(k); needs `normalize=False`, as rotated weights can sum to zero.
+        bias: biases in the projections.
+    """
+
+    decay_rates: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        causal: bool = False,
+        num_heads: int = 4,
+        feature_map: str = "elu",
+        normalize: bool = True,
+        decay: bool = False,
+        rotary: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(d_model, causal=causal)
+        self.head_dim = head_dim("LinearAttention", d_model, num_heads)
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"LinearAttention: feature_map={feature_map!r}; valid: {', '.join(FEATURE_MAPS)}")
+        if normalize and (feature_map == "silu" or rotary):
+            signed = "feature_map='silu'" if feature_map == "silu" else "rotary=True"
+            raise ValueError(f"LinearAttention: {signed} makes weights that can sum to zero; valid: normalize=False")
+        self.num_heads = num_heads
+        self.feature_map = feature_map
+        self.normalize = normalize
+        self.rotary = rotary
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.norm = None if normalize else nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        rates = torch.log1p(-(2.0 ** (-5 - torch.arange(num_heads)))) if decay else None
+        self.register_buffer("decay_rates", rates, persistent=False)  # [H], log γ
+
+    def initial_state(self, batch_size, *, device=None, dtype=None) -> LinearAttentionState:
+        self._require_causal("initial_state")
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        D = self.head_dim
+        return LinearAttentionState(
+            torch.zeros(batch_size, self.num_heads, D, D + self.normalize, device=device, dtype=wide),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+    def mix(
+        self, x: Tensor, state: LinearAttentionState | None, lengths: Tensor | None
+    ) -> tuple[Tensor, LinearAttentionState | None]:
+        T = x.shape[1]
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, D]
+        phi = FEATURE_MAPS[self.feature_map]
+        q, k = phi(q), phi(k)
+        if self.rotary:
+            place = torch.arange(T, device=x.device) + (0 if state is None else state.position[:, None])
+            q, k = rotate(q, place), rotate(k, place)
+        y = linear_attention(
+            q,
+            k,
+            v,
+            log_decay=self.decay_rates,
+            causal=self.causal,
+            normalize=self.normalize,
+            initial_state=None if state is None else state.memory,
+            output_final_state=state is not None,
+            lengths=lengths,
+        )
+        if state is not None:
+            y, memory = y
+            state = LinearAttentionState(memory, state.position + (T if lengths is None else lengths))
+        if self.norm is not None:
+            y = self.norm(y)
+        return self.out_proj(y.flatten(2)), state

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from seqzoo.kernels import attention
+
+from .base import Block, head_dim
+from .rotary import rotate
+
+
+class AttentionState(NamedTuple):
+    keys: Tensor  # [B, S, G, D]; the first `position` of each sequence are filled
+    values: Tensor  # [B, S, G, D]
+    position: Tensor  # int64 [B]
+
+
+class SoftmaxAttention(Block):
+    """Multi-head softmax attention (Vaswani et al. 2017).
+
+    Args:
+        d_model: width.
+        causal: hide what comes later.
+        num_heads: query heads, H; divides `d_model`.
+        num_kv_heads: key/value heads, G, each shared by H / G query heads (Ainslie et al. 2023); None is `num_heads`.
+        rotary: rotary positions on queries and keys; without them the block knows no order unless its input does.
+        entropy_length: scale scores by log n / log(entropy_length), n the number of keys a query sees (16 at least), so
+            that attention stays as sharp on lengths it was not trained on (Su, post 8823, who uses 512). None: no such factor.
+        bias: biases in the projections.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        causal: bool = False,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        rotary: bool = True,
+        entropy_length: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(d_model, causal=causal)
+        self.num_heads = num_heads
+        self.head_dim = head_dim("SoftmaxAttention", d_model, num_heads)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(f"SoftmaxAttention: num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
+        if entropy_length is not None and entropy_length < 2:
+            raise ValueError(f"SoftmaxAttention: entropy_length={entropy_length}; valid: 2 or more, or None")
+        self.rotary = rotary
+        self.entropy_length = entropy_length
+        self.qkv_proj = nn.Linear(d_model, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+
+    def initial_state(self, batch_size, *, device=None, dtype=None) -> AttentionState:
+        self._require_causal("initial_state")
+        empty = torch.zeros(batch_size, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
+        return AttentionState(empty, empty, torch.zeros(batch_size, dtype=torch.int64, device=device))
+
+    def mix(
+        self, x: Tensor, state: AttentionState | None, lengths: Tensor | None
+    ) -> tuple[Tensor, AttentionState | None]:
+        T, H, G = x.shape[1], self.num_heads, self.num_kv_heads
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split((H, G, G), dim=2)  # [B, T, H or G, D]
+        start = None if state is None else state.position
+        if self.rotary:
+            place = torch.arange(T, device=x.device) + (0 if start is None else start[:, None])
+            q, k = rotate(q, place), rotate(k, place)
+        if state is not None:
+            state = self._append(state, k, v, lengths)
+            k, v, lengths = state.keys.to(q.dtype), state.values.to(q.dtype), state.position
+        y = attention(
+            q, k, v, causal=self.causal, lengths=lengths, scale=self._scale(T, start, lengths, x.device), position=start
+        )
+        return self.out_proj(y.flatten(2)), state
+
+    def _scale(self, T: int, start: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor | None:
+        if self.entropy_length is None:
+            return None
+        if self.causal:
+            seen = torch.arange(1, T + 1, device=device) + (0 if start is None else start[:, None])
+        elif lengths is not None:
+            seen = lengths[:, None].expand(-1, T)
+        else:
+            seen = torch.full((T,), T, device=device)
+        return seen.clamp(min=16).log() / (math.log(self.entropy_length) * math.sqrt(self.head_dim))
+
+    @staticmethod
+    def _append(state: AttentionState, k: Tensor, v: Tensor, lengths: Tensor | None) -> AttentionState:
+        """Writes [B, T, G, D] behind what each sequence already holds."""
+        T = k.shape[1]
+        slot = (state.position[:, None] + torch.arange(T, device=k.device))[..., None, None].expand_as(k)
+        grown = [
+            torch.cat([old, torch.zeros_like(new, dtype=old.dtype)], 1).scatter(1, slot, new.to(old.dtype))
+            for old, new in ((state.keys, k), (state.values, v))
+        ]
+        return AttentionState(grown[0], grown[1], state.position + (T if lengths is None else lengths))

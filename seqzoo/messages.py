@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown(what: str, given: str, valid: Iterable[str]) -> str:
+    """The message for a name that is not among the valid ones, with the nearest that is."""
+    valid = list(valid)
+    near = difflib.get_close_matches(given, valid, n=1)
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"no {what} {given!r}{meant}; valid: {', '.join(valid)}"

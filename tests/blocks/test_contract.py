@@ -1,0 +1,306 @@
+"""What every block promises, over every entry of `BLOCKS`, causal and bidirectional. A new block is in by being registered."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from agreement import assert_close
+
+import seqzoo.blocks.base
+from seqzoo import BLOCKS, auxiliary_loss, build_block
+
+VARIANTS = {  # the default options of each block, and those that take another way through it
+    "softmax_attention": [
+        {},
+        {"num_kv_heads": 1, "entropy_length": 64, "bias": True},
+        {"rotary": False, "num_kv_heads": 2},
+    ],
+    "linear_attention": [
+        {},
+        {"feature_map": "relu", "num_heads": 1},
+        {"feature_map": "silu", "normalize": False, "decay": True, "rotary": True},
+        {"decay": True, "bias": True},
+    ],
+    "vq_attention": [{"codebook_size": 8, "block_len": 8}, {"codebook_size": 4, "block_len": 3, "num_heads": 1, "expand": 1}],
+    "lru": [{}, {"state_dim": 6, "r_min": 0.0, "r_max": 0.9, "dropout": 0.5}],
+    "s4d": [{"state_dim": 4}, {"state_dim": 8, "dt_max": 1.0}],
+}
+D = 16
+CASES = [
+    pytest.param(name, options, causal, id=f"{name}-{n}-{'causal' if causal else 'bidirectional'}")
+    for name in BLOCKS
+    for n, options in enumerate(VARIANTS.get(name, [{}]))
+    for causal in (True, False)
+]
+every = pytest.mark.parametrize(("name", "options", "causal"), CASES)
+streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
+bidirectional = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if not case.values[2]])
+differentiable = pytest.mark.parametrize(  # straight-through gradients are not the function's: tests/kernels checks them
+    ("name", "options", "causal"), [case for case in CASES if case.values[0] != "vq_attention"]
+)
+
+
+def make(name, options, causal, *, dtype=torch.float64, train=False):
+    torch.manual_seed(0)
+    return build_block(name, D, causal=causal, **options).to(dtype).train(train)
+
+
+def sequences(B, T, *, dtype=torch.float64, seed=1):
+    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def parameter_gradients(block, y, seed=2):
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    return torch.autograd.grad((y * weight).sum(), parameters, allow_unused=True)
+
+
+@every
+@pytest.mark.parametrize("T", [1, 2, 31, 64, 130])
+def test_shape_and_dtype(name, options, causal, T):
+    for dtype in (torch.float64, torch.float32):
+        block = make(name, options, causal, dtype=dtype)
+        y = block(sequences(3, T, dtype=dtype))
+        assert y.shape == (3, T, D)
+        assert y.dtype == dtype
+        assert y.isfinite().all()
+
+
+@every
+def test_reach(name, options, causal):
+    """The Jacobian over time: nothing from the future if causal, something from everywhere else."""
+    T = 29
+    block = make(name, options, causal)
+    x = sequences(3, T).requires_grad_()
+    y = block(x)
+    rows = [torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)[0].abs().amax((0, 2)) for t in range(T)]
+    seen = torch.stack(rows)  # [T, T], the largest derivative of output t by input s
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    if causal:
+        assert (seen[future] == 0).all()
+        assert (seen[~future] > 0).all()
+    else:
+        assert (seen > 0).all()
+
+
+@every
+def test_padding_has_no_effect(name, options, causal):
+    block = make(name, options, causal)
+    lengths = torch.tensor([1, 17, 40])
+    x = sequences(3, 40)
+    for b, n in enumerate(lengths.tolist()):
+        x[b, n:] = math.nan
+    x.requires_grad_()
+    y = block(x, lengths=lengths)
+    padded = parameter_gradients(block, y)
+    (dx,) = torch.autograd.grad(block(x, lengths=lengths).sum(), x)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
+    alone = 0.0
+    for b, n in enumerate(lengths.tolist()):
+        one = block(x.detach()[b : b + 1, :n])
+        assert_close(y[b : b + 1, :n], one, 1e-10, f"sequence of {n}")
+        assert (y[b, n:] == 0).all()
+        assert (dx[b, n:] == 0).all()
+        alone = alone + (one * weight[b : b + 1, :n]).sum()
+    expected = torch.autograd.grad(alone, [p for p in block.parameters() if p.requires_grad], allow_unused=True)
+    for a, e in zip(padded, expected, strict=True):
+        if e is not None:
+            assert_close(a, e, 1e-9, "gradient of a parameter")
+
+
+@streaming
+@pytest.mark.parametrize("splits", [[1] * 23, [7, 16], [22, 1], [1, 22], [8, 8, 7]])
+def test_extend_equals_forward(name, options, causal, splits):
+    block = make(name, options, causal)
+    x = sequences(2, 23)
+    whole = block(x)
+    state = block.initial_state(2, dtype=torch.float64)
+    parts = []
+    for part in x.split(splits, 1):
+        y, state = block.extend(part, state)
+        parts.append(y)
+    assert_close(torch.cat(parts, 1), whole, 1e-10)
+    assert state.position.tolist() == [23, 23]
+
+
+@streaming
+def test_extend_takes_ragged_steps(name, options, causal):
+    block = make(name, options, causal)
+    x = sequences(2, 30)
+    whole = block(x)
+    state = block.initial_state(2, dtype=torch.float64)
+    position = torch.zeros(2, dtype=torch.int64)
+    for lengths in ([5, 1], [9, 9], [1, 4], [10, 3]):
+        steps = torch.tensor(lengths)
+        piece = torch.full((2, 10, D), math.nan, dtype=torch.float64)
+        for b in range(2):
+            piece[b, : lengths[b]] = x[b, position[b] : position[b] + lengths[b]]
+        y, state = block.extend(piece, state, lengths=steps)
+        for b in range(2):
+            assert_close(y[b, : lengths[b]], whole[b, position[b] : position[b] + lengths[b]], 1e-10)
+            assert (y[b, lengths[b] :] == 0).all()
+        position += steps
+    assert state.position.tolist() == position.tolist()
+
+
+@bidirectional
+def test_bidirectional_has_no_state(name, options, causal):
+    block = make(name, options, causal)
+    with pytest.raises(ValueError, match="causal=True"):
+        block.extend(sequences(1, 3), None)
+    with pytest.raises(ValueError, match="causal=True"):
+        block.initial_state(1)
+
+
+@differentiable
+def test_gradcheck(name, options, causal):
+    block = make(name, options, causal)
+    x = sequences(2, 5).requires_grad_()
+    lengths = torch.tensor([5, 3])
+    assert torch.autograd.gradcheck(lambda x: block(x, lengths=lengths), (x,))
+    named = dict(block.named_parameters())
+
+    def f(*values):
+        return torch.func.functional_call(block, dict(zip(named, values, strict=True)), (x.detach(),))
+
+    few = next(iter(named))
+    values = [p.detach().requires_grad_(key == few or p.dim() == 1) for key, p in named.items()]
+    assert torch.autograd.gradcheck(f, values)
+
+
+@every
+def test_backends_agree(name, options, causal, monkeypatch):
+    """The block on every operation's float64 reference against itself in single precision."""
+    import importlib
+
+    module = importlib.import_module(type(make(name, options, causal)).__module__)
+    x = sequences(2, 70)
+    lengths = torch.tensor([70, 33])
+    block = make(name, options, causal)
+    fast = copy.deepcopy(block).float()
+    actual = fast(x.float(), lengths=lengths)
+    actual_gradients = parameter_gradients(fast, actual)
+    for operation in ("attention", "linear_attention", "vq_attention", "diagonal_scan"):
+        if hasattr(module, operation) and callable(original := getattr(module, operation)):
+            monkeypatch.setattr(
+                module, operation, lambda *a, f=original, **k: f(*a, **k, backend="reference")
+            )
+    expected = block(x, lengths=lengths)
+    assert_close(actual, expected, 1e-5)
+    for a, e in zip(actual_gradients, parameter_gradients(block, expected), strict=True):
+        if e is not None:
+            assert_close(a, e, 1e-4)
+
+
+@every
+def test_compiles_whole(name, options, causal):
+    block = make(name, options, causal, dtype=torch.float32, train=name == "vq_attention")
+    x = sequences(2, 40, dtype=torch.float32)
+    lengths = torch.tensor([40, 9])
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    y = compiled(x, lengths=lengths)
+    expected = block(x, lengths=lengths)
+    torch.testing.assert_close(y, expected)
+    for a, e in zip(parameter_gradients(block, y), parameter_gradients(block, expected), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@every
+def test_compiles_with_inductor(name, options, causal):
+    block = make(name, options, causal, dtype=torch.float32)
+    x = sequences(2, 40, dtype=torch.float32)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x), rtol=1e-4, atol=1e-4)
+
+
+@every
+def test_autocast(name, options, causal):
+    block = make(name, options, causal, dtype=torch.float32)
+    x = sequences(2, 40, dtype=torch.float32)
+    expected = block(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+        gradients = parameter_gradients(block, y.float())
+    assert_close(y.float(), expected, 0.05 if name != "vq_attention" else 0.3)
+    assert all(g.isfinite().all() for g in gradients if g is not None)
+
+
+@every
+def test_saves_and_loads(name, options, causal, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    block = make(name, options, causal, dtype=torch.float32)
+    save_file(block.state_dict(), tmp_path / "block.safetensors")
+    torch.manual_seed(1)
+    other = build_block(name, D, causal=causal, **options).eval()
+    other.load_state_dict(load_file(tmp_path / "block.safetensors"))
+    x = sequences(2, 20, dtype=torch.float32)
+    assert torch.equal(block(x), other(x))
+    again = pickle.loads(pickle.dumps(block))
+    assert torch.equal(block(x), again(x))
+
+
+@every
+def test_two_runs_are_equal_to_the_bit(name, options, causal):
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for _ in range(2):
+            block = make(name, options, causal, dtype=torch.float32, train=True)
+            torch.manual_seed(3)
+            y = block(sequences(2, 70, dtype=torch.float32), lengths=torch.tensor([70, 41]))
+            results.append((y, *parameter_gradients(block, y)))
+        for a, b in zip(*results, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every
+def test_auxiliary_loss_is_read_once_and_not_copied(name, options, causal):
+    block = make(name, options, causal, dtype=torch.float32, train=True)
+    block(sequences(2, 20, dtype=torch.float32)).sum().backward()
+    assert copy.deepcopy(block)._auxiliary is None
+    assert pickle.loads(pickle.dumps(block))._auxiliary is None
+    auxiliary_loss(block)
+    assert auxiliary_loss(block) == 0
+    block.eval()
+    block(sequences(2, 20, dtype=torch.float32))
+    assert auxiliary_loss(block) == 0
+
+
+@every
+def test_after_step_leaves_evaluation_alone(name, options, causal):
+    """Forward passes in evaluation, without gradients or recomputed in backward gather nothing."""
+    from torch.utils.checkpoint import checkpoint
+
+    once, twice = (make(name, options, causal, dtype=torch.float32, train=True) for _ in range(2))
+    x = sequences(2, 20, dtype=torch.float32).requires_grad_()
+    torch.manual_seed(4)
+    once(x).sum().backward()
+    torch.manual_seed(4)
+    checkpoint(twice, x, use_reentrant=False).sum().backward()
+    with torch.no_grad():
+        twice(x)
+    twice.eval()(x)
+    seqzoo.after_step(once)
+    seqzoo.after_step(twice)
+    for (key, a), b in zip(once.state_dict().items(), twice.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+def test_unknown_names_say_what_is_valid():
+    with pytest.raises(ValueError, match=r"no block 'lruu' \(did you mean 'lru'\?\); valid: softmax_attention"):
+        build_block("lruu", D)
+    with pytest.raises(ValueError, match=r"no option of lru 'num_heads'.*valid: state_dim"):
+        build_block("lru", D, num_heads=2)
+    with pytest.raises(ValueError, match="num_heads=3 does not divide d_model=16; valid"):
+        build_block("softmax_attention", D, num_heads=3)
+    with pytest.raises(ValueError, match=r"takes \[batch, time of 1 or more, 16\]"):
+        build_block("lru", D)(torch.zeros(2, 3, 8))
+    with pytest.raises(ValueError, match="normalize=False"):
+        build_block("linear_attention", D, feature_map="silu")
