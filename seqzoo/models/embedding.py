@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqzoo.spec import TaskSpec
+
+POSITIONS = ("none", "sinusoidal", "learned")
+
+
+class TokenEmbedding(nn.Module):
+    """Ids [B, T] -> [B, T, d_model]; where `mask` [B, T] is true, the id is replaced by <mask>.
+
+    Raises:
+        ValueError: an id outside the vocabulary (checked on a CPU only: a GPU would have to wait for it).
+    """
+
+    def __init__(self, spec: TaskSpec, d_model: int) -> None:
+        super().__init__()
+        self.mask_id = spec.mask_id
+        self.table = nn.Embedding(spec.vocab_size, d_model)
+
+    def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        if inputs.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = inputs.aminmax()
+            size = self.table.num_embeddings
+            if low < 0 or high >= size:
+                worst = (high if high >= size else low).item()
+                raise ValueError(f"token id {worst} is outside the vocabulary; valid: 0 to {size - 1}")
+        if mask is not None:
+            inputs = inputs.masked_fill(mask, self.mask_id)
+        return self.table(inputs)
+
+
+class PixelEmbedding(nn.Module):
+    """Intensities [B, T, channels] -> [B, T, d_model], linear in the normalised values and a flag for masked positions.
+
+    A masked position has value zero after normalisation, which is the mean, and its flag set.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: TaskSpec, d_model: int) -> None:
+        super().__init__()
+        self.levels = spec.vocab_size
+        self.proj = nn.Linear(spec.channels + 1, d_model)
+        self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std), persistent=False)
+
+    def normalise(self, inputs: Tensor) -> Tensor:
+        """[B, T, channels] of 0 to 255 -> floats of mean zero and unit variance over the data."""
+        return (inputs / (self.levels - 1) - self.mean) / self.std
+
+    def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        values = self.normalise(inputs)
+        if mask is None:
+            return self.proj(F.pad(values, (0, 1)))
+        values = values.masked_fill(mask[..., None], 0)
+        return self.proj(torch.cat([values, mask[..., None].to(values.dtype)], -1))
+
+
+class Embedding(nn.Module):
+    """The input of the first layer: tokens or pixels, and absolute positions if there are any.
+
+    Args:
+        position: "none", "sinusoidal" (Vaswani et al. 2017, section 3.5) or "learned".
+    """
+
+    sinusoids: Tensor
+
+    def __init__(self, spec: TaskSpec, d_model: int, position: str) -> None:
+        super().__init__()
+        if position not in POSITIONS:
+            raise ValueError(f"position={position!r}; valid: {', '.join(POSITIONS)}")
+        self.position = position
+        self.max_length = spec.max_length
+        self.inputs = TokenEmbedding(spec, d_model) if spec.kind == "tokens" else PixelEmbedding(spec, d_model)
+        if position == "learned":
+            self.learned = nn.Parameter(0.02 * torch.randn(spec.max_length, d_model))
+        elif position == "sinusoidal":
+            self.register_buffer("sinusoids", sinusoids(spec.max_length, d_model), persistent=False)
+
+    def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        T = inputs.shape[1]
+        if self.position != "none" and T > self.max_length:
+            raise ValueError(f"a sequence of {T} steps; absolute positions are valid up to {self.max_length}")
+        x = self.inputs(inputs, mask)
+        if self.position == "learned":
+            return x + self.learned[:T]
+        if self.position == "sinusoidal":
+            return x + self.sinusoids[:T]
+        return x
+
+
+def sinusoids(length: int, d_model: int) -> Tensor:
+    """[length, d_model], sines in the even channels and cosines in the odd ones."""
+    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2) / d_model)
+    angle = torch.arange(length)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model]

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from seqzoo.kernels.common import valid_positions
+from seqzoo.spec import TaskSpec
+
+POOLINGS = ("mean", "max", "last", "first")
+
+
+def pool(x: Tensor, lengths: Tensor, how: str) -> Tensor:
+    """One vector for each sequence, from its valid positions: [B, T, D] -> [B, D]."""
+    if how == "first":
+        return x[:, 0]
+    if how == "last":
+        return x[torch.arange(len(x), device=x.device), lengths - 1]
+    valid = valid_positions(lengths, x.shape[1])[..., None]
+    if how == "max":
+        return x.masked_fill(~valid, -torch.inf).amax(1)
+    return torch.where(valid, x, 0).sum(1) / lengths[:, None]
+
+
+class ClassificationHead(nn.Module):
+    """Pooled sequences to class scores: [B, T, D] -> [B, classes]. `kind` is "linear" or "mlp" (one hidden layer)."""
+
+    def __init__(self, d_model: int, num_classes: int, *, pooling: str, kind: str) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r}; valid: {', '.join(POOLINGS)}")
+        if kind not in ("linear", "mlp"):
+            raise ValueError(f"head={kind!r}; valid: linear, mlp")
+        self.pooling = pooling
+        hidden = [nn.Linear(d_model, d_model), nn.ReLU()] if kind == "mlp" else []
+        self.scores = nn.Sequential(*hidden, nn.Linear(d_model, num_classes))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.scores(pool(x, lengths, self.pooling))
+
+
+class PairHead(nn.Module):
+    """Two sequences to class scores, from [a, b, a - b, a·b]: [2B, T, D] -> [B, classes], a pair in neighbouring rows.
+
+    Source: Tay et al., "Long Range Arena" (2021), two-tower retrieval.
+    """
+
+    def __init__(self, d_model: int, num_classes: int, *, pooling: str) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r}; valid: {', '.join(POOLINGS)}")
+        self.pooling = pooling
+        self.scores = nn.Sequential(nn.Linear(4 * d_model, d_model), nn.GELU(), nn.Linear(d_model, num_classes))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        a, b = pool(x, lengths, self.pooling).unflatten(0, (-1, 2)).unbind(1)
+        return self.scores(torch.cat([a, b, a - b, a * b], -1))
+
+
+class PositionHead(nn.Module):
+    """Scores for every position: [B, T, D] -> [B, T, vocabulary], or per channel of pixels [B, T, channels, levels].
+
+    With `regress`, one number for each channel: [B, T, channels].
+    """
+
+    def __init__(self, d_model: int, spec: TaskSpec, *, regress: bool) -> None:
+        super().__init__()
+        if regress and spec.kind != "pixels":
+            raise ValueError(f"{spec.name}: only pixels can be regressed, its inputs are {spec.kind}")
+        self.shape = (spec.channels,) if regress else (spec.channels, spec.vocab_size)
+        if spec.kind == "tokens":
+            self.shape = (spec.vocab_size,)
+        self.scores = nn.Linear(d_model, torch.Size(self.shape).numel())
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.scores(x).unflatten(-1, self.shape)

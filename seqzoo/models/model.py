@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from seqzoo.blocks import build_block
+from seqzoo.spec import TaskSpec
+
+from .embedding import Embedding
+from .heads import ClassificationHead, PairHead, PositionHead
+
+HEADS = ("classify", "per_position", "regress")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What a model is made of."""
+
+    name: str
+    d_model: int
+    num_layers: int
+    block: dict[str, Any] = field(default_factory=dict)  # name, and options of the block's class
+    layers: list[Any] | None = None  # hybrids: a block for each layer, a name or a mapping like `block`
+    blocks_per_layer: int = 1  # gated blocks that do an MLP's work stand twice in a layer
+    mlp_ratio: float = 0.0  # hidden width of each layer's MLP over d_model; 0: none
+    position: str = "none"  # absolute positions in the embedding: none, sinusoidal or learned
+    pooling: str = "mean"  # mean, max, last or first
+    head: str = "linear"  # linear or mlp
+    dropout: float = 0.0  # of residual branches
+
+
+class Residual(nn.Module):
+    """x + dropout(branch(norm(x))), the branch a block or an MLP."""
+
+    def __init__(self, branch: nn.Module, d_model: int, dropout: float, *, mixes: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.branch = branch
+        self.dropout = nn.Dropout(dropout)
+        self.mixes = mixes
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        y = self.norm(x)
+        y = self.branch(y, lengths=lengths) if self.mixes else self.branch(y)
+        return x + self.dropout(y)
+
+
+class Backbone(nn.Module):
+    """Embedding, residual layers and a last norm; what pretraining hands over to fine-tuning."""
+
+    def __init__(self, config: ModelConfig, spec: TaskSpec, *, causal: bool) -> None:
+        super().__init__()
+        D = config.d_model
+        self.embedding = Embedding(spec, D, config.position)
+        self.layers = nn.ModuleList()
+        for options in _blocks(config):
+            for _ in range(config.blocks_per_layer):
+                block = build_block(d_model=D, causal=causal, **options)
+                self.layers.append(Residual(block, D, config.dropout, mixes=True))
+            if config.mlp_ratio:
+                hidden = round(config.mlp_ratio * D)
+                mlp = nn.Sequential(nn.Linear(D, hidden), nn.GELU(), nn.Linear(hidden, D))
+                self.layers.append(Residual(mlp, D, config.dropout, mixes=False))
+        self.norm = nn.LayerNorm(D)
+
+    def forward(self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        x = self.embedding(inputs, mask)
+        for layer in self.layers:
+            x = layer(x, lengths)
+        return self.norm(x)
+
+
+class SequenceModel(nn.Module):
+    """A backbone and a head.
+
+    Args of the call:
+        inputs: as in `Batch`; pairs [B, 2, T, ...] are read as 2B sequences.
+        lengths: int64 [B] or, of pairs, [B, 2].
+        mask: bool, shaped as the positions; true where the input is to be hidden.
+
+    Returns: [B, classes], or a score for every position (of 2B sequences, if pairs).
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module, spec: TaskSpec) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.num_inputs = spec.num_inputs
+
+    def forward(self, inputs: Tensor, lengths: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.num_inputs == 2 and lengths.dim() == 2:
+            inputs, lengths = inputs.flatten(0, 1), lengths.flatten()
+            mask = None if mask is None else mask.flatten(0, 1)
+        return self.head(self.backbone(inputs, lengths, mask), lengths)
+
+
+def build_model(config: ModelConfig, spec: TaskSpec, *, head: str, causal: bool) -> SequenceModel:
+    """A model for a task.
+
+    Args:
+        config: its layers and sizes.
+        spec: the task's description.
+        head: "classify", "per_position" (scores over the vocabulary, or over pixel levels) or "regress" (pixel values).
+        causal: hide from every position what comes later.
+
+    Raises:
+        ValueError: an unknown block, option, pooling, position or head, or sizes that do not fit; says what is valid.
+    """
+    if head not in HEADS:
+        raise ValueError(f"head={head!r}; valid: {', '.join(HEADS)}")
+    backbone = Backbone(config, spec, causal=causal)
+    if head != "classify":
+        return SequenceModel(backbone, PositionHead(config.d_model, spec, regress=head == "regress"), spec)
+    if spec.num_inputs == 2:
+        return SequenceModel(backbone, PairHead(config.d_model, spec.num_classes, pooling=config.pooling), spec)
+    classifier = ClassificationHead(config.d_model, spec.num_classes, pooling=config.pooling, kind=config.head)
+    return SequenceModel(backbone, classifier, spec)
+
+
+def _blocks(config: ModelConfig) -> list[dict[str, Any]]:
+    """The name and options of each layer's block."""
+    listed = config.layers or [config.block] * config.num_layers
+    blocks = [dict(entry) if isinstance(entry, Mapping) else {"name": entry} for entry in listed]
+    if not blocks or any("name" not in block for block in blocks):
+        raise ValueError("a model needs num_layers of 1 or more and a block with a name, or layers")
+    return blocks

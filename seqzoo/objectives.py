@@ -1,0 +1,131 @@
+"""What a model is trained for: a batch and a model in, a loss and sums for metrics out.
+
+Masked self-pretraining hides positions drawn independently with the task's ratio, always behind <mask> (tokens) or a zero
+and a flag (pixels), and asks for what stood there (Amos, Berant and Gupta 2024; no 80/10/10 split, loss on hidden
+positions only). Causal self-pretraining asks every position for the next one. Padding is never asked for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels.common import valid_positions
+from .messages import unknown
+from .spec import Batch, TaskSpec
+
+
+class Measure(NamedTuple):
+    loss: Tensor  # scalar, mean over what was asked for
+    totals: dict[str, Tensor]  # float64 sums: "count" and "loss", and "correct" where there is a right answer
+
+
+class Objective(Protocol):
+    head: str  # of the model it trains, for `build_model`
+    monitor: str  # the validation metric that chooses the best weights
+    maximise: bool
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure: ...
+
+
+class Classification:
+    """Cross entropy of the class."""
+
+    head = "classify"
+    monitor = "accuracy"
+    maximise = True
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        return _cross_entropy(model(batch.inputs, batch.lengths), batch.labels)
+
+
+class Masked:
+    """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones."""
+
+    monitor = "loss"
+    maximise = False
+
+    def __init__(self, spec: TaskSpec, *, regress: bool) -> None:
+        self.head = "regress" if regress else "per_position"
+        self.spec = spec
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        inputs, lengths = _sequences(batch, self.spec)
+        valid = valid_positions(lengths, inputs.shape[1])
+        draw = torch.rand(valid.shape, generator=torch.Generator().manual_seed(seed)).to(valid.device)
+        mask = valid & (draw < self.spec.mask_ratio)
+        # One position at least, whatever was drawn: a mean over none is not a number.
+        mask[:, 0] |= ~mask.any()
+        scores = model(inputs, lengths, mask)[mask]
+        if self.head == "regress":
+            return _absolute_error(scores, inputs[mask], self.spec)
+        return _cross_entropy(scores, inputs[mask].long())
+
+
+class Causal:
+    """Self-pretraining on the next position."""
+
+    monitor = "loss"
+    maximise = False
+
+    def __init__(self, spec: TaskSpec, *, regress: bool) -> None:
+        self.head = "regress" if regress else "per_position"
+        self.spec = spec
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        inputs, lengths = _sequences(batch, self.spec)
+        asked = valid_positions(lengths, inputs.shape[1])[:, 1:]
+        scores = model(inputs, lengths)[:, :-1][asked]
+        if self.head == "regress":
+            return _absolute_error(scores, inputs[:, 1:][asked], self.spec)
+        return _cross_entropy(scores, inputs[:, 1:][asked].long())
+
+
+def build_objective(name: str, spec: TaskSpec, *, pixel_loss: str = "cross_entropy") -> Objective:
+    """An objective by name.
+
+    Args:
+        name: "classification", "masked" or "causal".
+        spec: the task's description.
+        pixel_loss: of pretraining on pixels, "cross_entropy" over their levels or "l1" of normalised values.
+
+    Raises:
+        ValueError: an unknown name, or masking a task that has no mask id.
+    """
+    regress = spec.kind == "pixels" and pixel_loss == "l1"
+    if name == "classification":
+        return Classification()
+    if name == "causal":
+        return Causal(spec, regress=regress)
+    if name == "masked":
+        if spec.kind == "tokens" and spec.mask_id is None:
+            raise ValueError(f"{spec.name} has no mask_id, so it cannot be masked; valid: objective=causal")
+        return Masked(spec, regress=regress)
+    raise ValueError(unknown("objective", name, ("classification", "masked", "causal")))
+
+
+def _sequences(batch: Batch, spec: TaskSpec) -> tuple[Tensor, Tensor]:
+    """The batch's sequences and lengths, the two of a pair one by one."""
+    if spec.num_inputs == 2:
+        return batch.inputs.flatten(0, 1), batch.lengths.flatten()
+    return batch.inputs, batch.lengths
+
+
+def _cross_entropy(scores: Tensor, targets: Tensor) -> Measure:
+    """`scores` [..., classes] against `targets` [...]."""
+    scores, targets = scores.flatten(0, -2).float(), targets.flatten()
+    loss = F.cross_entropy(scores, targets)
+    count = torch.tensor(float(len(targets)), dtype=torch.float64, device=scores.device)
+    correct = (scores.argmax(-1) == targets).sum().double()
+    return Measure(loss, {"count": count, "loss": loss.detach().double() * count, "correct": correct})
+
+
+def _absolute_error(values: Tensor, targets: Tensor, spec: TaskSpec) -> Measure:
+    """Predicted against true values, [..., channels], normalised as the model sees them."""
+    mean, std = (torch.tensor(part, device=values.device) for part in (spec.mean, spec.std))
+    loss = F.l1_loss(values.float(), (targets / (spec.vocab_size - 1) - mean) / std)
+    count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
+    return Measure(loss, {"count": count, "loss": loss.detach().double() * count})
