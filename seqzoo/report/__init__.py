@@ -1,0 +1,26 @@
+"""Tables and figures from run folders."""
+
+from .comparison import Cell, Comparison, Conditions, Row, compare
+from .figures import save_figure
+from .published import published
+from .results import LeftOut, Pretraining, Result, load_results, read_result
+from .tables import build_report, print_report, to_csv, to_markdown
+
+__all__ = [
+    "Cell",
+    "Comparison",
+    "Conditions",
+    "LeftOut",
+    "Pretraining",
+    "Result",
+    "Row",
+    "build_report",
+    "compare",
+    "load_results",
+    "print_report",
+    "published",
+    "read_result",
+    "save_figure",
+    "to_csv",
+    "to_markdown",
+]

@@ -1,0 +1,68 @@
+"""The command line: run folders in, tables and a figure out; or one run folder in, its test metrics out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .comparison import compare
+from .results import load_results
+from .tables import build_report, print_report, to_csv, to_markdown
+
+CHECKPOINT = "checkpoint="
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, or 1 where there was nothing to show. Unusable arguments end
+    the process with status 2, like argparse's own."""
+    parser = argparse.ArgumentParser(
+        description="Compare runs (tables, table.md, table.csv, figure.png), or evaluate one on its test set.",
+        usage="%(prog)s FOLDER [FOLDER ...] [--out FOLDER]\n       %(prog)s checkpoint=RUN_FOLDER",
+    )
+    parser.add_argument("inputs", nargs="+", metavar="FOLDER", help="folders of runs, or checkpoint=RUN_FOLDER")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where files are written; default: the first folder")
+    given = parser.parse_args(arguments)
+
+    checkpoints = [text.removeprefix(CHECKPOINT) for text in given.inputs if text.startswith(CHECKPOINT)]
+    if checkpoints and (len(given.inputs) > 1 or given.out):
+        parser.error(f"{CHECKPOINT}RUN_FOLDER stands alone")
+    folders = [Path(text) for text in checkpoints or given.inputs]
+    for folder in folders:
+        if not folder.is_dir():
+            parser.error(f"{str(folder)!r} is not a folder")
+    return _evaluate(folders[0]) if checkpoints else _report(folders, given.out or folders[0])
+
+
+def _report(folders: list[Path], out: Path) -> int:
+    results, unreadable = load_results(folders)
+    comparisons, unmatched = compare(results)
+    report = build_report(comparisons, unreadable + unmatched)
+    print_report(report)
+    if not comparisons:
+        print(f"No finished run to report in {', '.join(map(str, folders))}.", file=sys.stderr)
+        return 1
+
+    from .figures import save_figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(to_markdown(report), encoding="utf-8")
+    (out / "table.csv").write_text(to_csv(comparisons), encoding="utf-8")
+    save_figure(comparisons, out / "figure.png")
+    print(f"\nWritten to {out}: table.md, table.csv, figure.png")
+    return 0
+
+
+def _evaluate(folder: Path) -> int:
+    from ..tasks import DataError
+    from ..training import evaluate_run
+
+    try:
+        metrics = evaluate_run(folder)
+    except (OSError, ValueError, DataError) as error:
+        print(f"{folder} cannot be evaluated: {error}", file=sys.stderr)
+        return 1
+    for name, value in metrics.items():
+        print(f"{name:<12} {value:.4f}" if isinstance(value, float) else f"{name:<12} {value}")
+    return 0

@@ -1,0 +1,140 @@
+"""Run folders in, results out: find them, read each `result.json`, say why one cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple
+
+SCHEMA = 1
+
+
+class Pretraining(NamedTuple):
+    objective: str  # "masked" or "causal"
+    budget: int  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a comparison needs of one finished run. Budgets are in tokens; see `_budget` for one set in epochs."""
+
+    folder: Path
+    model: str
+    task: str
+    causal: bool
+    pretraining: Pretraining | None  # None: trained from scratch
+    finetune_budget: int
+    recipe: str
+    seed: int
+    params: int
+    accuracy: float  # on the test set, in [0, 1]
+    n_test: int
+    majority: float  # share of the most frequent class, in [0, 1]
+    task_note: str  # how the task was shortened; empty: it was not
+    hardware: str
+
+
+class LeftOut(NamedTuple):
+    """A run folder that no table shows, and why."""
+
+    folder: Path
+    reason: str
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """The run folders at or below `folder`, in order of their names.
+
+    A run is not searched for further runs. A folder with nothing below it counts as a run that left no result.
+    """
+    inside = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    is_run = any((folder / name).exists() for name in ("config.yaml", "result.json"))
+    if is_run or not inside:
+        yield folder
+    else:
+        for child in inside:
+            yield from run_folders(child)
+
+
+def read_result(folder: Path) -> Result:
+    """The result of one run folder.
+
+    Raises:
+        FileNotFoundError: the run has no `result.json`: it is unfinished.
+        ValueError: `result.json` is malformed, incomplete, or of another schema; the message says which.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        raise FileNotFoundError("no result.json: the run is unfinished")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"result.json cannot be read: {error}") from None
+
+    if (schema := _field(record, "schema", int)) != SCHEMA:
+        raise ValueError(f"result.json has schema {schema}; this version reads schema {SCHEMA}")
+    pretrain = _field(record, "pretrain", bool)
+    objective = _field(record, "objective", str)
+    if objective not in ("masked", "causal"):
+        raise ValueError(f"result.json: objective is {objective!r}; valid: 'masked', 'causal'")
+    return Result(
+        folder=folder,
+        model=_field(record, "model", str),
+        task=_field(record, "task", str),
+        causal=_field(record, "causal", bool),
+        pretraining=Pretraining(objective, _budget(record, "pretrain")) if pretrain else None,
+        finetune_budget=_budget(record, "finetune"),
+        recipe=_field(record, "recipe", str),
+        seed=_field(record, "seed", int),
+        params=_field(record, "params", int),
+        accuracy=_share(record, "test.accuracy"),
+        n_test=_field(record, "n_test", int),
+        majority=_share(record, "majority"),
+        task_note=_field(record, "task_note", str),
+        hardware=_field(record, "hardware", str),
+    )
+
+
+def load_results(folders: Iterable[Path]) -> tuple[list[Result], list[LeftOut]]:
+    """Every result at or below `folders`, and the run folders that have none to give. A run found twice counts once."""
+    results: list[Result] = []
+    left_out: list[LeftOut] = []
+    seen: set[Path] = set()
+    for run in (run for folder in folders for run in run_folders(folder)):
+        if run.resolve() in seen:
+            continue
+        seen.add(run.resolve())
+        try:
+            results.append(read_result(run))
+        except (OSError, ValueError) as error:
+            left_out.append(LeftOut(run, str(error)))
+    return results, left_out
+
+
+def _field(record: Any, key: str, *types: type) -> Any:
+    """The value under a dotted key; JSON types are exact, so `true` is no integer."""
+    value = record
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ValueError(f"result.json has no {key}")
+        value = value[part]
+    if type(value) not in types:
+        valid = " or ".join("null" if kind is NoneType else kind.__name__ for kind in types)
+        raise ValueError(f"result.json: {key} is {value!r}, not {valid}")
+    return value
+
+
+def _budget(record: Any, stage: str) -> int:
+    """The tokens a stage was given. Where its budget was in epochs, the tokens it saw, to two digits: a little less
+    or more fits into an epoch from one seed to the next."""
+    budget = _field(record, f"token_budget.{stage}", int, NoneType)
+    return int(float(f"{_field(record, f'tokens_seen.{stage}', int):.1e}")) if budget is None else budget
+
+
+def _share(record: Any, key: str) -> float:
+    value = _field(record, key, float, int)
+    if not 0 <= value <= 1:
+        raise ValueError(f"result.json: {key} is {value}, outside [0, 1]")
+    return float(value)

@@ -1,0 +1,53 @@
+import itertools
+import json
+
+import pytest
+
+
+@pytest.fixture
+def record():
+    """A complete result.json as a dictionary; keywords replace or add top-level keys."""
+
+    def make(**changes):
+        pretrain = changes.get("pretrain", False)
+        return {
+            "schema": 1,
+            "model": "transformer",
+            "task": "lra_text",
+            "causal": False,
+            "objective": "masked",
+            "pretrain": pretrain,
+            "pretrain_run": None,
+            "recipe": "short",
+            "seed": 0,
+            "params": 1_000_000,
+            "tokens_seen": {"pretrain": 2000 if pretrain else 0, "finetune": 5000},
+            "token_budget": {"pretrain": 2000 if pretrain else None, "finetune": 5000},
+            "val": {"accuracy": 0.9, "loss": 0.3},
+            "test": {"accuracy": 0.6, "loss": 0.7},
+            "n_test": 400,
+            "majority": 0.5,
+            "task_note": "",
+            "seconds": {"pretrain": 1.0, "finetune": 2.0, "total": 3.0},
+            "hardware": "2 CPU cores",
+            "commit": "0000000",
+            "versions": {"torch": "2.13.0"},
+        } | changes
+
+    return make
+
+
+@pytest.fixture
+def write_run(tmp_path, record):
+    """Writes a run folder under tmp_path/runs and returns it; keywords as for `record`, `accuracy` on the test set."""
+    numbers = itertools.count()
+
+    def write(*, accuracy=0.6, **changes):
+        folder = tmp_path / "runs" / f"run-{next(numbers):02d}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("")
+        content = record(test={"accuracy": accuracy, "loss": 1.0}, **changes)
+        (folder / "result.json").write_text(json.dumps(content))
+        return folder
+
+    return write

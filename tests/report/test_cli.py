@@ -1,0 +1,90 @@
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from seqzoo.report.cli import main
+
+
+def test_compares_runs(write_run, tmp_path, capsys):
+    for pretrain, accuracy in ((False, 0.6), (True, 0.7)):
+        runs = write_run(model="linear_transformer", pretrain=pretrain, accuracy=accuracy).parent
+    (runs / "broken").mkdir()
+    (runs / "broken" / "result.json").write_text("{")
+    out = tmp_path / "report"
+    assert main([str(runs), "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["figure.png", "table.csv", "table.md"]
+    printed = capsys.readouterr().out
+    (line,) = (line for line in printed.splitlines() if line.lstrip().startswith("linear_transformer"))
+    assert " ".join(line.split()) == "linear_transformer 1.00 60.00 (1) 70.00 (1) +10.00 65.9 [1] -"
+    assert "\x1b" not in printed
+    assert "…" not in printed
+    assert f"{runs / 'broken'}: result.json cannot be read" in printed
+    assert "broken" in (out / "table.md").read_text(encoding="utf-8")
+
+
+def test_writes_beside_the_runs_unless_told(write_run):
+    runs = write_run().parent
+    assert main([str(runs)]) == 0
+    assert (runs / "table.md").exists()
+    assert main([str(runs)]) == 0
+
+
+def test_nothing_to_report(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 1
+    assert f"No finished run to report in {tmp_path}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["nowhere"], ["model=lru"], ["--plot", "."], ["checkpoint=nowhere"]])
+def test_unusable_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("usage: ")
+    assert arguments == [] or arguments[0].removeprefix("checkpoint=") in message
+
+
+def test_the_script_passes_its_exit_status_on(tmp_path):
+    script = Path(__file__).resolve().parents[2] / "eval_lra.py"
+    done = subprocess.run([sys.executable, script, tmp_path], cwd=script.parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_stands_alone(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([f"checkpoint={tmp_path}", str(tmp_path)])
+    assert error.value.code == 2
+    assert "stands alone" in capsys.readouterr().err
+
+
+def test_evaluates_a_checkpoint(tmp_path, capsys, monkeypatch):
+    evaluated = []
+
+    def evaluate_run(folder):
+        evaluated.append(folder)
+        return {"model": "lru", "task": "lra_text", "accuracy": 0.75, "loss": 0.5, "n_test": 400}
+
+    monkeypatch.setitem(sys.modules, "seqzoo.training", types.SimpleNamespace(evaluate_run=evaluate_run))
+    assert main([f"checkpoint={tmp_path}"]) == 0
+    assert evaluated == [tmp_path]
+    assert dict(line.split() for line in capsys.readouterr().out.splitlines()) == {
+        "model": "lru",
+        "task": "lra_text",
+        "accuracy": "0.7500",
+        "loss": "0.5000",
+        "n_test": "400",
+    }
+
+
+def test_a_checkpoint_that_cannot_be_evaluated(tmp_path, capsys, monkeypatch):
+    def evaluate_run(folder):
+        raise FileNotFoundError(f"no model.safetensors in {folder}")
+
+    monkeypatch.setitem(sys.modules, "seqzoo.training", types.SimpleNamespace(evaluate_run=evaluate_run))
+    assert main([f"checkpoint={tmp_path}"]) == 1
+    assert "no model.safetensors" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+import pytest
+
+from seqzoo.report import Pretraining, compare, load_results
+
+
+def compared(folder):
+    results, unreadable = load_results([folder])
+    assert unreadable == []
+    return compare(results)
+
+
+def test_mean_spread_and_difference(write_run, tmp_path):
+    for seed, (scratch, pretrained) in enumerate([(0.60, 0.70), (0.62, 0.74), (0.64, 0.78)]):
+        write_run(accuracy=scratch, seed=seed)
+        write_run(accuracy=pretrained, seed=seed, pretrain=True)
+    (comparison,), left_out = compared(tmp_path)
+    (row,) = comparison.rows
+    assert comparison.pretraining == Pretraining("masked", 2000)
+    assert (row.scratch.mean, row.scratch.std, row.scratch.num_seeds) == pytest.approx((0.62, 0.02, 3))
+    assert (row.pretrained.mean, row.pretrained.std, row.pretrained.num_seeds) == pytest.approx((0.74, 0.04, 3))
+    assert row.difference == pytest.approx(0.12)
+    assert left_out == []
+
+
+def test_one_seed_has_no_spread_and_one_side_no_difference(write_run, tmp_path):
+    write_run()
+    (comparison,), _ = compared(tmp_path)
+    (row,) = comparison.rows
+    assert comparison.pretraining is None
+    assert (row.scratch.std, row.pretrained, row.difference) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": "lra_image"},
+        {"recipe": "tiny"},
+        {"causal": True},
+        {"token_budget": {"pretrain": 2000, "finetune": 6000}},
+        {"n_test": 100},
+        {"task_note": "cut to 512 characters"},
+    ],
+)
+def test_other_conditions_are_not_put_side_by_side(write_run, tmp_path, change):
+    write_run(accuracy=0.6)
+    write_run(accuracy=0.7, pretrain=True, **change)
+    comparisons, _ = compared(tmp_path)
+    assert sorted((row.scratch is None, row.pretrained is None) for c in comparisons for row in c.rows) == [
+        (False, True),
+        (True, False),
+    ]
+
+
+def test_a_scratch_cell_stands_beside_every_pretraining(write_run, tmp_path):
+    write_run(accuracy=0.6, causal=True)
+    write_run(accuracy=0.7, causal=True, pretrain=True)
+    write_run(accuracy=0.8, causal=True, pretrain=True, token_budget={"pretrain": 9000, "finetune": 5000})
+    write_run(accuracy=0.9, causal=True, pretrain=True, objective="causal")
+    comparisons, _ = compared(tmp_path)
+    found = {comparison.pretraining: comparison.rows[0].difference for comparison in comparisons}
+    assert found == pytest.approx(
+        {Pretraining("causal", 2000): 0.3, Pretraining("masked", 2000): 0.1, Pretraining("masked", 9000): 0.2}
+    )
+    assert [tuple(comparison.pretraining) for comparison in comparisons] == [
+        ("causal", 2000),
+        ("masked", 2000),
+        ("masked", 9000),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"seed": 0}, "same seed (0)"), ({"seed": 1, "params": 2_000_000}, "different sizes")]
+)
+def test_runs_that_are_no_repetitions_are_not_averaged(write_run, tmp_path, change, reason):
+    first, second = write_run(seed=0), write_run(**change)
+    kept = write_run(accuracy=0.7, seed=0, pretrain=True)
+    (comparison,), left_out = compared(tmp_path)
+    (row,) = comparison.rows
+    assert row.scratch is None
+    assert [result.folder for result in row.pretrained.results] == [kept]
+    assert [run.folder for run in left_out] == [first, second]
+    assert all(reason in run.reason for run in left_out)
+
+
+def test_order_is_the_benchmarks_then_alphabetical(write_run, tmp_path):
+    for task in ("own_task", "lra_pathx", "lra_image", "lra_listops"):
+        write_run(task=task, model="lru")
+        write_run(task=task, model="gau", token_budget={"pretrain": None, "finetune": 900})
+        write_run(task=task, model="gau")
+    comparisons, _ = compared(tmp_path)
+    assert [(c.conditions.task, c.conditions.finetune_budget, [row.model for row in c.rows]) for c in comparisons] == [
+        (task, budget, models)
+        for task in ("lra_listops", "lra_image", "lra_pathx", "own_task")
+        for budget, models in ((900, ["gau"]), (5000, ["gau", "lru"]))
+    ]

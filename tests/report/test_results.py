@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from seqzoo.report import load_results, read_result
+
+
+def test_reads_every_field(write_run):
+    result = read_result(write_run(accuracy=0.75, pretrain=True, seed=3, task_note="cut"))
+    assert (result.model, result.task, result.recipe, result.seed) == ("transformer", "lra_text", "short", 3)
+    assert (result.pretraining, result.finetune_budget) == (("masked", 2000), 5000)
+    assert (result.accuracy, result.majority, result.n_test, result.task_note) == (0.75, 0.5, 400, "cut")
+
+
+def test_a_scratch_run_has_no_pretraining(write_run):
+    result = read_result(write_run(objective="causal", causal=True))
+    assert result.pretraining is None
+
+
+def test_a_budget_in_epochs_is_what_was_seen_to_two_digits(write_run):
+    seen = {"pretrain": 123_456, "finetune": 98_765_432}
+    result = read_result(write_run(pretrain=True, token_budget={"pretrain": None, "finetune": None}, tokens_seen=seen))
+    assert (result.pretraining.budget, result.finetune_budget) == (120_000, 99_000_000)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema 2; this version reads schema 1"),
+        ({"seed": "0"}, "seed is '0', not int"),
+        ({"seed": True}, "seed is True, not int"),
+        ({"objective": "both"}, "objective is 'both'"),
+        ({"test": {"loss": 1.0}}, "no test.accuracy"),
+        ({"test": None}, "no test.accuracy"),
+        ({"test": {"accuracy": 61.2}}, "test.accuracy is 61.2, outside"),
+        ({"test": {"accuracy": float("nan")}}, "test.accuracy is nan, outside"),
+        ({"token_budget": {"finetune": 1.5}}, "token_budget.finetune is 1.5, not int or null"),
+    ],
+)
+def test_says_what_is_wrong(tmp_path, record, change, message):
+    (tmp_path / "result.json").write_text(json.dumps(record(**change)))
+    with pytest.raises(ValueError, match=message):
+        read_result(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
+def test_says_that_it_cannot_be_read(tmp_path, text):
+    (tmp_path / "result.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"result\.json"):
+        read_result(tmp_path)
+
+
+def test_one_bad_run_does_not_cost_the_others(tmp_path, write_run):
+    good = write_run()
+    runs = good.parent
+    (runs / "broken").mkdir()
+    (runs / "broken" / "result.json").write_text("{")
+    (runs / "unfinished" / "finetune").mkdir(parents=True)
+    (runs / "unfinished" / "config.yaml").write_text("")
+    (runs / "empty").mkdir()
+    results, left_out = load_results([tmp_path])
+    assert [result.folder for result in results] == [good]
+    assert [(run.folder.name, run.reason.split(":")[0]) for run in left_out] == [
+        ("broken", "result.json cannot be read"),
+        ("empty", "no result.json"),
+        ("unfinished", "no result.json"),
+    ]
+
+
+def test_a_run_given_twice_counts_once(write_run):
+    folder = write_run()
+    results, left_out = load_results([folder, folder.parent, folder.parent / ".." / "runs"])
+    assert [result.folder for result in results] == [folder]
+    assert left_out == []

@@ -1,0 +1,116 @@
+import csv
+import io
+
+import pytest
+
+from seqzoo.report import build_report, compare, load_results, published, save_figure, to_csv, to_markdown
+from seqzoo.report.published import TASKS
+
+
+@pytest.fixture
+def comparisons(write_run, tmp_path):
+    """A transformer on two seeds, scratch and pretrained; an LRU from scratch alone; on one task."""
+    for seed, (scratch, pretrained) in enumerate([(0.60, 0.70), (0.62, 0.74)]):
+        write_run(accuracy=scratch, seed=seed)
+        write_run(accuracy=pretrained, seed=seed, pretrain=True)
+    write_run(model="lru", accuracy=0.8)
+    return compare(load_results([tmp_path])[0])[0]
+
+
+def test_text_of_a_table(comparisons):
+    report = build_report(comparisons, [])
+    (table,) = report.tables
+    assert table.title == (
+        "lra_text: recipe short; bidirectional; masked pretraining on 2,000 tokens; fine-tuning on 5,000 tokens; "
+        "400 test examples; majority class 50.00; 2 CPU cores"
+    )
+    assert table.rows == [
+        ("lru", "1.00", "80.00 (1)", "-", "-", "89.4 recalled [1]", "-"),
+        ("transformer", "1.00", "61.00 ± 1.41 (2)", "72.00 ± 2.83 (2)", "+11.00", "64.27 [2]", "89.27 recalled [3]"),
+    ]
+    first, second, third = report.notes[-3:]
+    assert first.startswith("[1] Orvieto")
+    assert first.endswith("recalled, not read there, and to be verified.")
+    assert second.startswith("[2] Tay")
+    assert "recalled" not in second
+    assert third.startswith("[3] Amos")
+
+
+def test_a_shortened_task_has_no_published_figure(write_run, tmp_path):
+    write_run(task_note="text cut to 512 characters")
+    report = build_report(compare(load_results([tmp_path])[0])[0], [])
+    assert report.tables[0].rows[0][-2:] == ("-", "-")
+    assert "text cut to 512 characters" in report.tables[0].title
+
+
+def test_markdown_columns_line_up(comparisons):
+    lines = to_markdown(build_report(comparisons, [])).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 4
+    assert {line.count("|") for line in table} == {8}
+    assert "+11.00" in table[-1]
+
+
+def test_csv_keeps_full_precision(comparisons):
+    lru, transformer = csv.DictReader(io.StringIO(to_csv(comparisons)))
+    assert (lru["model"], lru["pretrained_mean"], lru["difference"]) == ("lru", "", "")
+    assert float(transformer["scratch_mean"]) == pytest.approx(0.61, rel=1e-12)
+    assert float(transformer["pretrained_std"]) == pytest.approx(0.04 / 2**0.5, rel=1e-12)
+    assert float(transformer["difference"]) == pytest.approx(0.11, rel=1e-12)
+    assert (transformer["objective"], transformer["pretrain_budget"]) == ("masked", "2000")
+    assert (transformer["scratch_seeds"], transformer["published_scratch"]) == ("0 / 1", "0.6427")
+
+
+def test_figure_shows_what_was_measured(comparisons, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), original(self, *a, **k))[1])
+    save_figure(comparisons, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = saved[0].axes
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == pytest.approx([80, 61, float("nan"), 72], nan_ok=True)
+    majority = next(line for line in axes.lines if line.get_label() == "majority class")
+    assert list(majority.get_ydata()) == [50, 50]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["lru", "transformer"]
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "objective", "causal", "expected"),
+    [
+        ("transformer", "lra_listops", None, False, (36.37, False, "")),
+        ("transformer", "lra_pathx", None, False, ("x", False, "")),
+        ("transformer", "lra_image", "causal", True, (76.0, False, "")),
+        ("transformer", "lra_image", "masked", False, (74.22, True, "")),
+        ("performer", "lra_pathfinder", None, False, (77.05, False, "")),
+        ("linear_transformer", "lra_retrieval", None, False, (53.09, False, "")),
+        ("s4d", "lra_pathx", None, False, (97.32, False, "")),
+        ("s4d", "lra_text", "masked", False, (90.34, True, "S4")),
+        ("lru", "lra_pathx", None, False, (94.2, True, "")),
+    ],
+)
+def test_published_figures(model, task, objective, causal, expected):
+    figure = published(model, task, objective, causal=causal)
+    assert (figure.percent, figure.recalled, figure.label) == expected
+    assert "20" in figure.source
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "objective", "causal"),
+    [
+        ("lru", "lra_image", None, False),  # in colour there
+        ("transformer", "lra_text", None, True),
+        ("transformer", "lra_text", "masked", True),
+        ("vq_transformer", "lra_text", None, False),
+        ("transformer", "own_task", None, False),
+    ],
+)
+def test_what_is_not_comparable_is_not_shown(model, task, objective, causal):
+    assert published(model, task, objective, causal=causal) is None
+
+
+def test_mean_of_the_published_causal_row():
+    figures = [published("transformer", task, "causal", causal=True).percent for task in TASKS]
+    assert sum(figures) / len(figures) == pytest.approx(81.81, abs=0.005)
