@@ -1,0 +1,79 @@
+"""The diagonal scan: a first-order linear recurrence, one independent channel beside the other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..common import check_lengths, choose
+from .chunked import diagonal_scan_chunked
+from .reference import diagonal_scan_reference
+
+__all__ = ["diagonal_scan"]
+
+
+def diagonal_scan(
+    x: Tensor,
+    a: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The linear recurrence with diagonal coefficients, real or complex,
+
+        h_t = a_t ∘ h_{t-1} + x_t        with h_0 = `initial_state`, zero by default
+
+    and, with `reverse`, h_t = a_t ∘ h_{t+1} + x_t from the last valid step of each sequence down to the first.
+
+    Args:
+        x: [B, T, D] floating point or complex.
+        a: coefficients in x's dtype: [D] constant in time, or [B, T, D]. a_t = 0 forgets everything before that step.
+        initial_state: [B, D], what comes before the first step taken; real where x is, complex where x is.
+        output_final_state: whether to return the state after the last step taken too. It continues the sequence as the
+            `initial_state` of another call; gradients flow through both.
+        reverse: whether to run from the last step to the first; nothing is flipped in memory.
+        lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
+        backend: "auto", "chunked" or "reference".
+
+    Returns:
+        h [B, T, D] in x's dtype, zero past `lengths`; with `output_final_state`, (h, final state [B, D]): h at the last
+        step taken, at least float32 (complex64). Half precision is computed in float32.
+
+    Raises:
+        TypeError: x and a differ in dtype, or the state is complex and x is not (or the reverse).
+        ValueError: shapes that do not fit, or an unknown backend; on CPU, lengths outside [0, T].
+
+    Source: Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks for Long Sequences", equation 4; Smith et al.
+    2023, "Simplified State Space Layers", section 2.2. With p_t = dL/dh_t, the gradients are
+    p_t = w_t + conj(a_{t+1}) p_{t+1}, dx_t = p_t, da_t = p_t conj(h_{t-1}), dh_0 = conj(a_1) p_1.
+    """
+    _check(x, a, initial_state)
+    check_lengths("diagonal_scan", lengths, x.shape[0])
+    implementation = choose(
+        "diagonal_scan", backend, {"chunked": diagonal_scan_chunked, "reference": diagonal_scan_reference}
+    )
+    h, final_state = implementation(x, a, initial_state, reverse, lengths)
+    return (h, final_state) if output_final_state else h
+
+
+def _check(x: Tensor, a: Tensor, initial_state: Tensor | None) -> None:
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"diagonal_scan: x must be [B, T, D] with T >= 1, got {list(x.shape)}")
+    B, T, D = x.shape
+    if list(a.shape) not in ([D], [B, T, D]):
+        raise ValueError(f"diagonal_scan: a must be [D] = [{D}] or [B, T, D] = [{B}, {T}, {D}], got {list(a.shape)}")
+    if not (x.is_floating_point() or x.is_complex()) or a.dtype != x.dtype:
+        raise TypeError(
+            f"diagonal_scan: x and a must share one floating-point or complex dtype, got {x.dtype} and {a.dtype}"
+        )
+    if initial_state is None:
+        return
+    if list(initial_state.shape) != [B, D]:
+        raise ValueError(f"diagonal_scan: initial_state must be [B, D] = [{B}, {D}], got {list(initial_state.shape)}")
+    if initial_state.is_complex() != x.is_complex():
+        raise TypeError(
+            "diagonal_scan: initial_state must be real where x is and complex where x is, "
+            f"got {initial_state.dtype} and {x.dtype}"
+        )

@@ -1,0 +1,106 @@
+"""Linear attention: attention without softmax, as a matrix-valued state carried through time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..common import check_lengths, choose
+from .chunked import linear_attention_chunked
+from .reference import linear_attention_reference
+
+__all__ = ["linear_attention"]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    causal: bool = False,
+    normalize: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Linear attention with an optional scalar decay per head, in time and memory linear in T.
+
+    Causal, from the state S_0 = `initial_state` (zero by default), with g = `log_decay` (zero by default):
+
+        S_t = exp(g_t) S_{t-1} + k_t v_tᵀ        o_t = S_tᵀ q_t
+
+    Bidirectional, every step sees every other, weighted by the decay between the two:
+
+        o_i = sum_j exp(sum of g over (min(i, j), max(i, j)]) (q_i · k_j) v_j
+
+    `normalize=True` divides o_t by n_t = q_t · z_t, where z_t is the same sum with 1 in place of v; where n_t is
+    exactly 0 the output is 0. Nothing is added to n_t. Feature maps and scales are the caller's.
+
+    Args:
+        q, k: [B, T, H, Dk], after their feature map.
+        v: [B, T, H, Dv].
+        log_decay: natural logarithm of the decay per step, at most 0: [H] constant in time, or [B, T, H]. -inf forgets
+            everything before that step.
+        causal: whether step t sees only steps up to t, itself included.
+        normalize: whether to divide by the sum of weights.
+        initial_state: S_0, causal only: [B, H, Dk, Dv], or [B, H, Dk, Dv + 1] with `normalize`, whose last column is z.
+        output_final_state: whether to return the state after the last valid step too, causal only. It continues the
+            sequence as the `initial_state` of another call; gradients flow through both.
+        lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
+        backend: "auto", "chunked" or "reference".
+
+    Returns:
+        o [B, T, H, Dv] in v's dtype, zero past `lengths`; with `output_final_state`, (o, final state), the state in
+        the accumulation dtype: at least float32.
+
+    Raises:
+        ValueError: shapes that do not fit, a state without `causal`, or an unknown backend.
+
+    Source: Katharopoulos et al. 2020, "Transformers are RNNs", equations 8-12 and 18-20; the decay is that of Sun et
+    al. 2023, "Retentive Network", equations 5 and 7 (per head), and of Mamba-2 (per head and step).
+    """
+    _check(q, k, v, log_decay, causal, normalize, initial_state, output_final_state)
+    check_lengths("linear_attention", lengths, q.shape[0])
+    implementation = choose(
+        "linear_attention", backend, {"chunked": linear_attention_chunked, "reference": linear_attention_reference}
+    )
+    o, final_state = implementation(q, k, v, log_decay, causal, normalize, initial_state, lengths, output_final_state)
+    return (o, final_state) if output_final_state else o
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    causal: bool,
+    normalize: bool,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> None:
+    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3] or q.shape[1] == 0:
+        raise ValueError(
+            "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("initial_state", initial_state)):
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"linear_attention: {name} must be a real floating-point tensor, got {x.dtype}")
+    B, T, H, Dk = q.shape
+    if log_decay is not None and list(log_decay.shape) not in ([H], [B, T, H]):
+        raise ValueError(
+            f"linear_attention: log_decay must be [H] = [{H}] or [B, T, H] = [{B}, {T}, {H}], "
+            f"got {list(log_decay.shape)}"
+        )
+    if not causal and (initial_state is not None or output_final_state):
+        raise ValueError(
+            "linear_attention: initial_state and output_final_state need causal=True; "
+            "with causal=False every step sees the whole sequence and there is no state to carry"
+        )
+    state_shape = [B, H, Dk, v.shape[-1] + normalize]
+    if initial_state is not None and list(initial_state.shape) != state_shape:
+        raise ValueError(
+            f"linear_attention: initial_state must be {state_shape} "
+            f"([B, H, Dk, {'Dv + 1] with' if normalize else 'Dv] without'} normalize), got {list(initial_state.shape)}"
+        )

@@ -1,0 +1,132 @@
+"""Linear attention in PyTorch: quadratic inside chunks of time, a state carried between them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common import accumulation_dtype, zero_padding
+from .reference import divide_by_normalizer
+
+MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
+
+
+def linear_attention_chunked(
+    q: Tensor,  # [B, T, H, Dk]
+    k: Tensor,  # [B, T, H, Dk]
+    v: Tensor,  # [B, T, H, Dv]
+    log_decay: Tensor | None,  # [H] or [B, T, H]
+    causal: bool,
+    normalize: bool,
+    initial_state: Tensor | None,  # [B, H, Dk, Dv (+ 1)]
+    lengths: Tensor | None,  # [B]
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    B, T, H, Dk = q.shape
+    Dv = v.shape[-1]
+    out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
+    N = -(-T // max(MIN_CHUNK, Dk, Dv)) if causal or log_decay is not None else 1
+    C = -(-T // N)
+
+    def split(x: Tensor, columns: int = 0) -> Tensor:  # [B, T, H, D] -> [B * H * N, C, D + columns]
+        x = zero_padding(x, lengths).to(dtype).transpose(1, 2)
+        if columns or N * C > T:  # F.pad by nothing would be one more copy
+            x = F.pad(x, (0, columns, 0, N * C - T), value=float(columns))
+        return x.reshape(B * H * N, C, x.shape[-1])
+
+    # Autocast would keep the sums in half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        # Rows past T hold q = k = 0, so the ones that fill v there with its ones column count for nothing.
+        q, k, v = split(q), split(k), split(v, columns=int(normalize))
+        first = q.new_zeros(B, H, Dk, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
+        if log_decay is None:
+            o, final_state = _without_decay(q, k, v, causal, first)
+        else:
+            if output_final_state:  # padding must not decay the state
+                log_decay = log_decay.expand(B, T, H)
+            if log_decay.dim() == 1:
+                g = log_decay.to(dtype)[:, None, None].expand(H, 1, C)
+            else:
+                g = split(log_decay[..., None]).view(B, H, N, C)
+            o, final_state = _with_decay(q, k, v, g, causal, first)
+        o = o.view(B, H, N * C, -1)[:, :, :T].transpose(1, 2)  # [B, T, H, Dv (+ 1)]
+        if normalize:
+            o = divide_by_normalizer(o)
+    return zero_padding(o, lengths).to(out_dtype).contiguous(), final_state if output_final_state else None
+
+
+# G = B * H * N, all the chunks there are. One batch axis keeps every product, and its gradient, a single batched GEMM.
+
+
+def _without_decay(
+    q: Tensor,  # [G, C, Dk]
+    k: Tensor,  # [G, C, Dk]
+    v: Tensor,  # [G, C, Dv]
+    causal: bool,
+    first: Tensor,  # [B, H, Dk, Dv], the state before the first chunk
+) -> tuple[Tensor, Tensor]:
+    B, H, Dk, Dv = first.shape
+    updates = torch.bmm(k.mT, v)  # [G, Dk, Dv]
+    if not causal:
+        return torch.bmm(q, updates), first
+    updates = updates.view(B, H, -1, Dk, Dv)
+    states = torch.cat((first[:, :, None], updates[:, :, :-1]), dim=2).cumsum(2)  # before each chunk
+    o = torch.bmm(q, states.view(-1, Dk, Dv))
+    o = torch.baddbmm(o, torch.bmm(q, k.mT).tril(), v)
+    return o, states[:, :, -1] + updates[:, :, -1]
+
+
+def _with_decay(
+    q: Tensor,  # [G, C, Dk]
+    k: Tensor,  # [G, C, Dk]
+    v: Tensor,  # [G, C, Dv]
+    g: Tensor,  # [H, 1, C] or [B, H, N, C]
+    causal: bool,
+    first: Tensor,  # [B, H, Dk, Dv]
+) -> tuple[Tensor, Tensor]:
+    C = q.shape[1]
+    B, H, Dk, Dv = first.shape
+    between = _segment_sums(g)  # [..., C, C]
+    head = g.cumsum(-1).exp()[..., None]  # [..., C, 1], from the chunk's start to each step
+    tail = between[..., -1, :].exp()[..., None]  # from each step to the chunk's end
+    total = head[..., -1:, :]
+
+    def scaled(x: Tensor, decay: Tensor) -> Tensor:  # [G, rows, columns]
+        return (x.view(B, H, -1, *x.shape[1:]) * decay).view(x.shape)
+
+    if causal:
+        future = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
+        weights = between.masked_fill(future, float("-inf")).exp()
+    else:
+        weights = (between + between.mT).exp()
+    o = torch.bmm(scaled(torch.bmm(q, k.mT), weights), v)
+
+    updates = torch.bmm(scaled(k, tail).mT, v).view(B, H, -1, Dk, Dv)
+    states, final_state = _carry(updates, total, first)  # what earlier chunks pass on
+    o = torch.baddbmm(o, scaled(q, head), states.view(-1, Dk, Dv))
+    if not causal:
+        updates = torch.bmm(scaled(k, head).mT, v).view(B, H, -1, Dk, Dv)
+        states, _ = _carry(updates, total, first, reverse=True)  # what later chunks send back
+        o = torch.baddbmm(o, scaled(q, tail), states.view(-1, Dk, Dv))
+    return o, final_state
+
+
+def _segment_sums(g: Tensor) -> Tensor:
+    """The sum of g over (s, r] at [..., r, s], zero where r <= s: [..., C] -> [..., C, C].
+
+    Each is a sum of its own, not a difference of two: the difference would lose small decays beside large ones and
+    turn -inf into NaN.
+    """
+    return g[..., :, None].expand(*g.shape, g.shape[-1]).tril(-1).cumsum(-2)
+
+
+def _carry(updates: Tensor, decays: Tensor, state: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """The state that reaches each chunk [B, H, N, Dk, Dv], and the one that leaves the last [B, H, Dk, Dv]."""
+    N = updates.shape[2]
+    steps = list(zip(updates.unbind(2), decays.expand(*decays.shape[:-3], N, 1, 1).unbind(-3), strict=True))
+    states = []
+    for update, decay in reversed(steps) if reverse else steps:
+        states.append(state)
+        state = torch.addcmul(update, decay, state)
+    return torch.stack(states[::-1] if reverse else states, 2), state
