@@ -1,0 +1,50 @@
+"""Datasets as tasks: read or generated, tokenised, split, cached. They know nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from seqzoo.tasks import lra_image, lra_listops, lra_text
+from seqzoo.tasks.arrays import from_arrays
+from seqzoo.tasks.config import TaskConfig
+from seqzoo.tasks.data import Split, Task, epoch_order, stratified
+from seqzoo.tasks.sources import DataError
+
+__all__ = [
+    "TASKS",
+    "DataError",
+    "Split",
+    "Task",
+    "TaskConfig",
+    "build_task",
+    "epoch_order",
+    "from_arrays",
+    "stratified",
+]
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "lra_image": lra_image.build,
+    "lra_listops": lra_listops.build,
+    "lra_text": lra_text.build,
+}
+
+
+def build_task(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Path | str) -> Task:
+    """The task `config` names: from the cache, or built from data under `data_dir`, a download, or a generator.
+
+    Args:
+        data_dir: where the published folders or archives are, as their publishers lay them out; only read.
+        cache_dir: where downloads and tokenised data are kept.
+
+    Raises:
+        ValueError: there is no such task, or a key of `config` does not suit it.
+        DataError: the data are missing, incomplete or damaged; says what to do.
+    """
+    if config.name not in TASKS:
+        raise ValueError(f"no task {config.name!r}; valid: {', '.join(TASKS)}")
+    return TASKS[config.name](
+        config,
+        data_dir=None if data_dir is None else Path(data_dir).expanduser(),
+        cache_dir=Path(cache_dir).expanduser(),
+    )

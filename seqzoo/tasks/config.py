@@ -1,0 +1,54 @@
+"""The keys of a task's configuration file, `configs/task/<name>.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """What shapes a task's data. The first three keys are every task's; the others are None where they do not apply."""
+
+    name: str
+    max_length: int  # in tokens, <eos> included; longer sequences are cut
+    mask_ratio: float  # share of positions hidden in masked pretraining
+
+    # cut from the published training split, so that nothing is ever chosen by looking at the test split
+    val_fraction: float | None = None
+    split_seed: int | None = None
+
+    min_frequency: int | None = None  # text: rarer characters are <unk>
+
+    # ListOps, see `seqzoo.tasks.listops_grammar.Grammar`; the bounds on generated lengths are excluded
+    max_depth: int | None = None
+    max_args: int | None = None
+    min_length: int | None = None
+    length_bound: int | None = None
+    num_train: int | None = None
+    num_val: int | None = None
+    num_test: int | None = None
+    generator_seed: int | None = None
+    workers: int | None = None  # threads that generate, None for one a core; does not change the data
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"task {self.name}: max_length is {self.max_length}; valid: 2 and more")
+        for key in ("mask_ratio", "val_fraction"):
+            share = getattr(self, key)
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"task {self.name}: {key} is {share}; valid: between 0 and 1, both excluded")
+
+    def settings(self, *names: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The keys that a task reads besides the common ones.
+
+        Raises:
+            ValueError: one of `names` is None, or a key is set that is neither in `names` nor `optional`.
+        """
+        known = ("name", "max_length", "mask_ratio", *names, *optional)
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"task {self.name} needs {', '.join(missing)}; see configs/task/{self.name}.yaml")
+        if foreign := [name for name in given if name not in known]:
+            raise ValueError(f"task {self.name} has no use for {', '.join(foreign)}; valid: {', '.join(known)}")
+        return {name: getattr(self, name) for name in (*names, *optional)}

@@ -1,0 +1,198 @@
+"""What every task is: three splits of a few tensors each, and batches cut from them by index."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqzoo.spec import Batch, TaskSpec
+
+BUCKETS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of max_length that batches are padded to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """N examples as three tensors: the sequences one after another, where each begins, and the labels.
+
+    `values` moves to the device that trains (`to`); the small tensors stay on the CPU, so that choosing a batch's
+    padding never waits for a GPU.
+    """
+
+    spec: TaskSpec
+    values: Tensor  # integer, flat: all positions of all sequences, each position's channels together
+    offsets: Tensor  # int64 [N * num_inputs + 1], in positions
+    labels: Tensor  # int64 [N]
+
+    def __post_init__(self) -> None:
+        sequences = len(self.labels) * self.spec.num_inputs
+        if len(self.offsets) != sequences + 1:
+            raise ValueError(
+                f"{self.spec.name}: {sequences} sequences need {sequences + 1} offsets, got {len(self.offsets)}"
+            )
+        lengths = self.offsets.diff()
+        if sequences and not 1 <= int(lengths.min()) <= int(lengths.max()) <= self.spec.max_length:
+            raise ValueError(
+                f"{self.spec.name}: sequences of {int(lengths.min())} to {int(lengths.max())} positions; "
+                f"valid: 1 to max_length {self.spec.max_length}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [N], or [N, 2] for pairs."""
+        lengths = self.offsets.diff()
+        return lengths if self.spec.num_inputs == 1 else lengths.view(-1, self.spec.num_inputs)
+
+    @property
+    def mean_length(self) -> float:
+        """Positions per sequence."""
+        return self.offsets[-1].item() / (len(self.offsets) - 1)
+
+    def batch(self, index: Tensor) -> Batch:
+        """The examples `index` (int64 [B], on the CPU), padded to the smallest bucket that holds them.
+
+        Few lengths mean few shapes: compiled models are compiled a handful of times.
+
+        Raises:
+            IndexError: an index is not in [0, N).
+        """
+        rows = self._rows(index)
+        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        longest = int(lengths.max())
+        buckets = [math.ceil(share * self.spec.max_length) for share in BUCKETS]
+        T = next(bucket for bucket in buckets if bucket >= longest)
+
+        device = self.values.device
+        starts, lengths, labels, index = (
+            t.to(device, non_blocking=True) for t in (starts, lengths, self.labels[index], index)
+        )
+        steps = torch.arange(T, device=device)
+        valid = steps < lengths[:, None]
+        positions = torch.where(valid, starts[:, None] + steps, 0)  # [B * num_inputs, T]
+        if self.spec.kind == "tokens":
+            inputs = torch.where(valid, self.values[positions].long(), self.spec.pad_id)
+        else:
+            pixels = self.values.view(-1, self.spec.channels)[positions]
+            inputs = torch.where(valid[..., None], pixels, 0)
+        if self.spec.num_inputs > 1:
+            inputs, lengths = (t.unflatten(0, (-1, self.spec.num_inputs)) for t in (inputs, lengths))
+        return Batch(inputs, lengths, labels, index)
+
+    def subset(self, index: Tensor) -> Split:
+        """A split of the examples `index` (int64 [n], on the CPU), in that order.
+
+        Raises:
+            IndexError: an index is not in [0, N).
+        """
+        rows = self._rows(index)
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+        positions = torch.arange(int(offsets[-1])) + (self.offsets[rows] - offsets[:-1]).repeat_interleave(lengths)
+        values = self.values.view(-1, self.spec.channels)[positions.to(self.values.device)].flatten()
+        return replace(self, values=values, offsets=offsets, labels=self.labels[index])
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same split with its values on `device`."""
+        return replace(self, values=self.values.to(device))
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """Which sequences make up the examples: [B] -> [B * num_inputs]."""
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
+            raise IndexError(f"index {int(index.min())} to {int(index.max())} out of a split of {len(self)} examples")
+        return (index[:, None] * self.spec.num_inputs + torch.arange(self.spec.num_inputs)).flatten()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A dataset ready to train on."""
+
+    spec: TaskSpec
+    train: Split
+    val: Split
+    test: Split
+    note: str = ""  # how the data differs from the published benchmark's; empty where it does not
+    symbols: tuple[str, ...] = ()  # of tokens that stand for text: what each id is
+
+    @property
+    def majority(self) -> float:
+        """The share of the most frequent class in the test split: the accuracy of a constant answer."""
+        return self.test.labels.bincount().max().item() / len(self.test)
+
+
+def assemble(spec: TaskSpec, arrays: Mapping[str, np.ndarray], *, note: str = "", symbols: Iterable[str] = ()) -> Task:
+    """A task of arrays named `train_values`, `train_offsets`, `train_labels` and so on, shared, not copied."""
+
+    def split(name: str) -> Split:
+        values, offsets, labels = (
+            torch.from_numpy(arrays[f"{name}_{part}"]) for part in ("values", "offsets", "labels")
+        )
+        return Split(spec=spec, values=values, offsets=offsets, labels=labels)
+
+    return Task(
+        spec=spec, train=split("train"), val=split("val"), test=split("test"), note=note, symbols=tuple(symbols)
+    )
+
+
+def split_arrays(
+    name: str, sequences: Iterable[np.ndarray], labels: np.ndarray, dtype: type[np.integer]
+) -> dict[str, np.ndarray]:
+    """The arrays of a split, as `assemble` takes them, from sequences [T] or [T, channels] and labels [N]."""
+    sequences = list(sequences)
+    return {
+        f"{name}_values": np.concatenate([sequence.reshape(-1) for sequence in sequences]).astype(dtype, copy=False),
+        f"{name}_offsets": np.cumsum([0, *map(len, sequences)], dtype=np.int64),
+        f"{name}_labels": labels.astype(np.int64, copy=False),
+    }
+
+
+def token_dtype(vocab_size: int) -> type[np.integer]:
+    """The smallest of uint8, int16 and int32 that holds the ids of a vocabulary."""
+    return np.uint8 if vocab_size <= 2**8 else np.int16 if vocab_size <= 2**15 else np.int32
+
+
+def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
+    """`n` indices into `labels` (int64 [N]), each class as frequent among them as in the whole; ascending.
+
+    The same for the same arguments. Where shares are fractions, the classes with the largest ones get one more.
+
+    Raises:
+        ValueError: `n` is not in [0, N].
+    """
+    N = len(labels)
+    if not 0 <= n <= N:
+        raise ValueError(f"cannot take {n} of {N} examples; valid: 0 to {N}")
+    classes = labels.unique(return_inverse=True)[1]
+    counts = classes.bincount()
+    quota = counts * n // max(N, 1)
+    remainder = counts * n - quota * N
+    quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+    shuffled = classes[order]
+    chosen = [order[(shuffled == c).nonzero().flatten()[:take]] for c, take in enumerate(quota.tolist())]
+    return torch.cat(chosen).sort().values
+
+
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the examples kept and of a stratified `fraction` of them held out, both ascending.
+
+    Raises:
+        ValueError: nothing would be kept, or nothing held out.
+    """
+    n = round(len(labels) * fraction)
+    if not 0 < n < len(labels):
+        raise ValueError(f"cannot hold {n} of {len(labels)} examples out; valid: 1 to {len(labels) - 1}")
+    held_out = stratified(torch.from_numpy(labels), n, seed).numpy()
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def epoch_order(n: int, *, seed: int, epoch: int) -> Tensor:
+    """The order, int64 [n], in which an epoch visits `n` examples: a function of its arguments alone."""
+    state = np.random.SeedSequence([seed, epoch]).generate_state(1)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int(state[0])))

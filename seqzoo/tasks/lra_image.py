@@ -1,0 +1,116 @@
+"""Long Range Arena's Image: what is on a grey CIFAR-10 picture, read pixel by pixel from the top left.
+
+The data are Krizhevsky's 50,000 + 10,000 pictures (2009, "Learning Multiple Layers of Features from Tiny Images") as
+1,024 intensities of 256 levels, without augmentation. Grey is the ITU-R 601-2 luma in the integer arithmetic of PIL's
+`convert("L")`; the model normalises by 122.6 / 255 and 61 / 255, as published. Validation is a stratified tenth of the
+training pictures, where published pipelines take a random or the last tenth.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqzoo.spec import TaskSpec
+from seqzoo.tasks.cache import Stored, cached
+from seqzoo.tasks.config import TaskConfig
+from seqzoo.tasks.data import Task, assemble, hold_out, split_arrays
+from seqzoo.tasks.sources import Archive, DataError, check_md5, provide
+
+CIFAR_10 = Archive(
+    url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    md5="c58f30108f718f92721af3b95e74349a",
+    folder="cifar-10-batches-py",
+)
+TRAIN_FILES = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+}
+TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
+PIXELS = 32 * 32
+NUM_CLASSES = 10
+
+
+def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task:
+    """The task as `config` describes it, from the cache where it has been built before.
+
+    Raises:
+        DataError: the pictures are missing, incomplete or damaged.
+        ValueError: a key of `config` is missing, does not belong to this task, or asks for other than 1,024 pixels.
+    """
+    settings = config.settings("val_fraction", "split_seed")
+    if config.max_length != PIXELS:
+        raise ValueError(f"task {config.name}: max_length is {config.max_length}; a picture has {PIXELS} pixels, uncut")
+
+    def prepare() -> Stored:
+        return _prepare(provide(CIFAR_10, data_dir, cache_dir / "downloads"), **settings)
+
+    stored = cached(cache_dir, config.name, settings, prepare)
+    spec = TaskSpec(
+        name=config.name,
+        kind="pixels",
+        vocab_size=256,
+        max_length=PIXELS,
+        num_classes=NUM_CLASSES,
+        mean=(122.6 / 255,),
+        std=(61 / 255,),
+        mask_ratio=config.mask_ratio,
+    )
+    return assemble(spec, stored.arrays)
+
+
+def _prepare(folder: Path, *, val_fraction: float, split_seed: int) -> Stored:
+    pictures, labels = _read(folder, TRAIN_FILES)
+    test_pictures, test_labels = _read(folder, TEST_FILES)
+    train, val = hold_out(labels, val_fraction, split_seed)
+    arrays = {
+        **split_arrays("train", pictures[train], labels[train], np.uint8),
+        **split_arrays("val", pictures[val], labels[val], np.uint8),
+        **split_arrays("test", test_pictures, test_labels, np.uint8),
+    }
+    return Stored(arrays, {})
+
+
+def _read(folder: Path, files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Grey pictures, uint8 [N, 1024], and labels, int64 [N], of files that match their MD5 sums."""
+    pictures, labels = [], []
+    for filename, md5 in files.items():
+        path = folder / filename
+        if not path.is_file():
+            raise DataError(f"{path} is missing.\nDelete {folder} and unpack {CIFAR_10.filename} again.")
+        check_md5(path, md5)
+        with path.open("rb") as file:
+            batch = _ArrayUnpickler(file, encoding="bytes").load()
+        pictures.append(grey(batch[b"data"]))
+        labels.append(np.array(batch[b"labels"], dtype=np.int64))
+    return np.concatenate(pictures), np.concatenate(labels)
+
+
+def grey(planes: np.ndarray) -> np.ndarray:
+    """The luma, uint8 [N, T], of red, green and blue planes one after another, uint8 [N, 3 * T]."""
+    red, green, blue = np.split(planes.astype(np.uint32), 3, axis=1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads NumPy arrays in plain containers and nothing else: a pickle may otherwise run any code."""
+
+    ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),  # as NumPy 2 writes it
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of arrays; it was not loaded")
+        return super().find_class(module, name)

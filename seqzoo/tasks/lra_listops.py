@@ -1,0 +1,146 @@
+"""Long Range Arena's ListOps: what a nested expression of MIN, MAX, MED and SM over digits is worth.
+
+The rows are generated here, with the published grammar, lengths and counts, unless the benchmark's own files
+(`basic_train.tsv`, `basic_val.tsv`, `basic_test.tsv`) are under `data_dir` and nothing else is asked for. All rows are
+distinct, so the splits share none. Brackets stay and parentheses go; the vocabulary and its order are fixed, digits in
+their own order, and each expression is closed by <eos>.
+
+Labels are not uniform: 0 and 9 are about twice as frequent as the others, and a constant answer scores 17.5 %.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqzoo.spec import TaskSpec
+from seqzoo.tasks.cache import Stored, cached
+from seqzoo.tasks.config import TaskConfig
+from seqzoo.tasks.data import Task, assemble, split_arrays
+from seqzoo.tasks.listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, tokenise
+from seqzoo.tasks.sources import DataError
+
+FOLDERS = ("listops-1000", "lra_release/lra_release/listops-1000", "listops")
+FILES = {"train": "basic_train.tsv", "val": "basic_val.tsv", "test": "basic_test.tsv"}
+GRAMMAR = ("max_depth", "max_args", "min_length", "length_bound")
+COUNTS = {"train": "num_train", "val": "num_val", "test": "num_test"}
+PUBLISHED = {
+    "max_depth": 10,
+    "max_args": 10,
+    "min_length": 500,
+    "length_bound": 2000,
+    "num_train": 96_000,
+    "num_val": 2_000,
+    "num_test": 2_000,
+}
+
+
+def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task:
+    """The task as `config` describes it, from the cache where it has been built before.
+
+    Raises:
+        DataError: a released file is incomplete or damaged.
+        ValueError: a key of `config` is missing or does not belong to this task, or too few such expressions exist.
+    """
+    settings = config.settings(*GRAMMAR, *COUNTS.values(), "generator_seed", optional=("workers",))
+    workers = settings.pop("workers")
+    if workers is not None and workers < 1:
+        raise ValueError(f"task {config.name}: workers is {workers}; valid: 1 and more, or null for one a core")
+    grammar = Grammar(**{name: settings[name] for name in GRAMMAR})
+    counts = {split: settings[name] for split, name in COUNTS.items()}
+    if min(counts.values()) < 1:
+        raise ValueError(f"task {config.name}: {counts} rows; each split needs at least one")
+    changed = {name: settings[name] for name, published in PUBLISHED.items() if settings[name] != published}
+
+    released = None if changed else _released(data_dir)
+    request: dict[str, Any] = {"max_length": config.max_length, **settings}
+    if released is not None:
+        stats = {split: path.stat() for split, path in released.items()}
+        request["released"] = {split: [stat.st_size, stat.st_mtime_ns] for split, stat in stats.items()}
+
+    def prepare() -> Stored:
+        if released is not None:
+            rows = {split: _read(path, counts[split]) for split, path in released.items()}
+        else:
+            rows = _generate(grammar, counts, settings["generator_seed"], workers)
+        arrays: dict[str, np.ndarray] = {}
+        for split, (expressions, labels) in rows.items():
+            arrays |= split_arrays(split, (_close(e, config.max_length) for e in expressions), labels, np.uint8)
+        return Stored(arrays, {})
+
+    notes = ["released rows"] if released is not None else [f"{name} {value:,}" for name, value in changed.items()]
+    if config.max_length < grammar.length_bound:
+        notes.append(f"expressions cut to {config.max_length:,} symbols")
+    spec = TaskSpec(
+        name=config.name,
+        kind="tokens",
+        vocab_size=len(SYMBOLS),
+        max_length=config.max_length,
+        num_classes=10,
+        pad_id=PAD,
+        mask_id=MASK,
+        mask_ratio=config.mask_ratio,
+    )
+    stored = cached(cache_dir, config.name, request, prepare)
+    return assemble(spec, stored.arrays, note=", ".join(notes), symbols=SYMBOLS)
+
+
+def _close(expression: np.ndarray, max_length: int) -> np.ndarray:
+    return np.append(expression[: max_length - 1], np.uint8(EOS))
+
+
+def _generate(
+    grammar: Grammar, counts: dict[str, int], seed: int, workers: int | None
+) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from seqzoo.tasks.listops_generator import generate
+
+    total = sum(counts.values())
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("generating ListOps", total=total)
+        rows, labels = generate(
+            grammar, total, seed=seed, workers=workers, advance=lambda rows: progress.advance(bar, rows)
+        )
+    splits = {}
+    start = 0
+    for split, count in counts.items():
+        splits[split] = rows[start : start + count], labels[start : start + count]
+        start += count
+    return splits
+
+
+def _released(data_dir: Path | None) -> dict[str, Path] | None:
+    """The benchmark's own files, where `data_dir` has all three."""
+    if data_dir is None:
+        return None
+    for folder in FOLDERS:
+        paths = {split: data_dir / folder / filename for split, filename in FILES.items()}
+        if all(path.is_file() for path in paths.values()):
+            return paths
+    return None
+
+
+def _read(path: Path, count: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The expressions and labels of a tab-separated file with the header `Source<TAB>Target`."""
+    expressions, labels = [], []
+    with path.open(encoding="utf-8") as file:
+        header = file.readline().rstrip("\r\n")
+        if header != "Source\tTarget":
+            raise DataError(f"{path}: the header is {header!r}, expected 'Source<TAB>Target'")
+        for number, line in enumerate(file, start=2):
+            expression, _, label = line.rstrip("\r\n").partition("\t")
+            try:
+                tokens = tokenise(expression)
+            except ValueError as error:
+                raise DataError(f"{path}, row {number}: {error}") from error
+            if len(tokens) == 0 or label not in tuple("0123456789"):
+                raise DataError(f"{path}, row {number}: expected an expression, a tab and a digit, got {line[-20:]!r}")
+            expressions.append(tokens)
+            labels.append(int(label))
+    if len(labels) != count:
+        raise DataError(f"{path} holds {len(labels):,} rows, expected {count:,}; it was cut short, fetch it again")
+    return expressions, np.array(labels, dtype=np.int64)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from seqzoo.tasks import TASKS, TaskConfig, build_task
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "task"
+
+
+def load(name: str, **changes) -> TaskConfig:
+    raw = OmegaConf.merge(OmegaConf.structured(TaskConfig), OmegaConf.load(CONFIGS / f"{name}.yaml"), changes)
+    return OmegaConf.to_object(raw)
+
+
+def test_unknown_task(tmp_path):
+    config = TaskConfig(name="lra_txt", max_length=10, mask_ratio=0.1)
+    with pytest.raises(ValueError, match="no task 'lra_txt'; valid: lra_image, lra_listops, lra_text"):
+        build_task(config, data_dir=None, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "max_length", "mask_ratio"),
+    [("lra_listops", 2048, 0.1), ("lra_text", 4096, 0.15), ("lra_image", 1024, 0.5)],
+)
+def test_every_task_has_a_typed_configuration_file(name, max_length, mask_ratio):
+    config = load(name)
+    assert (config.name, config.max_length, config.mask_ratio) == (name, max_length, mask_ratio)
+    with pytest.raises(OmegaConfBaseException):
+        load(name, max_length="long")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_key_of_another_task_is_refused(name, tmp_path):
+    foreign = "min_frequency" if name != "lra_text" else "max_depth"
+    with pytest.raises(ValueError, match=f"{name} has no use for {foreign}; valid: name, max_length"):
+        build_task(load(name, **{foreign: 3}), data_dir=None, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_missing_key_is_named(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} needs .*; see configs/task/{name}.yaml"):
+        build_task(TaskConfig(name=name, max_length=1024, mask_ratio=0.1), data_dir=None, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_length": 1}, "max_length is 1"),
+        ({"mask_ratio": 1.0}, "mask_ratio is 1.0"),
+        ({"val_fraction": 0.0}, "val_fra"),
+    ],
+)
+def test_values_out_of_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        TaskConfig(**{"name": "lra_text", "max_length": 10, "mask_ratio": 0.1, **change})
+
+
+def test_heavy_imports_wait_until_they_are_needed():
+    command = (
+        "import sys, seqzoo.tasks; print([m for m in ('numba', 'pooch', 'rich', 'omegaconf') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

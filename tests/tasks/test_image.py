@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from seqzoo.tasks import DataError, TaskConfig, build_task, lra_image
+
+
+def config(**changes) -> TaskConfig:
+    settings = {"name": "lra_image", "max_length": 1024, "mask_ratio": 0.5, "val_fraction": 0.1, "split_seed": 42}
+    return TaskConfig(**(settings | changes))
+
+
+@pytest.fixture
+def batches(tmp_path, monkeypatch):
+    """Two training files of 100 pictures and a test file of 20, in the official layout, and their pictures."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    data, sums = {}, {}
+    for filename, n in (("data_batch_1", 100), ("data_batch_2", 100), ("test_batch", 20)):
+        data[filename] = generator.integers(0, 256, (n, 3072), dtype=np.uint8)
+        content = {b"batch_label": b"toy", b"labels": [i % 10 for i in range(n)], b"data": data[filename]}
+        (folder / filename).write_bytes(pickle.dumps(content, protocol=4))
+        sums[filename] = hashlib.md5((folder / filename).read_bytes()).hexdigest()
+    monkeypatch.setattr(lra_image, "TRAIN_FILES", {name: sums[name] for name in ("data_batch_1", "data_batch_2")})
+    monkeypatch.setattr(lra_image, "TEST_FILES", {"test_batch": sums["test_batch"]})
+    return tmp_path, data
+
+
+def test_the_task(batches, tmp_path):
+    data_dir, data = batches
+    task = build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
+    assert [len(split) for split in (task.train, task.val, task.test)] == [180, 20, 20]
+    assert task.train.labels.bincount().tolist() == [18] * 10
+    assert task.val.labels.bincount().tolist() == [2] * 10
+    assert (task.spec.kind, task.spec.vocab_size, task.spec.channels, task.spec.mask_id) == ("pixels", 256, 1, None)
+    batch = task.test.batch(torch.arange(20))
+    assert batch.inputs.shape == (20, 1024, 1)
+    assert batch.inputs.dtype == torch.uint8
+    assert batch.lengths.tolist() == [1024] * 20
+    weights = np.array([0.299, 0.587, 0.114])
+    luma = np.einsum("nct,c->nt", data["test_batch"].reshape(20, 3, 1024), weights)
+    assert np.abs(batch.inputs.squeeze(-1).numpy() - luma).max() <= 0.51  # rounded, of weights in 16 bits
+    grey = lra_image.grey(np.concatenate([data["data_batch_1"], data["data_batch_2"]]))
+    together = torch.cat([split.values.view(-1, 1024) for split in (task.train, task.val)])
+    assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, grey))
+
+
+def test_grey_is_that_of_pil():
+    image = pytest.importorskip("PIL.Image")
+    planes = np.random.default_rng(1).integers(0, 256, (4, 3072), dtype=np.uint8)
+    for row, picture in zip(lra_image.grey(planes), planes, strict=True):
+        rgb = np.ascontiguousarray(picture.reshape(3, 32, 32).transpose(1, 2, 0))
+        assert (row.reshape(32, 32) == np.asarray(image.fromarray(rgb).convert("L"))).all()
+
+
+def test_grey_levels():
+    pure = np.array([[255, 0, 0, 255, 0], [0, 255, 0, 255, 0], [0, 0, 255, 255, 0]], dtype=np.uint8).reshape(1, -1)
+    assert lra_image.grey(pure).tolist() == [[76, 150, 29, 255, 0]]
+
+
+def test_a_damaged_file(batches, tmp_path):
+    path = batches[0] / "cifar-10-batches-py" / "data_batch_2"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="data_batch_2 is truncated or damaged"):
+        build_task(config(), data_dir=batches[0], cache_dir=tmp_path / "cache")
+
+
+def test_a_missing_file(batches, tmp_path):
+    (batches[0] / "cifar-10-batches-py" / "test_batch").unlink()
+    with pytest.raises(DataError, match="test_batch is missing"):
+        build_task(config(), data_dir=batches[0], cache_dir=tmp_path / "cache")
+
+
+def test_pictures_are_not_cut(tmp_path):
+    with pytest.raises(ValueError, match="max_length is 512; a picture has 1024 pixels"):
+        build_task(config(max_length=512), data_dir=None, cache_dir=tmp_path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("/nonexistent/would-have-run",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_runs_code_is_refused(protocol):
+    content = pickle.dumps({"data": Malicious()}, protocol=protocol)
+    with pytest.raises(pickle.UnpicklingError, match=r"mkdir has no place in a file of arrays"):
+        lra_image._ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+
+
+def test_the_published_pictures(real_data, tmp_path):
+    task = build_task(config(), data_dir=real_data("cifar-10-batches-py"), cache_dir=tmp_path)
+    assert [len(split) for split in (task.train, task.val, task.test)] == [45_000, 5_000, 10_000]
+    for split in (task.train, task.val, task.test):
+        assert split.labels.bincount().tolist() == [len(split) // 10] * 10
+    pixels = task.train.values[: 1024 * 10_000].double() / 255
+    normalised = (pixels - task.spec.mean[0]) / task.spec.std[0]
+    assert normalised.mean().item() == pytest.approx(0, abs=0.02)
+    assert normalised.std().item() == pytest.approx(1, abs=0.02)

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from seqzoo.tasks import DataError, TaskConfig, build_task, lra_listops
+from seqzoo.tasks.listops_generator import generate
+from seqzoo.tasks.listops_grammar import EOS, SYMBOLS, Grammar, evaluate, tokenise
+
+SMALL = Grammar(max_depth=5, max_args=10, min_length=20, length_bound=200)
+
+
+def small_config(**changes) -> TaskConfig:
+    settings = {
+        "name": "lra_listops",
+        "max_length": 256,
+        "mask_ratio": 0.1,
+        "max_depth": 5,
+        "max_args": 10,
+        "min_length": 20,
+        "length_bound": 200,
+        "num_train": 300,
+        "num_val": 40,
+        "num_test": 50,
+        "generator_seed": 0,
+    }
+    return TaskConfig(**(settings | changes))
+
+
+def draw(num_rows: int, grammar: Grammar = SMALL, *, seed: int = 0, workers: int | None = 1):
+    return generate(grammar, num_rows, seed=seed, workers=workers, advance=lambda rows: None)
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("7", 7),
+        ("( ( ( [MAX 4 ) 3 ) ] )", 4),
+        ("[MIN 4 3 ]", 3),
+        ("[MED 1 2 9 ]", 2),
+        ("[MED 1 2 ]", 1),
+        ("[MED 9 1 4 8 ]", 6),
+        ("[SM 7 8 9 ]", 4),
+        ("[MAX 2 [MIN 9 [SM 5 3 ] ] [MED 1 1 ] ]", 8),
+    ],
+)
+def test_evaluate(expression, value):
+    assert evaluate(tokenise(expression)) == value
+
+
+def test_tokenise_keeps_the_brackets():
+    tokens = tokenise("( ( ( [MAX 4 ) 3 ) ] )")
+    assert [SYMBOLS[token] for token in tokens] == ["[MAX", "4", "3", "]"]
+    assert SYMBOLS[:6] == ("<mask>", "<pad>", "<unk>", "<eos>", "0", "1")
+    assert len(SYMBOLS) == 19
+
+
+@pytest.mark.parametrize("expression", ["", "1 2", "[MAX 1 2", "[MAX ]", "1 ]", "[MAX 1 ] ]"])
+def test_evaluate_refuses_what_is_no_expression(expression):
+    with pytest.raises(ValueError, match="not a ListOps expression"):
+        evaluate(tokenise(expression))
+
+
+def test_tokenise_names_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"'\[AVG' is no symbol of ListOps; valid: 0 1 2"):
+        tokenise("( [AVG 1 )")
+
+
+def test_generated_expressions_follow_the_grammar():
+    rows, labels = draw(1000)
+    assert [evaluate(row) for row in rows] == labels.tolist()
+    assert all(20 < len(row) < 200 for row in rows)
+    assert len({row.tobytes() for row in rows}) == 1000
+    operators = [token for row in rows for token in row.tolist() if token >= SYMBOLS.index("[MIN")]
+    brackets = operators.count(SYMBOLS.index("]"))
+    shares = [operators.count(SYMBOLS.index(symbol)) / brackets for symbol in ("[MIN", "[MAX", "[MED", "[SM")]
+    assert shares == pytest.approx([0.25] * 4, abs=0.02)
+    depths = {max(np.cumsum([(14 <= t <= 17) - (t == 18) for t in row.tolist()])) for row in rows}
+    assert max(depths) == 4  # the root's depth is 1, and below depth 5 there are digits only
+
+
+def test_a_tiny_grammar_is_exhausted_and_then_refused():
+    """One operator on two digits: 400 expressions, each found once."""
+    tiny = Grammar(max_depth=2, max_args=2, min_length=3, length_bound=5)
+    rows, labels = draw(400, tiny)
+    digits = range(4, 14)
+    assert sorted(map(bytes, rows)) == [bytes([o, a, b, 18]) for o in range(14, 18) for a in digits for b in digits]
+    assert [evaluate(row) for row in rows] == labels.tolist()
+    with pytest.raises(ValueError, match="401 rows were asked for and only 400 distinct ones found"):
+        draw(401, tiny)
+
+
+@pytest.mark.parametrize("workers", [2, 3, None])
+def test_rows_do_not_depend_on_the_number_of_workers(workers):
+    rows, labels = draw(6000, seed=5)
+    other_rows, other_labels = draw(6000, seed=5, workers=workers)
+    assert b"".join(map(bytes, rows)) == b"".join(map(bytes, other_rows))
+    assert labels.tolist() == other_labels.tolist()
+
+
+def test_a_seed_is_a_stream_of_its_own():
+    first, second = ({bytes(row) for row in draw(500, seed=seed)[0]} for seed in (0, 1))
+    assert len(first & second) < 5
+    assert bytes(draw(1)[0][0]) == bytes(draw(500)[0][0])  # asking for more only adds
+
+
+def test_published_settings_give_the_published_distribution():
+    rows, labels = draw(3000, Grammar())
+    lengths = np.array([len(row) for row in rows])
+    assert 500 < lengths.min() < 520
+    assert 1950 < lengths.max() < 2000
+    assert lengths.mean() == pytest.approx(1035, abs=25)
+    shares = np.bincount(labels) / 3000
+    assert shares[[0, 9]] == pytest.approx(0.17, abs=0.025)
+    assert shares[1:9] == pytest.approx(0.083, abs=0.025)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_depth": 1}, "at least 2"),
+        ({"max_args": 1}, "at least 2"),
+        ({"min_length": 199}, "no length lies between"),
+    ],
+)
+def test_grammars_that_draw_nothing(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Grammar(**{"max_depth": 5, "max_args": 10, "min_length": 20, "length_bound": 200, **settings})
+
+
+def test_the_task(tmp_path):
+    task = build_task(small_config(), data_dir=None, cache_dir=tmp_path)
+    assert [len(split) for split in (task.train, task.val, task.test)] == [300, 40, 50]
+    assert (task.spec.vocab_size, task.spec.num_classes, task.spec.mask_id, task.spec.pad_id) == (19, 10, 0, 1)
+    assert task.train.values.dtype == torch.uint8
+    assert task.note == "max_depth 5, min_length 20, length_bound 200, num_train 300, num_val 40, num_test 50"
+    seen = set()
+    for split in (task.train, task.val, task.test):
+        batch = split.batch(torch.arange(len(split)))
+        for row, length, label in zip(batch.inputs.numpy(), batch.lengths, batch.labels, strict=True):
+            assert row[length - 1] == EOS
+            assert evaluate(row[: length - 1]) == label
+            seen.add(bytes(row.astype(np.uint8)[:length]))
+    assert len(seen) == 390
+
+
+def test_the_same_task_from_the_cache_and_from_other_workers(tmp_path):
+    values = [
+        build_task(small_config(workers=workers), data_dir=None, cache_dir=tmp_path / cache).train.values
+        for workers, cache in ((1, "a"), (2, "a"), (2, "b"))
+    ]
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[0], values[2])
+    assert len(list((tmp_path / "a").glob("lra_listops-*"))) == 1
+    other_seed = build_task(small_config(generator_seed=1), data_dir=None, cache_dir=tmp_path / "a")
+    assert not torch.equal(values[0][:1000], other_seed.train.values[:1000])
+
+
+def test_cut_expressions_are_noted(tmp_path):
+    task = build_task(small_config(max_length=64), data_dir=None, cache_dir=tmp_path)
+    assert "expressions cut to 64 symbols" in task.note
+    assert task.train.lengths.max() == 64
+    assert (task.train.values[task.train.offsets[1:] - 1] == EOS).all()
+
+
+@pytest.mark.parametrize(("change", "message"), [({"num_val": 0}, "at least one"), ({"workers": 0}, "workers is 0")])
+def test_settings_out_of_range(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        build_task(small_config(**change), data_dir=None, cache_dir=tmp_path)
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """Files in the released layout, with four rows a split, and the configuration that asks for them."""
+    small = {"num_train": 4, "num_val": 4, "num_test": 4}
+    monkeypatch.setattr(lra_listops, "PUBLISHED", lra_listops.PUBLISHED | small)
+    folder = tmp_path / "data" / "lra_release" / "lra_release" / "listops-1000"
+    folder.mkdir(parents=True)
+    for i, name in enumerate(("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")):
+        rows = [f"( ( ( [MAX {i} ) {n} ) ] )\t{max(i, n)}" for n in range(4)]
+        (folder / name).write_text("\n".join(["Source\tTarget", *rows]) + "\n")
+    config = small_config(**{k: v for k, v in lra_listops.PUBLISHED.items() if k != "name"}, max_length=2048)
+    return folder, config, tmp_path
+
+
+def test_released_files_are_read(released):
+    _, config, tmp_path = released
+    task = build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert task.note == "released rows"
+    batch = task.val.batch(torch.arange(4))
+    assert [SYMBOLS[token] for token in batch.inputs[2, :5]] == ["[MAX", "1", "2", "]", "<eos>"]
+    assert batch.lengths.tolist() == [5] * 4
+    assert batch.labels.tolist() == [1, 1, 2, 3]
+
+
+def test_released_files_are_not_taken_for_another_grammar(released):
+    _, config, tmp_path = released
+    config.min_length, config.length_bound = 20, 200
+    task = build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert task.note == "min_length 20, length_bound 200"
+    assert task.train.lengths.min() > 20
+
+
+def test_changed_files_are_read_anew(released):
+    folder, config, tmp_path = released
+    before = build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+    path = folder / "basic_test.tsv"
+    path.write_text(path.read_text().replace("[MAX", "[MIN"))
+    os.utime(path, ns=(1, 1))
+    after = build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert before.test.values[0] != after.test.values[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text.replace("Source", "Sauce"), r"basic_train\.tsv: the header is 'Sauce\\tTarget'"),
+        (lambda text: text.replace("\t2", " 2"), r"basic_train\.tsv, row 4: expected an expression, a tab and a digit"),
+        (lambda text: text.replace("[MAX 0 ) 1", "[MUX 0 ) 1"), r"basic_train\.tsv, row 3: '\[MUX' is no symbol"),
+        (lambda text: text[: text.rindex("(")].rsplit("\n", 1)[0], r"basic_train\.tsv holds 3 rows, expected 4"),
+    ],
+    ids=["header", "label", "symbol", "cut"],
+)
+def test_damaged_rows_are_named(released, damage, message):
+    folder, config, tmp_path = released
+    path = folder / "basic_train.tsv"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DataError, match=message):
+        build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
+def test_labels_of_the_published_generator(real_data):
+    path = real_data("listops/lra_generator_1000.tsv") / "listops" / "lra_generator_1000.tsv"
+    expressions, labels = lra_listops._read(path, 1000)
+    assert [evaluate(expression) for expression in expressions] == labels.tolist()
+    assert all(500 < len(expression) < 2000 for expression in expressions)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqzoo.tasks import DataError, Task, TaskConfig, build_task, lra_text
+
+
+def config(**changes) -> TaskConfig:
+    settings = {
+        "name": "lra_text",
+        "max_length": 4096,
+        "mask_ratio": 0.15,
+        "val_fraction": 0.1,
+        "split_seed": 42,
+        "min_frequency": 15,
+    }
+    return TaskConfig(**(settings | changes))
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch) -> Path:
+    """Ten reviews a folder in the official layout: `bad <number>` or `good <number>`, one with a rare character."""
+    monkeypatch.setattr(lra_text, "REVIEWS_PER_FOLDER", 10)
+    for split in ("train", "test"):
+        for label, word in (("neg", "bad"), ("pos", "good")):
+            folder = tmp_path / "aclImdb" / split / label
+            folder.mkdir(parents=True)
+            for number in range(10):
+                (folder / f"{number}_{7 if label == 'pos' else 3}.txt").write_text(f"{word} {number}", encoding="utf-8")
+    (tmp_path / "aclImdb" / "test" / "pos" / "9_7.txt").write_text("naïve 🎬 film", encoding="utf-8")
+    return tmp_path
+
+
+def decode(task: Task, split: str, i: int) -> str:
+    batch = getattr(task, split).batch(torch.tensor([i]))
+    return "".join(task.symbols[token] for token in batch.inputs[0, : batch.lengths[0]])
+
+
+def test_reviews_in_order_of_class_and_number(data_dir, tmp_path):
+    task = build_task(config(min_frequency=1), data_dir=data_dir, cache_dir=tmp_path / "cache")
+    assert [len(split) for split in (task.train, task.val, task.test)] == [18, 2, 20]
+    assert task.val.labels.tolist() == [0, 1]
+    assert task.test.labels.tolist() == [0] * 10 + [1] * 10
+    assert decode(task, "test", 0) == "bad 0<eos>"
+    assert decode(task, "test", 10) == "good 0<eos>"
+    texts = {decode(task, split, i) for split in ("train", "val") for i in range(len(getattr(task, split)))}
+    assert texts == {f"{word} {number}<eos>" for word in ("bad", "good") for number in range(10)}
+    assert task.majority == 0.5
+    assert task.note == ""
+
+
+def test_vocabulary_is_what_training_sees(data_dir, tmp_path):
+    task = build_task(config(min_frequency=9), data_dir=data_dir, cache_dir=tmp_path / "cache")
+    # in 18 reviews: d and space 18 times, o 18 times (9 reviews), a, b, g 9 times, each digit at most twice
+    assert task.symbols == ("<mask>", "<pad>", "<unk>", "<eos>", " ", "d", "o", "a", "b", "g")
+    assert (task.spec.vocab_size, task.spec.mask_id, task.spec.pad_id) == (10, 0, 1)
+    assert decode(task, "test", 19) == "<unk>a<unk><unk><unk> <unk> <unk><unk><unk><unk><eos>"  # characters, not bytes
+
+
+def test_long_reviews_are_cut(data_dir, tmp_path):
+    task = build_task(config(max_length=5, min_frequency=1), data_dir=data_dir, cache_dir=tmp_path / "cache")
+    assert decode(task, "test", 0) == "bad <eos>"
+    assert task.train.lengths.max() == 5
+    assert task.note == "text cut to 5 characters"
+    assert set(task.symbols[4:]) == set("badgo ")  # no digit is left to be seen
+
+
+def test_built_once(data_dir, tmp_path, monkeypatch):
+    first = build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(lra_text, "provide", None)
+    second = build_task(config(mask_ratio=0.3), data_dir=None, cache_dir=tmp_path / "cache")
+    assert torch.equal(first.train.values, second.train.values)
+    assert first.symbols == second.symbols
+    assert second.spec.mask_ratio == 0.3
+
+
+def test_incomplete_folder(data_dir, tmp_path):
+    (data_dir / "aclImdb" / "train" / "pos" / "4_7.txt").unlink()
+    with pytest.raises(DataError, match=r"train/pos holds 9 reviews named .*, expected 10"):
+        build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
+
+
+def test_a_damaged_review_is_named(data_dir, tmp_path):
+    (data_dir / "aclImdb" / "train" / "pos" / "4_7.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"4_7\.txt is damaged: 'utf-8' codec"):
+        build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.slow
+def test_the_published_reviews(real_data, tmp_path):
+    task = build_task(config(), data_dir=real_data("aclImdb"), cache_dir=tmp_path)
+    assert [len(split) for split in (task.train, task.val, task.test)] == [22_500, 2_500, 25_000]
+    for split in (task.train, task.val, task.test):
+        assert split.labels.bincount().tolist() == [len(split) // 2] * 2
+    assert 130 <= task.spec.vocab_size <= 140
+    assert task.symbols[4:8] == (" ", "e", "t", "a")
+    assert decode(task, "train", 0).startswith("Story of a man who has unnatural feelings for a pig.")
+    assert task.test.mean_length == pytest.approx(1271, abs=1)
+    assert task.test.lengths.max() == 4096
