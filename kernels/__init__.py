@@ -1,7 +1,7 @@
 """Sequence-mixing operations on tensors laid out [batch, time, heads, channels]; imported as `seqzoo.kernels`.
 
-Every operation has `backend="auto" | "fused" | "chunked" | "reference"` and `lengths: [B]` for padded batches: what lies
-past a sequence's length never changes its outputs or gradients, and outputs past it are zero.
+Every operation has `backend="auto" | "fused" | "chunked" | "reference"` and `lengths: [B]` for padded batches: what
+lies past a sequence's length never changes its outputs or gradients, and outputs past it are zero.
 """
 
 from .attention import attention

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 
-
-
 def choose(operation: str, backend: str, implementations: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """The implementation of `operation` that `backend` names; "auto" takes the fastest one there is.
 

@@ -1,4 +1,4 @@
-"""A zoo of sequence mixers behind one block interface, trained on Long Range Arena from scratch and after self-pretraining."""
+"""Sequence mixers behind one block interface, trained on Long Range Arena from scratch and after self-pretraining."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a model is trained for: a batch and a model in, a loss and sums for metrics out.
 
-Masked self-pretraining hides positions drawn independently with the task's ratio, always behind <mask> (tokens) or a zero
-and a flag (pixels), and asks for what stood there (Amos, Berant and Gupta 2024; no 80/10/10 split, loss on hidden
+Masked self-pretraining hides positions drawn independently with the task's ratio, always behind <mask> (tokens) or a
+zero and a flag (pixels), and asks for what stood there (Amos, Berant and Gupta 2024; no 80/10/10 split, loss on hidden
 positions only). Causal self-pretraining asks every position for the next one. Padding is never asked for.
 """
 

@@ -39,4 +39,4 @@ class Batch(NamedTuple):
     inputs: Tensor  # tokens: int64 [B, T]; pixels: uint8 [B, T, channels]
     lengths: Tensor  # int64 [B]; what lies past them is padding
     labels: Tensor  # int64 [B]
-    index: Tensor  # int64 [B], positions in the split
+    index: Tensor  # type: ignore[assignment]  # int64 [B], positions in the split

@@ -29,7 +29,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "tensor", *, worst_row: float = 30.0):
-    """Both relative errors within bounds: the whole tensor's within `tolerance`, a row's within `worst_row` times it."""
+    """Relative error of the whole tensor within `tolerance`, of its worst row within `worst_row` times that."""
     whole, row = relative_error(actual, expected)
     assert whole <= tolerance, f"{name}: relative error {whole:.2e} over {tolerance:.0e}"
-    assert row <= worst_row * tolerance, f"{name}: relative error of the worst row {row:.2e} over {worst_row * tolerance:.0e}"
+    assert row <= worst_row * tolerance, (
+        f"{name}: relative error of the worst row {row:.2e} over {worst_row * tolerance:.0e}"
+    )

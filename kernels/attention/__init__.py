@@ -56,7 +56,7 @@ def attention(
         raise ValueError(f"attention: {G} key/value heads do not divide {H} query heads")
     if position is None and S != T:
         raise ValueError(f"attention: {T} queries against {S} keys need position, where the first query stands")
-    if isinstance(scale, Tensor) and scale.shape not in ((T,), (B, T)):
+    if isinstance(scale, Tensor) and list(scale.shape) not in ([T], [B, T]):
         raise ValueError(f"attention: a scale per query is [{T}] or [{B}, {T}], got {list(scale.shape)}")
     check_lengths("attention", lengths, B)
     run = choose("attention", backend, {"chunked": attention_chunked, "reference": attention_reference})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..common import check_lengths, choose
@@ -20,7 +22,7 @@ def diagonal_scan(
     reverse: bool = False,
     lengths: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """The linear recurrence with diagonal coefficients, real or complex,
 
         h_t = a_t ∘ h_{t-1} + x_t        with h_0 = `initial_state`, zero by default

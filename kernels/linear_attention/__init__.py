@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..common import check_lengths, choose
@@ -23,7 +25,7 @@ def linear_attention(
     output_final_state: bool = False,
     lengths: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Linear attention with an optional scalar decay per head, in time and memory linear in T.
 
     Causal, from the state S_0 = `initial_state` (zero by default), with g = `log_decay` (zero by default):

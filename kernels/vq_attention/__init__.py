@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..common import check_lengths, choose
@@ -27,7 +29,7 @@ def vq_attention(
     output_final_state: bool = False,
     lengths: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, VQState]:
+) -> Any:
     """softmax(q k̂ᵀ + bias) v, where k̂ is the code nearest to each key.
 
     Keys that share a code share their score, so that all keys further back than the previous block (causal), or than
@@ -64,9 +66,8 @@ def vq_attention(
     """
     B, T, H, D = q.shape
     if k.shape != q.shape or v.shape[:3] != (B, T, H):
-        raise ValueError(
-            f"vq_attention: q and k must be [B, T, H, D], v [B, T, H, Dv], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
+        given = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"vq_attention: q and k must be [B, T, H, D] and v [B, T, H, Dv], got {given}")
     if codebook.dim() != 3 or codebook.shape[0] != H or codebook.shape[2] != D:
         raise ValueError(f"vq_attention: codebook must be [{H}, S, {D}], got {list(codebook.shape)}")
     if codes is not None and codes.shape != (B, T, H):
@@ -75,9 +76,11 @@ def vq_attention(
         raise ValueError(f"vq_attention: block_len must be 1 or more, got {block_len}")
     if bias is not None:
         widest = block_len + 1 if causal else 2 * block_len + 1
-        if bias.shape[:-1] not in ((H,), (B, T, H)) or bias.shape[-1] > widest or not (causal or bias.shape[-1] % 2):
+        entries = bias.shape[-1]
+        if list(bias.shape[:-1]) not in ([H], [B, T, H]) or entries > widest or not (causal or entries % 2):
             raise ValueError(
-                f"vq_attention: bias must be [{H}, n] or [{B}, {T}, {H}, n] with {'n' if causal else 'n odd and'} at most {widest}, got {list(bias.shape)}"
+                f"vq_attention: bias must be [{H}, n] or [{B}, {T}, {H}, n] with n at most {widest}"
+                f"{'' if causal else ' and odd'}, got {list(bias.shape)}"
             )
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError("vq_attention: only causal attention has a state; valid: causal=True")

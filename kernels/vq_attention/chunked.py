@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, valid_positions, zero_padding
+from ..diagonal_scan import diagonal_scan
 from .codes import straight_through
 from .state import VQState
 
@@ -90,24 +91,20 @@ def _windows(x_b: Tensor, N: int, W: int) -> Tensor:
 def _outside_window(codes_b: Tensor, v_b: Tensor, valid_b: Tensor, S: int, N: int, W: int) -> tuple[Tensor, Tensor]:
     """How many keys outside each block's window have each code, and the sum of their values.
 
-    Prefix sums, and suffix sums if bidirectional, of the blocks' own: the total less the window would cancel.
+    Running sums from the front, and from the back if bidirectional, of the blocks' own: the total less the window
+    would cancel. Block i of N has the padded blocks before i in front of its window, and those from i + W on behind it.
     """
     member = (codes_b[..., None] == torch.arange(S, device=codes_b.device)) & valid_b[:, None, :, :, None]
     counts = member.sum(3)  # [B, H, N', S]
     sums = member.to(v_b.dtype).transpose(-1, -2) @ v_b  # [B, H, N', S, Dv]
-    counts, sums = (_before(x, N) + (_after(x, N) if W == 3 else 0) for x in (counts, sums))
-    return counts, sums
-
-
-def _before(x: Tensor, N: int) -> Tensor:
-    """For block i of N, the sum of x over the padded blocks 0..i-1, all those in front of its window."""
-    return torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, : N - 1].cumsum(2)], 2)
-
-
-def _after(x: Tensor, N: int) -> Tensor:
-    """For block i of N, the sum of x over the padded blocks i+3.., all those behind its window of three."""
-    tail = x[:, :, 3:].flip(2).cumsum(2).flip(2)
-    return torch.cat([tail, torch.zeros_like(x[:, :, : N - tail.shape[2]])], 2)
+    rows = sums.flatten(0, 1).flatten(2)  # [BH, N', S Dv]
+    one = rows.new_ones(rows.shape[-1])
+    outside_counts = F.pad(counts[:, :, : N - 1].cumsum(2), (0, 0, 1, 0))
+    outside = F.pad(diagonal_scan(rows[:, : N - 1], one), (0, 0, 1, 0)) if N > 1 else torch.zeros_like(rows[:, :1])
+    if W == 3 and N > 1:
+        outside_counts = outside_counts + F.pad(counts[:, :, W:].flip(2).cumsum(2).flip(2), (0, 0, 0, 1))
+        outside = outside + F.pad(diagonal_scan(rows[:, W:], one, reverse=True), (0, 0, 0, 1))
+    return outside_counts, outside.unflatten(-1, sums.shape[-2:]).unflatten(0, sums.shape[:2])
 
 
 def _along_distance(bias: Tensor, causal: bool, L: int, N: int, T: int) -> Tensor:
@@ -117,10 +114,8 @@ def _along_distance(bias: Tensor, causal: bool, L: int, N: int, T: int) -> Tenso
     and read as if they were not move each row one column further than the row above it.
     """
     W, reach = (2, bias.shape[-1] - 1) if causal else (3, bias.shape[-1] // 2)
-    if bias.dim() == 2:
-        rows = bias[None, :, None, None].expand(-1, -1, -1, L, -1)
-    else:
-        rows = _blocks(bias, 0, N * L - T, L)
+    same_for_all = bias.dim() == 2
+    rows = bias[None, :, None, None].expand(-1, -1, -1, L, -1) if same_for_all else _blocks(bias, 0, N * L - T, L)
     before = L - reach
     rows = F.pad(rows.flip(-1), (before, W * L + 1 - before - bias.shape[-1]))  # [., H, N, L, WL + 1]
     return rows.flatten(-2)[..., : W * L * L].unflatten(-1, (L, W * L))

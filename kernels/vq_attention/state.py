@@ -32,7 +32,7 @@ class VQState(NamedTuple):
 
     def advance(self, codes: Tensor, values: Tensor, lengths: Tensor | None) -> VQState:
         """The state after `codes` [B, T, H] and `values` [B, T, H, Dv], of which `lengths` are valid."""
-        B, block_len, H = self.codes.shape
+        block_len, H = self.codes.shape[1:]
         T, S = codes.shape[1], self.counts.shape[-1]
         steps = torch.full_like(self.position, T) if lengths is None else lengths
         codes, values = torch.cat([self.codes, codes], 1), torch.cat([self.values, values], 1)

@@ -37,7 +37,10 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
-        """Outputs for `x` [B, T, d_model] after `state`, and the state after them; no state in, None or any state out."""
+        """Outputs for `x` [B, T, d_model], zero past `lengths`, that follow `state`; and the state after them.
+
+        Without a state, the sequences begin, and what is returned for it has no meaning.
+        """
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -111,6 +114,11 @@ def head_dim(block: str, d_model: int, num_heads: int) -> int:
     return d_model // num_heads
 
 
+def advance(position: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Where sequences stand after the steps of `x` [B, T, ...], or as many of them as `lengths` says."""
+    return position + (x.shape[1] if lengths is None else lengths)
+
+
 def auxiliary_loss(module: nn.Module) -> Tensor:
     """The sum of the losses that blocks inside `module` have of their own in the last forward pass, a scalar.
 
@@ -132,4 +140,3 @@ def after_step(module: nn.Module) -> None:
     for block in module.modules():
         if isinstance(block, Block):
             block.after_step()
-

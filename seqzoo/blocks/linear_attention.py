@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels import linear_attention
 
-from .base import Block, head_dim
+from .base import Block, advance, head_dim
 from .rotary import rotate
 
 FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu}
@@ -20,7 +20,9 @@ class LinearAttentionState(NamedTuple):
 
 
 class LinearAttention(Block):
-    """Attention with φ(q)·φ(k) for the exponential of q·k: a sum over keys that can be carried (Katharopoulos et al. 2020).
+    """Attention with φ(q)·φ(k) for the exponential of q·k, so that the sum over keys can be carried.
+
+    Source: Katharopoulos et al., "Transformers are RNNs" (2020), equations 5 to 9.
 
     The output is divided either by the sum of the weights, or by its own size in each head (RMS norm; Qin et al. 2022,
     "The Devil in Linear Transformer"), which lets φ be negative.
@@ -100,7 +102,7 @@ class LinearAttention(Block):
         )
         if state is not None:
             y, memory = y
-            state = LinearAttentionState(memory, state.position + (T if lengths is None else lengths))
+            state = LinearAttentionState(memory, advance(state.position, x, lengths))
         if self.norm is not None:
             y = self.norm(y)
         return self.out_proj(y.flatten(2)), state

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from seqzoo.kernels import diagonal_scan
 from seqzoo.kernels.common import accumulation_dtype
 
-from .base import Block
+from .base import Block, advance
 
 
 class RecurrentState(NamedTuple):
@@ -20,9 +20,9 @@ class RecurrentState(NamedTuple):
 class LRU(Block):
     """Linear recurrent unit: h_t = λ∘h_{t-1} + γ∘(B x_t), y_t = Re(C h_t) + D∘x_t, then GELU and a gated linear unit.
 
-    λ = exp(-exp(ν) + i exp(θ)) lies inside the unit circle whatever ν is; γ starts at √(1 - |λ|²), which keeps h as large
-    as its input. Parameters are real, complex numbers exist inside the scan only. Bidirectional: the same recurrence also
-    runs from the end, both include the present step, and C reads both.
+    λ = exp(-exp(ν) + i exp(θ)) lies inside the unit circle whatever ν is; γ starts at √(1 - |λ|²), which keeps h as
+    large as its input. Parameters are real, complex numbers exist inside the scan only. Bidirectional: the same
+    recurrence also runs from the end, both include the present step, and C reads both.
 
     Args:
         d_model: width.
@@ -32,7 +32,7 @@ class LRU(Block):
         max_phase: angles of λ start uniformly in [0, max_phase], radians.
         dropout: of the activations between GELU and gate.
 
-    Source: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences" (2023), section 3 and appendix A.
+    Source: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences" (2023), section 3, appendix A.
     """
 
     recurrence = ("nu_log", "theta_log", "gamma_log", "in_proj.weight")
@@ -85,9 +85,7 @@ class LRU(Block):
             before = torch.view_as_complex(state.hidden)
             outputs, last = diagonal_scan(u, lam, initial_state=before, output_final_state=True, lengths=lengths)
             h = [outputs]
-            state = RecurrentState(
-                torch.view_as_real(last), state.position + (x.shape[1] if lengths is None else lengths)
-            )
+            state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths))
         if not self.causal:
             h.append(diagonal_scan(u, lam, reverse=True, lengths=lengths))
         real = torch.cat([torch.view_as_real(part).flatten(-2) for part in h], -1).to(x.dtype)

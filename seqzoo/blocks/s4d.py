@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from seqzoo.kernels import diagonal_scan
 from seqzoo.kernels.common import accumulation_dtype, valid_positions
 
-from .base import Block
+from .base import Block, advance
 from .lru import RecurrentState
 
 CHUNK = 64
@@ -19,8 +19,8 @@ class S4D(Block):
     """Diagonal state space: per channel N/2 conjugate pairs of states, h' = A h + x, y = 2 Re(C h) + D x.
 
     Discretised with a zero-order hold of step Δ; A starts at -1/2 + iπn (S4D-Lin). Then GELU and a gated linear unit.
-    Chunks of a sequence are small Toeplitz products, the states between chunks one `diagonal_scan`, so that the N states
-    of every position never reach memory. Bidirectional: a second C reads the states of what comes after a step.
+    Chunks of a sequence are small Toeplitz products, the states between chunks one `diagonal_scan`, so that the N
+    states of every position never reach memory. Bidirectional: a second C reads the states of what follows a step.
 
     Args:
         d_model: width.
@@ -77,10 +77,8 @@ class S4D(Block):
         inputs = x.to(wide)
         before = None if state is None else torch.view_as_complex(state.hidden)
         y, after = convolve(inputs, step, C[0], before, lengths)
-        if state is not None:
-            state = RecurrentState(
-                torch.view_as_real(after), state.position + (x.shape[1] if lengths is None else lengths)
-            )
+        if state is not None and after is not None:
+            state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths))
         if not self.causal:
             # Padding is zero and comes first in the flipped sequence, where it leaves the state at zero.
             later, _ = convolve(inputs.flip(1), step, C[1], None, None)
@@ -120,7 +118,9 @@ def convolve(
     ends = diagonal_scan(left, powers[..., L].flatten(), initial_state=first)
     starts = torch.cat([first[:, None], ends], 1).unflatten(-1, (D, P))  # [B, N + 1, D, P]
 
-    reads = torch.view_as_real((C[..., None] * powers[..., 1:]).conj_physical()).permute(0, 1, 3, 2).flatten(1, 2)  # [D, 2P, L]
+    reads = (
+        torch.view_as_real((C[..., None] * powers[..., 1:]).conj_physical()).permute(0, 1, 3, 2).flatten(1, 2)
+    )  # [D, 2P, L]
     carried = torch.view_as_real(starts[:, :N]).permute(2, 0, 1, 3, 4).reshape(D, B * N, 2 * P)
     y = flat @ toeplitz.transpose(1, 2) + carried @ reads
     y = y.reshape(D, B, N * L).permute(1, 2, 0)[:, :T]

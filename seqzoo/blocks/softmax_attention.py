@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels import attention
 
-from .base import Block, head_dim
+from .base import Block, advance, head_dim
 from .rotary import rotate
 
 
@@ -27,8 +27,8 @@ class SoftmaxAttention(Block):
         num_heads: query heads, H; divides `d_model`.
         num_kv_heads: key/value heads, G, each shared by H / G query heads (Ainslie et al. 2023); None is `num_heads`.
         rotary: rotary positions on queries and keys; without them the block knows no order unless its input does.
-        entropy_length: scale scores by log n / log(entropy_length), n the number of keys a query sees (16 at least), so
-            that attention stays as sharp on lengths it was not trained on (Su, post 8823, who uses 512). None: no such factor.
+        entropy_length: scale scores by log n / log(entropy_length), n the number of keys a query sees (16 at least),
+            so that attention stays as sharp on lengths it was not trained on (Su, post 8823: 512). None: no factor.
         bias: biases in the projections.
     """
 
@@ -98,4 +98,4 @@ class SoftmaxAttention(Block):
             torch.cat([old, torch.zeros_like(new, dtype=old.dtype)], 1).scatter(1, slot, new.to(old.dtype))
             for old, new in ((state.keys, k), (state.values, v))
         ]
-        return AttentionState(grown[0], grown[1], state.position + (T if lengths is None else lengths))
+        return AttentionState(grown[0], grown[1], advance(state.position, k, lengths))

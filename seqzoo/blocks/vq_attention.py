@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,19 +16,19 @@ class VQAttention(Block):
     """Gated attention over vector-quantised keys (Transformer-VQ, Lingle 2024), linear in time.
 
     q and k are RMS-normalised per head to length D^(1/4), v and the gate are silu projections of width
-    `expand · d_model`. Scores have Transformer-XL position terms up to a distance of `block_len`. Codes are running means
-    of the keys they stand for, updated by `after_step` from exact counts; the commitment loss, averaged over valid
-    positions and summed over heads, pulls keys towards their codes.
+    `expand · d_model`. Scores have Transformer-XL position terms up to a distance of `block_len`. Codes are running
+    means of the keys they stand for, updated by `after_step` from exact counts; the commitment loss, averaged over
+    valid positions and summed over heads, pulls keys towards their codes.
 
     Unlike the authors' code, codes start as long as keys are (theirs start near zero, from where most are never used).
 
     Args:
         d_model: width.
         causal: hide what comes later.
-        num_heads: heads, H, each with its own codebook; divides `d_model`.
+        num_heads: heads, H, each with its own codebook; divides `d_model`. One, as in all published runs, costs least.
         expand: width of the values, times `d_model`.
         codebook_size: codes per head, S.
-        block_len: positions in a block; a query's own and previous (bidirectional: and next) block are attended one by one.
+        block_len: positions in a block; those of a query's own and neighbouring blocks are attended one by one.
         ema: share of a code's running count and sum that each step keeps.
         commitment: weight of the commitment loss.
     """
@@ -45,7 +44,7 @@ class VQAttention(Block):
         d_model: int,
         *,
         causal: bool = False,
-        num_heads: int = 4,
+        num_heads: int = 1,
         expand: float = 2.0,
         codebook_size: int = 128,
         block_len: int = 64,
@@ -119,7 +118,9 @@ class VQAttention(Block):
         frequency = 1e5 ** (-torch.arange(0, self.d_model, 2, device=weight.device, dtype=dtype) / self.d_model)
         angle = distance[:, None] * frequency
         features = torch.cat([angle.sin(), angle.cos()], -1)[:, : self.d_model].to(weight.dtype)
-        return self.distance_proj(features).unflatten(-1, (self.num_heads, self.head_dim)).to(dtype) * self.head_dim**-0.25
+        return (
+            self.distance_proj(features).unflatten(-1, (self.num_heads, self.head_dim)).to(dtype) * self.head_dim**-0.25
+        )
 
     def _observe(self, k: Tensor, codebook: Tensor, codes: Tensor, lengths: Tensor | None) -> None:
         """Gathers what `after_step` applies and the commitment loss, from the valid positions of a training pass."""
@@ -159,7 +160,7 @@ class VQAttention(Block):
             part.zero_()
 
     def metrics(self) -> dict[str, float]:
-        """Codebook health at the last step: perplexity of the codes (heads' mean), share of them used, |k - k̂| / |k|."""
+        """Codebook health at the last step: perplexity of the codes, share of them used, |k - k̂| / |k|."""
         return {name: value.item() for name, value in self._health.items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> VQAttention:

@@ -28,7 +28,7 @@ class TokenEmbedding(nn.Module):
             if low < 0 or high >= size:
                 worst = (high if high >= size else low).item()
                 raise ValueError(f"token id {worst} is outside the vocabulary; valid: 0 to {size - 1}")
-        if mask is not None:
+        if mask is not None and self.mask_id is not None:
             inputs = inputs.masked_fill(mask, self.mask_id)
         return self.table(inputs)
 
@@ -84,7 +84,7 @@ class Embedding(nn.Module):
 
     def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         T = inputs.shape[1]
-        if self.position != "none" and T > self.max_length:
+        if self.position != "none" and self.max_length < T:
             raise ValueError(f"a sequence of {T} steps; absolute positions are valid up to {self.max_length}")
         x = self.inputs(inputs, mask)
         if self.position == "learned":

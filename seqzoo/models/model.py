@@ -22,6 +22,7 @@ class ModelConfig:
     name: str
     d_model: int
     num_layers: int
+    num_heads: int | None = None  # of blocks that have heads, whose options refer to it
     block: dict[str, Any] = field(default_factory=dict)  # name, and options of the block's class
     layers: list[Any] | None = None  # hybrids: a block for each layer, a name or a mapping like `block`
     blocks_per_layer: int = 1  # gated blocks that do an MLP's work stand twice in a layer

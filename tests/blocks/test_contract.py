@@ -1,4 +1,4 @@
-"""What every block promises, over every entry of `BLOCKS`, causal and bidirectional. A new block is in by being registered."""
+"""What every block promises, over every entry of `BLOCKS`, causal and bidirectional."""
 
 import copy
 import math
@@ -23,7 +23,10 @@ VARIANTS = {  # the default options of each block, and those that take another w
         {"feature_map": "silu", "normalize": False, "decay": True, "rotary": True},
         {"decay": True, "bias": True},
     ],
-    "vq_attention": [{"codebook_size": 8, "block_len": 8}, {"codebook_size": 4, "block_len": 3, "num_heads": 1, "expand": 1}],
+    "vq_attention": [
+        {"codebook_size": 8, "block_len": 8, "num_heads": 4},
+        {"codebook_size": 4, "block_len": 3, "num_heads": 1, "expand": 1},
+    ],
     "lru": [{}, {"state_dim": 6, "r_min": 0.0, "r_max": 0.9, "dropout": 0.5}],
     "s4d": [{"state_dim": 4}, {"state_dim": 8, "dt_max": 1.0}],
 }
@@ -37,8 +40,10 @@ CASES = [
 every = pytest.mark.parametrize(("name", "options", "causal"), CASES)
 streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
 bidirectional = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if not case.values[2]])
-differentiable = pytest.mark.parametrize(  # straight-through gradients are not the function's: tests/kernels checks them
-    ("name", "options", "causal"), [case for case in CASES if case.values[0] != "vq_attention"]
+differentiable = (
+    pytest.mark.parametrize(  # straight-through gradients are not the function's: tests/kernels checks them
+        ("name", "options", "causal"), [case for case in CASES if case.values[0] != "vq_attention"]
+    )
 )
 
 
@@ -184,9 +189,7 @@ def test_backends_agree(name, options, causal, monkeypatch):
     actual_gradients = parameter_gradients(fast, actual)
     for operation in ("attention", "linear_attention", "vq_attention", "diagonal_scan"):
         if hasattr(module, operation) and callable(original := getattr(module, operation)):
-            monkeypatch.setattr(
-                module, operation, lambda *a, f=original, **k: f(*a, **k, backend="reference")
-            )
+            monkeypatch.setattr(module, operation, lambda *a, f=original, **k: f(*a, **k, backend="reference"))
     expected = block(x, lengths=lengths)
     assert_close(actual, expected, 1e-5)
     for a, e in zip(actual_gradients, parameter_gradients(block, expected), strict=True):

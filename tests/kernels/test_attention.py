@@ -68,7 +68,9 @@ def test_gradcheck():
     q, k, v = inputs(2, 5, 5, 2, 1, 3, 2)
     lengths = torch.tensor([5, 3])
     for causal in (True, False):
-        assert torch.autograd.gradcheck(lambda q, k, v, c=causal: attention(q, k, v, causal=c, lengths=lengths), (q, k, v))
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, c=causal: attention(q, k, v, causal=c, lengths=lengths), (q, k, v)
+        )
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -76,7 +78,9 @@ def test_gradcheck():
 def test_padding_has_no_effect(causal, backend):
     q, k, v = (t.detach() for t in inputs(2, 20, 20, 2, 2, 8, 8))
     lengths = torch.tensor([13, 20])
-    dirty = [t.clone().index_put((torch.tensor(0), torch.arange(13, 20)), torch.tensor(math.nan).double()) for t in (q, k, v)]
+    dirty = [
+        t.clone().index_put((torch.tensor(0), torch.arange(13, 20)), torch.tensor(math.nan).double()) for t in (q, k, v)
+    ]
     dirty = [t.requires_grad_() for t in dirty]
     y = attention(*dirty, causal=causal, lengths=lengths, backend=backend)
     alone = attention(q[:1, :13], k[:1, :13], v[:1, :13], causal=causal, backend=backend)

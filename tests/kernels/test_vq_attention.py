@@ -64,9 +64,7 @@ def test_agrees_with_the_reference(B, T, H, D, Dv, S, block_len, causal, padded,
     options = {"block_len": block_len, "causal": causal, "codes": codes}
     options["lengths"] = torch.linspace(1, T, B).long() if padded else None
     state = some_state(B, H, S, Dv, block_len) if resumed else None
-    expected = vq_attention(
-        q, k, v, codebook, bias=bias, initial_state=state, backend="reference", **options
-    )
+    expected = vq_attention(q, k, v, codebook, bias=bias, initial_state=state, backend="reference", **options)
     cast = [t.detach().to(dtype).requires_grad_() for t in tensors]
     if state is not None:
         state = state._replace(values=state.values.to(dtype), sums=state.sums.to(dtype))
@@ -197,9 +195,7 @@ def test_counts_stay_exact_where_half_precision_would_not():
     codes = torch.zeros(1, T, 1, dtype=torch.int64)
     ones = torch.ones(1, T, 1, 8)
     codebook = torch.zeros(1, S, 8)
-    _, state = vq_attention(
-        ones, ones, ones, codebook, codes=codes, block_len=4, causal=True, output_final_state=True
-    )
+    _, state = vq_attention(ones, ones, ones, codebook, codes=codes, block_len=4, causal=True, output_final_state=True)
     assert state.counts[0, 0].tolist() == [T - 4, 0]
     assert (state.sums[0, 0, 0] == T - 4).all()
 
@@ -235,7 +231,7 @@ def test_errors_say_what_is_valid():
         vq_attention(q, k, v, codebook, block_len=0)
     with pytest.raises(ValueError, match="at most 5"):
         vq_attention(q, k, v, codebook, block_len=4, causal=True, bias=torch.zeros(2, 6))
-    with pytest.raises(ValueError, match="n odd"):
+    with pytest.raises(ValueError, match="at most 9 and odd"):
         vq_attention(q, k, v, codebook, block_len=4, bias=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="valid: causal=True"):
         vq_attention(q, k, v, codebook, block_len=4, output_final_state=True)

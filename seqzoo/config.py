@@ -1,0 +1,181 @@
+"""The configuration of a run: typed groups, composed by Hydra from `configs/` and the command line's overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from .messages import unknown
+from .models import ModelConfig
+from .tasks import TaskConfig
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+GROUPS = ("model", "task", "recipe")
+CHOICES = {
+    "objective": ("masked", "causal"),
+    "pixel_loss": ("cross_entropy", "l1"),
+    "precision": ("fp32", "bf16"),
+    "pretraining.schedule": ("constant", "cosine"),
+    "finetuning.schedule": ("constant", "cosine"),
+    "wandb.mode": (None, "online", "offline", "disabled"),
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says which key, what was given and what is valid."""
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """How long and how fast one stage, pretraining or fine-tuning, learns."""
+
+    tokens: int | None = None  # budget in tokens, padding not counted; this or `epochs`
+    epochs: float | None = None
+    batch_size: int = 32
+    accumulate: int = 1  # batches summed into one optimiser step
+    lr: float = 1e-3
+    recurrence_lr_factor: float = 0.5  # learning rate of recurrence parameters (decay rates, phases), times lr
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "cosine"  # after the warmup: cosine to zero, or constant
+    clip: float | None = None  # largest global gradient norm
+    evaluations: int = 10  # validations in the stage; the best one's weights are kept
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    mode: str | None = None  # null: online when a key is set, else offline
+    project: str = "seqzoo"
+    entity: str | None = None
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything a run depends on. `configs/train.yaml` says what each key is for."""
+
+    model: ModelConfig
+    task: TaskConfig
+    recipe: str
+    pretrain: Any = False  # false, true, or the folder of a run whose pretraining is to be reused
+    objective: str = "masked"
+    causal: bool = False
+    pixel_loss: str = "cross_entropy"
+    pretraining: StageConfig = field(default_factory=StageConfig)
+    finetuning: StageConfig = field(default_factory=StageConfig)
+    seed: int = 0
+    n_val: int | None = None
+    n_test: int | None = None
+    precision: str = "fp32"
+    device: str = "auto"
+    compile: bool = False
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    runs_dir: str = "runs"
+    resume: str | None = None
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration that `overrides` (Hydra's syntax, `model=lru seed=1 finetuning.lr=3e-4`) ask for.
+
+    Raises:
+        ConfigError: an unknown group entry or key, or a value of the wrong type; names the valid ones.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _check_choices_of_groups(overrides)
+    ConfigStore.instance().store(name="schema", node=Config)
+    # A block's options are its class's, not the configuration's: any may be added, and the block names the valid ones.
+    overrides = [f"++{override}" if override.startswith("model.block.") else override for override in overrides]
+    try:
+        with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
+            raw = hydra_compose("train", overrides=overrides)
+        plain = OmegaConf.to_container(raw, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from None
+    return from_dict(plain)
+
+
+def from_dict(plain: Any) -> Config:
+    """The typed configuration of a mapping, such as a run folder's `config.yaml`.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or one that is not among the valid ones.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from None
+    except ValueError as error:  # raised by a group's own checks
+        raise ConfigError(str(error)) from None
+    _validate(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain dictionaries, what `from_dict` reads."""
+    from dataclasses import asdict
+
+    return asdict(config)
+
+
+def available(group: str) -> list[str]:
+    """The entries of a configuration group, e.g. `available("model")`."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def _check_choices_of_groups(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in GROUPS and value not in available(key):
+            raise ConfigError(unknown(key, value, available(key)))
+
+
+def _explain(error: BaseException) -> str:
+    """What Hydra or OmegaConf found wrong, in one sentence, with the valid keys where one is unknown."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if cause is None:
+        return str(error).strip().splitlines()[0]
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and is_dataclass(cause.object_type):
+        key = cause.full_key or ""
+        prefix = key.rpartition(".")[0]
+        names = [f.name for f in fields(cause.object_type)]
+        return unknown("key", key, (f"{prefix}.{name}" if prefix else name for name in names))
+    return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+
+
+def _validate(config: Config) -> None:
+    for key, valid in CHOICES.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value not in valid:
+            shown = ", ".join("null" if choice is None else choice for choice in valid)
+            raise ConfigError(f"{key}={value}: valid: {shown}")
+    if not isinstance(config.pretrain, bool | str):
+        raise ConfigError(f"pretrain={config.pretrain}: valid: true, false, or the folder of a run")
+    if config.objective == "causal" and config.pretrain:
+        config.causal = True
+    for name in ("pretraining", "finetuning"):
+        stage: StageConfig = getattr(config, name)
+        if (stage.tokens is None) == (stage.epochs is None):
+            raise ConfigError(
+                f"{name} takes one budget: tokens or epochs, got tokens={stage.tokens} epochs={stage.epochs}"
+            )
+        for key, lowest in (("batch_size", 1), ("accumulate", 1), ("evaluations", 1), ("warmup_steps", 0)):
+            if getattr(stage, key) < lowest:
+                raise ConfigError(f"{name}.{key}={getattr(stage, key)}: valid: {lowest} or more")

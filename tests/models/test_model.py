@@ -1,0 +1,145 @@
+import pytest
+import torch
+
+from seqzoo.models import ModelConfig, build_model
+from seqzoo.models.embedding import sinusoids
+from seqzoo.models.heads import pool
+from seqzoo.spec import TaskSpec
+
+TOKENS = TaskSpec(name="tokens", kind="tokens", vocab_size=12, max_length=32, num_classes=3, pad_id=1, mask_id=0)
+PIXELS = TaskSpec(
+    name="pixels",
+    kind="pixels",
+    vocab_size=256,
+    max_length=32,
+    num_classes=10,
+    channels=3,
+    mean=(0.5,) * 3,
+    std=(0.2,) * 3,
+)
+PAIRS = TaskSpec(name="pairs", kind="tokens", vocab_size=12, max_length=32, num_classes=2, mask_id=0, num_inputs=2)
+
+
+def config(**changes):
+    settings = {"name": "m", "d_model": 16, "num_layers": 2, "block": {"name": "lru"}, **changes}
+    return ModelConfig(**settings)
+
+
+def inputs(spec, B=4, T=20):
+    generator = torch.Generator().manual_seed(0)
+    if spec.kind == "pixels":
+        return torch.randint(256, (B, T, spec.channels), generator=generator, dtype=torch.uint8)
+    shape = (B, 2, T) if spec.num_inputs == 2 else (B, T)
+    return torch.randint(2, spec.vocab_size, shape, generator=generator)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "first"])
+def test_pooling_sees_valid_positions_only(pooling):
+    x = torch.randn(3, 6, 4)
+    lengths = torch.tensor([1, 4, 6])
+    dirty = x.clone()
+    for b, n in enumerate(lengths.tolist()):
+        dirty[b, n:] = torch.nan
+    for b, n in enumerate(lengths.tolist()):
+        valid = x[b, :n]
+        expected = {"mean": valid.mean(0), "max": valid.amax(0), "last": valid[-1], "first": valid[0]}[pooling]
+        torch.testing.assert_close(pool(dirty, lengths, pooling)[b], expected)
+
+
+@pytest.mark.parametrize("spec", [TOKENS, PIXELS, PAIRS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("position", ["none", "sinusoidal", "learned"])
+def test_shapes(spec, position):
+    lengths = torch.randint(1, 21, (4, 2) if spec.num_inputs == 2 else (4,))
+    x = inputs(spec)
+    scores = build_model(config(position=position), spec, head="classify", causal=False)(x, lengths)
+    assert scores.shape == (4, spec.num_classes)
+    per_position = build_model(config(position=position), spec, head="per_position", causal=True)(x, lengths)
+    expected = {"tokens": (4, 20, 12), "pixels": (4, 20, 3, 256), "pairs": (8, 20, 12)}[spec.name]
+    assert per_position.shape == expected
+
+
+def test_regression_gives_a_number_per_channel():
+    y = build_model(config(), PIXELS, head="regress", causal=False)(inputs(PIXELS), torch.full((4,), 20))
+    assert y.shape == (4, 20, 3)
+    with pytest.raises(ValueError, match="only pixels can be regressed"):
+        build_model(config(), TOKENS, head="regress", causal=False)
+
+
+@pytest.mark.parametrize("block", ["softmax_attention", "linear_attention", "vq_attention", "lru", "s4d"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_never_changes_a_score(block, causal):
+    torch.manual_seed(0)
+    model = (
+        build_model(config(block={"name": block}, mlp_ratio=2), TOKENS, head="classify", causal=causal).double().eval()
+    )
+    x = inputs(TOKENS)
+    lengths = torch.tensor([20, 7, 1, 13])
+    together = model(x, lengths)
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(model(x[b : b + 1, :n], lengths[b : b + 1]), together[b : b + 1])
+    garbage = x.clone()
+    garbage[1, 7:] = 5
+    torch.testing.assert_close(model(garbage, lengths), together)
+
+
+def test_a_pair_is_two_sequences_in_neighbouring_rows():
+    torch.manual_seed(0)
+    model = build_model(config(), PAIRS, head="classify", causal=False).eval()
+    x, lengths = inputs(PAIRS), torch.randint(1, 21, (4, 2))
+    together = model(x, lengths)
+    for b in range(4):
+        torch.testing.assert_close(model(x[b : b + 1], lengths[b : b + 1]), together[b : b + 1])
+    swapped = model(x.flip(1), lengths.flip(1))
+    assert not torch.allclose(swapped, together)
+
+
+def test_mask_hides_tokens_and_pixels():
+    lengths = torch.full((4,), 20)
+    mask = torch.zeros(4, 20, dtype=torch.bool)
+    mask[:, 3:6] = True
+    for spec in (TOKENS, PIXELS):
+        torch.manual_seed(0)
+        embed = build_model(config(), spec, head="classify", causal=False).backbone.embedding
+        x = inputs(spec)
+        other = x.clone()
+        other[:, 3:6] = 7
+        assert torch.equal(embed(x, mask), embed(other, mask))
+        assert not torch.equal(embed(x, mask)[:, 3:6], embed(x, None)[:, 3:6])
+        assert torch.equal(embed(x, mask)[:, 6:], embed(x, None)[:, 6:])
+    torch.testing.assert_close(
+        embed.inputs.normalise(torch.tensor([[[255, 0, 51]]])), torch.tensor([[[2.5, -2.5, -1.5]]])
+    )
+    assert lengths.sum() == 80
+
+
+def test_sinusoids_are_the_published_ones():
+    table = sinusoids(50, 6)
+    for position in (0, 1, 49):
+        for i in range(3):
+            angle = torch.tensor(position / 10_000 ** (2 * i / 6))
+            torch.testing.assert_close(table[position, 2 * i], angle.sin())
+            torch.testing.assert_close(table[position, 2 * i + 1], angle.cos())
+
+
+def test_hybrids_and_repeated_blocks():
+    layers = ["lru", {"name": "softmax_attention", "num_heads": 2}]
+    model = build_model(config(layers=layers, blocks_per_layer=2, mlp_ratio=2), TOKENS, head="classify", causal=False)
+    kinds = [type(layer.branch).__name__ for layer in model.backbone.layers]
+    assert kinds == ["LRU", "LRU", "Sequential", "SoftmaxAttention", "SoftmaxAttention", "Sequential"]
+
+
+def test_errors_say_what_is_valid():
+    model = build_model(config(), TOKENS, head="classify", causal=False)
+    with pytest.raises(ValueError, match="token id 12 is outside the vocabulary; valid: 0 to 11"):
+        model(torch.full((1, 3), 12), torch.tensor([3]))
+    with pytest.raises(ValueError, match="valid: mean, max, last, first"):
+        build_model(config(pooling="sum"), TOKENS, head="classify", causal=False)
+    with pytest.raises(ValueError, match="valid: none, sinusoidal, learned"):
+        build_model(config(position="rope"), TOKENS, head="classify", causal=False)
+    with pytest.raises(ValueError, match="valid: linear, mlp"):
+        build_model(config(head="deep"), TOKENS, head="classify", causal=False)
+    with pytest.raises(ValueError, match="no option of lru 'heads'"):
+        build_model(config(block={"name": "lru", "heads": 2}), TOKENS, head="classify", causal=False)
+    positioned = build_model(config(position="learned"), TOKENS, head="classify", causal=False)
+    with pytest.raises(ValueError, match="absolute positions are valid up to 32"):
+        positioned(torch.full((1, 33), 2), torch.tensor([33]))

@@ -1,0 +1,137 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from seqzoo.models import ModelConfig, build_model
+from seqzoo.objectives import build_objective
+from seqzoo.spec import Batch, TaskSpec
+
+TOKENS = TaskSpec(
+    name="tokens", kind="tokens", vocab_size=12, max_length=32, num_classes=3, pad_id=1, mask_id=0, mask_ratio=0.3
+)
+PIXELS = TaskSpec(
+    name="pixels", kind="pixels", vocab_size=256, max_length=32, num_classes=10, mean=(0.4,), std=(0.2,), mask_ratio=0.5
+)
+
+
+class Recorder(nn.Module):
+    """Answers with fixed scores and remembers what it was asked."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = scores
+
+    def forward(self, inputs, lengths, mask=None):
+        self.mask = mask
+        return self.scores
+
+
+def batch(spec, B=5, T=32):
+    generator = torch.Generator().manual_seed(0)
+    if spec.kind == "pixels":
+        inputs = torch.randint(256, (B, T, 1), generator=generator, dtype=torch.uint8)
+    else:
+        inputs = torch.randint(2, 12, (B, T), generator=generator)
+    lengths = torch.tensor([32, 20, 1, 9, 31])
+    return Batch(inputs, lengths, torch.randint(spec.num_classes, (B,), generator=generator), torch.arange(B))
+
+
+def test_classification():
+    data, scores = batch(TOKENS), torch.randn(5, 3)
+    measure = build_objective("classification", TOKENS)(Recorder(scores), data, seed=0)
+    torch.testing.assert_close(measure.loss, F.cross_entropy(scores, data.labels))
+    assert measure.totals["count"] == 5
+    assert measure.totals["correct"] == (scores.argmax(-1) == data.labels).sum()
+
+
+def test_masked_tokens():
+    data, scores = batch(TOKENS), torch.randn(5, 32, 12)
+    model = Recorder(scores)
+    objective = build_objective("masked", TOKENS)
+    measure = objective(model, data, seed=3)
+    mask = model.mask
+    for b, n in enumerate(data.lengths.tolist()):
+        assert not mask[b, n:].any()
+    torch.testing.assert_close(measure.loss, F.cross_entropy(scores[mask], data.inputs[mask]))
+    assert measure.totals["count"] == mask.sum()
+    objective(model, data, seed=3)
+    assert torch.equal(model.mask, mask), "the same seed hides the same positions"
+    objective(model, data, seed=4)
+    assert not torch.equal(model.mask, mask)
+
+
+def test_masked_share_is_the_ratio():
+    inputs = torch.full((200, 100), 3)
+    model = Recorder(torch.zeros(200, 100, 12))
+    build_objective("masked", TOKENS)(model, Batch(inputs, torch.full((200,), 100), None, None), seed=0)
+    assert abs(model.mask.double().mean() - 0.3) < 4 * (0.3 * 0.7 / 20_000) ** 0.5
+
+
+def test_masked_always_asks_for_something():
+    data = Batch(torch.full((1, 1), 3), torch.tensor([1]), torch.tensor([0]), torch.tensor([0]))
+    for seed in range(20):
+        measure = build_objective("masked", TOKENS)(Recorder(torch.zeros(1, 1, 12)), data, seed=seed)
+        assert measure.totals["count"] == 1
+        assert measure.loss.isfinite()
+
+
+def test_masked_pixels_by_level_and_by_value():
+    data = batch(PIXELS)
+    scores = torch.randn(5, 32, 1, 256)
+    model = Recorder(scores)
+    measure = build_objective("masked", PIXELS)(model, data, seed=0)
+    mask = model.mask
+    torch.testing.assert_close(
+        measure.loss, F.cross_entropy(scores[mask].flatten(0, 1), data.inputs[mask].flatten().long())
+    )
+
+    values = torch.randn(5, 32, 1)
+    objective = build_objective("masked", PIXELS, pixel_loss="l1")
+    assert objective.head == "regress"
+    measure = objective(Recorder(values), data, seed=0)
+    truth = (data.inputs / 255 - 0.4) / 0.2
+    torch.testing.assert_close(measure.loss, (values - truth)[mask].abs().mean())
+    assert "correct" not in measure.totals
+
+
+def test_causal_asks_for_the_next_position():
+    data, scores = batch(TOKENS), torch.randn(5, 32, 12)
+    measure = build_objective("causal", TOKENS)(Recorder(scores), data, seed=0)
+    losses = [
+        F.cross_entropy(scores[b, t], data.inputs[b, t + 1])
+        for b, n in enumerate(data.lengths.tolist())
+        for t in range(n - 1)
+    ]
+    torch.testing.assert_close(measure.loss, torch.stack(losses).mean())
+    assert measure.totals["count"] == sum(n - 1 for n in data.lengths.tolist())
+
+
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+@pytest.mark.parametrize("spec", [TOKENS, PIXELS], ids=lambda spec: spec.name)
+def test_a_model_learns_from_it(objective, spec):
+    """Constant sequences are soon predicted."""
+    torch.manual_seed(0)
+    goal = build_objective(objective, spec)
+    config = ModelConfig(name="m", d_model=32, num_layers=1, block={"name": "lru"})
+    model = build_model(config, spec, head=goal.head, causal=objective == "causal")
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    values = torch.arange(2, 10)[:, None].expand(8, 32) * (1 if spec.kind == "tokens" else 20)
+    values = values if spec.kind == "tokens" else values[..., None].to(torch.uint8)
+    data = Batch(values, torch.full((8,), 32), torch.zeros(8, dtype=torch.int64), torch.arange(8))
+    losses = []
+    for step in range(80):
+        loss = goal(model, data, seed=step).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_errors_say_what_is_valid():
+    with pytest.raises(ValueError, match="valid: classification, masked, causal"):
+        build_objective("mask", TOKENS)
+    unmasked = TaskSpec(name="plain", kind="tokens", vocab_size=5, max_length=8, num_classes=2)
+    with pytest.raises(ValueError, match="valid: objective=causal"):
+        build_objective("masked", unmasked)

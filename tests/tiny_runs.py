@@ -1,0 +1,51 @@
+"""A task and configurations small enough to train in a second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from seqzoo.config import Config, StageConfig, WandbConfig
+from seqzoo.models import ModelConfig
+from seqzoo.tasks import Task, TaskConfig, from_arrays
+
+
+def toy_task(n: int = 120, seed: int = 0) -> Task:
+    """Sequences of 5 to 16 ids out of 4; the class says whether id 3 is frequent."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    inputs = []
+    for label in labels:
+        length = generator.integers(5, 17)
+        frequent = generator.random(length) < (0.8 if label else 0.2)
+        inputs.append(np.where(frequent, 3, generator.integers(0, 3, length)))
+    return from_arrays("toy", kind="tokens", inputs=inputs, labels=labels.tolist(), val_fraction=0.2, test_fraction=0.2)
+
+
+def tiny_config(runs_dir: Any, **changes: Any) -> Config:
+    """One layer of attention, width 16; `changes` are top-level keys, or `finetuning={...}` of a stage."""
+    stages = {}
+    for name in ("pretraining", "finetuning"):
+        options: dict[str, Any] = {"batch_size": 8, "lr": 5e-3, "clip": 1.0, "evaluations": 3, **changes.pop(name, {})}
+        if "epochs" not in options:
+            options.setdefault("tokens", 2400)
+        stages[name] = StageConfig(**options)
+    model = {
+        "name": "transformer",
+        "d_model": 16,
+        "num_layers": 1,
+        "block": {"name": "softmax_attention", "num_heads": 2},
+        "mlp_ratio": 1.0,
+        "dropout": 0.1,
+    }
+    return Config(
+        model=ModelConfig(**{**model, **changes.pop("model", {})}),  # type: ignore[arg-type]
+        task=TaskConfig(name="lra_text", max_length=16, mask_ratio=0.15),
+        recipe="tiny",
+        runs_dir=str(runs_dir),
+        device="cpu",
+        wandb=WandbConfig(mode=changes.pop("wandb_mode", "disabled")),
+        **stages,
+        **changes,
+    )
