@@ -1,0 +1,66 @@
+"""The metrics of a model on a split, and the seeds of everything random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..objectives import Objective
+from ..tasks import Split
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def evaluate(
+    model: nn.Module,
+    objective: Objective,
+    split: Split,
+    *,
+    batch_size: int,
+    fabric: Fabric,
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Mean metrics of `model` in eval mode over all examples of `split`, which lies on the model's device.
+
+    Examples are taken in order of length, so that little is padded, and each counts once; batches hold at most
+    `batch_size` and are shared by the ranks. Random masks are the same in every evaluation. `before_batch` may raise.
+    """
+    model.eval()
+    order = split.lengths.reshape(len(split), -1).amax(1).argsort(stable=True)
+    batches = order.tensor_split(max(math.ceil(len(split) / batch_size), fabric.world_size))
+    sums: dict[str, Tensor] = {}
+    for number in range(fabric.global_rank, len(batches), fabric.world_size):
+        before_batch()
+        with torch.no_grad(), fabric.autocast():
+            measure = objective(model, split.batch(batches[number]), seed=number)
+        for key, total in measure.totals.items():
+            sums[key] = sums.get(key, 0) + total
+    return means({key: fabric.all_reduce(total, reduce_op="sum") for key, total in sums.items()})
+
+
+def means(sums: dict[str, Any]) -> dict[str, float]:
+    """Sums over "count" examples or positions as means; "correct" becomes "accuracy"."""
+    values = {key: float(total) for key, total in sums.items()}
+    count = values.pop("count")
+    return {"accuracy" if key == "correct" else key: value / count for key, value in values.items()}
+
+
+def module_metrics(model: nn.Module) -> dict[str, float]:
+    """What the modules report of themselves, as `<module path>/<name>`."""
+    return {
+        f"{path}/{name}": value
+        for path, module in model.named_modules()
+        if callable(report := getattr(module, "metrics", None))
+        for name, value in report().items()
+    }
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed that differs wherever one of `numbers`, none of them negative, does."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,0 +1,291 @@
+"""The training loop of one stage."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import after_step, auxiliary_loss
+from ..config import ConfigError, StageConfig
+from ..objectives import Objective
+from ..tasks import Split, epoch_order
+from .checkpoint import load_last, load_weights, save_last, save_weights
+from .diagnosis import first_nonfinite
+from .errors import Interrupted, TrainingError
+from .evaluation import derive_seed, evaluate, means, module_metrics
+from .interrupt import interruption
+from .optimizer import build_optimizer, set_lr
+from .progress import Pace, ProgressBar, duration
+from .schedule import lr_factor
+from .tracker import STAGES, Tracker
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+SAVE_SECONDS = 600.0  # between checkpoints, at most
+CURVE_POINTS = 200  # training lines in metrics.jsonl, per stage
+HOPELESS_SECONDS = 24 * 3600.0  # left; worth a warning
+
+
+@dataclass
+class State:
+    """How far a stage has come; with weights and optimiser, all that continuing needs."""
+
+    step: int = 0  # optimiser steps taken
+    evaluated: int = 0  # the step of the last validation
+    tokens: int = 0  # seen, padding not counted
+    seconds: float = 0.0
+    training_seconds: float = 0.0  # without validations and checkpoints
+    best: dict[str, float] = field(default_factory=dict)  # the best validation
+    window: dict[str, float] = field(default_factory=dict)  # `Stage.window`
+
+
+class Stage:
+    """Trains `model` on `train` and keeps the weights that do best on `val`.
+
+    A step is a function of (seed, stage, step, weights): the examples it sees, their masks and its dropout are drawn
+    from nothing else, so that continuing from a checkpoint is exact. Batches are cut from the endless row of epochs,
+    so all are full, and those of one step do not depend on how many devices share them.
+
+    Args:
+        name: "pretrain" or "finetune".
+        stage: budget, batch and optimiser.
+        folder: `<run folder>/<name>`, for checkpoints; training continues from the one it finds there.
+        fabric: device, precision and ranks, launched.
+        tracker: for metrics; None on all ranks but the first.
+        advice: what to do if training would take more than a day.
+
+    Raises:
+        ConfigError: the batch cannot be shared equally by the ranks.
+        TrainingError: the checkpoint in `folder` is damaged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        train: Split,
+        val: Split,
+        stage: StageConfig,
+        *,
+        name: str,
+        seed: int,
+        folder: Path,
+        fabric: Fabric,
+        tracker: Tracker | None = None,
+        advice: str = "",
+    ):
+        if stage.batch_size % fabric.world_size:
+            raise ConfigError(f"batch_size={stage.batch_size}: valid: a multiple of the {fabric.world_size} processes")
+        self.objective, self.config, self.name, self.seed = objective, stage, name, seed
+        self.folder, self.fabric, self.tracker, self.advice = folder, fabric, tracker, advice
+        self.model = model.to(fabric.device)
+        self.train, self.val = train.to(fabric.device), val.to(fabric.device)
+        self.lengths = train.lengths.reshape(len(train), -1).sum(1)  # int64 [N], of all inputs of an example
+        self.examples_per_step = stage.batch_size * stage.accumulate
+        self.budget, self.total_steps = budget(stage, len(train), int(self.lengths.sum()))
+        self.log_every = max(1, self.total_steps // CURVE_POINTS)
+        self.evaluations = {(k + 1) * self.total_steps // stage.evaluations for k in range(stage.evaluations)}
+
+        self.state = State()
+        self.window: dict[str, Tensor] = {}  # sums of the training metrics since their last line, on the device
+        optimizer = build_optimizer(self.model, stage)
+        if checkpoint := load_last(folder / "last"):
+            weights, state = checkpoint
+            self.model.load_state_dict(weights)
+            optimizer.load_state_dict(state.pop("optimizer"))
+            self.state = State(**state)
+            if fabric.is_global_zero:
+                for key, total in self.state.window.items():
+                    self.window[key] = torch.tensor(total, dtype=torch.float64, device=fabric.device)
+        self.wrapped: Any
+        self.optimizer: Any
+        self.wrapped, self.optimizer = fabric.setup(self.model, optimizer)
+
+    def run(self) -> State:
+        """Trains to the end of the budget and leaves the best validation's weights in the model.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; the last checkpoint stays as it was.
+            Interrupted: by a signal, with everything saved.
+        """
+        state = self.state
+        if self.tracker:
+            self.tracker.rewind(self.name, state.step)
+        self.started = self.saved = time.monotonic()
+        self.seconds_before = state.seconds
+        self.logged = (state.tokens, state.training_seconds)
+        pace = Pace(self.total_steps)
+        bar = ProgressBar(self.name, done=state.step, total=self.total_steps, visible=self.fabric.is_global_zero)
+        with bar, interruption() as self.interrupted:
+            if state.step > 0:
+                bar.say(f"{self.name} continues after step {state.step} of {self.total_steps}")
+            try:
+                while True:
+                    if state.step in self.evaluations and state.evaluated < state.step:
+                        bar.validation(self.validate(), seconds_left=pace.seconds_left)
+                        self.save()
+                    if state.step == self.total_steps:
+                        break
+                    interrupted = self.take_step()
+                    bar.advance(state.step)
+                    if state.step % self.log_every == 0 or state.step == self.total_steps:
+                        bar.train(self.log_training())
+                    estimate = pace.observe(state.step)
+                    if estimate is not None and estimate > HOPELESS_SECONDS:
+                        bar.say(f"{self.name} would take {duration(estimate)} on this machine. {self.advice}")
+                    if interrupted:
+                        raise Interrupted(self.folder.parent)
+                    if time.monotonic() - self.saved > SAVE_SECONDS:
+                        self.save()
+            except Interrupted:
+                self.save()
+                raise
+        self.fabric.barrier()
+        self.model.load_state_dict(load_weights(self.folder / "best.safetensors"))
+        return state
+
+    def take_step(self) -> bool:
+        """One optimiser step over `accumulate` batches. Returns whether a signal has reached any rank."""
+        started = time.monotonic()
+        state, config = self.state, self.config
+        self.model.train()
+        factor = lr_factor(
+            state.step,
+            total_steps=self.total_steps,
+            warmup_steps=config.warmup_steps,
+            schedule=config.schedule,
+        )
+        set_lr(self.optimizer, factor)
+        loss = torch.zeros((), device=self.fabric.device)
+        for micro in range(config.accumulate):
+            with self.fabric.no_backward_sync(self.wrapped, enabled=micro < config.accumulate - 1):
+                micro_loss, totals = self.forward(self.wrapped, micro)
+                self.fabric.backward(micro_loss / config.accumulate)
+            loss += micro_loss.detach() / config.accumulate
+            for key, total in totals.items():
+                self.window[key] = self.window.get(key, 0) + total.detach()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+
+        # One small tensor is read before the optimiser moves: a step on non-finite gradients destroys the weights.
+        flags = torch.stack((~torch.isfinite(loss + norm), torch.tensor(self.interrupted(), device=loss.device)))
+        failed, interrupted = cast(Tensor, self.fabric.all_reduce(flags.float(), reduce_op="sum")).tolist()
+        if failed:
+            raise TrainingError(self.explain_failure(loss.item()))
+        if config.clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        after_step(self.model)
+        state.tokens += int(self.lengths[self.examples(0, self.examples_per_step)].sum())
+        state.step += 1
+        state.training_seconds += time.monotonic() - started
+        return bool(interrupted)
+
+    def forward(self, model: nn.Module, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's share of a step's batch `micro`: the loss, and the sums its metrics are made of."""
+        rank, world_size = self.fabric.global_rank, self.fabric.world_size
+        index = self.examples(micro * self.config.batch_size, self.config.batch_size)[rank::world_size]
+        seed = derive_seed(self.seed, STAGES.index(self.name), self.state.step, micro, rank)
+        torch.manual_seed(seed)
+        with self.fabric.autocast():
+            measure = self.objective(model, self.train.batch(index), seed=seed)
+            return measure.loss + auxiliary_loss(self.model), measure.totals
+
+    def examples(self, start: int, count: int) -> Tensor:
+        """`count` of the coming step's examples, int64 [count], from its `start`-th on."""
+        position, parts = self.state.step * self.examples_per_step + start, []
+        while count > 0:
+            epoch, offset = divmod(position, len(self.train))
+            part = _order(len(self.train), self.seed, epoch)[offset : offset + count]
+            parts.append(part)
+            position, count = position + len(part), count - len(part)
+        return torch.cat(parts)
+
+    def validate(self) -> dict[str, float]:
+        """Measures the validation split, and keeps the weights if none did better."""
+        state = self.state
+        metrics = evaluate(
+            self.model,
+            self.objective,
+            self.val,
+            batch_size=self.config.batch_size,
+            fabric=self.fabric,
+            before_batch=self.stop_if_interrupted,
+        )
+        if not math.isfinite(metrics["loss"]):
+            raise TrainingError(f"{self.name} step {state.step}: the validation loss is {metrics['loss']}")
+        state.evaluated = state.step
+        monitor, maximise = self.objective.monitor, self.objective.maximise
+        best = state.best.get(monitor, -math.inf if maximise else math.inf)
+        if metrics[monitor] > best if maximise else metrics[monitor] < best:
+            state.best = {**metrics, "step": state.step}
+            if self.fabric.is_global_zero:
+                save_weights(self.folder / "best.safetensors", self.model.state_dict(), state.best)
+        if self.tracker:
+            named = {f"val/{key}": value for key, value in metrics.items()}
+            self.tracker.log(self.name, state.step, state.tokens, named | module_metrics(self.model))
+        return metrics
+
+    def stop_if_interrupted(self) -> None:
+        """Leaves a validation early. Several ranks agree to stop in their next step instead."""
+        if self.fabric.world_size == 1 and self.interrupted():
+            raise Interrupted(self.folder.parent)
+
+    def log_training(self) -> dict[str, float]:
+        """Writes the means of the training metrics since their last line, and begins the next line's."""
+        state = self.state
+        metrics = means({key: self.fabric.all_reduce(total, reduce_op="sum") for key, total in self.window.items()})
+        self.window = {}
+        tokens, seconds = self.logged
+        self.logged = (state.tokens, state.training_seconds)
+        metrics["tokens_per_second"] = (state.tokens - tokens) / (state.training_seconds - seconds)
+        if self.tracker:
+            named = {f"train/{key}": value for key, value in metrics.items()}
+            named["train/lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+            self.tracker.log(self.name, state.step, state.tokens, named)
+        return metrics
+
+    def save(self) -> None:
+        """Makes the present state the last checkpoint."""
+        self.saved = time.monotonic()
+        self.state.seconds = self.seconds_before + self.saved - self.started
+        self.state.window = {key: total.item() for key, total in self.window.items()}
+        if self.fabric.is_global_zero:
+            state = {**asdict(self.state), "optimizer": self.optimizer.state_dict()}
+            save_last(self.folder / "last", self.model.state_dict(), state)
+
+    def explain_failure(self, loss: float) -> str:
+        """Which step, and which module was the first to compute something that is not finite."""
+
+        def forward() -> None:
+            for micro in range(self.config.accumulate):
+                self.forward(self.model, micro)
+
+        kept = self.folder / "last" / "state.pt"
+        return (
+            f"{self.name} step {self.state.step + 1}: loss {loss} or its gradient is not finite; "
+            f"{first_nonfinite(self.model, forward)}. "
+            + (f"The last good checkpoint is {kept.parent}. " if kept.exists() else "There is no checkpoint yet. ")
+            + "A smaller learning rate, a longer warmup, a clip or precision=fp32 may help"
+        )
+
+
+def budget(stage: StageConfig, n: int, tokens: int) -> tuple[int, int]:
+    """A stage's budget in tokens and in steps, on a split of `n` examples that hold `tokens` in all."""
+    wanted = stage.tokens if stage.tokens is not None else round(cast(float, stage.epochs) * tokens)
+    tokens_per_step = stage.batch_size * stage.accumulate * tokens / n
+    return wanted, max(1, math.ceil(wanted / tokens_per_step))
+
+
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    return epoch_order(n, seed=seed, epoch=epoch)

@@ -1,0 +1,279 @@
+"""One run: pretraining if asked for, fine-tuning, one look at the test set, and the result."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..config import Config, ConfigError, StageConfig, to_dict
+from ..models import build_model
+from ..objectives import Objective, build_objective
+from ..spec import TaskSpec
+from ..tasks import Split, Task, build_task, stratified
+from . import provenance
+from .checkpoint import load_weights
+from .evaluation import derive_seed, evaluate
+from .loop import Stage
+from .run_folder import (
+    cell_name,
+    read_config,
+    read_json,
+    read_spec,
+    reusable_pretraining,
+    run_name,
+    write_description,
+    write_json,
+)
+from .tracker import Tracker
+from .transfer import transfer_backbone
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+SUBSET_SEED = 0  # of the examples that n_val and n_test keep: the same in every run
+
+
+def run(config: Config, *, task: Task | None = None) -> dict[str, Any]:
+    """Trains what `config` asks for, or continues it, and returns its result with the run's "folder".
+
+    A finished run is not repeated: its result is returned.
+
+    Args:
+        config: from `seqzoo.config.compose`.
+        task: data of one's own, from `seqzoo.tasks.from_arrays`, in place of the task that `config` names.
+
+    Raises:
+        ConfigError: `config` cannot be run.
+        DataError: the task's data are missing or damaged.
+        TrainingError: training failed; what had been saved is kept.
+        Interrupted: by a signal, with everything saved.
+    """
+    if config.resume is not None:
+        folder = Path(config.resume)
+        config = read_config(folder)
+    else:
+        if isinstance(config.pretrain, str):
+            config = replace(config, pretrain=str(Path(config.pretrain).resolve()))
+        folder = Path(config.runs_dir) / run_name(config, task)
+    if (result := read_json(folder / "result.json")) is not None:
+        print(f"{folder} is finished; delete it to run again", file=sys.stderr)
+        return {**result, "folder": str(folder)}
+
+    fabric = build_fabric(config)
+    if task is None:
+        task = _build_task(config, fabric)
+    tracker = None
+    if fabric.is_global_zero:
+        write_description(folder, config, task.spec)
+        tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
+    fabric.barrier()
+    try:
+        result = _train_and_test(config, task, folder, fabric, tracker)
+    except BaseException:
+        if tracker:
+            tracker.finish(None)
+        raise
+    if tracker:
+        write_json(folder / "result.json", result)
+        tracker.finish(result)
+    fabric.barrier()
+    return {**result, "folder": str(folder)}
+
+
+def load(run_folder: str | Path) -> nn.Module:
+    """The fine-tuned model of a run, with the weights of its best validation, in eval mode on the CPU.
+
+    Raises:
+        ConfigError: `run_folder` is not a run folder.
+        TrainingError: its weights are missing or damaged.
+    """
+    folder = Path(run_folder)
+    model = _build_model(read_config(folder), read_spec(folder), "classify")
+    model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
+    return model.eval()
+
+
+def evaluate_run(
+    run_folder: str | Path, *, data_dir: str | Path | None = None, task: Task | None = None
+) -> dict[str, Any]:
+    """Test metrics of a run's best weights: {"model", "task", "accuracy", "loss", "n_test", "folder"}.
+
+    Args:
+        run_folder: its folder.
+        data_dir: where the data are now, if not where the run found them.
+        task: the data, for a run on a task of the user's own.
+
+    Raises:
+        ConfigError: `run_folder` is not a run folder, or needs `task` and got none, or got another one.
+        DataError: the data are missing or damaged.
+        TrainingError: its weights are missing or damaged.
+    """
+    folder = Path(run_folder)
+    config, spec, model = read_config(folder), read_spec(folder), load(folder)
+    if data_dir is not None:
+        config.data_dir = str(data_dir)
+    fabric = build_fabric(config)
+    if task is None:
+        if spec.name != config.task.name:
+            raise ConfigError(f"{folder} was trained on the user's own task {spec.name!r}: pass it as task=")
+        task = _build_task(config, fabric)
+    if task.spec != spec:
+        raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
+    test = _subset(task.test, config.n_test)
+    metrics = evaluate(
+        model.to(fabric.device),
+        build_objective("classification", spec),
+        test.to(fabric.device),
+        batch_size=config.finetuning.batch_size,
+        fabric=fabric,
+    )
+    return {"model": config.model.name, "task": spec.name, **metrics, "n_test": len(test), "folder": str(folder)}
+
+
+def build_fabric(config: Config) -> Fabric:
+    """Device, precision and, under `torchrun`, data parallelism, ready to use.
+
+    Raises:
+        ConfigError: `config.device` is unknown or absent.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={config.device}: valid: auto, cpu, cuda")
+    if config.device == "cuda" and found == "cpu":
+        raise ConfigError("device=cuda: PyTorch finds no GPU here; valid: auto, cpu")
+    world_size, local_size = 1, 1
+    if torch.distributed.is_torchelastic_launched():
+        world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    fabric = Fabric(
+        accelerator=found if config.device == "auto" else config.device,
+        devices=local_size,
+        num_nodes=world_size // local_size,
+        # A backbone holds what only pretraining uses, such as the embedding of hidden pixels.
+        strategy=DDPStrategy(find_unused_parameters=True) if world_size > 1 else "auto",
+        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric
+
+
+def _train_and_test(
+    config: Config, task: Task, folder: Path, fabric: Fabric, tracker: Tracker | None
+) -> dict[str, Any]:
+    """Both stages and the test; the content of `result.json`."""
+    spec, pretraining = task.spec, None
+    val, test = _subset(task.val, config.n_val), _subset(task.test, config.n_test)
+
+    def train(model: nn.Module, objective: Objective, stage: StageConfig, name: str) -> dict[str, Any]:
+        if config.compile:
+            model.compile()
+        fitting = "short" if fabric.device.type == "cuda" else "tiny"
+        fits = f"recipe={fitting} is made for it"
+        trainer = Stage(
+            model,
+            objective,
+            task.train,
+            val,
+            stage,
+            name=name,
+            seed=config.seed,
+            folder=folder / name,
+            fabric=fabric,
+            tracker=tracker,
+            advice=fits if config.recipe != fitting else "Fewer tokens or a smaller model would make it shorter",
+        )
+        state = trainer.run()
+        return {
+            "tokens_seen": state.tokens,
+            "token_budget": trainer.budget,
+            "seconds": state.seconds,
+            "tokens_per_second": state.tokens / state.training_seconds,
+            "val": state.best,
+        }
+
+    source = folder
+    if isinstance(config.pretrain, str):
+        source = Path(config.pretrain)
+        pretraining = reusable_pretraining(config, spec)
+    elif config.pretrain:
+        pretraining = read_json(folder / "pretrain" / "summary.json")
+        if pretraining is None:
+            objective = _build_objective(config, spec)
+            pretraining = train(_build_model(config, spec, objective.head), objective, config.pretraining, "pretrain")
+            if fabric.is_global_zero:
+                write_json(folder / "pretrain" / "summary.json", pretraining)
+
+    model = _build_model(config, spec, "classify")
+    if pretraining is not None:  # also when fine-tuning continues: its checkpoint is loaded over it
+        transfer = transfer_backbone(model, source / "pretrain" / "best.safetensors")
+        if fabric.is_global_zero:
+            print(f"hand-over from {source}: {transfer}", file=sys.stderr)
+    objective = build_objective("classification", spec)
+    finetuning = train(model, objective, config.finetuning, "finetune")
+    tested = evaluate(model, objective, test.to(fabric.device), batch_size=config.finetuning.batch_size, fabric=fabric)
+
+    none = {"tokens_seen": 0, "token_budget": 0, "seconds": 0.0, "tokens_per_second": 0.0}
+    stages = {"pretrain": pretraining or none, "finetune": finetuning}
+    seconds = {name: stage["seconds"] for name, stage in stages.items()}
+    return {
+        "schema": 1,
+        "model": config.model.name,
+        "task": spec.name,
+        "causal": config.causal,
+        "objective": config.objective,
+        "pretrain": pretraining is not None,
+        "pretrain_run": source.name if source != folder else None,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens_seen": {name: stage["tokens_seen"] for name, stage in stages.items()},
+        "token_budget": {name: stage["token_budget"] for name, stage in stages.items()},
+        "val": finetuning["val"],
+        "test": tested,
+        "n_test": len(test),
+        "majority": test.labels.bincount().max().item() / len(test),
+        "task_note": task.note,
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "tokens_per_second": {name: stage["tokens_per_second"] for name, stage in stages.items()},
+        "hardware": provenance.hardware(fabric.device, fabric.world_size),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+    }
+
+
+def _build_task(config: Config, fabric: Fabric) -> Task:
+    cache = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqzoo"
+    with fabric.rank_zero_first():  # one process downloads and generates, the others read
+        try:
+            return build_task(config.task, data_dir=config.data_dir, cache_dir=cache)
+        except ValueError as error:
+            raise ConfigError(f"task={config.task.name}: {error}") from None
+
+
+def _build_model(config: Config, spec: TaskSpec, head: str) -> nn.Module:
+    torch.manual_seed(derive_seed(config.seed))
+    try:
+        return build_model(config.model, spec, head=head, causal=config.causal)
+    except ValueError as error:
+        raise ConfigError(f"model={config.model.name}: {error}") from None
+
+
+def _build_objective(config: Config, spec: TaskSpec) -> Objective:
+    try:
+        return build_objective(config.objective, spec, pixel_loss=config.pixel_loss)
+    except ValueError as error:
+        raise ConfigError(f"objective={config.objective}: {error}") from None
+
+
+def _subset(split: Split, n: int | None) -> Split:
+    if n is None or n >= len(split):
+        return split
+    return split.subset(stratified(split.labels, n, SUBSET_SEED))

@@ -1,0 +1,141 @@
+"""Run folders: their names, what lies in them, and when one run's pretraining may serve another.
+
+<runs_dir>/<task>-<model>-<recipe>-<none|masked|causal>-s<seed>-<hash>/
+    config.yaml  task.json  metrics.jsonl  result.json
+    pretrain/    summary.json  best.safetensors  last/
+    finetune/    best.safetensors  last/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, ConfigError, from_dict, to_dict
+from ..spec import TaskSpec
+from ..tasks import Task
+from .checkpoint import replacing
+
+# Where a run reads, writes and computes, which is not what it computes.
+WITHOUT_EFFECT = ("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers")
+OF_PRETRAINING = ("objective", "pixel_loss", "pretraining")
+# The head of a classifier and dropout are fine-tuning's own business.
+MAY_DIFFER = ("model.pooling", "model.head", "model.dropout", "task.workers")
+
+
+def run_name(config: Config, task: Task | None = None) -> str:
+    """The name of a run's folder; equal for two runs if and only if they compute the same.
+
+    Args:
+        config: its configuration.
+        task: the user's own, if it is not the one that `config` names.
+    """
+    shaping = to_dict(config)
+    dropped = WITHOUT_EFFECT if config.pretrain is True else (*WITHOUT_EFFECT, *OF_PRETRAINING)
+    for key in dropped:
+        _drop(shaping, key)
+    if isinstance(config.pretrain, str):
+        shaping["pretrain"] = Path(config.pretrain).name
+    name = config.task.name
+    if task is not None:
+        name = task.spec.name
+        shaping["task"] = {"spec": asdict(task.spec), "data": _fingerprint(task)}
+    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{cell_name(config, name)}-s{config.seed}-{digest}"
+
+
+def cell_name(config: Config, task: str) -> str:
+    """What the seeds of an experiment have in common in their names."""
+    return f"{task}-{config.model.name}-{config.recipe}-{config.objective if config.pretrain else 'none'}"
+
+
+def write_description(folder: Path, config: Config, spec: TaskSpec) -> None:
+    """`config.yaml` and `task.json`, from which `read_config` and `read_spec` rebuild the run."""
+    from omegaconf import OmegaConf
+
+    with replacing(folder / "config.yaml") as temporary:
+        OmegaConf.save(OmegaConf.create(to_dict(config)), temporary)
+    write_json(folder / "task.json", asdict(spec))
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration a run was started with.
+
+    Raises:
+        ConfigError: `folder` is not a run folder.
+    """
+    from omegaconf import OmegaConf
+
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
+    return from_dict(OmegaConf.to_container(OmegaConf.load(path)))
+
+
+def read_spec(folder: Path) -> TaskSpec:
+    """The task a run was trained on."""
+    values: dict[str, Any] = json.loads((folder / "task.json").read_text())
+    values |= {key: tuple(values[key]) for key in ("mean", "std")}
+    return TaskSpec(**values)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file, or None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON file that is there as a whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def reusable_pretraining(config: Config, spec: TaskSpec) -> dict[str, Any]:
+    """The summary of the pretraining in the folder `config.pretrain`, once it is known to suit `config`.
+
+    Raises:
+        ConfigError: it is no run folder, its pretraining is unfinished, or the two runs differ in a key that the
+            backbone depends on; names the key.
+    """
+    folder = Path(config.pretrain)
+    there, here = read_config(folder), config
+    for key in ("causal", "objective", "model", "task"):
+        for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):
+            if name not in MAY_DIFFER:
+                raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
+    for name, (theirs, ours) in _differences("task", read_spec(folder), spec):
+        raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
+    summary = read_json(folder / "pretrain" / "summary.json")
+    if summary is None:
+        raise ConfigError(f"pretrain={folder}: that run has no finished pretraining of its own")
+    return summary
+
+
+def _differences(prefix: str, there: Any, here: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if not hasattr(there, "__dataclass_fields__"):
+        if there != here:
+            yield prefix, (there, here)
+        return
+    theirs, ours = asdict(there), asdict(here)
+    for key in theirs:
+        if theirs[key] != ours[key]:
+            yield f"{prefix}.{key}", (theirs[key], ours[key])
+
+
+def _drop(values: dict[str, Any], key: str) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        values = values[part]
+    values.pop(last)
+
+
+def _fingerprint(task: Task) -> str:
+    digest = hashlib.sha256()
+    for split in (task.train, task.val, task.test):
+        for tensor in (split.values, split.lengths, split.labels):
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()

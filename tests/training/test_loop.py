@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_runs import tiny_config
+from torch import nn
+
+from seqzoo.config import StageConfig, WandbConfig
+from seqzoo.models import build_model
+from seqzoo.objectives import build_objective
+from seqzoo.tasks import epoch_order
+from seqzoo.training import Interrupted, TrainingError
+from seqzoo.training.checkpoint import load_last, load_metadata
+from seqzoo.training.evaluation import evaluate
+from seqzoo.training.loop import Stage, budget
+from seqzoo.training.run import build_fabric
+from seqzoo.training.tracker import Tracker
+
+
+def build_stage(task, folder, *, objective=None, tracked=False, seed=0, dropout=0.1, precision="fp32", **changes):
+    config = tiny_config(folder, precision=precision, finetuning=changes, model={"dropout": dropout})
+    torch.manual_seed(seed)
+    folder.mkdir(exist_ok=True)
+    return Stage(
+        build_model(config.model, task.spec, head="classify", causal=False),
+        objective or build_objective("classification", task.spec),
+        task.train,
+        task.val,
+        config.finetuning,
+        name="finetune",
+        seed=seed,
+        folder=folder / "finetune",
+        fabric=build_fabric(config),
+        tracker=Tracker(folder, {}, group="", wandb=WandbConfig(mode="disabled")) if tracked else None,
+    )
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(folder) -> list[dict]:
+    return [{key: line[key] for key in line if key != "train/tokens_per_second"} for line in lines(folder)]
+
+
+class Signalling:
+    """An objective during whose `at`-th call a signal arrives."""
+
+    head, monitor, maximise = "classify", "accuracy", True
+
+    def __init__(self, inner, at: int, number: int):
+        self.inner, self.left, self.number = inner, at, number
+
+    def __call__(self, model, batch, *, seed):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        return self.inner(model, batch, seed=seed)
+
+
+def test_learns_and_keeps_the_best_weights(task, tmp_path):
+    stage = build_stage(task, tmp_path, tracked=True, tokens=8000)
+    state = stage.run()
+    assert state.step == stage.total_steps == math.ceil(8000 / (8 * task.train.mean_length))
+    curve = [line["val/accuracy"] for line in lines(tmp_path) if "val/accuracy" in line]
+    assert len(curve) == 3
+    assert state.best["accuracy"] == max(curve) > 0.85
+    assert float(load_metadata(tmp_path / "finetune" / "best.safetensors")["accuracy"]) == max(curve)
+    fabric = stage.fabric
+    again = evaluate(stage.model, stage.objective, task.val, batch_size=8, fabric=fabric)
+    assert again["accuracy"] == max(curve)
+
+
+def test_counts_valid_tokens_only(task, tmp_path):
+    stage = build_stage(task, tmp_path, epochs=2, batch_size=9)
+    state = stage.run()
+    N = len(task.train)
+    order = torch.cat([epoch_order(N, seed=0, epoch=epoch) for epoch in range(3)])
+    seen = order[: state.step * 9]
+    assert state.step == math.ceil(2 * N / 9)
+    assert state.tokens == int(task.train.lengths[seen].sum())
+
+
+def test_batches_walk_through_epochs_without_a_gap(task, tmp_path):
+    stage = build_stage(task, tmp_path, batch_size=7, accumulate=3)
+    N = len(task.train)
+    seen = []
+    for step in range(N):
+        stage.state.step = step
+        seen += [stage.examples(7 * micro, 7) for micro in range(3)]
+    seen = torch.cat(seen)
+    assert seen.shape == (21 * N,)
+    for epoch in range(21):
+        assert torch.equal(seen[epoch * N : (epoch + 1) * N], epoch_order(N, seed=0, epoch=epoch))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [5, 11, 14])  # before, in and after the first validation
+def test_resuming_is_bitwise_exact(task, tmp_path, number, at):
+    whole = build_stage(task, tmp_path / "whole", tracked=True)
+    expected = whole.run()
+
+    classification = build_objective("classification", task.spec)
+    interrupted = build_stage(task, tmp_path / "cut", tracked=True, objective=Signalling(classification, at, number))
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="resume="):
+        interrupted.run()
+    assert signal.getsignal(number) == handler
+    assert 0 < interrupted.state.step < whole.total_steps
+
+    resumed = build_stage(task, tmp_path / "cut", tracked=True, seed=0)
+    assert resumed.state.step == interrupted.state.step
+    state = resumed.run()
+    assert (state.step, state.tokens, state.best) == (expected.step, expected.tokens, expected.best)
+    weights, _ = load_last(tmp_path / "cut" / "finetune" / "last")
+    for name, tensor in load_last(tmp_path / "whole" / "finetune" / "last")[0].items():
+        assert torch.equal(weights[name], tensor), name
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+
+
+def test_resuming_from_an_older_checkpoint_rewrites_the_lines_after_it(task, tmp_path):
+    build_stage(task, tmp_path, tracked=True).run()
+    before = untimed(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "finetune", "step": 999}\n{"stage": "fine')
+    build_stage(task, tmp_path, tracked=True).run()
+    assert untimed(tmp_path) == before
+
+
+def test_same_seed_same_run_other_seed_another(task, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        build_stage(task, tmp_path / name, tracked=True, seed=seed).run()
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+    assert untimed(tmp_path / "a") != untimed(tmp_path / "c")
+
+
+def test_accumulation_equals_one_big_batch(task, tmp_path):
+    big = build_stage(task, tmp_path / "big", tokens=600, dropout=0.0, batch_size=12)
+    small = build_stage(task, tmp_path / "small", tokens=600, dropout=0.0, batch_size=4, accumulate=3)
+    assert big.run().tokens == small.run().tokens
+    parts, _ = load_last(tmp_path / "small" / "finetune" / "last")
+    for name, tensor in load_last(tmp_path / "big" / "finetune" / "last")[0].items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Overflow(nn.Module):
+    """Infinite from its `at`-th training call on."""
+
+    def __init__(self, inner: nn.Module, at: int):
+        super().__init__()
+        self.inner, self.left = inner, at
+
+    def forward(self, x, **options):
+        self.left -= self.training
+        return self.inner(x, **options) * (math.inf if self.left <= 0 and self.training else 1)
+
+
+def test_a_nonfinite_loss_names_step_and_module_and_keeps_the_checkpoint(task, tmp_path):
+    stage = build_stage(task, tmp_path)
+    assert min(stage.evaluations) == stage.total_steps // 3
+    failing = stage.total_steps // 3 + 3
+    layer = stage.model.backbone.layers[1]
+    layer.branch = Overflow(layer.branch, failing)
+    with pytest.raises(TrainingError, match=rf"step {failing}: .*backbone\.layers\.1\.branch \(Overflow\)") as raised:
+        stage.run()
+    assert str(tmp_path / "finetune" / "last") in str(raised.value)
+    weights, state = load_last(tmp_path / "finetune" / "last")
+    assert state["step"] == stage.total_steps // 3
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert all(torch.isfinite(parameter).all() for parameter in stage.model.parameters())
+
+
+def test_a_nonfinite_gradient_is_not_stepped_on(task, tmp_path):
+    stage = build_stage(task, tmp_path)
+    stage.model.backbone.norm.bias.register_hook(lambda grad: grad * math.nan)
+    before = {name: tensor.clone() for name, tensor in stage.model.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"step 1: .*gradient of backbone\.norm\.bias is not.*no checkpoint yet"):
+        stage.run()
+    for name, tensor in stage.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_evaluation_counts_every_example_once(task, tmp_path):
+    stage = build_stage(task, tmp_path)
+    seen = []
+
+    class Recording(Signalling):
+        def __call__(self, model, batch, *, seed):
+            seen.append(batch)
+            return self.inner(model, batch, seed=seed)
+
+    recording = Recording(stage.objective, 0, 0)
+    metrics = evaluate(stage.model, recording, task.val, batch_size=5, fabric=stage.fabric)
+    assert torch.equal(torch.cat([batch.index for batch in seen]).sort().values, torch.arange(len(task.val)))
+    assert max(len(batch.index) for batch in seen) <= 5
+    lengths = torch.cat([batch.lengths for batch in seen])
+    assert torch.equal(lengths, lengths.sort().values)
+
+    batch = task.val.batch(torch.arange(len(task.val)))
+    with torch.no_grad():
+        scores = stage.model.eval()(batch.inputs, batch.lengths)
+    assert metrics["accuracy"] == (scores.argmax(-1) == batch.labels).double().mean().item()
+    assert metrics["loss"] == pytest.approx(nn.functional.cross_entropy(scores, batch.labels).item(), rel=1e-5)
+
+
+def test_masks_of_a_validation_are_always_the_same(task, tmp_path):
+    stage = build_stage(task, tmp_path)
+    model = build_model(tiny_config(tmp_path).model, task.spec, head="per_position", causal=False)
+    masked = build_objective("masked", task.spec)
+    first, second = (evaluate(model, masked, task.val, batch_size=8, fabric=stage.fabric) for _ in range(2))
+    assert first == second
+
+
+def test_bf16_trains(task, tmp_path):
+    stage = build_stage(task, tmp_path, precision="bf16", tokens=6000)
+    dtypes = set()
+    stage.model.backbone.layers[1].branch.register_forward_hook(lambda m, a, out: dtypes.add(out.dtype))
+    assert stage.run().best["accuracy"] > 0.8
+    assert dtypes == {torch.bfloat16}
+    assert {parameter.dtype for parameter in stage.model.parameters()} == {torch.float32}
+
+
+def test_losses_and_duties_of_blocks_are_honoured(task, tmp_path, monkeypatch):
+    stage = build_stage(task, tmp_path, tracked=True)
+    calls = []
+    monkeypatch.setattr("seqzoo.training.loop.after_step", lambda model: calls.append(model))
+    weight = stage.model.backbone.norm.weight
+    monkeypatch.setattr("seqzoo.training.loop.auxiliary_loss", lambda model: 100 * weight.square().sum())
+    stage.model.backbone.norm.metrics = lambda: {"used": 0.5}
+    stage.run()
+    assert calls == [stage.model] * stage.total_steps
+    assert load_last(tmp_path / "finetune" / "last")[0]["backbone.norm.weight"].norm() < 3.9
+    assert [line["backbone.norm/used"] for line in lines(tmp_path) if "val/loss" in line] == [0.5] * 3
+
+
+def test_a_hopeless_stage_says_so(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("seqzoo.training.loop.HOPELESS_SECONDS", 0.0)
+    stage = build_stage(task, tmp_path)
+    stage.advice = "recipe=tiny is made for it"
+    stage.run()
+    said = capsys.readouterr().err
+    assert said.count("finetune would take") == 1
+    assert "recipe=tiny is made for it" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (StageConfig(tokens=1000, batch_size=4), (1000, 25)),
+        (StageConfig(tokens=1001, batch_size=4, accumulate=5), (1001, 6)),
+        (StageConfig(epochs=1.5, batch_size=4), (1500, 38)),
+        (StageConfig(tokens=1, batch_size=4), (1, 1)),
+    ],
+)
+def test_budgets(stage, expected):
+    assert budget(stage, n=100, tokens=1000) == expected
+
+
+def test_pairs_count_both_sequences(task, tmp_path):
+    pairs = replace(task.spec, num_inputs=2)
+    half = len(task.train) // 2
+    split = replace(task.train.subset(torch.arange(2 * half)), spec=pairs, labels=task.train.labels[:half])
+    stage = build_stage(replace(task, spec=pairs, train=split, val=split), tmp_path, epochs=1)
+    assert stage.budget == int(split.offsets[-1])

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from seqzoo.config import StageConfig
+from seqzoo.training.optimizer import build_optimizer, parameter_groups, set_lr
+from seqzoo.training.schedule import lr_factor
+
+
+class Recurrent(nn.Module):
+    recurrence = ("rate", "inner.weight")
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.zeros(3))
+        self.inner = nn.Linear(3, 3)
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Embedding(5, 3), Recurrent(), nn.LayerNorm(3), nn.Linear(3, 2))
+
+
+def names_by_group(net: nn.Module, stage: StageConfig) -> dict[str, set[str]]:
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    return {group["name"]: {names[id(p)] for p in group["params"]} for group in parameter_groups(net, stage)}
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    net = model()
+    groups = names_by_group(net, StageConfig(epochs=1))
+    assert groups == {
+        "recurrence": {"1.rate", "1.inner.weight"},
+        "plain": {"1.inner.bias", "2.weight", "2.bias", "3.bias"},
+        "decayed": {"0.weight", "3.weight"},
+    }
+    members = [p for group in parameter_groups(net, StageConfig(epochs=1)) for p in group["params"]]
+    assert len(members) == len({id(p) for p in members}) == len(list(net.parameters()))
+
+
+def test_recurrences_learn_slower_and_only_matrices_decay():
+    stage = StageConfig(epochs=1, lr=0.01, recurrence_lr_factor=0.25, weight_decay=0.1)
+    groups = {group["name"]: group for group in build_optimizer(model(), stage).param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "recurrence": 0.0025,
+        "plain": 0.01,
+        "decayed": 0.01,
+    }
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "recurrence": 0,
+        "plain": 0,
+        "decayed": 0.1,
+    }
+
+
+def test_frozen_parameters_are_left_out():
+    net = model()
+    net[0].requires_grad_(False)
+    assert names_by_group(net, StageConfig(epochs=1))["decayed"] == {"3.weight"}
+
+
+def test_set_lr_scales_base_rates():
+    optimizer = build_optimizer(model(), StageConfig(epochs=1, lr=0.01, recurrence_lr_factor=0.5))
+    set_lr(optimizer, 0.5)
+    set_lr(optimizer, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0005, 0.001, 0.001])
+
+
+def test_warmup_then_constant():
+    factors = [lr_factor(step, total_steps=8, warmup_steps=4, schedule="constant") for step in range(8)]
+    assert factors == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+
+
+def test_cosine_falls_from_one_towards_zero():
+    factors = [lr_factor(step, total_steps=12, warmup_steps=2, schedule="cosine") for step in range(12)]
+    assert factors[:3] == [0.5, 1, 1]
+    assert factors[7] == pytest.approx(0.5)
+    assert factors[11] == pytest.approx(0.5 * (1 + math.cos(0.9 * math.pi)))
+
+
+def test_warmup_longer_than_the_stage():
+    assert lr_factor(9, total_steps=10, warmup_steps=100, schedule="cosine") == 0.1

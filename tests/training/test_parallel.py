@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqzoo.training.checkpoint import load_last
+
+SCRIPT = """
+import sys
+from tiny_runs import tiny_config, toy_task
+from seqzoo.training import run
+pretrain = sys.argv[2] == "pretrain"
+run(tiny_config(sys.argv[1], pretrain=pretrain, model={"dropout": 0.0}), task=toy_task())
+"""
+
+
+def launch(tmp_path: Path, name: str, *, processes: int, kind: str) -> Path:
+    """Trains in some processes; returns the run folder."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    tests = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, str(script), str(tmp_path / name), kind]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    (folder,) = (tmp_path / name).iterdir()
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tmp_path):
+    one, two = (launch(tmp_path, str(n), processes=n, kind="scratch") for n in (1, 2))
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
+    for key in ("tokens_seen", "n_test", "params"):
+        assert results[0][key] == results[1][key], key
+    assert results[1]["test"]["loss"] == pytest.approx(results[0]["test"]["loss"], rel=1e-3)
+    weights, _ = load_last(two / "finetune" / "last")
+    for name, tensor in load_last(one / "finetune" / "last")[0].items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_pretrain(tmp_path):
+    folder = launch(tmp_path, "runs", processes=2, kind="pretrain")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["val/loss"] for line in lines if line["stage"] == "pretrain" and "val/loss" in line]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    assert json.loads((folder / "result.json").read_text())["tokens_seen"]["pretrain"] >= 2400

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import tiny_config, toy_task
+from wandb_log import read_run
+
+from seqzoo.config import ConfigError, WandbConfig
+from seqzoo.training import TrainingError, evaluate_run, load, run
+from seqzoo.training.run_folder import read_config, run_name
+from seqzoo.training.tracker import Tracker, wandb_mode
+
+
+@pytest.fixture(scope="module")
+def pretrained(task, tmp_path_factory):
+    config = tiny_config(tmp_path_factory.mktemp("runs"), pretrain=True, n_test=10, n_val=12)
+    return config, run(config, task=task)
+
+
+def test_the_result_holds_what_a_comparison_needs(pretrained, task):
+    config, result = pretrained
+    folder = Path(result["folder"])
+    assert folder.parent == Path(config.runs_dir)
+    assert folder.name.startswith("toy-transformer-tiny-masked-s0-")
+    written = json.loads((folder / "result.json").read_text())
+    assert written == {key: value for key, value in result.items() if key != "folder"}
+    assert {key: written[key] for key in ("schema", "model", "task", "causal", "objective", "pretrain")} == {
+        "schema": 1,
+        "model": "transformer",
+        "task": "toy",
+        "causal": False,
+        "objective": "masked",
+        "pretrain": True,
+    }
+    assert written["pretrain_run"] is None
+    assert (written["recipe"], written["seed"], written["n_test"]) == ("tiny", 0, 10)
+    assert written["majority"] == 0.5
+    assert written["token_budget"] == {"pretrain": 2400, "finetune": 2400}
+    for tokens in written["tokens_seen"].values():
+        assert 2400 <= tokens < 2400 * 1.2
+    assert written["seconds"]["total"] == written["seconds"]["pretrain"] + written["seconds"]["finetune"] > 0
+    assert written["params"] == sum(parameter.numel() for parameter in load(folder).parameters())
+    assert set(written["test"]) == {"accuracy", "loss"}
+    assert written["versions"]["torch"] == torch.__version__
+    assert re.fullmatch(r"unknown|[0-9a-f]{40}(\+dirty)?", written["commit"])
+
+
+def test_metrics_cover_both_stages(pretrained):
+    _, result = pretrained
+    entries = [json.loads(line) for line in (Path(result["folder"]) / "metrics.jsonl").read_text().splitlines()]
+    for stage in ("pretrain", "finetune"):
+        steps = [entry["step"] for entry in entries if entry["stage"] == stage and "train/loss" in entry]
+        assert steps == list(range(1, steps[-1] + 1))
+        assert sum("val/loss" in entry for entry in entries if entry["stage"] == stage) == 3
+        last = [entry for entry in entries if entry["stage"] == stage][-1]
+        assert last["tokens"] == result["tokens_seen"][stage]
+
+
+def test_a_finished_run_is_not_repeated(pretrained, task, monkeypatch):
+    config, result = pretrained
+    monkeypatch.setattr("seqzoo.training.loop.Stage.run", lambda self: pytest.fail("trained again"))
+    assert run(config, task=task) == result
+    assert run(replace(config, resume=result["folder"]), task=task) == result
+
+
+def test_load_and_evaluate_agree_with_the_result(pretrained, task):
+    _, result = pretrained
+    evaluated = evaluate_run(result["folder"], task=task)
+    assert evaluated == {
+        "model": "transformer",
+        "task": "toy",
+        **result["test"],
+        "n_test": 10,
+        "folder": result["folder"],
+    }
+    model = load(result["folder"])
+    assert not model.training
+    batch = task.test.batch(torch.arange(len(task.test)))
+    with torch.no_grad():
+        first, second = (model(batch.inputs, batch.lengths) for _ in range(2))
+    assert torch.equal(first, second)
+    with pytest.raises(ConfigError, match="own task 'toy'"):
+        evaluate_run(result["folder"])
+
+
+def test_fine_tuning_begins_with_the_pretrained_backbone(pretrained, task, tmp_path, monkeypatch, capsys):
+    config, result = pretrained
+    seen = {}
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage):
+        seen.update(name=stage.name, weights={name: t.clone() for name, t in stage.model.state_dict().items()})
+        raise Stopped
+
+    monkeypatch.setattr("seqzoo.training.loop.Stage.run", stop)
+    with pytest.raises(Stopped):
+        run(replace(config, runs_dir=str(tmp_path), pretrain=result["folder"]), task=task)
+    from seqzoo.training.checkpoint import load_weights
+
+    assert seen["name"] == "finetune"
+    for name, tensor in load_weights(Path(result["folder"]) / "pretrain" / "best.safetensors").items():
+        if name.startswith("backbone."):
+            assert torch.equal(seen["weights"][name], tensor), name
+    assert "backbone tensors loaded; dropped: head." in capsys.readouterr().err
+
+
+def test_pretraining_is_reused(pretrained, task, tmp_path):
+    config, result = pretrained
+    reused = run(replace(config, runs_dir=str(tmp_path), pretrain=result["folder"]), task=task)
+    assert reused["pretrain_run"] == Path(result["folder"]).name
+    assert reused["tokens_seen"] == result["tokens_seen"]
+    assert reused["test"] == result["test"]
+    assert not (Path(reused["folder"]) / "pretrain").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"objective": "causal"}, "objective is masked there and causal here"),
+        ({"causal": True}, "causal is False there and True here"),
+        ({"model": {"d_model": 32}}, "model.d_model is 16 there and 32 here"),
+    ],
+)
+def test_pretraining_of_another_kind_is_refused(pretrained, task, tmp_path, changes, key):
+    _, result = pretrained
+    with pytest.raises(ConfigError, match=key):
+        run(tiny_config(tmp_path, pretrain=result["folder"], **changes), task=task)
+
+
+def test_pretraining_needs_a_run_that_has_some(task, tmp_path):
+    scratch = run(tiny_config(tmp_path), task=task)
+    assert scratch["token_budget"] == {"pretrain": 0, "finetune": 2400}
+    with pytest.raises(ConfigError, match="no finished pretraining"):
+        run(tiny_config(tmp_path, pretrain=scratch["folder"]), task=task)
+    with pytest.raises(ConfigError, match="not a run folder"):
+        run(tiny_config(tmp_path, pretrain=str(tmp_path)), task=task)
+
+
+def test_an_unfinished_run_continues_with_its_second_stage(task, tmp_path, monkeypatch):
+    config = tiny_config(tmp_path / "cut", pretrain=True)
+    expected = run(replace(config, runs_dir=str(tmp_path / "whole")), task=task)
+    from seqzoo.training.loop import Stage
+
+    train = Stage.run
+
+    def fail_in_fine_tuning(stage):
+        if stage.name == "finetune":
+            raise TrainingError("out of luck")
+        return train(stage)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "run", fail_in_fine_tuning)
+        with pytest.raises(TrainingError):
+            run(config, task=task)
+    (folder,) = (tmp_path / "cut").iterdir()
+    assert not (folder / "result.json").exists()
+    stages = []
+    monkeypatch.setattr(Stage, "run", lambda stage: (stages.append(stage.name), train(stage))[1])
+    result = run(replace(config, resume=str(folder)), task=task)
+    assert stages == ["finetune"]
+    assert Path(result["folder"]) == folder
+    assert result["test"] == expected["test"]
+    assert result["tokens_seen"] == expected["tokens_seen"]
+
+
+def test_names_say_what_shapes_the_result(task, tmp_path):
+    config = tiny_config(tmp_path)
+    name = run_name(config, task)
+    for place in ({"runs_dir": "x"}, {"data_dir": "x"}, {"cache_dir": "x"}, {"device": "auto"}, {"resume": "x"}):
+        assert run_name(replace(config, **place), task) == name, place
+    assert run_name(replace(config, wandb=WandbConfig(project="x")), task) == name
+    assert run_name(tiny_config(tmp_path, pretraining={"lr": 1.0}), task) == name, "there is no pretraining"
+    for shaping in ({"seed": 1}, {"precision": "bf16"}, {"causal": True}, {"n_test": 5}, {"finetuning": {"lr": 1.0}}):
+        assert run_name(tiny_config(tmp_path, **shaping), task) != name, shaping
+    assert run_name(config, toy_task(seed=1)) != name
+    assert run_name(config).startswith("lra_text-transformer-tiny-none-s0-")
+    pretraining = tiny_config(tmp_path, pretrain=True)
+    assert run_name(pretraining) != run_name(tiny_config(tmp_path, pretrain=True, pretraining={"lr": 1.0}))
+
+
+def test_the_configuration_comes_back(pretrained):
+    config, result = pretrained
+    assert read_config(Path(result["folder"])) == config
+
+
+def test_options_of_blocks_are_explained(task, tmp_path):
+    with pytest.raises(ConfigError, match="num_head"):
+        run(tiny_config(tmp_path, model={"block": {"name": "softmax_attention", "num_head": 2}}), task=task)
+    with pytest.raises(ConfigError, match="valid: auto, cpu, cuda"):
+        run(replace(tiny_config(tmp_path), device="gpu"), task=task)
+
+
+def test_wandb_offline_holds_the_run(task, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config = tiny_config(tmp_path, wandb_mode="offline", finetuning={"lr": 0.004})
+    result = run(config, task=task)
+    folder = Path(result["folder"])
+    (log,) = folder.glob("wandb/offline-run-*/*.wandb")
+    logged_config, history, summary = read_run(log)
+    assert logged_config["finetuning"]["lr"] == 0.004
+    assert logged_config["model"]["d_model"] == 16
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["finetune/train/loss"] for line in history if "finetune/train/loss" in line]
+    assert losses == [entry["train/loss"] for entry in entries if "train/loss" in entry]
+    assert summary["test"]["accuracy"] == result["test"]["accuracy"]
+
+
+def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch):
+    import wandb
+
+    def fail(**options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    with pytest.warns(UserWarning, match="no route to host"):
+        tracker = Tracker(tmp_path, {}, group="", wandb=WandbConfig(mode="offline"))
+    tracker.log("finetune", 1, 10, {"train/loss": 0.5})
+    tracker.finish({})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "stage": "finetune",
+        "step": 1,
+        "tokens": 10,
+        "train/loss": 0.5,
+    }
+
+
+def test_wandb_is_online_only_with_a_key(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode(None) == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert wandb_mode(None) == "online"
+    assert wandb_mode("disabled") == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_mode(None) == "offline"
