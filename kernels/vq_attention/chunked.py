@@ -56,18 +56,19 @@ def vq_attention_chunked(
     q_b = _blocks(q, 0, N * L - T, L)  # [B, H, N, L, D]
     scores = q_b @ _windows(khat_b, N, W).transpose(-1, -2)  # [B, H, N, L, WL]
     if bias is not None:
-        scores = scores + _along_distance(bias, causal, L, N, T)
+        scores += _along_distance(bias, causal, L, N, T)
     never = torch.finfo(scores.dtype).min
     hidden = ~_windows(valid_b[:, None, ..., None], N, W)[..., 0][..., None, :]  # [B, 1, N, 1, WL]
     if causal:
         hidden = hidden | torch.ones(L, W * L, dtype=torch.bool, device=q.device).triu(L + 1)
-    scores = scores.masked_fill(hidden, never)
+    scores += scores.new_zeros(hidden.shape).masked_fill(hidden, never)
 
     counts, sums = _outside_window(codes_b, v_b, valid_b, S, N, W)  # [B, H, N, S], [B, H, N, S, Dv]
     if past is not None:
         counts, sums = counts + past.counts[:, :, None], sums + past.sums.to(v.dtype)[:, :, None]
     log_count = torch.where(counts > 0, counts.clamp(min=1).to(q.dtype).log(), never)
-    by_code = q_b @ codebook[:, None].transpose(-1, -2) + log_count[..., None, :]  # [B, H, N, L, S]
+    by_code = q_b @ codebook[:, None].transpose(-1, -2)  # [B, H, N, L, S]
+    by_code += log_count[..., None, :]
 
     weights = torch.cat([scores, by_code], -1).softmax(-1)
     means = sums / counts.clamp(min=1)[..., None]

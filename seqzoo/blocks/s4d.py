@@ -123,7 +123,7 @@ def convolve(
     )  # [D, 2P, L]
     carried = torch.view_as_real(starts[:, :N]).permute(2, 0, 1, 3, 4).reshape(D, B * N, 2 * P)
     y = flat @ toeplitz.transpose(1, 2) + carried @ reads
-    y = y.reshape(D, B, N * L).permute(1, 2, 0)[:, :T]
+    y = _ContiguousGradient.apply(y).reshape(D, B, N * L).permute(1, 2, 0)[:, :T]
     if before is None:
         return y, None
 
@@ -135,3 +135,15 @@ def convolve(
     kept = torch.where(valid_positions(rest, L)[:, None], part, 0).to(step.dtype)
     after = start * torch.exp(step * rest[:, None, None]) + torch.einsum("bdl,dpbl->bdp", kept, powers[..., since])
     return y, after
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient is laid out anew: batched products of a permuted one fall back to a loop."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.contiguous()

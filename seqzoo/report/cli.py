@@ -56,11 +56,11 @@ def _report(folders: list[Path], out: Path) -> int:
 
 def _evaluate(folder: Path) -> int:
     from ..tasks import DataError
-    from ..training import evaluate_run
+    from ..training import TrainingError, evaluate_run
 
     try:
         metrics = evaluate_run(folder)
-    except (OSError, ValueError, DataError) as error:
+    except (OSError, ValueError, DataError, TrainingError) as error:
         print(f"{folder} cannot be evaluated: {error}", file=sys.stderr)
         return 1
     for name, value in metrics.items():

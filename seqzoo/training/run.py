@@ -20,6 +20,7 @@ from . import provenance
 from .checkpoint import load_weights
 from .evaluation import derive_seed, evaluate
 from .loop import Stage
+from .memory import keep_freed_memory
 from .run_folder import (
     cell_name,
     read_config,
@@ -66,6 +67,8 @@ def run(config: Config, *, task: Task | None = None) -> dict[str, Any]:
         return {**result, "folder": str(folder)}
 
     fabric = build_fabric(config)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     if task is None:
         task = _build_task(config, fabric)
     tracker = None
