@@ -17,6 +17,7 @@ CHOICES = {
     "objective": ("masked", "causal"),
     "pixel_loss": ("cross_entropy", "l1"),
     "precision": ("fp32", "bf16"),
+    "device": ("auto", "cpu", "cuda"),
     "pretraining.schedule": ("constant", "cosine"),
     "finetuning.schedule": ("constant", "cosine"),
     "wandb.mode": (None, "online", "offline", "disabled"),
@@ -168,6 +169,8 @@ def _validate(config: Config) -> None:
             raise ConfigError(f"{key}={value}: valid: {shown}")
     if not isinstance(config.pretrain, bool | str):
         raise ConfigError(f"pretrain={config.pretrain}: valid: true, false, or the folder of a run")
+    if config.seed < 0:
+        raise ConfigError(f"seed={config.seed}: valid: 0 or more")
     if config.objective == "causal" and config.pretrain:
         config.causal = True
     for name in ("pretraining", "finetuning"):

@@ -52,6 +52,8 @@ def test_causal_pretraining_makes_the_model_causal():
         ("pretraining.tokens=5", "pretraining takes one budget: tokens or epochs, got tokens=5 epochs="),
         ("finetuning.batch_size=0", "finetuning.batch_size=0: valid: 1 or more"),
         ("task.mask_ratio=2", "mask_ratio is 2.0; valid: between 0 and 1"),
+        ("seed=-1", "seed=-1: valid: 0 or more"),
+        ("device=tpu", "device=tpu: valid: auto, cpu, cuda"),
         ("pretrain=3", "pretrain=3: valid: true, false, or the folder of a run"),
     ],
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from seqzoo.messages import unknown
-
+from ..messages import unknown
 from .base import Block, State, after_step, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from seqzoo.kernels.common import zero_padding
+from ..kernels.common import zero_padding
 
 
 class State(Protocol):

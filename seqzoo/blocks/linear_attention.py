@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqzoo.kernels import linear_attention
-
+from ..kernels import linear_attention
 from .base import Block, advance, head_dim
 from .rotary import rotate
 

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seqzoo.kernels import diagonal_scan
-from seqzoo.kernels.common import accumulation_dtype
-
+from ..kernels import diagonal_scan
+from ..kernels.common import accumulation_dtype
 from .base import Block, advance
 
 

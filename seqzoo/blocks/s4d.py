@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqzoo.kernels import diagonal_scan
-from seqzoo.kernels.common import accumulation_dtype, valid_positions
-
+from ..kernels import diagonal_scan
+from ..kernels.common import accumulation_dtype, valid_positions
 from .base import Block, advance
 from .lru import RecurrentState
 

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seqzoo.kernels import attention
-
+from ..kernels import attention
 from .base import Block, advance, head_dim
 from .rotary import rotate
 

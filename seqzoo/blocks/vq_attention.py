@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqzoo.kernels import VQState, nearest_code, vq_attention
-from seqzoo.kernels.common import accumulation_dtype, valid_positions
-
+from ..kernels import VQState, nearest_code, vq_attention
+from ..kernels.common import accumulation_dtype, valid_positions
 from .base import Block, head_dim
 
 

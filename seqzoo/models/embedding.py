@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqzoo.spec import TaskSpec
+from ..spec import TaskSpec
 
 POSITIONS = ("none", "sinusoidal", "learned")
 

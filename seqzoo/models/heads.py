@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from seqzoo.kernels.common import valid_positions
-from seqzoo.spec import TaskSpec
+from ..kernels.common import valid_positions
+from ..spec import TaskSpec
 
 POOLINGS = ("mean", "max", "last", "first")
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from seqzoo.blocks import build_block
-from seqzoo.spec import TaskSpec
-
+from ..blocks import build_block
+from ..spec import TaskSpec
 from .embedding import Embedding
 from .heads import ClassificationHead, PairHead, PositionHead
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from seqzoo.tasks import lra_image, lra_listops, lra_text
-from seqzoo.tasks.arrays import from_arrays
-from seqzoo.tasks.config import TaskConfig
-from seqzoo.tasks.data import Split, Task, epoch_order, stratified
-from seqzoo.tasks.sources import DataError
+from . import lra_image, lra_listops, lra_text
+from .arrays import from_arrays
+from .config import TaskConfig
+from .data import Split, Task, epoch_order, stratified
+from .sources import DataError
 
 __all__ = [
     "TASKS",

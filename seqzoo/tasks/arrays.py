@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from seqzoo.spec import TaskSpec
-from seqzoo.tasks.data import Task, assemble, hold_out, split_arrays, token_dtype
+from ..spec import TaskSpec
+from .data import Task, assemble, hold_out, split_arrays, token_dtype
 
 
 class _Examples(NamedTuple):

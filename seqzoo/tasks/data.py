@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqzoo.spec import Batch, TaskSpec
+from ..spec import Batch, TaskSpec
 
 BUCKETS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of max_length that batches are padded to
 

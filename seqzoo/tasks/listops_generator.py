@@ -18,7 +18,7 @@ from itertools import count
 import numpy as np
 from numba import njit
 
-from seqzoo.tasks.listops_grammar import CLOSE, DIGIT, MAX, MED, MIN, Grammar
+from .listops_grammar import CLOSE, DIGIT, MAX, MED, MIN, Grammar
 
 DRAWS_PER_SHARD = 4096
 FRUITLESS_SHARDS = 64  # so many in a row without a new row, and there are no more to be had

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from seqzoo.spec import TaskSpec
-from seqzoo.tasks.cache import Stored, cached
-from seqzoo.tasks.config import TaskConfig
-from seqzoo.tasks.data import Task, assemble, hold_out, split_arrays
-from seqzoo.tasks.sources import Archive, DataError, check_md5, provide
+from ..spec import TaskSpec
+from .cache import Stored, cached
+from .config import TaskConfig
+from .data import Task, assemble, hold_out, split_arrays
+from .sources import Archive, DataError, check_md5, provide
 
 CIFAR_10 = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",

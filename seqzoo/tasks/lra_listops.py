@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from seqzoo.spec import TaskSpec
-from seqzoo.tasks.cache import Stored, cached
-from seqzoo.tasks.config import TaskConfig
-from seqzoo.tasks.data import Task, assemble, split_arrays
-from seqzoo.tasks.listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, tokenise
-from seqzoo.tasks.sources import DataError
+from ..spec import TaskSpec
+from .cache import Stored, cached
+from .config import TaskConfig
+from .data import Task, assemble, split_arrays
+from .listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, tokenise
+from .sources import DataError
 
 FOLDERS = ("listops-1000", "lra_release/lra_release/listops-1000", "listops")
 FILES = {"train": "basic_train.tsv", "val": "basic_val.tsv", "test": "basic_test.tsv"}
@@ -97,7 +97,7 @@ def _generate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from seqzoo.tasks.listops_generator import generate
+    from .listops_generator import generate
 
     total = sum(counts.values())
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from seqzoo.spec import TaskSpec
-from seqzoo.tasks.cache import Stored, cached
-from seqzoo.tasks.config import TaskConfig
-from seqzoo.tasks.data import Task, assemble, hold_out, split_arrays, token_dtype
-from seqzoo.tasks.sources import Archive, DataError, provide
+from ..spec import TaskSpec
+from .cache import Stored, cached
+from .config import TaskConfig
+from .data import Task, assemble, hold_out, split_arrays, token_dtype
+from .sources import Archive, DataError, provide
 
 ACL_IMDB = Archive(
     url="https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
