@@ -6,7 +6,20 @@ lies past a sequence's length never changes its outputs or gradients, and output
 
 from .attention import attention
 from .diagonal_scan import diagonal_scan
+from .favor_attention import FavorState, favor_attention
+from .gated_attention import GatedAttentionState, gated_attention
 from .linear_attention import linear_attention
 from .vq_attention import VQState, nearest_code, vq_attention
 
-__all__ = ["VQState", "attention", "diagonal_scan", "linear_attention", "nearest_code", "vq_attention"]
+__all__ = [
+    "FavorState",
+    "GatedAttentionState",
+    "VQState",
+    "attention",
+    "diagonal_scan",
+    "favor_attention",
+    "gated_attention",
+    "linear_attention",
+    "nearest_code",
+    "vq_attention",
+]

@@ -9,6 +9,7 @@ from typing import Any
 
 from .messages import unknown
 from .models import ModelConfig
+from .models.size import parse_size
 from .tasks import TaskConfig
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -16,6 +17,7 @@ GROUPS = ("model", "task", "recipe")
 CHOICES = {
     "objective": ("masked", "causal"),
     "pixel_loss": ("cross_entropy", "l1"),
+    "lr": (None, "search"),
     "precision": ("fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
     "pretraining.schedule": ("constant", "cosine"),
@@ -62,6 +64,8 @@ class Config:
     pretrain: Any = False  # false, true, or the folder of a run whose pretraining is to be reused
     objective: str = "masked"
     causal: bool = False
+    size: str | None = None
+    lr: str | None = None
     pixel_loss: str = "cross_entropy"
     pretraining: StageConfig = field(default_factory=StageConfig)
     finetuning: StageConfig = field(default_factory=StageConfig)
@@ -171,6 +175,11 @@ def _validate(config: Config) -> None:
         raise ConfigError(f"pretrain={config.pretrain}: valid: true, false, or the folder of a run")
     if config.seed < 0:
         raise ConfigError(f"seed={config.seed}: valid: 0 or more")
+    if config.size is not None:
+        try:
+            parse_size(config.size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if config.objective == "causal" and config.pretrain:
         config.causal = True
     for name in ("pretraining", "finetuning"):

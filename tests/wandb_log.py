@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,8 @@ def read_records(path: Path) -> Iterator[Any]:
         checksum, length, kind = CHUNK.unpack_from(data, position)
         position += CHUNK.size
         payload = data[position : position + length]
+        if len(payload) < length:  # not written to its end yet
+            return
         if zlib.crc32(bytes([kind]) + payload) != checksum:
             raise ValueError(f"{path}: wrong checksum at {position}")
         position += length
@@ -43,8 +46,16 @@ def read_records(path: Path) -> Iterator[Any]:
             yield Record.FromString(record)
 
 
-def read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """Configuration, logged lines and summary of the run in a file."""
+def read_run(path: Path, timeout: float = 30.0) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """Configuration, logged lines and summary of the finished run in a file.
+
+    W&B's service may still be writing when `finish` returns: waits up to `timeout` seconds for the record of the exit.
+    """
+    deadline = time.monotonic() + timeout
+    while not any(record.WhichOneof("record_type") == "exit" for record in read_records(path)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} has no record of the run's exit")
+        time.sleep(0.1)
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     history = []

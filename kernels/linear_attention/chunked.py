@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import accumulation_dtype, zero_padding
+from ..common import accumulation_dtype, without_autocast, zero_padding
 from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
@@ -36,7 +36,7 @@ def linear_attention_chunked(
         return x.reshape(B * H * N, C, x.shape[-1])
 
     # Autocast would keep the sums in half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         # Rows past T hold q = k = 0, so the ones that fill v there with its ones column count for nothing.
         q, k, v = split(q), split(k), split(v, columns=int(normalize))
         first = q.new_zeros(B, H, Dk, v.shape[-1]) if initial_state is None else initial_state.to(dtype)

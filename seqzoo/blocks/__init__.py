@@ -7,8 +7,10 @@ from typing import Any
 
 from ..messages import unknown
 from .base import Block, State, after_step, auxiliary_loss
+from .gau import GAU
 from .linear_attention import LinearAttention
 from .lru import LRU
+from .performer import Performer
 from .s4d import S4D
 from .softmax_attention import SoftmaxAttention
 from .vq_attention import VQAttention
@@ -16,7 +18,9 @@ from .vq_attention import VQAttention
 BLOCKS: dict[str, type[Block]] = {
     "softmax_attention": SoftmaxAttention,
     "linear_attention": LinearAttention,
+    "performer": Performer,
     "vq_attention": VQAttention,
+    "gau": GAU,
     "lru": LRU,
     "s4d": S4D,
 }
@@ -45,10 +49,12 @@ def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any
 
 __all__ = [
     "BLOCKS",
+    "GAU",
     "LRU",
     "S4D",
     "Block",
     "LinearAttention",
+    "Performer",
     "SoftmaxAttention",
     "State",
     "VQAttention",

@@ -29,6 +29,9 @@ class Block(nn.Module, ABC):
     recurrence: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that set the recurrence: trained at a smaller rate and never decayed."""
 
+    undecayed: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that are scales or shifts in spite of having two dimensions: never decayed either."""
+
     def __init__(self, d_model: int, *, causal: bool) -> None:
         super().__init__()
         self.d_model = d_model
@@ -117,6 +120,17 @@ def head_dim(block: str, d_model: int, num_heads: int) -> int:
 def advance(position: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
     """Where sequences stand after the steps of `x` [B, T, ...], or as many of them as `lengths` says."""
     return position + (x.shape[1] if lengths is None else lengths)
+
+
+def grow(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
+    """Writes `new` [B, T, ...] behind the first `position` entries of each sequence of `cache` [B, N, ...].
+
+    Returns [B, N + T, ...] in the cache's dtype; what lies behind the new entries has no meaning.
+    """
+    slot = position[:, None] + torch.arange(new.shape[1], device=new.device)  # [B, T]
+    slot = slot.reshape(slot.shape + (1,) * (new.dim() - 2)).expand_as(new)
+    room = torch.zeros_like(new, dtype=cache.dtype)
+    return torch.cat([cache, room], 1).scatter(1, slot, new.to(cache.dtype))
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import attention
-from .base import Block, advance, head_dim
+from ..kernels.common import accumulation_dtype
+from .base import Block, advance, grow, head_dim
 from .rotary import rotate
 
 
@@ -70,31 +71,22 @@ class SoftmaxAttention(Block):
             place = torch.arange(T, device=x.device) + (0 if start is None else start[:, None])
             q, k = rotate(q, place), rotate(k, place)
         if state is not None:
-            state = self._append(state, k, v, lengths)
+            keys, values = grow(state.keys, k, state.position), grow(state.values, v, state.position)
+            state = AttentionState(keys, values, advance(state.position, x, lengths))
             k, v, lengths = state.keys.to(q.dtype), state.values.to(q.dtype), state.position
         y = attention(
-            q, k, v, causal=self.causal, lengths=lengths, scale=self._scale(T, start, lengths, x.device), position=start
+            q, k, v, causal=self.causal, lengths=lengths, scale=self._scale(T, start, lengths, x), position=start
         )
         return self.out_proj(y.flatten(2)), state
 
-    def _scale(self, T: int, start: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor | None:
+    def _scale(self, T: int, start: Tensor | None, lengths: Tensor | None, x: Tensor) -> Tensor | None:
         if self.entropy_length is None:
             return None
         if self.causal:
-            seen = torch.arange(1, T + 1, device=device) + (0 if start is None else start[:, None])
+            seen = torch.arange(1, T + 1, device=x.device) + (0 if start is None else start[:, None])
         elif lengths is not None:
             seen = lengths[:, None].expand(-1, T)
         else:
-            seen = torch.full((T,), T, device=device)
-        return seen.clamp(min=16).log() / (math.log(self.entropy_length) * math.sqrt(self.head_dim))
-
-    @staticmethod
-    def _append(state: AttentionState, k: Tensor, v: Tensor, lengths: Tensor | None) -> AttentionState:
-        """Writes [B, T, G, D] behind what each sequence already holds."""
-        T = k.shape[1]
-        slot = (state.position[:, None] + torch.arange(T, device=k.device))[..., None, None].expand_as(k)
-        grown = [
-            torch.cat([old, torch.zeros_like(new, dtype=old.dtype)], 1).scatter(1, slot, new.to(old.dtype))
-            for old, new in ((state.keys, k), (state.values, v))
-        ]
-        return AttentionState(grown[0], grown[1], advance(state.position, k, lengths))
+            seen = torch.full((T,), T, device=x.device)
+        seen = seen.clamp(min=16).to(accumulation_dtype(x.dtype))
+        return seen.log() / (math.log(self.entropy_length) * math.sqrt(self.head_dim))

@@ -1,25 +1,20 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import VQState, nearest_code, vq_attention
-from ..kernels.common import accumulation_dtype, valid_positions
+from ..kernels import VQState, vq_attention
+from ..kernels.common import accumulation_dtype
 from .base import Block, head_dim
+from .quantizers import FiniteScalarQuantizer, VectorQuantizer
 
 
 class VQAttention(Block):
     """Gated attention over vector-quantised keys (Transformer-VQ, Lingle 2024), linear in time.
 
     q and k are RMS-normalised per head to length D^(1/4), v and the gate are silu projections of width
-    `expand · d_model`. Scores have Transformer-XL position terms up to a distance of `block_len`. Codes are running
-    means of the keys they stand for, updated by `after_step` from exact counts; the commitment loss, averaged over
-    valid positions and summed over heads, pulls keys towards their codes.
-
-    Unlike the authors' code, codes start as long as keys are (theirs start near zero, from where most are never used).
+    `expand · d_model`. Scores have Transformer-XL position terms up to a distance of `block_len`.
 
     Args:
         d_model: width.
@@ -28,15 +23,12 @@ class VQAttention(Block):
         expand: width of the values, times `d_model`.
         codebook_size: codes per head, S.
         block_len: positions in a block; those of a query's own and neighbouring blocks are attended one by one.
-        ema: share of a code's running count and sum that each step keeps.
-        commitment: weight of the commitment loss.
+        quantizer: "vq", see `VectorQuantizer`, or "fsq", see `FiniteScalarQuantizer`.
+        ema, commitment, codebook_start, restart: of "vq".
     """
 
-    code_counts: Tensor
-    code_sums: Tensor
-    new_counts: Tensor
-    new_sums: Tensor
-    errors: Tensor
+    undecayed = ("content_bias", "distance_bias")
+    quantizer: VectorQuantizer | FiniteScalarQuantizer
 
     def __init__(
         self,
@@ -47,8 +39,11 @@ class VQAttention(Block):
         expand: float = 2.0,
         codebook_size: int = 128,
         block_len: int = 64,
+        quantizer: str = "vq",
         ema: float = 0.99,
         commitment: float = 1e-4,
+        codebook_start: str = "random",
+        restart: float = 0.0,
     ) -> None:
         super().__init__(d_model, causal=causal)
         D, H, S = head_dim("VQAttention", d_model, num_heads), num_heads, codebook_size
@@ -56,32 +51,25 @@ class VQAttention(Block):
         self.value_dim = head_dim("VQAttention (values)", int(expand * d_model), num_heads)
         if codebook_size < 1 or block_len < 1:
             raise ValueError(f"VQAttention: codebook_size={S}, block_len={block_len}; valid: 1 or more")
-        if not 0 <= ema < 1:
-            raise ValueError(f"VQAttention: ema={ema}; valid: 0 <= ema < 1")
-        self.ema = ema
-        self.commitment = commitment
         self.qk_proj = nn.Linear(d_model, 2 * H * D, bias=False)
         self.vg_proj = nn.Linear(d_model, 2 * H * self.value_dim, bias=False)
         self.out_proj = nn.Linear(H * self.value_dim, d_model, bias=False)
         self.distance_proj = nn.Linear(d_model, H * D, bias=False)
         self.content_bias = nn.Parameter(torch.zeros(H, D))
         self.distance_bias = nn.Parameter(torch.zeros(H, D))
-        self.register_buffer("code_counts", torch.ones(H, S))
-        self.register_buffer("code_sums", F.normalize(torch.randn(H, S, D), dim=-1) * D**0.25)
-        self.register_buffer("new_counts", torch.zeros(H, S, dtype=torch.int64), persistent=False)
-        self.register_buffer("new_sums", torch.zeros(H, S, D), persistent=False)
-        self.register_buffer("errors", torch.zeros(2), persistent=False)  # sums of |k - k̂|² and |k|²
-        self._health: dict[str, Tensor] = {}
-
-    @property
-    def codebook(self) -> Tensor:
-        """[H, S, D]."""
-        return self.code_sums / self.code_counts.clamp(min=0.01)[..., None]
+        if quantizer == "vq":
+            self.quantizer = VectorQuantizer(
+                H, S, D, length=D**0.25, ema=ema, commitment=commitment, start=codebook_start, restart=restart
+            )
+        elif quantizer == "fsq":
+            self.quantizer = FiniteScalarQuantizer(H, S, D, length=D**0.25)
+        else:
+            raise ValueError(f"VQAttention: quantizer={quantizer!r}; valid: vq, fsq")
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> VQState:
         self._require_causal("initial_state")
         wide = accumulation_dtype(dtype or torch.get_default_dtype())
-        H, S, _ = self.code_sums.shape
+        H, S, _ = self.quantizer.codebook.shape
         return VQState.empty(batch_size, H, S, self.value_dim, self.block_len, device=device, dtype=wide)
 
     def mix(self, x: Tensor, state: VQState | None, lengths: Tensor | None) -> tuple[Tensor, VQState | None]:
@@ -90,12 +78,13 @@ class VQAttention(Block):
         v, gate = F.silu(self.vg_proj(x)).unflatten(-1, (2, H, self.value_dim)).unbind(2)
         wide = accumulation_dtype(x.dtype)
         q, k = (F.rms_norm(y.to(wide), (D,)) * D**-0.25 for y in (q, k))
-        codebook = self.codebook.to(wide)
-        codes = nearest_code(k, codebook)
-        self._observe(k, codebook, codes, lengths)
+        record = self.recording()
+        keys, codebook, codes, loss = self.quantizer(k, lengths, record=record)
+        if record:
+            self._auxiliary = loss
         y = vq_attention(
             q + self.content_bias,
-            k,
+            keys,
             v.to(wide),
             codebook,
             codes=codes,
@@ -117,57 +106,13 @@ class VQAttention(Block):
         frequency = 1e5 ** (-torch.arange(0, self.d_model, 2, device=weight.device, dtype=dtype) / self.d_model)
         angle = distance[:, None] * frequency
         features = torch.cat([angle.sin(), angle.cos()], -1)[:, : self.d_model].to(weight.dtype)
-        return (
-            self.distance_proj(features).unflatten(-1, (self.num_heads, self.head_dim)).to(dtype) * self.head_dim**-0.25
-        )
+        projected = self.distance_proj(features).unflatten(-1, (self.num_heads, self.head_dim))
+        return projected.to(dtype) * self.head_dim**-0.25
 
-    def _observe(self, k: Tensor, codebook: Tensor, codes: Tensor, lengths: Tensor | None) -> None:
-        """Gathers what `after_step` applies and the commitment loss, from the valid positions of a training pass."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        B, T, H, _ = k.shape
-        valid = torch.ones(B, T, dtype=torch.bool, device=k.device) if lengths is None else valid_positions(lengths, T)
-        nearest = codebook[torch.arange(H, device=k.device), codes]
-        error = ((k - nearest).square().sum(-1) * valid[..., None]).sum()
-        loss = self.commitment * error / valid.sum()
-        if not self.recording():
-            return
-        self._auxiliary = loss
-        with torch.no_grad():
-            S = codebook.shape[1]
-            member = (codes[..., None] == torch.arange(S, device=k.device)) & valid[..., None, None]  # [B, T, H, S]
-            self.new_counts += member.sum((0, 1))
-            self.new_sums += torch.einsum("bths,bthd->hsd", member.to(k.dtype), k)
-            self.errors += torch.stack([error, (k.square().sum(-1) * valid[..., None]).sum()])
-
-    @torch.no_grad()
     def after_step(self) -> None:
-        """Moves each code towards the mean of the keys it stood for since the last call, over all ranks."""
-        gathered = (self.new_counts, self.new_sums, self.errors)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for part in gathered:
-                torch.distributed.all_reduce(part)
-        self.code_counts.lerp_(self.new_counts.to(self.code_counts.dtype), 1 - self.ema)
-        self.code_sums.lerp_(self.new_sums, 1 - self.ema)
-        share = self.code_counts / self.code_counts.sum(-1, keepdim=True).clamp(min=1e-30)
-        self._health = {
-            "codebook_perplexity": torch.special.entr(share).sum(-1).exp().mean(),
-            "codes_used": (self.new_counts > 0).float().mean(),
-            "relative_error": (self.errors[0] / self.errors[1].clamp(min=1e-30)).sqrt(),
-        }
-        for part in gathered:
-            part.zero_()
+        """Lets the quantizer learn from the passes since the last call."""
+        self.quantizer.after_step()
 
     def metrics(self) -> dict[str, float]:
-        """Codebook health at the last step: perplexity of the codes, share of them used, |k - k̂| / |k|."""
-        return {name: value.item() for name, value in self._health.items()}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> VQAttention:
-        """Moves the block as `nn.Module` does, but keeps the running sums in single precision at least."""
-        exact = {name: getattr(self, name) for name in ("code_counts", "code_sums", "new_sums", "errors")}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            now = getattr(self, name)
-            if now.dtype != accumulation_dtype(now.dtype):
-                setattr(self, name, before.to(now.device))
-        return self
+        """The quantizer's health."""
+        return self.quantizer.metrics()

@@ -16,12 +16,14 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
     - "recurrence": what modules name in their class attribute `recurrence` (decay rates, phases, step sizes). A smaller
       rate and no decay, since a small change of a rate near 1 is a large change of memory (Gu et al. 2022,
       "Efficiently Modeling Long Sequences with Structured State Spaces", appendix D).
-    - "plain": norms, biases and whatever else has fewer than two dimensions. No decay.
+    - "plain": norms, biases and whatever else has fewer than two dimensions, and what modules name in `undecayed`. No
+      decay.
     - "decayed": the rest.
     """
-    recurrence = {
-        id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "recurrence", ())
-    }
+    recurrence, undecayed = (
+        {id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, attribute, ())}
+        for attribute in ("recurrence", "undecayed")
+    )
     members: dict[str, list[nn.Parameter]] = {"recurrence": [], "plain": [], "decayed": []}
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -29,7 +31,8 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
         if id(parameter) in recurrence:
             members["recurrence"].append(parameter)
         else:
-            members["plain" if parameter.dim() < 2 else "decayed"].append(parameter)
+            plain = parameter.dim() < 2 or id(parameter) in undecayed
+            members["plain" if plain else "decayed"].append(parameter)
     factors = {"recurrence": stage.recurrence_lr_factor}
     decays = {"decayed": stage.weight_decay}
     return [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,8 @@ import torch
 from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
-from ..models import build_model
+from ..models import ModelConfig, build_model
+from ..models.size import count_parameters, fit_width, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..tasks import Split, Task, build_task, stratified
@@ -31,6 +34,7 @@ from .run_folder import (
     write_description,
     write_json,
 )
+from .search import search_lr
 from .tracker import Tracker
 from .transfer import transfer_backbone
 
@@ -173,22 +177,33 @@ def _train_and_test(
     """Both stages and the test; the content of `result.json`."""
     spec, pretraining = task.spec, None
     val, test = _subset(task.val, config.n_val), _subset(task.test, config.n_test)
+    with _blaming(f"model={config.model.name}"):
+        sized = _sized(config, spec)
+        params = count_parameters(sized, spec, causal=config.causal)
+        flops = flops_per_token(sized, spec, causal=config.causal)
+    if fabric.is_global_zero:
+        print(
+            f"{sized.name}: width {sized.d_model}, {params:,} parameters, {flops / 1e6:.3g} MFLOP a token",
+            file=sys.stderr,
+        )
 
     def train(model: nn.Module, objective: Objective, stage: StageConfig, name: str) -> dict[str, Any]:
         if config.compile:
             model.compile()
         fitting = "short" if fabric.device.type == "cuda" else "tiny"
         fits = f"recipe={fitting} is made for it"
+        shared: dict[str, Any] = {"name": name, "seed": config.seed, "fabric": fabric}
+        if config.lr == "search":
+            trials = folder / name / "search"
+            stage = replace(stage, lr=search_lr(model, objective, task.train, val, stage, folder=trials, **shared))
         trainer = Stage(
             model,
             objective,
             task.train,
             val,
             stage,
-            name=name,
-            seed=config.seed,
+            **shared,
             folder=folder / name,
-            fabric=fabric,
             tracker=tracker,
             advice=fits if config.recipe != fitting else "Fewer tokens or a smaller model would make it shorter",
         )
@@ -199,6 +214,7 @@ def _train_and_test(
             "seconds": state.seconds,
             "tokens_per_second": state.tokens / state.training_seconds,
             "val": state.best,
+            "lr": stage.lr,
         }
 
     source = folder
@@ -222,7 +238,7 @@ def _train_and_test(
     finetuning = train(model, objective, config.finetuning, "finetune")
     tested = evaluate(model, objective, test.to(fabric.device), batch_size=config.finetuning.batch_size, fabric=fabric)
 
-    none = {"tokens_seen": 0, "token_budget": 0, "seconds": 0.0, "tokens_per_second": 0.0}
+    none = {"tokens_seen": 0, "token_budget": 0, "seconds": 0.0, "tokens_per_second": 0.0, "lr": None}
     stages = {"pretrain": pretraining or none, "finetune": finetuning}
     seconds = {name: stage["seconds"] for name, stage in stages.items()}
     return {
@@ -235,9 +251,11 @@ def _train_and_test(
         "pretrain_run": source.name if source != folder else None,
         "recipe": config.recipe,
         "seed": config.seed,
-        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "params": params,
+        "flops_per_token": flops,
         "tokens_seen": {name: stage["tokens_seen"] for name, stage in stages.items()},
         "token_budget": {name: stage["token_budget"] for name, stage in stages.items()},
+        "lr": {name: stage["lr"] for name, stage in stages.items()},
         "val": finetuning["val"],
         "test": tested,
         "n_test": len(test),
@@ -251,28 +269,38 @@ def _train_and_test(
     }
 
 
+@contextmanager
+def _blaming(choice: str) -> Iterator[None]:
+    """What a room says of its options, as an error of the configuration."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{choice}: {error}") from None
+
+
 def _build_task(config: Config, fabric: Fabric) -> Task:
     cache = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqzoo"
-    with fabric.rank_zero_first():  # one process downloads and generates, the others read
-        try:
-            return build_task(config.task, data_dir=config.data_dir, cache_dir=cache)
-        except ValueError as error:
-            raise ConfigError(f"task={config.task.name}: {error}") from None
+    # One process downloads and generates, the others read.
+    with fabric.rank_zero_first(), _blaming(f"task={config.task.name}"):
+        return build_task(config.task, data_dir=config.data_dir, cache_dir=cache)
+
+
+def _sized(config: Config, spec: TaskSpec) -> ModelConfig:
+    """The model's configuration, of the width that `config.size` asks for."""
+    if config.size is None:
+        return config.model
+    return fit_width(config.model, spec, config.size, causal=config.causal)
 
 
 def _build_model(config: Config, spec: TaskSpec, head: str) -> nn.Module:
     torch.manual_seed(derive_seed(config.seed))
-    try:
-        return build_model(config.model, spec, head=head, causal=config.causal)
-    except ValueError as error:
-        raise ConfigError(f"model={config.model.name}: {error}") from None
+    with _blaming(f"model={config.model.name}"):
+        return build_model(_sized(config, spec), spec, head=head, causal=config.causal)
 
 
 def _build_objective(config: Config, spec: TaskSpec) -> Objective:
-    try:
+    with _blaming(f"objective={config.objective}"):
         return build_objective(config.objective, spec, pixel_loss=config.pixel_loss)
-    except ValueError as error:
-        raise ConfigError(f"objective={config.objective}: {error}") from None
 
 
 def _subset(split: Split, n: int | None) -> Split:

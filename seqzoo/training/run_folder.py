@@ -44,6 +44,8 @@ def run_name(config: Config, task: Task | None = None) -> str:
     if task is not None:
         name = task.spec.name
         shaping["task"] = {"spec": asdict(task.spec), "data": _fingerprint(task)}
+    # A key that is not set counts as one that is not there: adding an option leaves the names of old runs as they are.
+    shaping = _without_none(shaping)
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
     return f"{cell_name(config, name)}-s{config.seed}-{digest}"
 
@@ -103,7 +105,7 @@ def reusable_pretraining(config: Config, spec: TaskSpec) -> dict[str, Any]:
     """
     folder = Path(config.pretrain)
     there, here = read_config(folder), config
-    for key in ("causal", "objective", "model", "task"):
+    for key in ("causal", "objective", "size", "model", "task"):
         for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):
             if name not in MAY_DIFFER:
                 raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
@@ -131,6 +133,12 @@ def _drop(values: dict[str, Any], key: str) -> None:
     for part in path:
         values = values[part]
     values.pop(last)
+
+
+def _without_none(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_none(value) for key, value in values.items() if value is not None}
 
 
 def _fingerprint(task: Task) -> str:

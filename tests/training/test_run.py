@@ -193,8 +193,6 @@ def test_the_configuration_comes_back(pretrained):
 def test_options_of_blocks_are_explained(task, tmp_path):
     with pytest.raises(ConfigError, match="num_head"):
         run(tiny_config(tmp_path, model={"block": {"name": "softmax_attention", "num_head": 2}}), task=task)
-    with pytest.raises(ConfigError, match="valid: auto, cpu, cuda"):
-        run(replace(tiny_config(tmp_path), device="gpu"), task=task)
 
 
 def test_wandb_offline_holds_the_run(task, tmp_path, monkeypatch):

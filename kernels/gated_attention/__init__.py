@@ -1,0 +1,122 @@
+"""Mixed-chunk gated attention: squared-relu attention inside a chunk, linear attention beyond it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ..common import check_lengths, choose
+from .chunked import gated_attention_chunked
+from .reference import gated_attention_reference
+from .state import GatedAttentionState
+
+__all__ = ["GatedAttentionState", "gated_attention"]
+
+
+def gated_attention(
+    u: Tensor,
+    q_quad: Tensor,
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,
+    *,
+    chunk_len: int,
+    causal: bool = False,
+    scale: float | None = None,
+    initial_state: GatedAttentionState | None = None,
+    output_final_state: bool = False,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Any:
+    """FLASH's mixture of quadratic attention inside chunks and linear attention over all of them, gated by u.
+
+    With c(i) = floor(i / chunk_len), the chunk of position i, and n the length of the sequence:
+
+        o_i = u_i ∘ (sum_{j: c(j) = c(i)} relu²(scale q_quad_i · k_quad_j) v_j + L_i)
+        L_i = sum_j (q_lin_i · k_lin_j) v_j / n                                        bidirectional
+        L_i = sum_{j: c(j) < c(i)} (q_lin_i · k_lin_j) v_j / (c(i) chunk_len)          causal, 0 in the first chunk
+
+    and, causal, j ≤ i in the first sum too. Time and memory are linear in T for a given `chunk_len`; causal, there is a
+    state of [S, E] for every chunk, so chunks shorter than S E / (S + E) cost memory.
+
+    L is a mean over the keys that it sums: n is a sequence's own length, so that padding changes nothing, and the
+    causal sum is divided by the number of its terms (Su, post 8934). The paper's code divides the causal sum by
+    `chunk_len` instead, which lets L grow with the position; multiply q_lin_i by c(i) for that.
+
+    Args:
+        u, v: [B, T, E], the gate and the values.
+        q_quad, k_quad, q_lin, k_lin: [B, T, S], queries and keys of the two attentions.
+        chunk_len: positions in a chunk, counted from the beginning of the sequence.
+        causal: hide what comes later.
+        scale: inside relu². None is 1/√(chunk_len S), weights of relu²(q·k) / (chunk_len S) (Su, post 8934);
+            the paper's is 1/chunk_len.
+        initial_state: where an earlier call with the same `chunk_len` stopped (causal only).
+        output_final_state: return the state after `lengths` (or T) positions too (causal only); gradients flow through
+            both.
+        lengths: int64 [B], the valid positions of each sequence in this call; all T by default.
+        backend: "auto", "chunked" or "reference".
+
+    Returns:
+        o [B, T, E] in v's dtype, zero past `lengths`, and the `GatedAttentionState`, float32 at least, if asked for.
+
+    Raises:
+        ValueError: shapes that do not fit together, a state asked of bidirectional attention or made for another
+            `chunk_len`, or an unknown backend.
+
+    Source: Hua et al., "Transformer Quality in Linear Time" (2022), section 3.2.
+    """
+    _check(u, q_quad, k_quad, q_lin, k_lin, v, chunk_len, causal, initial_state, output_final_state)
+    check_lengths("gated_attention", lengths, u.shape[0])
+    run = choose(
+        "gated_attention", backend, {"chunked": gated_attention_chunked, "reference": gated_attention_reference}
+    )
+    o, state = run(
+        u,
+        q_quad,
+        k_quad,
+        q_lin,
+        k_lin,
+        v,
+        chunk_len=chunk_len,
+        causal=causal,
+        scale=1 / math.sqrt(chunk_len * q_quad.shape[-1]) if scale is None else scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        lengths=lengths,
+    )
+    return (o, state) if output_final_state else o
+
+
+def _check(
+    u: Tensor,
+    q_quad: Tensor,
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,
+    chunk_len: int,
+    causal: bool,
+    initial_state: GatedAttentionState | None,
+    output_final_state: bool,
+) -> None:
+    keys = (q_quad, k_quad, q_lin, k_lin)
+    fits = u.dim() == 3 and u.shape == v.shape and u.shape[1] > 0 and q_quad.dim() == 3
+    if not fits or any(x.shape != q_quad.shape for x in keys) or q_quad.shape[:2] != u.shape[:2]:
+        raise ValueError(
+            "gated_attention: expected u and v [B, T, E] and q_quad, k_quad, q_lin and k_lin [B, T, S] with T >= 1, "
+            f"got {list(u.shape)}, {list(v.shape)} and {', '.join(str(list(x.shape)) for x in keys)}"
+        )
+    if chunk_len < 1:
+        raise ValueError(f"gated_attention: chunk_len must be 1 or more, got {chunk_len}")
+    if not causal and (initial_state is not None or output_final_state):
+        raise ValueError("gated_attention: only causal attention has a state; valid: causal=True")
+    if initial_state is not None:
+        (B, _, E), S = u.shape, q_quad.shape[-1]
+        expected = [[B, S, E], [B, chunk_len, S], [B, chunk_len, S], [B, chunk_len, E], [B]]
+        given = [list(x.shape) for x in initial_state]
+        if given != expected:
+            names = ", ".join(f"{n} {s}" for n, s in zip(GatedAttentionState._fields, expected, strict=True))
+            raise ValueError(f"gated_attention: initial_state must be {names}, got {given}")

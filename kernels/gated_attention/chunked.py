@@ -1,0 +1,124 @@
+"""Gated attention in PyTorch: one product of all chunks at once, and a state that enters each.
+
+N chunks of C rows. A sequence that goes on from a state starts in the row where it stopped, in a first chunk whose
+earlier rows the state holds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common import accumulation_dtype, without_autocast, zero_padding
+from .state import GatedAttentionState
+
+
+def gated_attention_chunked(
+    u: Tensor,  # [B, T, E]
+    q_quad: Tensor,  # [B, T, S]
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,  # [B, T, E]
+    *,
+    chunk_len: int,
+    causal: bool,
+    scale: float,
+    initial_state: GatedAttentionState | None,
+    output_final_state: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, GatedAttentionState | None]:
+    (B, T, S), E = q_quad.shape, v.shape[-1]
+    out_dtype, dtype, device = v.dtype, accumulation_dtype(v.dtype), v.device
+    u, q_quad, k_quad, q_lin, k_lin, v = (
+        zero_padding(x, lengths).to(dtype) for x in (u, q_quad, k_quad, q_lin, k_lin, v)
+    )
+    # Autocast would keep the sums in half precision.
+    with without_autocast(device):
+        if not causal:
+            o, state = _bidirectional(scale * q_quad, k_quad, q_lin, k_lin, v, chunk_len, lengths), None
+        elif initial_state is None and not output_final_state:
+            C = min(chunk_len, T)
+            q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, C) for x in (scale * q_quad, k_quad, q_lin, k_lin, v))
+            o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, start=torch.arange(0, T, C, device=device))
+            o, state = o.flatten(1, 2)[:, :T], None
+        else:
+            past = initial_state or GatedAttentionState.empty(B, S, E, chunk_len, device=device, dtype=dtype)
+            o, state = _resume(scale * q_quad, k_quad, q_lin, k_lin, v, past, lengths)
+        o = u * o
+    return zero_padding(o, lengths).to(out_dtype), state
+
+
+def _chunks(x: Tensor, C: int) -> Tensor:  # [B, T, D] -> [B, N, C, D]
+    return F.pad(x, (0, 0, 0, -x.shape[1] % C)).unflatten(1, (-1, C))
+
+
+def _bidirectional(
+    q_quad: Tensor, k_quad: Tensor, q_lin: Tensor, k_lin: Tensor, v: Tensor, chunk_len: int, lengths: Tensor | None
+) -> Tensor:  # [B, T, E]
+    T = v.shape[1]
+    n = T if lengths is None else lengths.clamp(min=1)[:, None, None]
+    lin = q_lin @ (k_lin.mT @ v / n)
+    q, k, v = (_chunks(x, min(chunk_len, T)) for x in (q_quad, k_quad, v))
+    quad = (q @ k.mT).relu().square() @ v
+    return lin + quad.flatten(1, 2)[:, :T]
+
+
+def _causal(
+    q_quad: Tensor,  # [B, N, C, S], or a single row of the only chunk, behind all of its keys: [B, 1, 1, S]
+    k_quad: Tensor,  # [B, N, C, S]
+    q_lin: Tensor,  # as q_quad
+    k_lin: Tensor,  # [B, N, C, S]
+    v: Tensor,  # [B, N, C, E]
+    start: Tensor,  # [N] or [B, N], positions before each chunk
+    memory: Tensor | None = None,  # [B, S, E], the sum over chunks before the first; zero by default
+) -> tuple[Tensor, Tensor]:  # o as q_quad, and what each chunk adds to the memory [B, N, S, E]
+    weights = q_quad @ k_quad.mT
+    if q_quad.shape[2] > 1:
+        weights = weights.tril()
+    updates = k_lin.mT @ v
+    first = torch.zeros_like(updates[:, 0]) if memory is None else memory
+    before = torch.cat([first[:, None], updates[:, :-1]], 1).cumsum(1)
+    mean = before / start.clamp(min=1)[..., None, None]
+    return weights.relu().square() @ v + q_lin @ mean, updates
+
+
+def _resume(
+    q_quad: Tensor,
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,
+    past: GatedAttentionState,
+    lengths: Tensor | None,
+) -> tuple[Tensor, GatedAttentionState]:  # [B, T, E]
+    T, C = v.shape[1], past.v.shape[1]
+    N = -(-(C - 1 + T) // C)  # enough wherever in a chunk a sequence stands
+    chunk = torch.arange(N, device=v.device)
+    offset = past.position % C  # [B]
+    row = (offset[:, None] + torch.arange(T, device=v.device))[..., None]  # [B, T, 1]
+
+    def behind(old: Tensor, new: Tensor) -> Tensor:  # [B, C, D], [B, T, D] -> [B, N, C, D]
+        rows = F.pad(zero_padding(old.to(new.dtype), offset), (0, 0, 0, (N - 1) * C))
+        return rows.scatter(1, row.expand_as(new), new).unflatten(1, (N, C))
+
+    k_quad, k_lin, v = behind(past.k_quad, k_quad), behind(past.k_lin, k_lin), behind(past.v, v)
+    if T == 1:
+        q_quad, q_lin = q_quad[:, None], q_lin[:, None]
+    else:
+        nothing = torch.zeros_like(past.k_quad)
+        q_quad, q_lin = behind(nothing, q_quad), behind(nothing, q_lin)
+    start = (past.position - offset)[:, None] + chunk * C  # [B, N]
+    memory = past.memory.to(v.dtype)
+    o, updates = _causal(q_quad, k_quad, q_lin, k_lin, v, start, memory)
+    o = o.flatten(1, 2)
+    if T > 1:
+        o = o.gather(1, row.expand(-1, -1, o.shape[-1]))
+
+    steps = T if lengths is None else lengths
+    last = ((offset + steps) // C)[:, None]  # [B, 1], the chunk that is not full; N if it has no row yet
+    full, partial = (chunk < last).to(v.dtype), (chunk == last).to(v.dtype)  # [B, N]
+    memory = memory + torch.einsum("bn,bnse->bse", full, updates)
+    k_quad, k_lin, v = (torch.einsum("bn,bncd->bcd", partial, x) for x in (k_quad, k_lin, v))
+    return o, GatedAttentionState(memory, k_quad, k_lin, v, past.position + steps)

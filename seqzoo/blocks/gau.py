@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import GatedAttentionState, attention, gated_attention
+from ..kernels.common import accumulation_dtype, without_autocast, zero_padding
+from .base import Block, advance, grow
+from .rotary import rotate
+
+ATTENTIONS = ("flash", "relu2_n2", "relu2_ns", "softmax")
+
+
+class GAUCache(NamedTuple):
+    """What a causal GAU that is quadratic in time remembers."""
+
+    keys: Tensor  # [B, N, S]; the first `position` of each sequence are filled
+    values: Tensor  # [B, N, E]
+    position: Tensor  # int64 [B]
+
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> GAUCache:
+        """Writes k [B, T, S] and v [B, T, E] behind what each sequence already holds."""
+        keys, values = grow(self.keys, k, self.position), grow(self.values, v, self.position)
+        return GAUCache(keys, values, advance(self.position, k, lengths))
+
+
+class GAU(Block):
+    """The gated attention unit, (u ∘ A v) W_o: attention with one head, and the feed-forward layer in it.
+
+    Source: Hua et al., "Transformer Quality in Linear Time" (2022), sections 2.2 and 3.2.
+
+    u, v and z are silu projections of the input. Queries and keys are z scaled and shifted per channel, and rotated. A
+    is, with n the number of keys a query sees (the sequence's own length, or the position if causal):
+
+    - "flash": relu²(q kᵀ) / (chunk_len · key_dim) inside chunks of `chunk_len`, and linear attention with queries and
+      keys of its own over the whole sequence, or over earlier chunks if causal, as a mean. Linear in time.
+    - "relu2_n2": relu²(q kᵀ / n), the paper's.
+    - "relu2_ns": relu²(q kᵀ) / (n · key_dim) (Su, post 8934).
+    - "softmax": softmax(log n / log 512 · q kᵀ / √key_dim), n at least 16 (Su, post 9019).
+
+    The last three are quadratic in time; of them, those with relu² hold weights of [B, T, T].
+
+    Unlike the paper's code, it has rotary positions only, no learnt bias by distance; "flash" divides by `key_dim`
+    inside chunks, and causal linear attention by the number of keys that it sums, not by `chunk_len`. The scales of
+    queries and keys start as N(0, 1): from N(0, 0.02²), and with no learnt bias to lift them, the squares of weights
+    have gradients too small for Adam, and relu² learns nothing.
+
+    Args:
+        d_model: width.
+        causal: hide what comes later.
+        attention: "flash", "relu2_n2", "relu2_ns" or "softmax".
+        expand: width of u and v, times `d_model`.
+        key_dim: width of z, queries and keys, S.
+        chunk_len: positions in a chunk; "flash" only.
+        rotary: rotary positions on queries and keys; without them order shows in chunks and the causal mask only.
+        bias: biases in the projections.
+    """
+
+    undecayed = ("gamma", "beta")
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        causal: bool = False,
+        attention: str = "flash",
+        expand: float = 2.0,
+        key_dim: int = 128,
+        chunk_len: int = 256,
+        rotary: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(d_model, causal=causal)
+        if attention not in ATTENTIONS:
+            raise ValueError(f"GAU: attention={attention!r}; valid: {', '.join(ATTENTIONS)}")
+        self.value_dim = int(expand * d_model)
+        if self.value_dim < 1 or key_dim < 1 or chunk_len < 1:
+            raise ValueError(
+                f"GAU: expand={expand} (width {self.value_dim}), key_dim={key_dim}, chunk_len={chunk_len}; "
+                "valid: 1 or more, and expand · d_model of 1 or more"
+            )
+        self.attention = attention
+        self.key_dim = key_dim
+        self.chunk_len = chunk_len
+        self.rotary = rotary
+        self.uvz_proj = nn.Linear(d_model, 2 * self.value_dim + key_dim, bias=bias)
+        self.out_proj = nn.Linear(self.value_dim, d_model, bias=bias)
+        rows = 4 if attention == "flash" else 2  # q_quad, q_lin, k_quad, k_lin; or q, k
+        self.gamma = nn.Parameter(torch.randn(rows, key_dim))
+        self.beta = nn.Parameter(torch.zeros(rows, key_dim))
+
+    def initial_state(self, batch_size, *, device=None, dtype=None) -> GatedAttentionState | GAUCache:
+        self._require_causal("initial_state")
+        S, E = self.key_dim, self.value_dim
+        if self.attention == "flash":
+            wide = accumulation_dtype(dtype or torch.get_default_dtype())
+            return GatedAttentionState.empty(batch_size, S, E, self.chunk_len, device=device, dtype=wide)
+        return GAUCache(
+            torch.zeros(batch_size, 0, S, device=device, dtype=dtype),
+            torch.zeros(batch_size, 0, E, device=device, dtype=dtype),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        E, S = self.value_dim, self.key_dim
+        u, v, z = F.silu(self.uvz_proj(x)).split((E, E, S), -1)  # [B, T, E or S]
+        place = torch.arange(x.shape[1], device=x.device) + (0 if state is None else state.position[:, None])
+        qk = z[:, :, None] * self.gamma + self.beta  # [B, T, 4 or 2, S]
+        if self.rotary:
+            qk = rotate(qk, place)
+        qk = qk.to(v.dtype)
+        if self.attention == "flash":
+            y, state = self._flash(u, qk, v, state, lengths)
+        else:
+            y, state = self._quadratic(qk, v, place, state, lengths)
+            y = u * y
+        return self.out_proj(y), state
+
+    def _flash(
+        self, u: Tensor, qk: Tensor, v: Tensor, state: GatedAttentionState | None, lengths: Tensor | None
+    ) -> tuple[Tensor, GatedAttentionState | None]:
+        q_quad, q_lin, k_quad, k_lin = qk.unbind(2)
+        y = gated_attention(
+            u,
+            q_quad,
+            k_quad,
+            q_lin,
+            k_lin,
+            v,
+            chunk_len=self.chunk_len,
+            causal=self.causal,
+            initial_state=state,
+            output_final_state=state is not None,
+            lengths=lengths,
+        )
+        return y if state is not None else (y, None)
+
+    def _quadratic(
+        self, qk: Tensor, v: Tensor, place: Tensor, state: GAUCache | None, lengths: Tensor | None
+    ) -> tuple[Tensor, GAUCache | None]:
+        q, k = qk.unbind(2)  # [B, T, S]
+        if self.causal:
+            n = place + 1  # [T] or [B, T]
+        elif lengths is not None:
+            n = lengths[:, None].clamp(min=1).expand(-1, q.shape[1])
+        else:
+            n = torch.full_like(place, q.shape[1])
+        n = n.to(accumulation_dtype(q.dtype))
+        start = None if state is None else state.position
+        if state is not None:
+            state = state.append(k, v, lengths)
+            k, v, lengths = state.keys.to(q.dtype), state.values.to(q.dtype), state.position
+
+        if self.attention == "softmax":
+            scale = n.clamp(min=16).log() / (math.log(512) * math.sqrt(self.key_dim))
+            q, k, v = q[:, :, None], k[:, :, None], v[:, :, None]  # [B, T or N, 1, S or E]
+            y = attention(q, k, v, causal=self.causal, lengths=lengths, scale=scale, position=start)
+            return y[:, :, 0], state
+        scale = 1 / n if self.attention == "relu2_n2" else (n * self.key_dim).rsqrt()
+        last = place if self.causal else None
+        return relu2_attention(q, k, zero_padding(v, lengths), scale, last), state
+
+
+def relu2_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, last: Tensor | None) -> Tensor:
+    """relu²(scale · q kᵀ) v, in single precision at least: squares of small weights would vanish in half.
+
+    Args:
+        q: [B, T, S].
+        k: [B, N, S].
+        v: [B, N, E], zero where a key is padding.
+        scale: [T] or [B, T], one per query.
+        last: int64 [T] or [B, T], the last key each query sees; None is all.
+
+    Returns:
+        [B, T, E] in v's dtype.
+
+    Source: Hua et al. 2022, section 2.2.
+    """
+    dtype = accumulation_dtype(v.dtype)
+    with without_autocast(q.device):
+        weights = (q.to(dtype) * scale[..., None]) @ k.to(dtype).mT  # [B, T, N]
+        if last is not None:
+            weights = weights.masked_fill(torch.arange(k.shape[1], device=k.device) > last[..., None], 0)
+        return (weights.relu().square() @ v.to(dtype)).to(v.dtype)

@@ -1,0 +1,232 @@
+"""Keys to codes and back, for attention over quantised keys.
+
+A quantizer maps keys [B, T, H, D] to `Quantized`: the keys to take the straight-through gradient, the codebook, and the
+index of the code that stands for each key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import nearest_code
+from ..kernels.common import accumulation_dtype, valid_positions
+
+SAMPLE = 4096  # keys per head kept of a training pass, to start or restart codes from
+LLOYD_STEPS = 10
+
+
+class Quantized(NamedTuple):
+    keys: Tensor  # [B, T, H, D]
+    codebook: Tensor  # [H, S, D]
+    codes: Tensor  # int64 [B, T, H]
+    loss: Tensor | None  # scalar, to be added to the training loss
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest of S learned vectors per head, each the running mean of the keys it stood for (Lingle 2024).
+
+    Running sums and counts are in single precision at least, whatever the module is cast to; new counts are integers.
+
+    Args:
+        num_heads, size, dim: H, S, D.
+        length: the length of keys; codes start as long. (The authors' start near zero, from where most are never used.)
+        ema: share of a code's running count and sum that a step keeps.
+        commitment: weight of the loss |k - code|², averaged over valid positions and summed over heads.
+        start: "random" directions, or "kmeans": k-means over keys of the first step, from k-means++ seeds.
+        restart: after a step, codes whose running count is below this are placed on keys of that step; 0: never.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    started: Tensor
+    new_counts: Tensor
+    new_sums: Tensor
+    errors: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        size: int,
+        dim: int,
+        *,
+        length: float,
+        ema: float,
+        commitment: float,
+        start: str,
+        restart: float,
+    ) -> None:
+        super().__init__()
+        if not 0 <= ema < 1:
+            raise ValueError(f"ema={ema}; valid: 0 <= ema < 1")
+        if start not in ("random", "kmeans"):
+            raise ValueError(f"codebook_start={start!r}; valid: random, kmeans")
+        if restart < 0:
+            raise ValueError(f"restart={restart}; valid: 0 or more")
+        self.ema, self.commitment, self.restart = ema, commitment, restart
+        self.register_buffer("counts", torch.ones(num_heads, size))
+        self.register_buffer("sums", F.normalize(torch.randn(num_heads, size, dim), dim=-1) * length)
+        self.register_buffer("started", torch.tensor(start == "random"))
+        self.register_buffer("new_counts", torch.zeros(num_heads, size, dtype=torch.int64), persistent=False)
+        self.register_buffer("new_sums", torch.zeros(num_heads, size, dim), persistent=False)
+        self.register_buffer("errors", torch.zeros(2), persistent=False)  # sums of |k - code|² and |k|²
+        self._samples_keys = start == "kmeans" or restart > 0
+        self._sample: Tensor | None = None  # [H, n, D]
+        self._health: dict[str, Tensor] = {}
+
+    @property
+    def codebook(self) -> Tensor:
+        """[H, S, D]."""
+        return self.sums / self.counts.clamp(min=0.01)[..., None]
+
+    def forward(self, k: Tensor, lengths: Tensor | None, *, record: bool) -> Quantized:
+        """`k` [B, T, H, D] in single precision or more; with `record`, the pass counts for the next `after_step`."""
+        codebook = self.codebook.to(k.dtype)
+        codes = nearest_code(k, codebook)
+        if not (self.training and torch.is_grad_enabled()):
+            return Quantized(k, codebook, codes, None)
+        B, T, H, _ = k.shape
+        valid = torch.ones(B, T, dtype=torch.bool, device=k.device) if lengths is None else valid_positions(lengths, T)
+        nearest = codebook[torch.arange(H, device=k.device), codes]
+        error = ((k - nearest).square().sum(-1) * valid[..., None]).sum()
+        if record:
+            with torch.no_grad():
+                S = codebook.shape[1]
+                member = (codes[..., None] == torch.arange(S, device=k.device)) & valid[..., None, None]  # [B, T, H, S]
+                self.new_counts += member.sum((0, 1))
+                self.new_sums += torch.einsum("bths,bthd->hsd", member.to(k.dtype), k).to(self.new_sums.dtype)
+                size = (k.square().sum(-1) * valid[..., None]).sum()
+                self.errors += torch.stack([error, size]).to(self.errors.dtype)
+                if self._samples_keys:
+                    # Valid positions at even distances. Not at random: a pass recomputed in backward takes no sample,
+                    # and has to draw the same dropout as this one.
+                    n = min(SAMPLE, B * T)
+                    chosen = torch.arange(n, device=k.device) * valid.sum() // n
+                    order = (~valid).flatten().int().argsort(stable=True)[chosen]
+                    self._sample = k.flatten(0, 1)[order].transpose(0, 1).to(self.sums.dtype)
+        return Quantized(k, codebook, codes, self.commitment * error / valid.sum())
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Moves each code towards the mean of the keys it stood for since the last call, over all ranks."""
+        gathered = (self.new_counts, self.new_sums, self.errors)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed:
+            for part in gathered:
+                torch.distributed.all_reduce(part)
+        if not self.started and self._sample is not None:
+            self.sums.copy_(kmeans(self._sample, self.sums.shape[1]))
+            self.started.fill_(True)
+        else:
+            self.counts.lerp_(self.new_counts.to(self.counts.dtype), 1 - self.ema)
+            self.sums.lerp_(self.new_sums, 1 - self.ema)
+            if self.restart and self._sample is not None:
+                self._place_dead_codes(self._sample)
+        if distributed and self._samples_keys:  # samples differ between ranks
+            for part in (self.counts, self.sums):
+                torch.distributed.broadcast(part, 0)
+        self._sample = None
+        share = self.counts / self.counts.sum(-1, keepdim=True).clamp(min=1e-30)
+        self._health = {
+            "codebook_perplexity": torch.special.entr(share).sum(-1).exp().mean(),
+            "codes_used": (self.new_counts > 0).float().mean(),
+            "relative_error": (self.errors[0] / self.errors[1].clamp(min=1e-30)).sqrt(),
+        }
+        for part in gathered:
+            part.zero_()
+
+    def _place_dead_codes(self, sample: Tensor) -> None:
+        H, S, _ = self.sums.shape
+        chosen = torch.randint(sample.shape[1], (H, S), device=sample.device)
+        fresh = sample[torch.arange(H, device=sample.device)[:, None], chosen]  # [H, S, D]
+        dead = self.counts < self.restart
+        self.sums.copy_(torch.where(dead[..., None], fresh, self.sums))
+        self.counts.masked_fill_(dead, 1.0)
+
+    def metrics(self) -> dict[str, float]:
+        """At the last step: perplexity of the codes and the share of them used (means of heads), |k - code| / |k|."""
+        return {name: value.item() for name, value in self._health.items()}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> VectorQuantizer:
+        exact = {name: getattr(self, name) for name in ("counts", "sums", "new_sums", "errors")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            now = getattr(self, name)
+            if now.dtype != accumulation_dtype(now.dtype):
+                setattr(self, name, before.to(now.device))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sample": None}
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """A grid in a few learned directions: z = σ(k W) rounded to `levels` steps an axis, keys and codes W'(z) (FSQ).
+
+    As many axes as the grid's points stay within `size`. No codebook is learned and there is no loss of its own.
+
+    Args:
+        num_heads, size, dim: H, the largest number of codes, D.
+        length: the length of keys, and of the codes at the corners of the grid to begin with.
+        levels: steps per axis, 5 or more as recommended.
+
+    Source: Mentzer et al., "Finite Scalar Quantization" (2023), in the sigmoid form of Su, post 9826.
+    """
+
+    grid: Tensor
+
+    def __init__(self, num_heads: int, size: int, dim: int, *, length: float, levels: int = 5) -> None:
+        super().__init__()
+        if size < levels:
+            raise ValueError(f"codebook_size={size}; valid with quantizer=fsq: {levels} or more")
+        axes = 1
+        while levels ** (axes + 1) <= size:
+            axes += 1
+        self.levels = levels
+        self.down = nn.Parameter(torch.randn(num_heads, dim, axes) * 2 / length)
+        self.up = nn.Parameter(F.normalize(torch.randn(num_heads, axes, dim), dim=-1) * length / axes**0.5)
+        steps = torch.cartesian_prod(*[torch.arange(levels)] * axes).reshape(-1, axes)
+        self.register_buffer("grid", steps, persistent=False)  # [S, axes]
+
+    @property
+    def codebook(self) -> Tensor:
+        """[H, S, D]."""
+        return torch.einsum("sa,had->hsd", 2 * self.grid.to(self.up.dtype) / (self.levels - 1) - 1, self.up)
+
+    def forward(self, k: Tensor, lengths: Tensor | None, *, record: bool) -> Quantized:
+        """`k` [B, T, H, D]."""
+        top = self.levels - 1
+        z = torch.einsum("bthd,hda->btha", k, self.down.to(k.dtype)).sigmoid() * top  # [B, T, H, axes]
+        weight = self.levels ** torch.arange(self.grid.shape[1] - 1, -1, -1, device=k.device)
+        codes = (z.detach().round().long() * weight).sum(-1)
+        keys = torch.einsum("btha,had->bthd", 2 * z / top - 1, self.up.to(k.dtype))
+        return Quantized(keys, self.codebook.to(k.dtype), codes, None)
+
+    def after_step(self) -> None:
+        """Nothing is learned beside the gradient."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+def kmeans(points: Tensor, k: int) -> Tensor:
+    """`k` centres of each head's `points` [H, n, D], from k-means++ seeds and Lloyd steps: [H, k, D].
+
+    Source: Arthur and Vassilvitskii (2007); Lloyd (1982).
+    """
+    H, n, _ = points.shape
+    heads = torch.arange(H, device=points.device)
+    centres = points[heads, torch.randint(n, (H,), device=points.device)][:, None]
+    nearest = torch.full((H, n), torch.inf, device=points.device, dtype=points.dtype)
+    for _ in range(k - 1):
+        nearest = torch.minimum(nearest, (points - centres[:, -1:]).square().sum(-1))
+        chosen = torch.multinomial(nearest.clamp(min=1e-12), 1)[:, 0]
+        centres = torch.cat([centres, points[heads, chosen][:, None]], 1)
+    for _ in range(LLOYD_STEPS):
+        member = F.one_hot(torch.cdist(points, centres).argmin(-1), k).to(points.dtype)  # [H, n, k]
+        counts = member.sum(1)[..., None]
+        centres = torch.where(counts > 0, member.mT @ points / counts.clamp(min=1), centres)
+    return centres

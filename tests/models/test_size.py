@@ -1,0 +1,48 @@
+import pytest
+
+from seqzoo.config import available, compose
+from seqzoo.models import build_model
+from seqzoo.models.size import count_parameters, fit_width, flops_per_token, parse_size
+from seqzoo.spec import TaskSpec
+
+TOKENS = TaskSpec(name="tokens", kind="tokens", vocab_size=50, max_length=256, num_classes=3, mask_id=0)
+PIXELS = TaskSpec(name="pixels", kind="pixels", vocab_size=256, max_length=128, num_classes=10)
+
+
+def tiny(model):
+    return compose([f"model={model}", "recipe=tiny"]).model
+
+
+@pytest.mark.parametrize("model", available("model"))
+@pytest.mark.parametrize("causal", [True, False])
+def test_count_is_the_models(model, causal):
+    built = build_model(tiny(model), TOKENS, head="classify", causal=causal)
+    assert count_parameters(tiny(model), TOKENS, causal=causal) == sum(p.numel() for p in built.parameters())
+
+
+@pytest.mark.parametrize("model", available("model"))
+def test_width_is_the_nearest_to_the_size(model):
+    for wanted in (60_000, 200_000):
+        fitted = fit_width(tiny(model), TOKENS, f"params:{wanted}", causal=False)
+        reached = count_parameters(fitted, TOKENS, causal=False)
+        assert abs(reached - wanted) < 0.2 * wanted
+        build_model(fitted, TOKENS, head="classify", causal=False)
+    fitted = fit_width(tiny(model), PIXELS, "flops:0.5M", causal=True)
+    assert abs(flops_per_token(fitted, PIXELS, causal=True) - 5e5) < 0.2 * 5e5
+
+
+def test_flops_of_a_transformer():
+    """Projections and MLP 12 d² weights a layer, attention 2 T d products a query, 2 operations each."""
+    d, layers, T = 64, 2, TOKENS.max_length
+    flops = flops_per_token(tiny("transformer"), TOKENS, causal=False)
+    assert flops == pytest.approx(2 * layers * (12 * d * d + 2 * T * d), rel=1e-2)
+
+
+def test_sizes_are_read():
+    assert parse_size("params:1.5M") == ("params", 1.5e6)
+    assert parse_size("flops:300k") == ("flops", 3e5)
+    for wrong in ("1M", "params=1M", "params:0", "params:1T"):
+        with pytest.raises(ValueError, match="valid: params:<n> or flops:<n>"):
+            parse_size(wrong)
+    with pytest.raises(ValueError, match="no width up to 16,384"):
+        fit_width(tiny("lru"), TOKENS, "params:1000G", causal=False)
