@@ -55,6 +55,7 @@ CASES = [
     for causal in (True, False)
 ]
 every = pytest.mark.parametrize(("name", "options", "causal"), CASES)
+defaults = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if "-0-" in str(case.id)])
 streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
 bidirectional = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if not case.values[2]])
 differentiable = (
@@ -229,7 +230,7 @@ def test_compiles_whole(name, options, causal):
 
 
 @pytest.mark.slow
-@every
+@defaults
 def test_compiles_with_inductor(name, options, causal):
     block = make(name, options, causal, dtype=torch.float32)
     x = sequences(2, 40, dtype=torch.float32)
