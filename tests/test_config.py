@@ -40,7 +40,10 @@ def test_causal_pretraining_makes_the_model_causal():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model=transformr", r"no model 'transformr' \(did you mean 'transformer'\?\); valid: linear_transformer, lru"),
+        (
+            "model=transformr",
+            r"no model 'transformr' \(did you mean 'transformer'\?\); valid: flash, linear_transformer, lru",
+        ),
         ("task=lra_txt", r"no task 'lra_txt' \(did you mean 'lra_text'\?\); valid: lra_image"),
         ("recipe=large", "no recipe 'large'; valid: paper, short, tiny"),
         ("sed=1", r"no key 'sed' \(did you mean 'seed'\?\); valid: model, task"),

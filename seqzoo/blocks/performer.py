@@ -67,7 +67,8 @@ class Performer(Block):
         self.redraw_every = redraw_every
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
-        self.register_buffer("projection", orthogonal_gaussian(num_heads, num_features, self.head_dim))
+        features = orthogonal_gaussian(num_heads, num_features, self.head_dim)
+        self.register_buffer("projection", features.to(torch.get_default_device()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> PerformerState:

@@ -93,11 +93,13 @@ def test_agrees_with_reference(B, T, H, D, M, Dv, causal, state, lengths, dtype)
 def test_inputs_thirty_times_as_large(causal, state, dtype):
     """Exponents in the thousands: no overflow, no vanishing denominator, and errors of no more than their rounding."""
     inputs = make(2, 100, 2, 16, 24, 5, state=state, scale=30, dtype=dtype)
-    w = torch.randn(2, 100, 2, 5, dtype=dtype)
+    w = torch.randn(2, 100, 2, 5, generator=torch.Generator().manual_seed(1), dtype=dtype)
     values = run(inputs, w, causal=causal, lengths=torch.tensor([100, 37]))
     expected = run(double(inputs), w.double(), causal=causal, lengths=torch.tensor([100, 37]), backend="reference")
+    # A feature's relative error is that of its exponent, rounded at the size of |k|²/2, however it is computed.
+    rounding = torch.finfo(dtype).eps / 2 * inputs["k"].square().sum(-1).max().item() / 2
     for name, value in values.items():
-        assert_close(value, expected[name], 1e-10 if dtype == torch.float64 else 2e-4, name, worst_row=1000)
+        assert_close(value, expected[name], rounding, name, worst_row=1000)
 
 
 def test_growing_keys_do_not_hide_the_past():

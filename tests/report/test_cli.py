@@ -69,7 +69,9 @@ def test_evaluates_a_checkpoint(tmp_path, capsys, monkeypatch):
         evaluated.append(folder)
         return {"model": "lru", "task": "lra_text", "accuracy": 0.75, "loss": 0.5, "n_test": 400}
 
-    monkeypatch.setitem(sys.modules, "seqzoo.training", types.SimpleNamespace(evaluate_run=evaluate_run))
+    monkeypatch.setitem(
+        sys.modules, "seqzoo.training", types.SimpleNamespace(evaluate_run=evaluate_run, TrainingError=RuntimeError)
+    )
     assert main([f"checkpoint={tmp_path}"]) == 0
     assert evaluated == [tmp_path]
     assert dict(line.split() for line in capsys.readouterr().out.splitlines()) == {
@@ -85,6 +87,8 @@ def test_a_checkpoint_that_cannot_be_evaluated(tmp_path, capsys, monkeypatch):
     def evaluate_run(folder):
         raise FileNotFoundError(f"no model.safetensors in {folder}")
 
-    monkeypatch.setitem(sys.modules, "seqzoo.training", types.SimpleNamespace(evaluate_run=evaluate_run))
+    monkeypatch.setitem(
+        sys.modules, "seqzoo.training", types.SimpleNamespace(evaluate_run=evaluate_run, TrainingError=RuntimeError)
+    )
     assert main([f"checkpoint={tmp_path}"]) == 1
     assert "no model.safetensors" in capsys.readouterr().err
