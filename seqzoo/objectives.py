@@ -42,8 +42,8 @@ class Classification:
         return _cross_entropy(model(batch.inputs, batch.lengths), batch.labels)
 
 
-class Masked:
-    """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones."""
+class _SelfPretraining:
+    """What masked and causal self-pretraining share: positions are asked for what stands there."""
 
     monitor = "loss"
     maximise = False
@@ -51,6 +51,16 @@ class Masked:
     def __init__(self, spec: TaskSpec, *, regress: bool) -> None:
         self.head = "regress" if regress else "per_position"
         self.spec = spec
+
+    def measure(self, answers: Tensor, truth: Tensor) -> Measure:
+        """Scores or values [n, ...] against the inputs [n] or [n, channels] they are for."""
+        if self.head == "regress":
+            return _absolute_error(answers, truth, self.spec)
+        return _cross_entropy(answers, truth.long())
+
+
+class Masked(_SelfPretraining):
+    """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones."""
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
@@ -59,29 +69,16 @@ class Masked:
         mask = valid & (draw < self.spec.mask_ratio)
         # One position at least, whatever was drawn: a mean over none is not a number.
         mask[:, 0] |= ~mask.any()
-        scores = model(inputs, lengths, mask)[mask]
-        if self.head == "regress":
-            return _absolute_error(scores, inputs[mask], self.spec)
-        return _cross_entropy(scores, inputs[mask].long())
+        return self.measure(model(inputs, lengths, mask)[mask], inputs[mask])
 
 
-class Causal:
+class Causal(_SelfPretraining):
     """Self-pretraining on the next position."""
-
-    monitor = "loss"
-    maximise = False
-
-    def __init__(self, spec: TaskSpec, *, regress: bool) -> None:
-        self.head = "regress" if regress else "per_position"
-        self.spec = spec
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
         asked = valid_positions(lengths, inputs.shape[1])[:, 1:]
-        scores = model(inputs, lengths)[:, :-1][asked]
-        if self.head == "regress":
-            return _absolute_error(scores, inputs[:, 1:][asked], self.spec)
-        return _cross_entropy(scores, inputs[:, 1:][asked].long())
+        return self.measure(model(inputs, lengths)[:, :-1][asked], inputs[:, 1:][asked])
 
 
 def build_objective(name: str, spec: TaskSpec, *, pixel_loss: str = "cross_entropy") -> Objective:
