@@ -6,11 +6,14 @@ earlier rows the state holds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, without_autocast, zero_padding
+from ..diagonal_scan import diagonal_scan
 from .state import GatedAttentionState
 
 
@@ -51,7 +54,8 @@ def gated_attention_chunked(
 
 
 def _chunks(x: Tensor, C: int) -> Tensor:  # [B, T, D] -> [B, N, C, D]
-    return F.pad(x, (0, 0, 0, -x.shape[1] % C)).unflatten(1, (-1, C))
+    rest = -x.shape[1] % C
+    return (F.pad(x, (0, 0, 0, rest)) if rest else x).unflatten(1, (-1, C))  # padding by nothing would copy
 
 
 def _bidirectional(
@@ -61,8 +65,7 @@ def _bidirectional(
     n = T if lengths is None else lengths.clamp(min=1)[:, None, None]
     lin = q_lin @ (k_lin.mT @ v / n)
     q, k, v = (_chunks(x, min(chunk_len, T)) for x in (q_quad, k_quad, v))
-    quad = (q @ k.mT).relu().square() @ v
-    return lin + quad.flatten(1, 2)[:, :T]
+    return lin.add_(_ReluSquared.apply(q, k, v, False).flatten(1, 2)[:, :T])
 
 
 def _causal(
@@ -74,14 +77,38 @@ def _causal(
     start: Tensor,  # [N] or [B, N], positions before each chunk
     memory: Tensor | None = None,  # [B, S, E], the sum over chunks before the first; zero by default
 ) -> tuple[Tensor, Tensor]:  # o as q_quad, and what each chunk adds to the memory [B, N, S, E]
-    weights = q_quad @ k_quad.mT
-    if q_quad.shape[2] > 1:
-        weights = weights.tril()
     updates = k_lin.mT @ v
     first = torch.zeros_like(updates[:, 0]) if memory is None else memory
-    before = torch.cat([first[:, None], updates[:, :-1]], 1).cumsum(1)
+    before = torch.cat([first[:, None], updates[:, :-1]], 1).flatten(2)  # [B, N, S E]
+    before = diagonal_scan(before, before.new_ones(before.shape[-1])).view_as(updates)
     mean = before / start.clamp(min=1)[..., None, None]
-    return weights.relu().square() @ v + q_lin @ mean, updates
+    quad = _ReluSquared.apply(q_quad, k_quad, v, q_quad.shape[2] > 1)
+    return (q_lin @ mean).add_(quad), updates
+
+
+class _ReluSquared(torch.autograd.Function):
+    """relu²(q kᵀ) v, lower triangular weights if causal. Autograd would hold the weights four times, this does once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,  # [B, N, R, S]
+        k: Tensor,  # [B, N, C, S]
+        v: Tensor,  # [B, N, C, E]
+        causal: bool,
+    ) -> Tensor:  # [B, N, R, E]
+        root = q @ k.mT
+        root = (root.tril_() if causal else root).relu_()
+        ctx.save_for_backward(q, k, v, root)
+        return root.square() @ v
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(do.device):  # whatever `backward` is called under
+            q, k, v, root = ctx.saved_tensors
+            dv = root.square().mT @ do
+            dw = (do @ v.mT).mul_(root).mul_(2)
+            return dw @ k, dw.mT @ q, dv, None
 
 
 def _resume(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,12 +39,14 @@ def linear_attention_chunked(
 
     # Autocast would keep the sums in half precision.
     with without_autocast(q.device):
-        # Rows past T hold q = k = 0, so the ones that fill v there with its ones column count for nothing.
-        q, k, v = split(q), split(k), split(v, columns=int(normalize))
-        first = q.new_zeros(B, H, Dk, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
+        first = q.new_zeros(B, H, Dk, Dv + normalize, dtype=dtype)
+        if initial_state is not None:
+            first = initial_state.to(dtype)
         if log_decay is None:
-            o, final_state = _without_decay(q, k, v, causal, first)
+            o, final_state = _WithoutDecay.apply(split(q), split(k), split(v), first, causal)
         else:
+            # Rows past T hold q = k = 0, so the ones that fill v there with its ones column count for nothing.
+            q, k, v = split(q), split(k), split(v, columns=int(normalize))
             if output_final_state:  # padding must not decay the state
                 log_decay = log_decay.expand(B, T, H)
             if log_decay.dim() == 1:
@@ -50,31 +54,87 @@ def linear_attention_chunked(
             else:
                 g = split(log_decay[..., None]).view(B, H, N, C)
             o, final_state = _with_decay(q, k, v, g, causal, first)
-        o = o.view(B, H, N * C, -1)[:, :, :T].transpose(1, 2)  # [B, T, H, Dv (+ 1)]
-        if normalize:
-            o = divide_by_normalizer(o)
+            if normalize:
+                o = divide_by_normalizer(o)
+        o = o.view(B, H, N * C, Dv)[:, :, :T].transpose(1, 2)
     return zero_padding(o, lengths).to(out_dtype).contiguous(), final_state if output_final_state else None
 
 
 # G = B * H * N, all the chunks there are. One batch axis keeps every product, and its gradient, a single batched GEMM.
 
 
-def _without_decay(
-    q: Tensor,  # [G, C, Dk]
-    k: Tensor,  # [G, C, Dk]
-    v: Tensor,  # [G, C, Dv]
-    causal: bool,
-    first: Tensor,  # [B, H, Dk, Dv], the state before the first chunk
-) -> tuple[Tensor, Tensor]:
-    B, H, Dk, Dv = first.shape
-    updates = torch.bmm(k.mT, v)  # [G, Dk, Dv]
-    if not causal:
-        return torch.bmm(q, updates), first
-    updates = updates.view(B, H, -1, Dk, Dv)
-    states = torch.cat((first[:, :, None], updates[:, :, :-1]), dim=2).cumsum(2)  # before each chunk
-    o = torch.bmm(q, states.view(-1, Dk, Dv))
-    o = torch.baddbmm(o, torch.bmm(q, k.mT).tril(), v)
-    return o, states[:, :, -1] + updates[:, :, -1]
+class _WithoutDecay(torch.autograd.Function):
+    """Linear attention over chunks, normalised if the state has a column for the normaliser.
+
+    The gradient is written out because on a CPU the operation is bound by memory: autograd would hold and pass over
+    twice as much. With n the normaliser, w = q·k, and p = do / n, it has dw_ij = p_i·v_j - p_i·o_i for every pair.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,  # [G, C, Dk]
+        k: Tensor,  # [G, C, Dk]
+        v: Tensor,  # [G, C, Dv]
+        first: Tensor,  # [B, H, Dk, Dv (+ 1)], the state before the first chunk
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:  # [G, C, Dv], and the state after the last chunk
+        Dv = v.shape[-1]
+        normalize = first.shape[-1] > Dv
+        memory, total = torch.bmm(k.mT, v), k.sum(1)[..., None]  # [G, Dk, Dv], [G, Dk, 1], of each chunk by itself
+        S, z = first[..., :Dv].flatten(0, 1), first[..., Dv:].flatten(0, 1)
+        if causal:
+            S = _accumulate(S, memory)  # and leaves in `memory` what reaches each chunk
+            z = _accumulate(z, total) if normalize else z
+        o = torch.bmm(q, memory)
+        n = torch.bmm(q, total) if normalize else None
+        if causal:
+            weights = torch.bmm(q, k.mT).tril_()
+            o.baddbmm_(weights, v)
+            n = n.add_(weights.sum(-1, keepdim=True)) if n is not None else None
+        if n is not None:
+            n = torch.where(n == 0, 0, n.reciprocal())  # [G, C, 1]
+            o.mul_(n)
+        ctx.causal = causal
+        ctx.save_for_backward(q, k, v, first, memory, total, o, n)
+        return o, torch.cat([S, z], -1).view_as(first)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(do.device):  # whatever `backward` is called under
+            q, k, v, first, memory, total, o, n = ctx.saved_tensors
+            Dv = v.shape[-1]
+            p = do if n is None else do * n
+            dn = None if n is None else (p * o).sum(-1, keepdim=True).neg_()  # [G, C, 1]
+            dS, dz = d_final[..., :Dv].flatten(0, 1), d_final[..., Dv:].flatten(0, 1)
+            d_memory = torch.bmm(q.mT, p)
+            if ctx.causal:
+                dS = _accumulate(dS, d_memory, reverse=True)
+            dq, dk, dv = torch.bmm(p, memory.mT), torch.bmm(v, d_memory.mT), torch.bmm(k, d_memory)
+            if dn is not None:
+                d_total = torch.bmm(q.mT, dn)
+                if ctx.causal:
+                    dz = _accumulate(dz, d_total, reverse=True)
+                dq.baddbmm_(dn, total.mT)
+                dk.add_(d_total.mT)
+            if ctx.causal:
+                dw = torch.bmm(p, v.mT)
+                dw = (dw if dn is None else dw.add_(dn)).tril_()
+                dq.baddbmm_(dw, k)
+                dk.baddbmm_(dw.mT, q)
+                dv.baddbmm_(torch.bmm(q, k.mT).tril_().mT, p)
+            return dq, dk, dv, torch.cat([dS, dz], -1).view_as(first), None
+
+
+def _accumulate(state: Tensor, updates: Tensor, reverse: bool = False) -> Tensor:
+    """Puts the state that reaches each chunk in the place of what the chunk adds, and returns the one after all.
+
+    State [B * H, ...] and updates [B * H * N, ...]; with `reverse`, the last chunk is the first that is reached.
+    """
+    steps = updates.view(state.shape[0], -1, *state.shape[1:]).unbind(1)
+    for update in reversed(steps) if reverse else steps:
+        state, _ = state + update, update.copy_(state)
+    return state
 
 
 def _with_decay(

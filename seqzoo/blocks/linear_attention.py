@@ -10,7 +10,7 @@ from ..kernels import linear_attention
 from .base import Block, advance, head_dim
 from .rotary import rotate
 
-FEATURE_MAPS = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "silu": F.silu}
+FEATURE_MAPS = {"elu": lambda x: F.elu(x).add_(1), "relu": F.relu, "silu": F.silu}
 
 
 class LinearAttentionState(NamedTuple):
