@@ -19,7 +19,10 @@ def rotate(x: Tensor, position: Tensor, *, base: float = 10_000.0) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     frequency = base ** (-torch.arange(pairs, device=x.device, dtype=wide) / max(pairs, 1))
     angle = position[..., None, None].to(wide) * frequency  # [..., T, 1, D / 2]
-    cos, sin = angle.cos(), angle.sin()
-    even, odd = x[..., 0 : 2 * pairs : 2].to(wide), x[..., 1 : 2 * pairs : 2].to(wide)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
-    return torch.cat([rotated, x[..., 2 * pairs :]], -1)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    # One complex product is one pass over memory, and one back.
+    paired, rest = x.split((2 * pairs, x.shape[-1] % 2), -1)
+    paired = paired.contiguous() if rest.shape[-1] else paired  # a row of odd length is no row of complex numbers
+    points = torch.view_as_complex(paired.to(wide).unflatten(-1, (pairs, 2)))
+    rotated = torch.view_as_real(points * turn).flatten(-2).to(x.dtype)
+    return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
