@@ -1,12 +1,13 @@
 """Forward and backward of every block, and of its operation alone, beside what people install today, on this machine.
 
-    python benchmarks/blocks.py                                  about an hour on two CPU cores
+    python benchmarks/blocks.py                                  half an hour on two CPU cores
     python benchmarks/blocks.py --lengths 512,1024 --repeats 3   minutes
+    python benchmarks/blocks.py --only linear_attention,linear-attention-transformer
 
 Alternatives are timed in turns, so that slow phases of the machine meet all of them, and reported as the minimum and
-the median. One that takes more than `--patience` seconds at a length is left out at greater ones. Peers that cannot be
-imported are named and left out: performer-pytorch, FLASH-pytorch, linear-attention-transformer, s5-pytorch, and S4's
-standalone `s4d.py` on PYTHONPATH.
+the median. One that has taken more than `--patience` seconds at a length is repeated there no more, and one that takes
+as long a time is left out at greater lengths. Peers that cannot be imported are named and left out: performer-pytorch,
+FLASH-pytorch, linear-attention-transformer, s5-pytorch, and S4's standalone `s4d.py` on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import statistics
 import sys
 import time
@@ -34,23 +36,51 @@ from seqzoo.training.memory import keep_freed_memory
 B, D_MODEL, HEADS = 4, 256, 4
 HEAD_DIM = D_MODEL // HEADS
 
+COUNTERPARTS = {
+    ("block", "softmax_attention"): "SDPA",
+    ("block", "linear_attention"): "linear-attention-transformer",
+    ("block", "performer"): "performer-pytorch",
+    ("block", "gau"): "FLASH-pytorch",
+    ("block", "vq_attention"): "SDPA",
+    ("block", "lru"): "s5-pytorch",
+    ("block", "s4d"): "S4D standalone",
+    ("operation", "attention"): "SDPA",
+    ("operation", "linear_attention"): "linear-attention-transformer",
+    ("operation", "favor_attention"): "performer-pytorch",
+    ("operation", "gated_attention"): "FLASH-pytorch",
+    ("operation", "vq_attention"): "SDPA",
+}
+
+
+class Pass(NamedTuple):
+    """What is timed: a call, and its gradient with respect to tensors."""
+
+    call: Callable[[], Tensor]
+    wrt: list[Tensor]
+
+    def seconds(self, gradient: Tensor) -> float:
+        start = time.perf_counter()
+        torch.autograd.grad(self.call(), self.wrt, gradient, allow_unused=True)
+        return time.perf_counter() - start
+
 
 class Candidate(NamedTuple):
     name: str
-    kind: str  # "block", "operation" or "peer"
-    make: Callable[[int, bool], Callable[[], Tensor]]  # (T, causal) -> a call that gives a scalar to differentiate
+    kind: str  # "block" or "operation"
+    ours: bool
+    make: Callable[[int, bool], Pass]  # of T and causal
 
 
 def block(name: str, **options: Any) -> Candidate:
-    def make(T: int, causal: bool) -> Callable[[], Tensor]:
+    def make(T: int, causal: bool) -> Pass:
         return on_sequences(build_block(name, D_MODEL, causal=causal, **options), T)
 
-    return Candidate(name, "block", make)
+    return Candidate(name, "block", True, make)
 
 
-def on_sequences(module: nn.Module, T: int) -> Callable[[], Tensor]:
+def on_sequences(module: nn.Module, T: int) -> Pass:
     x = torch.randn(B, T, D_MODEL, requires_grad=True)
-    return lambda: first(module(x)).square().mean()
+    return Pass(lambda: first(module(x)), [x, *(p for p in module.parameters() if p.requires_grad)])
 
 
 def first(output: Any) -> Tensor:
@@ -58,13 +88,14 @@ def first(output: Any) -> Tensor:
 
 
 def operation(name: str, inputs: Callable[[int], list[Tensor]], **options: Any) -> Candidate:
-    def make(T: int, causal: bool) -> Callable[[], Tensor]:
+    def make(T: int, causal: bool) -> Pass:
         tensors = inputs(T)
         # The scan has a direction instead.
         mode = {"reverse": not causal} if name == "diagonal_scan" else {"causal": causal}
-        return lambda: getattr(kernels, name)(*tensors, **mode, **options).abs().square().mean()
+        wrt = [tensor for tensor in tensors if tensor.requires_grad]
+        return Pass(lambda: getattr(kernels, name)(*tensors, **mode, **options), wrt)
 
-    return Candidate(name, "operation", make)
+    return Candidate(name, "operation", True, make)
 
 
 def heads(T: int, *, scale: float = 1.0) -> Tensor:
@@ -73,6 +104,12 @@ def heads(T: int, *, scale: float = 1.0) -> Tensor:
 
 def width(T: int, *D: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(B, T, *D, dtype=dtype).requires_grad_()
+
+
+def on_heads(function: Callable[..., Tensor], T: int, **options: Any) -> Pass:
+    """A peer's operation on [B, H, T, D], from and to [B, T, H, D] as ours are."""
+    qkv = [width(T, HEADS, HEAD_DIM) for _ in range(3)]
+    return Pass(lambda: function(*(x.transpose(1, 2) for x in qkv), **options).transpose(1, 2).contiguous(), qkv)
 
 
 class SDPA(nn.Module):
@@ -90,23 +127,64 @@ class SDPA(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def peer(name: str, module: str, make: Callable[[Any, bool], nn.Module], *, both: bool = True) -> Candidate | None:
+def flash(package: Any, causal: bool) -> nn.Module:
+    """The layer as FLASH-pytorch's own Transformer builds it."""
+    rotary = importlib.import_module("rotary_embedding_torch").RotaryEmbedding(dim=32)
+    return package.FLASH(dim=D_MODEL, causal=causal, rotary_pos_emb=rotary)
+
+
+def flash_operation(package: Any, T: int, causal: bool) -> Pass:
+    """What is left of the layer without projections, norm, scales, biases by distance and rotary positions."""
+    layer = package.FLASH(dim=D_MODEL, causal=causal)
+    vu, *qk = [width(T, n) for n in (4 * D_MODEL, 128, 128, 128, 128)]
+    layer.norm = layer.to_out = nn.Identity()
+    layer.to_hidden, layer.to_qk = Fixed(vu), Fixed(None)
+    layer.qk_offset_scale, layer.rel_pos_bias = Fixed(qk), Fixed(0.0)
+    x = torch.zeros(B, T, 1)  # the residual
+    return Pass(lambda: layer(x), [vu, *qk])
+
+
+class Fixed(nn.Module):
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Any) -> Any:
+        return self.value
+
+
+def linear_operation(package: Any, T: int, causal: bool) -> Pass:
+    functions = package.linear_attention_transformer
+    if causal:  # buckets of one step, as its layer does by default: others hide what is near
+        return on_heads(functions.causal_linear_attn, T, bucket_size=1)
+    return on_heads(functions.linear_attn, T)
+
+
+def peer(
+    name: str,
+    module: str,
+    layer: Callable[[Any, bool], nn.Module],
+    alone: Callable[[Any, int, bool], Pass] | None = None,
+    *,
+    both: bool = True,
+) -> Iterator[Candidate]:
     try:
         package = importlib.import_module(module)
     except ImportError as error:
         print(f"{name} is left out: {error}", file=sys.stderr)
-        return None
+        return
 
-    def prepare(T: int, causal: bool) -> Callable[[], Tensor]:
+    def make(T: int, causal: bool) -> Pass:
         if not both and not causal:
             raise NotImplementedError
-        return on_sequences(make(package, causal), T)
+        return on_sequences(layer(package, causal), T)
 
-    return Candidate(name, "peer", prepare)
+    yield Candidate(name, "block", False, make)
+    if alone is not None:
+        yield Candidate(name, "operation", False, lambda T, causal: alone(package, T, causal))
 
 
 def candidates() -> Iterator[Candidate]:
-    yield Candidate("SDPA", "peer", lambda T, causal: on_sequences(SDPA(causal), T))
     yield block("softmax_attention", num_heads=HEADS)
     yield block("linear_attention", num_heads=HEADS)
     yield block("performer", num_heads=HEADS)
@@ -116,7 +194,7 @@ def candidates() -> Iterator[Candidate]:
     yield block("s4d")
     yield operation("attention", lambda T: [heads(T) for _ in range(3)])
     yield operation("linear_attention", lambda T: [heads(T) for _ in range(3)], normalize=True)
-    projection = torch.randn(HEADS, int(HEAD_DIM * 4.16), HEAD_DIM)  # D ln D features
+    projection = torch.randn(HEADS, int(HEAD_DIM * math.log(HEAD_DIM)), HEAD_DIM)
     yield operation("favor_attention", lambda T: [heads(T, scale=0.3), heads(T, scale=0.3), heads(T), projection])
     codebook = F.normalize(torch.randn(1, 128, D_MODEL), dim=-1)
     yield operation(
@@ -129,24 +207,29 @@ def candidates() -> Iterator[Candidate]:
         lambda T: [width(T, n) for n in (2 * D_MODEL, 128, 128, 128, 128, 2 * D_MODEL)],
         chunk_len=256,
     )
-    coefficients = torch.polar(torch.full((D_MODEL,), 0.99), torch.rand(D_MODEL))
+    coefficients = torch.polar(torch.full((D_MODEL,), 0.99), torch.rand(D_MODEL)).requires_grad_()
     yield operation("diagonal_scan", lambda T: [width(T, D_MODEL, dtype=torch.complex64), coefficients])
-    peers = (
-        peer(
-            "performer-pytorch",
-            "performer_pytorch",
-            lambda p, causal: p.SelfAttention(D_MODEL, causal=causal, heads=HEADS, dim_head=HEAD_DIM),
-        ),
-        peer("FLASH-pytorch", "flash_pytorch", lambda p, causal: p.FLASH(dim=D_MODEL, causal=causal)),
-        peer(
-            "linear-attention-transformer",
-            "linear_attention_transformer",
-            lambda p, causal: p.linear_attention_transformer.SelfAttention(D_MODEL, HEADS, causal=causal),
-        ),
-        peer("s5-pytorch", "s5", lambda p, causal: p.S5(D_MODEL, D_MODEL), both=False),
-        peer("S4D standalone", "s4d", lambda p, causal: p.S4D(D_MODEL, transposed=False), both=False),
+    yield from peer(
+        "SDPA",
+        "torch",
+        lambda _, causal: SDPA(causal),
+        lambda _, T, causal: on_heads(F.scaled_dot_product_attention, T, is_causal=causal),
     )
-    yield from (found for found in peers if found is not None)
+    yield from peer(
+        "performer-pytorch",
+        "performer_pytorch",
+        lambda p, causal: p.SelfAttention(D_MODEL, causal=causal, heads=HEADS, dim_head=HEAD_DIM),
+        lambda p, T, causal: on_heads(p.FastAttention(HEAD_DIM, causal=causal), T),
+    )
+    yield from peer("FLASH-pytorch", "flash_pytorch", flash, flash_operation)
+    yield from peer(
+        "linear-attention-transformer",
+        "linear_attention_transformer",
+        lambda p, causal: p.linear_attention_transformer.SelfAttention(D_MODEL, HEADS, causal=causal),
+        linear_operation,
+    )
+    yield from peer("s5-pytorch", "s5", lambda p, causal: p.S5(D_MODEL, D_MODEL), both=False)
+    yield from peer("S4D standalone", "s4d", lambda p, causal: p.S4D(D_MODEL, transposed=False), both=False)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -178,34 +261,35 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def measure(T: int, causal: bool, chosen: list[Candidate], repeats: int) -> list[dict[str, Any]]:
+def measure(T: int, causal: bool, chosen: list[Candidate], repeats: int, patience: float) -> list[dict[str, Any]]:
     """Every candidate at one length, in turns."""
-    calls = {}
+    passes, gradients, seconds = {}, {}, {}
     for candidate in chosen:
         try:
-            calls[candidate] = candidate.make(T, causal)
+            passes[candidate] = candidate.make(T, causal)
         except NotImplementedError:
             continue
-    seconds: dict[Candidate, list[float]] = {candidate: [] for candidate in calls}
-    for repeat in range(repeats + 1):
-        for candidate, call in calls.items():
-            start = time.perf_counter()
-            call().backward()
-            if repeat:  # the first compiles and warms up
-                seconds[candidate].append(time.perf_counter() - start)
+        gradients[candidate] = torch.randn_like(passes[candidate].call())
+        seconds[candidate] = [passes[candidate].seconds(gradients[candidate])]
+    for _ in range(repeats):
+        for candidate, one_pass in passes.items():
+            if sum(seconds[candidate]) < patience or len(seconds[candidate]) == 1:
+                seconds[candidate].append(one_pass.seconds(gradients[candidate]))
     rows = []
-    for candidate, call in calls.items():
+    for candidate, one_pass in passes.items():
+        timed = seconds[candidate][1:]  # the first compiles and warms up
         with PeakMemory() as memory:
-            call().backward()
+            one_pass.seconds(gradients[candidate])
         rows.append(
             {
                 "name": candidate.name,
                 "kind": candidate.kind,
+                "ours": candidate.ours,
                 "causal": causal,
                 "T": T,
-                "min_ms": 1e3 * min(seconds[candidate]),
-                "median_ms": 1e3 * statistics.median(seconds[candidate]),
-                "n": repeats,
+                "min_ms": 1e3 * min(timed),
+                "median_ms": 1e3 * statistics.median(timed),
+                "n": len(timed),
                 "peak_mib": memory.peak / 2**20,
             }
         )
@@ -216,7 +300,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--patience", type=float, default=20.0, metavar="SECONDS")
+    parser.add_argument("--patience", type=float, default=10.0, metavar="SECONDS")
+    parser.add_argument("--only", metavar="NAME,...", help="candidates by name; all by default")
     parser.add_argument("--out", type=Path, default=Path("results/blocks"))
     options = parser.parse_args()
     keep_freed_memory()
@@ -224,9 +309,9 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for causal in (True, False):
-        left = list(candidates())
+        left = [c for c in candidates() if options.only is None or c.name in options.only.split(",")]
         for T in map(int, options.lengths.split(",")):
-            found = measure(T, causal, left, options.repeats)
+            found = measure(T, causal, left, options.repeats, options.patience)
             rows += found
             for row in found:
                 print(
@@ -247,7 +332,42 @@ def main() -> None:
         "rows": rows,
     }
     (options.out / "blocks.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.out / "blocks.md").write_text(table(rows))
     plot(rows, options.out / "blocks.png")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Minimum times in ms, peak memory in MiB, growth from T = 2,048 on, and how much faster than the counterpart."""
+    cells = {(r["kind"], r["name"], r["causal"], r["T"]): r for r in rows}
+    lengths = [T for T in (1024, 4096, 16384) if any(r["T"] == T for r in rows)]
+    titles = ["", *(f"T = {T:,}" for T in lengths), "MiB at 4,096", "slope of time, memory", "against, at 4,096"]
+    lines = []
+    for kind in ("block", "operation"):
+        for causal in (True, False):
+            lines += [f"| {kind}, {'causal' if causal else 'bidirectional'} " + " | ".join(titles) + " |"]
+            lines += ["|---|" + "---:|" * (len(titles) - 2) + "---|"]
+            for name, ours in dict.fromkeys((r["name"], r["ours"]) for r in rows if r["kind"] == kind):
+                of = {T: cells[kind, name, causal, T] for k, n, c, T in cells if (k, n, c) == (kind, name, causal)}
+                if not of:
+                    continue
+                times = [f"{of[T]['min_ms']:,.0f}" if T in of else "-" for T in lengths]
+                memory = f"{of[4096]['peak_mib']:,.0f}" if 4096 in of else "-"
+                growth = f"{slope(of, 'min_ms')}, {slope(of, 'peak_mib')}"
+                against = cells.get((kind, COUNTERPARTS.get((kind, name), ""), causal, 4096)) if ours else None
+                faster = ""
+                if against is not None and 4096 in of:
+                    faster = f"{against['min_ms'] / of[4096]['min_ms']:.2f} x {against['name']}"
+                lines.append(
+                    f"| {name if ours else f'*{name}*'} | " + " | ".join((*times, memory, growth, faster)) + " |"
+                )
+            lines.append("")
+    return "\n".join(lines)
+
+
+def slope(of: dict[int, dict[str, Any]], key: str) -> str:
+    """Of the logarithm over that of T, by least squares over the lengths from 2,048 on."""
+    points = [(math.log(T), math.log(row[key])) for T, row in of.items() if T >= 2048]
+    return f"{statistics.linear_regression(*zip(*points, strict=True)).slope:.2f}" if len(points) > 1 else "-"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -257,24 +377,30 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(14, 10), sharex=True)
-    for column, causal in enumerate((True, False)):
-        for row_number, (key, label) in enumerate((("min_ms", "ms, forward + backward"), ("peak_mib", "peak MiB"))):
-            axis = axes[row_number][column]
-            names = dict.fromkeys((r["name"], r["kind"]) for r in rows if r["causal"] == causal)
-            for name, kind in names:
-                points = [(r["T"], r[key]) for r in rows if (r["name"], r["kind"], r["causal"]) == (name, kind, causal)]
-                style = {"block": "-", "operation": ":", "peer": "--"}[kind]
-                axis.plot(*zip(*points, strict=True), style, marker=".", label=f"{name} ({kind})")
-            axis.set(xscale="log", yscale="log", ylabel=label, title="causal" if causal else "bidirectional")
-            axis.set_xticks(sorted({r["T"] for r in rows}), labels=[f"{T:,}" for T in sorted({r["T"] for r in rows})])
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-    axes[1][0].set_xlabel("T")
-    axes[1][1].set_xlabel("T")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center right", fontsize=8)
-    figure.tight_layout(rect=(0, 0, 0.82, 1))
-    figure.savefig(path, dpi=110)
+    for kind in ("block", "operation"):
+        figure, axes = plt.subplots(2, 2, figsize=(14, 10), sharex=True)
+        chosen = [row for row in rows if row["kind"] == kind]
+        names = list(dict.fromkeys((row["name"], row["ours"]) for row in chosen))
+        for column, causal in enumerate((True, False)):
+            for row_number, (key, label) in enumerate((("min_ms", "ms, forward + backward"), ("peak_mib", "peak MiB"))):
+                axis = axes[row_number][column]
+                for index, (name, ours) in enumerate(names):
+                    points = [(r["T"], r[key]) for r in chosen if (r["name"], r["causal"]) == (name, causal)]
+                    if points:
+                        style = {"linestyle": "-" if ours else "--", "color": plt.get_cmap("tab20")(index)}
+                        axis.plot(*zip(*points, strict=True), marker=".", label=name, **style)
+                axis.set(xscale="log", yscale="log", ylabel=label, title="causal" if causal else "bidirectional")
+                lengths = sorted({row["T"] for row in rows})
+                axis.set_xticks(lengths, labels=[f"{T:,}" for T in lengths])
+                axis.minorticks_off()
+                axis.grid(alpha=0.3)
+        axes[1][0].set_xlabel("T")
+        axes[1][1].set_xlabel("T")
+        figure.suptitle(f"{kind}s: ours solid, others dashed")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center right", fontsize=8)
+        figure.tight_layout(rect=(0, 0, 0.85, 1))
+        figure.savefig(path.with_stem(f"{kind}s"), dpi=110)
+        plt.close(figure)
 
 
 if __name__ == "__main__":
