@@ -18,10 +18,15 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 MIN_BLOCK = 32  # channels: narrower blocks waste vector width and cache lines
 MIN_WORK = 1 << 18  # elements: a thread is woken for as much, about 0.1 ms
+CACHE_LINE = 64  # bytes
+LONG_ROW = 1024  # bytes: the hardware foresees shorter ones better
 
 
 def scan(
@@ -33,7 +38,14 @@ def scan(
     if initial_state is not None:
         state.copy_(initial_state)
     _in_parallel(
-        _scan_items, x.shape, _array(x), _coefficients(a), _steps(x, lengths), reverse, h.numpy(), state.numpy()
+        _scan_items,
+        x.shape,
+        _array(x),
+        _array(a if a.dim() == 3 else a[None, None]),  # [B, T, D] or [1, 1, D]
+        _steps(x, lengths),
+        reverse,
+        h.numpy(),
+        state.numpy(),
     )
     return h, state
 
@@ -50,15 +62,16 @@ def scan_backward(
     """Gradients of x, a and the initial state, from those of h [B, T, D] and of the final state [B, D]."""
     B, _, D = h.shape
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
-    da = a.new_zeros(B, 1, D) if a.dim() == 1 or h.shape[1] == 1 else a.new_empty(h.shape)
+    constant = a.dim() == 1
+    da = a.new_zeros(B, D) if constant else a.new_empty(h.shape)
     d_initial = d_state.clone(memory_format=torch.contiguous_format)
     initial = h.new_zeros(B, D) if initial_state is None else initial_state
     _in_parallel(
-        _scan_backward_items,
+        _constant_backward_items if constant else _varying_backward_items,
         h.shape,
         _array(dh),
         _array(h),
-        _coefficients(a),
+        _array(a),
         _array(initial),
         _steps(h, lengths),
         reverse,
@@ -66,15 +79,11 @@ def scan_backward(
         da.numpy(),
         d_initial.numpy(),
     )
-    return dx, da if a.dim() == 3 else da.sum((0, 1)), d_initial
+    return dx, da.sum(0) if constant else da, d_initial
 
 
 def _array(x: Tensor) -> np.ndarray:
     return x.detach().resolve_conj().resolve_neg().contiguous().numpy()
-
-
-def _coefficients(a: Tensor) -> np.ndarray:
-    return _array(a if a.dim() == 3 else a[None, None])  # [B, T, D] or [1, 1, D]
 
 
 def _steps(x: Tensor, lengths: Tensor | None) -> np.ndarray:
@@ -113,8 +122,27 @@ def _compile(function: Callable[..., None]) -> Callable[..., None]:
         return numba.njit(function, nogil=True)
 
 
-# An inner loop stores to one row only: with more, the compiler cannot tell that rows never overlap and gives up
-# vectors. What is carried from step to step has a row of its own that stays in cache.
+def _declare_prefetch(context, array, byte):
+    """Asks for the cache line of a byte of `array`, counted from its start. Any address will do: none is read."""
+
+    def generate(target, builder, signature, arguments):
+        pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        data = builder.bitcast(target.make_array(array)(target, builder, arguments[0]).data, pointer)
+        read, all_caches, of_data = int32(0), int32(3), int32(1)
+        builder.call(function, [builder.gep(data, [arguments[1]]), read, all_caches, of_data])
+        return target.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+_prefetch: Any = intrinsic(_declare_prefetch)
+
+
+# What is carried from step to step lies in a local array, which the compiler knows to overlap with nothing, so that
+# loops over channels become vectors. Long rows are asked for one step ahead, `ahead` bytes of each: the hardware
+# foresees memory that is read upwards, not a row below the last one.
 
 
 @_compile
@@ -124,48 +152,87 @@ def _scan_items(start, stop, block, x, a, lengths, reverse, h, state):
     per_sequence, per_step = a.shape[0] > 1, a.shape[1] > 1
     for item in range(start, stop):
         b, low = item // blocks, item % blocks * block
-        high = min(low + block, D)
+        channels = slice(low, min(low + block, D))
         n = lengths[b]
-        s = state[b, low:high]
-        for i in range(n):
-            t = n - 1 - i if reverse else i
-            x_t, h_t = x[b, t, low:high], h[b, t, low:high]
-            a_t = a[b if per_sequence else 0, t if per_step else 0, low:high]
+        s = state[b, channels].copy()
+        ahead = s.nbytes if s.nbytes >= LONG_ROW else 0
+        t, step = (n - 1, -1) if reverse else (0, 1)
+        for _ in range(n):
+            for byte in range(0, ahead, CACHE_LINE):
+                _prefetch(x[b, t + step, channels], byte)
+                _prefetch(h[b, t + step, channels], byte)
+            x_t, h_t = x[b, t, channels], h[b, t, channels]
+            a_t = a[b if per_sequence else 0, t if per_step else 0, channels]
             for d in range(s.shape[0]):
                 s[d] = a_t[d] * s[d] + x_t[d]
-            for d in range(s.shape[0]):
                 h_t[d] = s[d]
-        h[b, n:, low:high] = 0
+            t += step
+        state[b, channels] = s
+        h[b, n:, channels] = 0
 
 
 @_compile
-def _scan_backward_items(start, stop, block, dh, h, a, initial, lengths, reverse, dx, da, d_state):
+def _constant_backward_items(start, stop, block, dh, h, a, initial, lengths, reverse, dx, da, d_state):
     D = h.shape[2]
     blocks = -(-D // block)
-    per_sequence, per_step = a.shape[0] > 1, a.shape[1] > 1
     for item in range(start, stop):
         b, low = item // blocks, item % blocks * block
-        high = min(low + block, D)
+        channels = slice(low, min(low + block, D))
         n = lengths[b]
-        carry = d_state[b, low:high]  # conj(a_{t+1}) p_{t+1}, at first the gradient of the final state
-        for i in range(n):
-            t = i if reverse else n - 1 - i
-            dh_t, p = dh[b, t, low:high], dx[b, t, low:high]
-            a_t = a[b if per_sequence else 0, t if per_step else 0, low:high]
-            da_t = da[b, t if per_step else 0, low:high]
-            h_before = initial[b, low:high]
-            if i < n - 1:
-                h_before = h[b, t + 1 if reverse else t - 1, low:high]
+        dx[b, n:, channels] = 0
+        if n == 0:
+            continue
+        t, step = (0, 1) if reverse else (n - 1, -1)
+        p = dh[b, t, channels] + d_state[b, channels]
+        dx[b, t, channels] = p
+        ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
+        a_conj, da_sum = np.conj(a[channels]), np.zeros_like(p)
+        for _ in range(1, n):
+            t += step
+            for byte in range(0, ahead, CACHE_LINE):
+                _prefetch(h[b, t + step, channels], byte)
+                _prefetch(dh[b, t + step, channels], byte)
+                _prefetch(dx[b, t + step, channels], byte)
+            h_t, dh_t, dx_t = h[b, t, channels], dh[b, t, channels], dx[b, t, channels]
             for d in range(p.shape[0]):
-                p[d] = carry[d] + dh_t[d]
-            if per_step:
-                for d in range(p.shape[0]):
-                    da_t[d] = p[d] * np.conj(h_before[d])
-            else:
-                for d in range(p.shape[0]):
-                    da_t[d] += p[d] * np.conj(h_before[d])
+                da_sum[d] += p[d] * np.conj(h_t[d])
             for d in range(p.shape[0]):
-                carry[d] = p[d] * np.conj(a_t[d])
-        dx[b, n:, low:high] = 0
-        if per_step:
-            da[b, n:, low:high] = 0
+                p[d] = p[d] * a_conj[d] + dh_t[d]
+                dx_t[d] = p[d]
+        da[b, channels] = da_sum + p * np.conj(initial[b, channels])
+        d_state[b, channels] = p * a_conj
+
+
+@_compile
+def _varying_backward_items(start, stop, block, dh, h, a, initial, lengths, reverse, dx, da, d_state):
+    D = h.shape[2]
+    blocks = -(-D // block)
+    for item in range(start, stop):
+        b, low = item // blocks, item % blocks * block
+        channels = slice(low, min(low + block, D))
+        n = lengths[b]
+        dx[b, n:, channels] = 0
+        da[b, n:, channels] = 0
+        if n == 0:
+            continue
+        t, step = (0, 1) if reverse else (n - 1, -1)
+        p = dh[b, t, channels] + d_state[b, channels]
+        dx[b, t, channels] = p
+        ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
+        for _ in range(1, n):
+            a_after, da_after = a[b, t, channels], da[b, t, channels]
+            t += step
+            for byte in range(0, ahead, CACHE_LINE):
+                _prefetch(h[b, t + step, channels], byte)
+                _prefetch(dh[b, t + step, channels], byte)
+                _prefetch(dx[b, t + step, channels], byte)
+                _prefetch(a[b, t, channels], byte)
+                _prefetch(da[b, t, channels], byte)
+            h_t, dh_t, dx_t = h[b, t, channels], dh[b, t, channels], dx[b, t, channels]
+            for d in range(p.shape[0]):
+                da_after[d] = p[d] * np.conj(h_t[d])
+            for d in range(p.shape[0]):
+                p[d] = p[d] * np.conj(a_after[d]) + dh_t[d]
+                dx_t[d] = p[d]
+        da[b, t, channels] = p * np.conj(initial[b, channels])
+        d_state[b, channels] = p * np.conj(a[b, t, channels])

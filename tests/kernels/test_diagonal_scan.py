@@ -55,6 +55,8 @@ NAMES = ("h", "state", "dx", "da", "dh0")
         (3, 257, 10, torch.float64, False, True, [200, 257, 3]),
         (2, 100, 6, torch.complex128, True, False, [17, 100]),
         (1, 700, 800, torch.float32, True, False, None),  # large enough for several threads
+        (2, 12, 300, torch.complex64, True, True, [12, 5]),  # rows long enough to be asked for ahead
+        (2, 12, 300, torch.complex64, False, False, [4, 12]),
     ],
 )
 def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths):
@@ -166,6 +168,15 @@ def test_layouts_of_inputs_and_gradients():
         expected = run(w.resolve_conj().contiguous(), w.resolve_conj().contiguous() / 4, w_state, w, w_state)
         for value, target in zip(run(w, w / 4, w_state, w, w_state), expected, strict=True):
             assert torch.equal(value, target), name
+
+
+def test_the_last_output_has_no_part_in_the_gradient_of_a():
+    x, a, h0 = make(1, 6, 3, torch.float32, constant=True)
+    w, w_state = torch.randn_like(x), torch.randn_like(h0)
+    *_, expected, _ = run(x, a, h0, w, w_state)
+    x[:, -1] = float("inf")
+    *_, da, _ = run(x, a, h0, w, w_state)
+    assert torch.equal(da, expected)
 
 
 def test_only_one_output_used():
