@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
@@ -74,9 +75,10 @@ class LRU(Block):
     def mix(
         self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None
     ) -> tuple[Tensor, RecurrentState | None]:
-        wide = accumulation_dtype(x.dtype)
-        inputs = self.in_proj(x).to(wide).unflatten(-1, (self.state_dim, 2)) * self.gamma_log.to(wide).exp()[:, None]
-        u = torch.view_as_complex(inputs)  # [B, T, N]
+        N, wide = self.state_dim, accumulation_dtype(x.dtype)
+        # γ multiplies the rows of B: they are fewer than the steps.
+        weight = self.in_proj.weight * self.gamma_log.exp().repeat_interleave(2)[:, None]
+        u = torch.view_as_complex(F.linear(x, weight).to(wide).unflatten(-1, (N, 2)))  # [B, T, N]
         lam = torch.polar(self.nu_log.to(wide).exp().neg().exp(), self.theta_log.to(wide).exp())
         if state is None:
             h = [diagonal_scan(u, lam, lengths=lengths)]
@@ -87,5 +89,7 @@ class LRU(Block):
             state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths))
         if not self.causal:
             h.append(diagonal_scan(u, lam, reverse=True, lengths=lengths))
-        real = torch.cat([torch.view_as_real(part).flatten(-2) for part in h], -1).to(x.dtype)
-        return self.gate(self.out_proj(real) + self.skip * x), state
+        y = self.skip * x
+        for part, weight in zip(h, self.out_proj.weight.split(2 * N, 1), strict=True):
+            y = y + F.linear(torch.view_as_real(part).flatten(-2).to(x.dtype), weight)
+        return self.gate(y), state

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
-from ..kernels.common import accumulation_dtype, valid_positions
+from ..kernels.common import accumulation_dtype, valid_positions, without_autocast
 from .base import Block, advance
 from .lru import RecurrentState
 
@@ -73,27 +73,25 @@ class S4D(Block):
         A = torch.complex(self.log_neg_real.to(wide).exp().neg(), self.imag.to(wide))  # [D, P]
         step = A * self.log_dt.to(wide).exp()[:, None]
         C = 2 * torch.view_as_complex(self.C.to(wide)) * torch.expm1(step) / A  # [directions, D, P]
-        inputs = x.to(wide)
         before = None if state is None else torch.view_as_complex(state.hidden)
-        y, after = convolve(inputs, step, C[0], before, lengths)
+        with without_autocast(x.device):
+            y, after = convolve(x.to(wide), step, C, before, lengths)
         if state is not None and after is not None:
             state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths))
-        if not self.causal:
-            # Padding is zero and comes first in the flipped sequence, where it leaves the state at zero.
-            later, _ = convolve(inputs.flip(1), step, C[1], None, None)
-            y = y + F.pad(later.flip(1)[:, 1:], (0, 0, 0, 1))
         return self.gate(y.to(x.dtype) + self.skip * x), state
 
 
 def convolve(
     x: Tensor, step: Tensor, C: Tensor, before: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """y_t = Re Σ_p C_p h_tp with h_t = exp(step) h_{t-1} + x_t, by chunks.
+    """y_t = Re Σ_p C_0p h_tp with h_t = exp(step) h_{t-1} + x_t, by chunks.
+
+    With two rows of C, what follows a step is added: Re Σ_p C_1p g_{t+1,p} with g_t = exp(step) g_{t+1} + x_t.
 
     Args:
         x: [B, T, D], real.
         step: [D, P], complex.
-        C: [D, P], complex.
+        C: [1 or 2, D, P], complex.
         before: h before the first step, [B, D, P]; None is zero, and then no state is returned.
         lengths: int64 [B], at which step the returned state is taken; None is T.
 
@@ -101,48 +99,70 @@ def convolve(
         y [B, T, D], and h after `lengths` steps [B, D, P].
     """
     (B, T, D), P, L = x.shape, step.shape[1], min(CHUNK, x.shape[1])
-    x_c = F.pad(x, (0, 0, 0, -T % L)).unflatten(1, (-1, L)).permute(3, 0, 1, 2)  # [D, B, N, L]
-    N = x_c.shape[2]
-    powers = torch.exp(step[..., None] * torch.arange(L + 1, device=x.device))  # [D, P, L + 1], exp(step)^l
+    N = -(-T // L)
+    x_c = _Transpose.apply(F.pad(x, (0, 0, 0, N * L - T)).flatten(0, 1)).view(D, B * N, L)
+    lag = torch.arange(L + 1, device=x.device)
+    powers = torch.polar((step.real[..., None] * lag).exp(), step.imag[..., None] * lag)  # [D, P, L + 1], exp(step)^l
+    rising, falling = powers[..., :L], powers[..., :L].flip(-1)
+    over_chunk = powers[..., L].flatten()  # [DP]
 
-    kernel = torch.einsum("dp,dpl->dl", C, powers[..., :L]).real  # [D, L]
-    lag = torch.arange(L, device=x.device)[:, None] - torch.arange(L, device=x.device)
-    toeplitz = torch.where(lag >= 0, kernel[:, lag.clamp(min=0)], 0)  # [D, L, L]
-    flat = x_c.reshape(D, B * N, L)
-
-    # What each chunk leaves behind at its end, carried over the chunks: h at the start of chunks 0..N.
-    decayed = torch.view_as_real(powers[..., :L].flip(-1)).permute(0, 2, 1, 3).flatten(2)  # [D, L, 2P]
-    left = torch.view_as_complex((flat @ decayed).reshape(D, B, N, P, 2)).permute(1, 2, 0, 3).flatten(2)  # [B, N, DP]
-    first = x.new_zeros(B, D * P, dtype=step.dtype) if before is None else before.flatten(1)
-    ends = diagonal_scan(left, powers[..., L].flatten(), initial_state=first)
-    starts = torch.cat([first[:, None], ends], 1).unflatten(-1, (D, P))  # [B, N + 1, D, P]
-
-    reads = (
-        torch.view_as_real((C[..., None] * powers[..., 1:]).conj_physical()).permute(0, 1, 3, 2).flatten(1, 2)
-    )  # [D, 2P, L]
-    carried = torch.view_as_real(starts[:, :N]).permute(2, 0, 1, 3, 4).reshape(D, B * N, 2 * P)
-    y = flat @ toeplitz.transpose(1, 2) + carried @ reads
-    y = _ContiguousGradient.apply(y).reshape(D, B, N * L).permute(1, 2, 0)[:, :T]
+    # What each chunk leaves behind is carried over the chunks, so that h is known where each begins.
+    left = _leave(x_c, falling, B)  # [B, N, D, P]
+    if before is None:
+        starts = torch.cat([torch.zeros_like(left[:, :1]), left[:, :-1]], 1)
+    else:
+        starts = torch.cat([before[:, None], left], 1)
+    starts = diagonal_scan(starts.flatten(2), over_chunk).unflatten(-1, (D, P))  # [B, N or N + 1, D, P]
+    kernel = _kernel(C[0], rising)  # [D, L], of lags 0 to L - 1
+    y = _read(starts[:, :N], C[0, ..., None] * powers[..., 1:])  # [D, BN, L]
+    if len(C) == 2:
+        left = _leave(x_c, rising, B)
+        ends = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], 1)
+        ends = diagonal_scan(ends.flatten(2), over_chunk, reverse=True).unflatten(-1, (D, P))
+        kernel = torch.cat([_kernel(C[1], falling)[:, 1:], kernel], -1)  # [D, 2L - 1], of lags 1 - L to L - 1
+        y = y + _read(ends, C[1, ..., None] * falling)
+    else:
+        kernel = F.pad(kernel, (L - 1, 0))
+    y = torch.baddbmm(y, x_c, kernel.unfold(-1, L, 1).flip(1))
+    y = _Transpose.apply(y.view(D, -1)).view(B, N * L, D)[:, :T]
     if before is None:
         return y, None
 
     end = torch.full((B,), T, device=x.device) if lengths is None else lengths
-    chunk, rest = end // L, end % L
-    start = starts[torch.arange(B, device=x.device), chunk]
-    part = x_c[:, torch.arange(B, device=x.device), chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
+    batch, chunk, rest = torch.arange(B, device=x.device), end // L, end % L
+    start = starts[batch, chunk]
+    part = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
     since = (rest[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
     kept = torch.where(valid_positions(rest, L)[:, None], part, 0).to(step.dtype)
     after = start * torch.exp(step * rest[:, None, None]) + torch.einsum("bdl,dpbl->bdp", kept, powers[..., since])
     return y, after
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity, whose gradient is laid out anew: batched products of a permuted one fall back to a loop."""
+def _kernel(C: Tensor, powers: Tensor) -> Tensor:
+    """Re Σ_p C_p powers_p: [D, P] and [D, P, L] -> [D, L]."""
+    return torch.einsum("dp,dpl->dl", C, powers).real
+
+
+def _leave(x: Tensor, powers: Tensor, B: int) -> Tensor:
+    """What chunks leave behind, Σ_l powers_l x_l: [D, BN, L] and [D, P, L] -> [B, N, D, P]."""
+    weights = torch.view_as_real(powers).permute(0, 2, 1, 3).flatten(2)  # [D, L, 2P]
+    left = (x @ weights).unflatten(2, (-1, 2)).unflatten(1, (B, -1))  # [D, B, N, P, 2]
+    return torch.view_as_complex(left).permute(1, 2, 0, 3)
+
+
+def _read(states: Tensor, weights: Tensor) -> Tensor:
+    """What chunks read from states, Re Σ_p states_p weights_p: [B, N, D, P] and [D, P, L] -> [D, BN, L]."""
+    reals = torch.view_as_real(states).flatten(3).permute(2, 0, 1, 3).flatten(1, 2)  # [D, BN, 2P]
+    return reals @ torch.view_as_real(weights.conj_physical()).permute(0, 1, 3, 2).flatten(1, 2)
+
+
+class _Transpose(torch.autograd.Function):
+    """[M, N] -> [N, M], value and gradient laid out anew: batched products of permuted tensors fall back to loops."""
 
     @staticmethod
     def forward(ctx, x):
-        return x.view_as(x)
+        return x.t().contiguous()
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.contiguous()
+        return gradient.t().contiguous()
