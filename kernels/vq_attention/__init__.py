@@ -46,9 +46,9 @@ def vq_attention(
         codebook: [H, S, D].
         block_len: positions in a block, L.
         codes: int64 [B, T, H] from `nearest_code`, where the caller has them already.
-        bias: added to the score of a key at distance i - j from its query, up to a distance of R ≤ block_len:
-            [H, R + 1] or, one per query, [B, T, H, R + 1] over distances 0..R if causal, else with 2R + 1 entries
-            over distances -R..R. Keys further away get none.
+        bias: added to the score of the key at offset j - i from its query, no further away than R ≤ block_len: [H, n]
+            or, one per query, [B, T, H, n], over offsets -R..0, n = R + 1, if causal, else over -R..R, n = 2R + 1.
+            Keys further away get none.
         causal: hide the keys after each query.
         initial_state: where an earlier call stopped (causal only).
         output_final_state: return the state after `lengths` (or T) positions too (causal only).

@@ -20,8 +20,9 @@ def nearest_code(k: Tensor, codebook: Tensor, *, lengths: Tensor | None = None) 
     """
     dtype = accumulation_dtype(k.dtype)
     k, codebook = zero_padding(k, lengths).to(dtype), codebook.to(dtype)
-    closeness = torch.einsum("bthd,hsd->bths", k, codebook) - codebook.square().sum(-1) / 2
-    return closeness.argmax(-1)
+    offset = codebook.square().sum(-1)[:, None] / -2  # [H, 1, S]
+    closeness = torch.baddbmm(offset, k.flatten(0, 1).transpose(0, 1), codebook.mT)  # [H, BT, S]
+    return closeness.max(-1).indices.T.view(k.shape[:-1])
 
 
 def straight_through(k: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:

@@ -37,11 +37,11 @@ def vq_attention_reference(
         torch.einsum("bihd,bjhd->bhij", q, quantised.detach()),
     )
     if bias is not None:
-        reach = bias.shape[-1] - 1 if causal else bias.shape[-1] // 2
-        low = 0 if causal else -reach
-        entry = ((i - j).clamp(low, reach) - low).expand(B, H, T, -1)
-        by_query = bias.expand(B, T, H, -1).transpose(1, 2)  # [B, H, T, distances]
-        scores = scores + torch.where((i - j >= low) & (i - j <= reach), by_query.gather(-1, entry), 0)
+        n = bias.shape[-1]
+        entry = j - i + (n - 1 if causal else n // 2)  # [T, L + T]
+        by_query = bias.expand(B, T, H, n).transpose(1, 2)  # [B, H, T, n]
+        biases = by_query.gather(-1, entry.clamp(0, n - 1).expand(B, H, T, -1))
+        scores = scores + torch.where((entry >= 0) & (entry < n), biases, 0)
 
     valid = torch.ones(B, T, dtype=torch.bool) if lengths is None else valid_positions(lengths, T)
     remembered = torch.arange(-block_len, 0) >= -past.position[:, None]

@@ -90,15 +90,15 @@ class VectorQuantizer(nn.Module):
             return Quantized(k, codebook, codes, None)
         B, T, H, _ = k.shape
         valid = torch.ones(B, T, dtype=torch.bool, device=k.device) if lengths is None else valid_positions(lengths, T)
-        nearest = codebook[torch.arange(H, device=k.device), codes]
-        error = ((k - nearest).square().sum(-1) * valid[..., None]).sum()
+        row = torch.arange(H, device=k.device) * codebook.shape[1] + codes  # [B, T, H], of all heads' codes
+        error = (_squared_norm(k - F.embedding(row, codebook.flatten(0, 1))) * valid[..., None]).sum()
         if record:
             with torch.no_grad():
-                S = codebook.shape[1]
-                member = (codes[..., None] == torch.arange(S, device=k.device)) & valid[..., None, None]  # [B, T, H, S]
-                self.new_counts += member.sum((0, 1))
-                self.new_sums += torch.einsum("bths,bthd->hsd", member.to(k.dtype), k).to(self.new_sums.dtype)
-                size = (k.square().sum(-1) * valid[..., None]).sum()
+                present = valid[..., None].expand_as(codes)
+                self.new_counts.view(-1).index_add_(0, row.flatten(), present.flatten().to(self.new_counts.dtype))
+                shown = (k * present[..., None]).to(self.new_sums.dtype)
+                self.new_sums.flatten(0, 1).index_add_(0, row.flatten(), shown.flatten(0, 2))
+                size = (_squared_norm(k) * present).sum()
                 self.errors += torch.stack([error, size]).to(self.errors.dtype)
                 if self._samples_keys:
                     # Valid positions at even distances. Not at random: a pass recomputed in backward takes no sample,
@@ -210,6 +210,11 @@ class FiniteScalarQuantizer(nn.Module):
 
     def metrics(self) -> dict[str, float]:
         return {}
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    """|x|² over the last axis. Other than square and sum, makes no tensor of x's size, forward or backward."""
+    return torch.linalg.vector_norm(x, dim=-1).square()
 
 
 def kmeans(points: Tensor, k: int) -> Tensor:

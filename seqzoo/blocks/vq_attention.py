@@ -75,7 +75,7 @@ class VQAttention(Block):
     def mix(self, x: Tensor, state: VQState | None, lengths: Tensor | None) -> tuple[Tensor, VQState | None]:
         H, D = self.num_heads, self.head_dim
         q, k = self.qk_proj(x).unflatten(-1, (2, H, D)).unbind(2)  # [B, T, H, D]
-        v, gate = F.silu(self.vg_proj(x)).unflatten(-1, (2, H, self.value_dim)).unbind(2)
+        v, gate = (F.silu(y).unflatten(-1, (H, self.value_dim)) for y in self.vg_proj(x).chunk(2, -1))
         wide = accumulation_dtype(x.dtype)
         q, k = (F.rms_norm(y.to(wide), (D,)) * D**-0.25 for y in (q, k))
         record = self.recording()
@@ -100,9 +100,9 @@ class VQAttention(Block):
         return self.out_proj((y.to(gate.dtype) * gate).flatten(2)), state
 
     def _distances(self, dtype: torch.dtype) -> Tensor:
-        """A vector for every distance that has a position term: [block_len + 1 or 2 block_len + 1, H, D]."""
+        """A vector for every distance with a position term, largest first: [block_len + 1 or 2 block_len + 1, H, D]."""
         weight = self.distance_proj.weight
-        distance = torch.arange(0 if self.causal else -self.block_len, self.block_len + 1, device=weight.device)
+        distance = torch.arange(self.block_len, -1 if self.causal else -self.block_len - 1, -1, device=weight.device)
         frequency = 1e5 ** (-torch.arange(0, self.d_model, 2, device=weight.device, dtype=dtype) / self.d_model)
         angle = distance[:, None] * frequency
         features = torch.cat([angle.sin(), angle.cos()], -1)[:, : self.d_model].to(weight.dtype)

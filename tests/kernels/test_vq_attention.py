@@ -3,6 +3,7 @@ import torch
 from agreement import assert_close
 
 from seqzoo.kernels import VQState, nearest_code, vq_attention
+from seqzoo.kernels.vq_attention.outside import read_outside, read_outside_backward
 
 
 def inputs(B, T, H, D, Dv, S, *, seed=0):
@@ -168,6 +169,46 @@ def test_final_state_stops_at_the_length():
         for got, expected in zip(state, alone, strict=True):
             torch.testing.assert_close(got[b : b + 1], expected)
     assert state.counts.sum(-1).flatten().tolist() == [0, 7, 16]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_bias_goes_by_offset(causal, backend):
+    """With no other score, a bias of 100 at one offset picks one value."""
+    q, k, v, codebook = inputs(1, 11, 1, 8, 8, 4)
+    reach = 3
+    for entry in range(reach + 1 if causal else 2 * reach + 1):
+        bias = torch.zeros(1, reach + 1 if causal else 2 * reach + 1, dtype=torch.float64)
+        bias[0, entry] = 100.0
+        y = vq_attention(0 * q, k, v, codebook, block_len=4, bias=bias, causal=causal, backend=backend)
+        for i in range(11):
+            if 0 <= i + entry - reach < 11:
+                torch.testing.assert_close(y[0, i], v[0, i + entry - reach])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_operators_are_registered_right(causal):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64)
+    values, dy = torch.randn(2, 2, 5, 3, 6, generator=generator, dtype=torch.float64)
+    codes = torch.randint(4, (2, 5, 3), generator=generator)
+    torch.library.opcheck(read_outside, (weights, values, codes, causal))
+    torch.library.opcheck(read_outside_backward, (dy, weights, values, codes, causal))
+
+
+def test_a_block_of_the_state_that_is_not_full_counts_as_far_as_it_is():
+    B, T, block_len = 2, 9, 4
+    q, k, v, codebook = inputs(B, T, 1, 8, 8, 6)
+    state = some_state(B, 1, 6, 8, block_len, steps=3)  # of 1 and 3 steps
+    unfilled = (torch.arange(-block_len, 0) < -state.position[:, None])[..., None, None]
+    values = torch.where(unfilled, torch.nan, state.values).requires_grad_()
+    y = vq_attention(q, k, v, codebook, block_len=block_len, causal=True, initial_state=state._replace(values=values))
+    expected = vq_attention(
+        q, k, v, codebook, block_len=block_len, causal=True, initial_state=state, backend="reference"
+    )
+    torch.testing.assert_close(y, expected)
+    (d_values,) = torch.autograd.grad(y.square().sum(), values)
+    assert ((d_values == 0) == unfilled).all()
 
 
 @pytest.mark.parametrize("causal", [True, False])
