@@ -137,25 +137,25 @@ def _causal(a: Tensor, b: Tensor, v: Tensor, first: FavorState) -> tuple[Tensor,
 
     # G = B * H * N, all the chunks there are. One batch axis keeps every product a single batched GEMM.
     a, b, v, R = (x.reshape(B * H * N, C, -1) for x in (a, b, v, R))
-    updates = torch.bmm((b - _finite(R_n).view(-1, 1, M)).exp().mT, v)  # [G, M, V]
-    decay = (R_0 - _finite(R_n)).exp().view(B * H, N, M, 1).expand(-1, -1, -1, V)
+    updates = torch.bmm((b - _finite(R_n).view(-1, 1, M)).exp_().mT, v)  # [G, M, V]
+    decay = (R_0 - _finite(R_n)).exp_().view(B * H, N, M, 1).expand(-1, -1, -1, V)
     sums = diagonal_scan(
         updates.view(B * H, N, M * V), decay.reshape(B * H, N, M * V), initial_state=first.sums.reshape(B * H, M * V)
     ).view(B, H, N, M, V)
     sums_0 = torch.cat([first.sums[:, :, None], sums[:, :, :-1]], 2)
-    o = torch.bmm((a + R_0.view(-1, 1, M)).exp(), sums_0.view(-1, M, V)) + _within_chunks(a, b, v, R)
+    o = torch.bmm((a + R_0.view(-1, 1, M)).exp_(), sums_0.view(-1, M, V)) + _within_chunks(a, b, v, R)
     return divide_by_normalizer(o.view(B, H, N * C, V)[:, :, :T]), FavorState(sums[:, :, -1], R_n[:, :, -1])
 
 
 def _within_chunks(a: Tensor, b: Tensor, v: Tensor, R: Tensor) -> Tensor:
     """What each step sums over the keys of its own chunk, itself included: [G, C, V] from a, b, R [G, C, M]."""
     G, C, _ = a.shape
-    o = (a + b).exp().sum(-1, keepdim=True) * v
+    o = (a + b).exp_().sum(-1, keepdim=True) * v
     L = 1
     while L < C:  # the later half of every 2L steps sees the earlier half
         a_s, b_s, v_s, R_s = (x.view(G * C // (2 * L), 2 * L, -1) for x in (a, b, v, R))
         r = R_s[:, L - 1 : L]
-        scores = torch.bmm((a_s[:, L:] + r).exp(), (b_s[:, :L] - _finite(r)).exp().mT)  # [., L, L]
+        scores = torch.bmm((a_s[:, L:] + r).exp_(), (b_s[:, :L] - _finite(r)).exp_().mT)  # [., L, L]
         o = o + F.pad(torch.bmm(scores, v_s[:, :L]), (0, 0, L, 0)).view_as(o)
         L *= 2
     return o
