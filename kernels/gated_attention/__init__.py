@@ -24,6 +24,7 @@ def gated_attention(
     v: Tensor,
     *,
     chunk_len: int,
+    bias: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
     initial_state: GatedAttentionState | None = None,
@@ -35,7 +36,7 @@ def gated_attention(
 
     With c(i) = floor(i / chunk_len), the chunk of position i, and n the length of the sequence:
 
-        o_i = u_i ∘ (sum_{j: c(j) = c(i)} relu²(scale q_quad_i · k_quad_j) v_j + L_i)
+        o_i = u_i ∘ (sum_{j: c(j) = c(i)} relu²(scale q_quad_i · k_quad_j + b_{j-i}) v_j + L_i)
         L_i = sum_j (q_lin_i · k_lin_j) v_j / n                                        bidirectional
         L_i = sum_{j: c(j) < c(i)} (q_lin_i · k_lin_j) v_j / (c(i) chunk_len)          causal, 0 in the first chunk
 
@@ -50,6 +51,8 @@ def gated_attention(
         u, v: [B, T, E], the gate and the values.
         q_quad, k_quad, q_lin, k_lin: [B, T, S], queries and keys of the two attentions.
         chunk_len: positions in a chunk, counted from the beginning of the sequence.
+        bias: b, by the offset j - i of a key: from 1 - chunk_len to 0, [chunk_len], if causal, and on to chunk_len - 1,
+            [2 chunk_len - 1], if not; zero by default.
         causal: hide what comes later.
         scale: inside relu². None is 1/√(chunk_len S), weights of relu²(q·k) / (chunk_len S) (Su, post 8934);
             the paper's is 1/chunk_len.
@@ -68,7 +71,7 @@ def gated_attention(
 
     Source: Hua et al., "Transformer Quality in Linear Time" (2022), section 3.2.
     """
-    _check(u, q_quad, k_quad, q_lin, k_lin, v, chunk_len, causal, initial_state, output_final_state)
+    _check(u, q_quad, k_quad, q_lin, k_lin, v, chunk_len, bias, causal, initial_state, output_final_state)
     check_lengths("gated_attention", lengths, u.shape[0])
     run = choose(
         "gated_attention", backend, {"chunked": gated_attention_chunked, "reference": gated_attention_reference}
@@ -81,6 +84,7 @@ def gated_attention(
         k_lin,
         v,
         chunk_len=chunk_len,
+        bias=bias,
         causal=causal,
         scale=1 / math.sqrt(chunk_len * q_quad.shape[-1]) if scale is None else scale,
         initial_state=initial_state,
@@ -98,6 +102,7 @@ def _check(
     k_lin: Tensor,
     v: Tensor,
     chunk_len: int,
+    bias: Tensor | None,
     causal: bool,
     initial_state: GatedAttentionState | None,
     output_final_state: bool,
@@ -111,6 +116,12 @@ def _check(
         )
     if chunk_len < 1:
         raise ValueError(f"gated_attention: chunk_len must be 1 or more, got {chunk_len}")
+    offsets = chunk_len if causal else 2 * chunk_len - 1
+    if bias is not None and list(bias.shape) != [offsets]:
+        raise ValueError(
+            f"gated_attention: bias must be [{offsets}], one per offset inside a chunk of {chunk_len}, "
+            f"with causal={causal}; got {list(bias.shape)}"
+        )
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError("gated_attention: only causal attention has a state; valid: causal=True")
     if initial_state is not None:

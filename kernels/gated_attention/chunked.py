@@ -26,6 +26,7 @@ def gated_attention_chunked(
     v: Tensor,  # [B, T, E]
     *,
     chunk_len: int,
+    bias: Tensor | None,  # [C] or [2 C - 1]
     causal: bool,
     scale: float,
     initial_state: GatedAttentionState | None,
@@ -39,16 +40,17 @@ def gated_attention_chunked(
     )
     # Autocast would keep the sums in half precision.
     with without_autocast(device):
+        bias = None if bias is None else _by_offset(bias.to(dtype), chunk_len, causal)
         if not causal:
-            o, state = _bidirectional(scale * q_quad, k_quad, q_lin, k_lin, v, chunk_len, lengths), None
+            o, state = _bidirectional(scale * q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, lengths), None
         elif initial_state is None and not output_final_state:
             C = min(chunk_len, T)
             q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, C) for x in (scale * q_quad, k_quad, q_lin, k_lin, v))
-            o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, start=torch.arange(0, T, C, device=device))
+            o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start=torch.arange(0, T, C, device=device))
             o, state = o.flatten(1, 2)[:, :T], None
         else:
             past = initial_state or GatedAttentionState.empty(B, S, E, chunk_len, device=device, dtype=dtype)
-            o, state = _resume(scale * q_quad, k_quad, q_lin, k_lin, v, past, lengths)
+            o, state = _resume(scale * q_quad, k_quad, q_lin, k_lin, v, bias, past, lengths)
         o = u * o
     return zero_padding(o, lengths).to(out_dtype), state
 
@@ -58,14 +60,28 @@ def _chunks(x: Tensor, C: int) -> Tensor:  # [B, T, D] -> [B, N, C, D]
     return (F.pad(x, (0, 0, 0, rest)) if rest else x).unflatten(1, (-1, C))  # padding by nothing would copy
 
 
+def _by_offset(bias: Tensor, C: int, causal: bool) -> Tensor:
+    """Biases laid out for the queries and keys of a chunk, bias[j - i + C - 1] at [i, j]: [C, C]."""
+    if causal:
+        bias = F.pad(bias, (0, C - 1))
+    return bias.unfold(0, C, 1).flip(0)
+
+
 def _bidirectional(
-    q_quad: Tensor, k_quad: Tensor, q_lin: Tensor, k_lin: Tensor, v: Tensor, chunk_len: int, lengths: Tensor | None
+    q_quad: Tensor,
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    chunk_len: int,
+    lengths: Tensor | None,
 ) -> Tensor:  # [B, T, E]
     T = v.shape[1]
     n = T if lengths is None else lengths.clamp(min=1)[:, None, None]
     lin = q_lin @ (k_lin.mT @ v / n)
     q, k, v = (_chunks(x, min(chunk_len, T)) for x in (q_quad, k_quad, v))
-    return lin.add_(_ReluSquared.apply(q, k, v, False).flatten(1, 2)[:, :T])
+    return lin.add_(_ReluSquared.apply(q, k, v, bias, False).flatten(1, 2)[:, :T])
 
 
 def _causal(
@@ -74,6 +90,7 @@ def _causal(
     q_lin: Tensor,  # as q_quad
     k_lin: Tensor,  # [B, N, C, S]
     v: Tensor,  # [B, N, C, E]
+    bias: Tensor | None,  # [C, C], or the row's [B, 1, 1, C]
     start: Tensor,  # [N] or [B, N], positions before each chunk
     memory: Tensor | None = None,  # [B, S, E], the sum over chunks before the first; zero by default
 ) -> tuple[Tensor, Tensor]:  # o as q_quad, and what each chunk adds to the memory [B, N, S, E]
@@ -82,12 +99,12 @@ def _causal(
     before = torch.cat([first[:, None], updates[:, :-1]], 1).flatten(2)  # [B, N, S E]
     before = diagonal_scan(before, before.new_ones(before.shape[-1])).view_as(updates)
     mean = before / start.clamp(min=1)[..., None, None]
-    quad = _ReluSquared.apply(q_quad, k_quad, v, q_quad.shape[2] > 1)
+    quad = _ReluSquared.apply(q_quad, k_quad, v, bias, q_quad.shape[2] > 1)
     return (q_lin @ mean).add_(quad), updates
 
 
 class _ReluSquared(torch.autograd.Function):
-    """relu²(q kᵀ) v, lower triangular weights if causal. Autograd would hold the weights four times, this does once."""
+    """relu²(q kᵀ + bias) v, lower triangular if causal. Autograd would hold the weights four times, this does once."""
 
     @staticmethod
     def forward(
@@ -95,10 +112,14 @@ class _ReluSquared(torch.autograd.Function):
         q: Tensor,  # [B, N, R, S]
         k: Tensor,  # [B, N, C, S]
         v: Tensor,  # [B, N, C, E]
+        bias: Tensor | None,  # of at least R rows and C columns, or as in `_causal`
         causal: bool,
     ) -> Tensor:  # [B, N, R, E]
         root = q @ k.mT
+        if bias is not None:
+            root += bias[..., : root.shape[-2], : root.shape[-1]]
         root = (root.tril_() if causal else root).relu_()
+        ctx.bias_shape = None if bias is None else bias.shape
         ctx.save_for_backward(q, k, v, root)
         return root.square() @ v
 
@@ -108,7 +129,12 @@ class _ReluSquared(torch.autograd.Function):
             q, k, v, root = ctx.saved_tensors
             dv = root.square().mT @ do
             dw = (do @ v.mT).mul_(root).mul_(2)
-            return dw @ k, dw.mT @ q, dv, None
+            d_bias = None
+            if ctx.bias_shape is not None:
+                R, C = ctx.bias_shape[-2:]
+                rest = (0, C - dw.shape[-1], 0, R - dw.shape[-2])
+                d_bias = F.pad(dw.sum_to_size(*ctx.bias_shape[:-2], *dw.shape[-2:]), rest)
+            return dw @ k, dw.mT @ q, dv, d_bias, None
 
 
 def _resume(
@@ -117,6 +143,7 @@ def _resume(
     q_lin: Tensor,
     k_lin: Tensor,
     v: Tensor,
+    bias: Tensor | None,  # [C, C]
     past: GatedAttentionState,
     lengths: Tensor | None,
 ) -> tuple[Tensor, GatedAttentionState]:  # [B, T, E]
@@ -133,12 +160,13 @@ def _resume(
     k_quad, k_lin, v = behind(past.k_quad, k_quad), behind(past.k_lin, k_lin), behind(past.v, v)
     if T == 1:
         q_quad, q_lin = q_quad[:, None], q_lin[:, None]
+        bias = None if bias is None else bias[offset][:, None, None]
     else:
         nothing = torch.zeros_like(past.k_quad)
         q_quad, q_lin = behind(nothing, q_quad), behind(nothing, q_lin)
     start = (past.position - offset)[:, None] + chunk * C  # [B, N]
     memory = past.memory.to(v.dtype)
-    o, updates = _causal(q_quad, k_quad, q_lin, k_lin, v, start, memory)
+    o, updates = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start, memory)
     o = o.flatten(1, 2)
     if T > 1:
         o = o.gather(1, row.expand(-1, -1, o.shape[-1]))

@@ -16,6 +16,7 @@ def gated_attention_reference(
     v: Tensor,  # [B, T, E]
     *,
     chunk_len: int,
+    bias: Tensor | None,  # [C] or [2 C - 1]
     causal: bool,
     scale: float,
     initial_state: GatedAttentionState | None,
@@ -40,7 +41,10 @@ def gated_attention_reference(
     near = (i // C == j // C) & ((j <= i) if causal else torch.ones_like(j <= i))
     far = (j // C < i // C) if causal else torch.ones_like(near)
     terms = i // C * C if causal else steps[:, None, None]
-    quad = torch.where(near, (scale * q_quad @ k_quad.mT).relu().square(), 0) @ v
+    scores = scale * q_quad @ k_quad.mT
+    if bias is not None:
+        scores = scores + bias.to(dtype)[(j - i + C - 1).clamp(0, len(bias) - 1)]
+    quad = torch.where(near, scores.relu().square(), 0) @ v
     lin = torch.where(far, q_lin @ k_lin.mT, 0) @ v + q_lin @ past.memory.to(dtype)
     o = u * (quad + lin / terms.clamp(min=1))
 

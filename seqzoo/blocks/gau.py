@@ -13,6 +13,7 @@ from .base import Block, advance, grow
 from .rotary import rotate
 
 ATTENTIONS = ("flash", "relu2_n2", "relu2_ns", "softmax")
+GAMMA_STD = 3.0  # z starts at about a third of it
 
 
 class GAUCache(NamedTuple):
@@ -36,18 +37,20 @@ class GAU(Block):
     u, v and z are silu projections of the input. Queries and keys are z scaled and shifted per channel, and rotated. A
     is, with n the number of keys a query sees (the sequence's own length, or the position if causal):
 
-    - "flash": relu²(q kᵀ) / (chunk_len · key_dim) inside chunks of `chunk_len`, and linear attention with queries and
-      keys of its own over the whole sequence, or over earlier chunks if causal, as a mean. Linear in time.
+    - "flash": relu²(q kᵀ / √(chunk_len · key_dim) + b) inside chunks of `chunk_len`, b learnt by distance, and linear
+      attention with queries and keys of its own over the whole sequence, or over earlier chunks if causal, as a mean.
+      Linear in time.
     - "relu2_n2": relu²(q kᵀ / n), the paper's.
     - "relu2_ns": relu²(q kᵀ) / (n · key_dim) (Su, post 8934).
     - "softmax": softmax(log n / log 512 · q kᵀ / √key_dim), n at least 16 (Su, post 9019).
 
     The last three are quadratic in time; of them, those with relu² hold weights of [B, T, T].
 
-    Unlike the paper's code, it has rotary positions only, no learnt bias by distance; "flash" divides by `key_dim`
-    inside chunks, and causal linear attention by the number of keys that it sums, not by `chunk_len`. The scales of
-    queries and keys start as N(0, 1): from N(0, 0.02²), and with no learnt bias to lift them, the squares of weights
-    have gradients too small for Adam, and relu² learns nothing.
+    Unlike the paper's code, "flash" divides by `key_dim` inside chunks, and causal linear attention by the number of
+    keys that it sums, not by `chunk_len`; and it has a bias for every distance, not for 32 ranges of them. Biases start
+    as |N(0, 1 / chunk_len)|, so that the weights of a full chunk sum to about one and relu cuts off no distance; scales
+    of queries and keys as N(0, 3²), which makes q and k about 1 in size, and what they add to a bias as large as it is.
+    From N(0, 0.02²) or N(0, 1), squares of weights hardly depend on what is compared, and relu² learns no look-up.
 
     Args:
         d_model: width.
@@ -56,11 +59,12 @@ class GAU(Block):
         expand: width of u and v, times `d_model`.
         key_dim: width of z, queries and keys, S.
         chunk_len: positions in a chunk; "flash" only.
-        rotary: rotary positions on queries and keys; without them order shows in chunks and the causal mask only.
+        distance_bias: learn a bias by distance inside chunks; "flash" only.
+        rotary: rotary positions on queries and keys.
         bias: biases in the projections.
     """
 
-    undecayed = ("gamma", "beta")
+    undecayed = ("gamma", "beta", "distance_bias")
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class GAU(Block):
         expand: float = 2.0,
         key_dim: int = 128,
         chunk_len: int = 256,
+        distance_bias: bool = True,
         rotary: bool = True,
         bias: bool = False,
     ) -> None:
@@ -90,8 +95,11 @@ class GAU(Block):
         self.uvz_proj = nn.Linear(d_model, 2 * self.value_dim + key_dim, bias=bias)
         self.out_proj = nn.Linear(self.value_dim, d_model, bias=bias)
         rows = 4 if attention == "flash" else 2  # q_quad, q_lin, k_quad, k_lin; or q, k
-        self.gamma = nn.Parameter(torch.randn(rows, key_dim))
+        self.gamma = nn.Parameter(GAMMA_STD * torch.randn(rows, key_dim))
         self.beta = nn.Parameter(torch.zeros(rows, key_dim))
+        offsets = chunk_len if causal else 2 * chunk_len - 1  # of a key, j - i
+        biases = torch.randn(offsets).abs() / math.sqrt(chunk_len) if distance_bias and attention == "flash" else None
+        self.distance_bias = nn.Parameter(biases) if biases is not None else None
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> GatedAttentionState | GAUCache:
         self._require_causal("initial_state")
@@ -132,6 +140,7 @@ class GAU(Block):
             k_lin,
             v,
             chunk_len=self.chunk_len,
+            bias=self.distance_bias,
             causal=self.causal,
             initial_state=state,
             output_final_state=state is not None,

@@ -31,7 +31,7 @@ VARIANTS = {  # the default options of each block, and those that take another w
     "performer": [{}, {"num_features": 7, "num_heads": 2, "bias": True}, {"num_features": 1, "num_heads": 1}],
     "gau": [
         {"chunk_len": 8, "key_dim": 6},
-        {"chunk_len": 5, "key_dim": 16, "expand": 1.5, "rotary": False, "bias": True},
+        {"chunk_len": 5, "key_dim": 16, "expand": 1.5, "distance_bias": False, "rotary": False, "bias": True},
         {"attention": "relu2_n2", "key_dim": 8, "bias": True},
         {"attention": "relu2_ns", "key_dim": 7, "rotary": False},
         {"attention": "softmax", "key_dim": 8},

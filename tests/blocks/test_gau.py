@@ -43,14 +43,18 @@ def test_parameters():
     assert shapes == {
         "gamma": [4, 2000],
         "beta": [4, 2000],
+        "distance_bias": [511],
         "uvz_proj.weight": [2048, D],
         "uvz_proj.bias": [2048],
         "out_proj.weight": [D, 24],
         "out_proj.bias": [D],
     }
-    assert block.gamma.std().item() == pytest.approx(1, rel=0.2)
+    assert block.gamma.std().item() == pytest.approx(3, rel=0.2)
     assert (block.beta == 0).all()
+    assert block.distance_bias.square().mean().item() == pytest.approx(1 / 256, rel=0.2)
+    assert (block.distance_bias >= 0).all()
     assert GAU(D, attention="softmax").gamma.shape == (2, 128)
+    assert GAU(D, attention="softmax").distance_bias is None
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -90,7 +94,10 @@ def test_flash_by_formula(causal):
     u, v, z = F.silu(x[0] @ block.uvz_proj.weight.T).split((32, 32, S), -1)
     qk = rotate((z[:, None] * block.gamma + block.beta)[None], torch.arange(T))[0]
     q_quad, q_lin, k_quad, k_lin = qk.unbind(1)
-    A = (q_quad @ k_quad.T).relu() ** 2 / (T * S)
+    offset = (torch.arange(T) - torch.arange(T)[:, None]).clamp(
+        max=0 if causal else T
+    )  # [i, j] -> j - i, if it is seen
+    A = (q_quad @ k_quad.T / math.sqrt(T * S) + block.distance_bias[offset + T - 1]).relu() ** 2
     A = A.tril() if causal else A + q_lin @ k_lin.T / T
     assert_close(block(x)[0], (u * (A @ v)) @ block.out_proj.weight.T, 1e-12)
 
@@ -155,6 +162,11 @@ def test_agrees_with_flash_pytorch(causal, rotary, padded, monkeypatch):
     peer.qk_offset_scale.beta.data.normal_(std=0.3)
     block = make("flash", causal, key_dim=S, chunk_len=C, rotary=rotary, bias=True)
     copy_from_peer(block, peer, peer.qk_offset_scale)
+    with torch.no_grad():
+        peer.rel_pos_bias.relative_attention_bias.weight.normal_(std=0.1)
+        biases = peer.rel_pos_bias(torch.empty(C, C))
+        offsets = range(1 - C, 1 if causal else C)
+        block.distance_bias.copy_(torch.stack([biases[max(-n, 0), max(n, 0)] for n in offsets]))
     lengths = torch.tensor([30, 17]) if padded else None
 
     def theirs(u, q_quad, k_quad, q_lin, k_lin, v, *, chunk_len, lengths, **options):

@@ -22,6 +22,11 @@ def make(B, T, S, E, *, dtype=torch.float64, seed=0) -> dict[str, Tensor]:
     }
 
 
+def make_bias(chunk_len, causal, *, dtype=torch.float64) -> Tensor:
+    offsets = chunk_len if causal else 2 * chunk_len - 1
+    return torch.randn(offsets, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
 def make_state(B, S, E, chunk_len, position, *, dtype=torch.float64) -> dict[str, Tensor]:
     """A state as a call would leave it: no memory before the first full chunk, zeros in rows not seen."""
     tokens = make(B, chunk_len, S, E, dtype=dtype, seed=1)
@@ -79,7 +84,7 @@ CASES = [  # B, T, S, E, chunk_len, causal, positions of the state, lengths
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("B", "T", "S", "E", "chunk_len", "causal", "position", "lengths"), CASES)
 def test_agrees_with_reference(B, T, S, E, chunk_len, causal, position, lengths, dtype):
-    inputs = make(B, T, S, E, dtype=dtype)
+    inputs = make(B, T, S, E, dtype=dtype) | {"bias": make_bias(chunk_len, causal, dtype=dtype)}
     state = None if position is None else make_state(B, S, E, chunk_len, position, dtype=dtype)
     w = torch.randn(B, T, E, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
     w_state = weights_of_state(B, S, E, chunk_len, dtype=dtype) if position is not None else None
@@ -104,32 +109,35 @@ def test_agrees_with_reference(B, T, S, E, chunk_len, causal, position, lengths,
 @pytest.mark.parametrize("causal", [False, True])
 def test_agrees_with_the_sums_written_out(causal, backend):
     T, C, S = 17, 5, 3
-    inputs = make(1, T, S, 4)
+    inputs, bias = make(1, T, S, 4), make_bias(C, causal)
     u, q_quad, k_quad, q_lin, k_lin, v = (y[0] for y in inputs.values())
     expected = torch.zeros(T, 4, dtype=torch.float64)
     for i in range(T):
         for j in range(T):
             if i // C == j // C and (j <= i or not causal):
-                expected[i] += (q_quad[i] @ k_quad[j]).relu() ** 2 / (C * S) * v[j]
+                score = q_quad[i] @ k_quad[j] / (C * S) ** 0.5 + bias[j - i + C - 1]
+                expected[i] += score.relu() ** 2 * v[j]
             if not causal:
                 expected[i] += (q_lin[i] @ k_lin[j]) * v[j] / T
             elif j // C < i // C:
                 expected[i] += (q_lin[i] @ k_lin[j]) * v[j] / (i // C * C)
-    o = gated_attention(**inputs, chunk_len=C, causal=causal, backend=backend)
+    o = gated_attention(**inputs, chunk_len=C, bias=bias, causal=causal, backend=backend)
     assert_close(o[0], u * expected, 1e-13)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(causal):
-    leaves = {name: y.requires_grad_() for name, y in make(2, 5, 2, 1).items()}
+    inputs = make(2, 5, 2, 1) | {"bias": make_bias(2, causal)}
+    leaves = {name: y.requires_grad_() for name, y in inputs.items()}
     state = make_state(2, 2, 1, 2, [3, 0]) if causal else {}
     parts = [y.requires_grad_() for n, y in state.items() if n != "position"]
 
     def f(*tensors):
-        before = GatedAttentionState(*tensors[6:], position=state["position"]) if causal else None
+        before = GatedAttentionState(*tensors[7:], position=state["position"]) if causal else None
         out = gated_attention(
             *tensors[:6],
             chunk_len=2,
+            bias=tensors[6],
             causal=causal,
             initial_state=before,
             output_final_state=causal,
@@ -149,7 +157,7 @@ def test_padding_has_no_effect(backend, causal, stateful):
     w = torch.randn(3, 70, 5, dtype=torch.float64)
     state = make_state(3, 4, 5, 16, [3, 16, 50]) if stateful else None
     w_state = weights_of_state(3, 4, 5, 16) if stateful else None
-    options = {"chunk_len": 16, "causal": causal, "backend": backend}
+    options = {"chunk_len": 16, "bias": make_bias(16, causal), "causal": causal, "backend": backend}
 
     def poison(y):
         return y.masked_fill(padding[..., None], float("nan"))
@@ -181,7 +189,7 @@ def test_padding_has_no_effect(backend, causal, stateful):
 def test_split_and_resume(chunk_len):
     inputs = make(2, 90, 4, 3)
     w, w_state = torch.randn(2, 90, 3, dtype=torch.float64), weights_of_state(2, 4, 3, chunk_len)
-    options = {"chunk_len": chunk_len, "causal": True}
+    options = {"chunk_len": chunk_len, "bias": make_bias(chunk_len, True), "causal": True}
     whole = run(inputs, w, None, w_state, **options)
     assert_close(whole["o"], gated_attention(**inputs, **options, backend="reference"), 1e-12)
     leaves = {name: y.requires_grad_() for name, y in inputs.items()}
@@ -200,15 +208,15 @@ def test_split_and_resume(chunk_len):
 
 
 def test_ragged_steps_resume_where_each_sequence_stopped():
-    inputs = make(2, 40, 4, 3)
-    whole = gated_attention(**inputs, chunk_len=6, causal=True)
+    inputs, bias = make(2, 40, 4, 3), make_bias(6, True)
+    whole = gated_attention(**inputs, chunk_len=6, bias=bias, causal=True)
     state, position = None, torch.zeros(2, dtype=torch.int64)
     for lengths in ([5, 1], [0, 6], [8, 8], [1, 1], [7, 0], [3, 4]):
         steps = torch.tensor(lengths)
         index = (position[:, None] + torch.arange(8)).clamp(max=39)[..., None]
         piece = {name: y.gather(1, index.expand(-1, -1, y.shape[-1])) for name, y in inputs.items()}
         o, state = gated_attention(
-            **piece, chunk_len=6, causal=True, lengths=steps, initial_state=state, output_final_state=True
+            **piece, chunk_len=6, bias=bias, causal=True, lengths=steps, initial_state=state, output_final_state=True
         )
         for b, n in enumerate(lengths):
             assert_close(o[b, :n], whole[b, position[b] : position[b] + n], 1e-13)
@@ -337,6 +345,9 @@ def test_errors():
     inputs = make(2, 5, 3, 4)
     with pytest.raises(ValueError, match=r"expected u and v \[B, T, E\].*got \[2, 5, 4\], \[2, 5, 4\] and \[2, 5, 2\]"):
         gated_attention(**inputs | {"q_quad": torch.zeros(2, 5, 2)}, chunk_len=4)
+    for causal, offsets in ((True, 4), (False, 7)):
+        with pytest.raises(ValueError, match=rf"bias must be \[{offsets}\].*got \[5\]"):
+            gated_attention(**inputs, chunk_len=4, causal=causal, bias=torch.zeros(5))
     with pytest.raises(ValueError, match="with T >= 1"):
         gated_attention(**{name: y[:, :0] for name, y in inputs.items()}, chunk_len=4)
     with pytest.raises(ValueError, match="chunk_len must be 1 or more, got 0"):
