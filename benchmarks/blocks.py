@@ -6,8 +6,9 @@
 
 Alternatives are timed in turns, so that slow phases of the machine meet all of them, and reported as the minimum and
 the median. One that has taken more than `--patience` seconds at a length is repeated there no more, and one that takes
-as long a time is left out at greater lengths. Peers that cannot be imported are named and left out: performer-pytorch,
-FLASH-pytorch, linear-attention-transformer, s5-pytorch, and S4's standalone `s4d.py` on PYTHONPATH.
+as long a time is left out at greater lengths. Each length has a process of its own: what a large peer leaves in the
+heap would fill the memory. Peers that cannot be imported are named and left out: performer-pytorch, FLASH-pytorch,
+linear-attention-transformer, s5-pytorch, and S4's standalone `s4d.py` on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,10 +264,14 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def measure(T: int, causal: bool, chosen: list[Candidate], repeats: int, patience: float) -> list[dict[str, Any]]:
-    """Every candidate at one length, in turns."""
+def measure(T: int, causal: bool, names: set[tuple[str, str]], repeats: int, patience: float) -> list[dict[str, Any]]:
+    """The candidates of these names and kinds at one length, in turns."""
+    keep_freed_memory()
+    torch.manual_seed(0)
     passes, gradients, seconds = {}, {}, {}
-    for candidate in chosen:
+    for candidate in candidates():
+        if (candidate.name, candidate.kind) not in names:
+            continue
         try:
             passes[candidate] = candidate.make(T, causal)
         except NotImplementedError:
@@ -304,23 +311,23 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME,...", help="candidates by name; all by default")
     parser.add_argument("--out", type=Path, default=Path("results/blocks"))
     options = parser.parse_args()
-    keep_freed_memory()
-    torch.manual_seed(0)
 
     rows: list[dict[str, Any]] = []
+    found = list(candidates())
+    chosen = {(c.name, c.kind) for c in found if options.only is None or c.name in options.only.split(",")}
     for causal in (True, False):
-        left = [c for c in candidates() if options.only is None or c.name in options.only.split(",")]
+        left = set(chosen)
         for T in map(int, options.lengths.split(",")):
-            found = measure(T, causal, left, options.repeats, options.patience)
-            rows += found
-            for row in found:
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                at_length = process.submit(measure, T, causal, left, options.repeats, options.patience).result()
+            rows += at_length
+            for row in at_length:
                 print(
                     f"{'causal' if causal else 'both':<7}{T:>6}  {row['kind']:<10}{row['name']:<30}"
                     f"{row['min_ms']:>10.1f} ms min {row['median_ms']:>10.1f} ms median {row['peak_mib']:>9.0f} MiB",
                     flush=True,
                 )
-            slow = {(row["name"], row["kind"]) for row in found if row["min_ms"] > 1e3 * options.patience}
-            left = [candidate for candidate in left if (candidate.name, candidate.kind) not in slow]
+            left -= {(row["name"], row["kind"]) for row in at_length if row["min_ms"] > 1e3 * options.patience}
 
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
