@@ -5,10 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from seqzoo.config import Config, StageConfig, WandbConfig
 from seqzoo.models import ModelConfig
 from seqzoo.tasks import Task, TaskConfig, from_arrays
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For a conftest to import: sharing operations this small between threads takes longer than doing them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def toy_task(n: int = 120, seed: int = 0) -> Task:

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_runs import one_thread as one_thread
 
 from seqzoo.config import compose
 from seqzoo.tasks import Task, build_task
@@ -17,15 +17,6 @@ SHORT = {
     "lra_text": ["task.max_length=64"],
     "lra_image": [],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sharing operations this small between threads takes longer than doing them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

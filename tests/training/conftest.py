@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from tiny_runs import one_thread as one_thread
 from tiny_runs import toy_task
 
 from seqzoo.tasks import Task
@@ -10,12 +10,3 @@ from seqzoo.tasks import Task
 @pytest.fixture(scope="session")
 def task() -> Task:
     return toy_task()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sharing operations this small between threads takes longer than doing them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
