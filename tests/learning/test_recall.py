@@ -16,8 +16,8 @@ def test_the_benchmark_covers_every_model():
     assert sorted(BENCHMARK["MODELS"]) == available("model")
 
 
-UNSOLVED = pytest.mark.xfail(reason="still guesses among the values it has read after 1,900 of 2,500 steps", strict=True)
-    reason="still guesses among the values it has read when its tokens are used up", strict=True
+UNSOLVED = pytest.mark.xfail(
+    reason="still guesses among the values it has read after 1,900 of 2,500 steps; the cause is not found", strict=True
 )
 CASES = [
     pytest.param(model, task, marks=UNSOLVED if (model, task) == ("vq_transformer", "associative_recall") else ())
