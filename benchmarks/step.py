@@ -147,7 +147,7 @@ def main() -> None:
             )
             for stage in ("pretrain", "finetune"):
                 ms = measure(config, task, stage, options.steps)
-                batch_size = config.finetuning.batch_size
+                batch_size = (config.pretraining if stage == "pretrain" else config.finetuning).batch_size
                 rows.append({"recipe": recipe, "model": model, "stage": stage, "batch": batch_size, **ms})
                 print(
                     f"{recipe:<6}{model:<20}{stage:<9} batch {batch_size:<3}{ms['step']:>9.1f} ms a step: forward "
