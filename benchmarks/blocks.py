@@ -1,6 +1,6 @@
 """Forward and backward of every block, and of its operation alone, beside what people install today, on this machine.
 
-    python benchmarks/blocks.py                                  half an hour on two CPU cores
+    python benchmarks/blocks.py                                  all lengths: leave it two idle cores
     python benchmarks/blocks.py --lengths 512,1024 --repeats 3   minutes
     python benchmarks/blocks.py --only linear_attention,linear-attention-transformer
 
@@ -330,17 +330,11 @@ def main() -> None:
             left -= {(row["name"], row["kind"]) for row in at_length if row["min_ms"] > 1e3 * options.patience}
 
     options.out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "setting": {"batch": B, "d_model": D_MODEL, "heads": HEADS, "dtype": "float32", "pass": "forward + backward"},
-        "hardware": provenance.hardware(torch.device("cpu"), 1),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "rows": rows,
-    }
+    setting = {"batch": B, "d_model": D_MODEL, "heads": HEADS, "dtype": "float32", "pass": "forward + backward"}
+    record = {**provenance.of_benchmark(setting), "rows": rows}
     (options.out / "blocks.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.out / "blocks.md").write_text(table(rows))
-    plot(rows, options.out / "blocks.png")
+    plot(rows, options.out)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -377,8 +371,8 @@ def slope(of: dict[int, dict[str, Any]], key: str) -> str:
     return f"{statistics.linear_regression(*zip(*points, strict=True)).slope:.2f}" if len(points) > 1 else "-"
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory over T, a curve a candidate."""
+def plot(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Time and memory over T, a curve a candidate: blocks.png and operations.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -406,7 +400,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         figure.suptitle(f"{kind}s: ours solid, others dashed")
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center right", fontsize=8)
         figure.tight_layout(rect=(0, 0, 0.85, 1))
-        figure.savefig(path.with_stem(f"{kind}s"), dpi=110)
+        figure.savefig(folder / f"{kind}s.png", dpi=110)
         plt.close(figure)
 
 

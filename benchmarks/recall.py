@@ -1,7 +1,7 @@
 """How well causal models give back what they have read: selective copying and multi-query associative recall.
 
     python benchmarks/recall.py
-    python benchmarks/recall.py --models transformer,flash --tasks associative_recall --out /tmp/recall
+    python benchmarks/recall.py --models transformer,flash --tasks associative_recall --out recall
 
 Two layers of width 64 on sequences of 128 steps, never the same one twice. A model is trained until it solves a task,
 99.5 % of the answers of 256 fresh sequences, or has used up its tokens, and scored on 1,024 others. All have the same
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -165,14 +164,8 @@ def main() -> None:
     keep_freed_memory()
 
     options.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "setting": {"T": T, "batch": BATCH, "steps": STEPS, "learning_rates": LEARNING_RATES, "seed": options.seed},
-        "hardware": provenance.hardware(torch.device("cpu"), 1),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "rows": [],
-    }
+    setting = {"T": T, "batch": BATCH, "steps": STEPS, "learning_rates": LEARNING_RATES, "seed": options.seed}
+    record: dict[str, Any] = {**provenance.of_benchmark(setting), "rows": []}
     for model in chosen["models"]:
         for task in chosen["tasks"]:
             record["rows"].append(learn(model, task, seed=options.seed, report=partial(print, flush=True)))

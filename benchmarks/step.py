@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -158,14 +157,8 @@ def main() -> None:
     if options.out is None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "setting": {"T": 1024, "dtype": "float32", "steps": options.steps, "unit": "ms, mean of a step"},
-        "hardware": provenance.hardware(torch.device("cpu"), 1),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "rows": rows,
-    }
+    setting = {"T": 1024, "dtype": "float32", "steps": options.steps, "unit": "ms, mean of a step"}
+    record = {**provenance.of_benchmark(setting), "rows": rows}
     (options.out / "step.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

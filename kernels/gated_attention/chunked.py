@@ -45,6 +45,7 @@ def gated_attention_chunked(
             o, state = _bidirectional(scale * q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, lengths), None
         elif initial_state is None and not output_final_state:
             C = min(chunk_len, T)
+            bias = None if bias is None else bias[:C, :C]
             q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, C) for x in (scale * q_quad, k_quad, q_lin, k_lin, v))
             o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start=torch.arange(0, T, C, device=device))
             o, state = o.flatten(1, 2)[:, :T], None
@@ -80,7 +81,9 @@ def _bidirectional(
     T = v.shape[1]
     n = T if lengths is None else lengths.clamp(min=1)[:, None, None]
     lin = q_lin @ (k_lin.mT @ v / n)
-    q, k, v = (_chunks(x, min(chunk_len, T)) for x in (q_quad, k_quad, v))
+    C = min(chunk_len, T)
+    q, k, v = (_chunks(x, C) for x in (q_quad, k_quad, v))
+    bias = None if bias is None else bias[:C, :C]
     return lin.add_(_ReluSquared.apply(q, k, v, bias, False).flatten(1, 2)[:, :T])
 
 
@@ -112,12 +115,12 @@ class _ReluSquared(torch.autograd.Function):
         q: Tensor,  # [B, N, R, S]
         k: Tensor,  # [B, N, C, S]
         v: Tensor,  # [B, N, C, E]
-        bias: Tensor | None,  # of at least R rows and C columns, or as in `_causal`
+        bias: Tensor | None,  # [R, C], or one for each sequence [B, 1, R, C]
         causal: bool,
     ) -> Tensor:  # [B, N, R, E]
         root = q @ k.mT
         if bias is not None:
-            root += bias[..., : root.shape[-2], : root.shape[-1]]
+            root += bias
         root = (root.tril_() if causal else root).relu_()
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.save_for_backward(q, k, v, root)
@@ -129,11 +132,7 @@ class _ReluSquared(torch.autograd.Function):
             q, k, v, root = ctx.saved_tensors
             dv = root.square().mT @ do
             dw = (do @ v.mT).mul_(root).mul_(2)
-            d_bias = None
-            if ctx.bias_shape is not None:
-                R, C = ctx.bias_shape[-2:]
-                rest = (0, C - dw.shape[-1], 0, R - dw.shape[-2])
-                d_bias = F.pad(dw.sum_to_size(*ctx.bias_shape[:-2], *dw.shape[-2:]), rest)
+            d_bias = None if ctx.bias_shape is None else dw.sum_to_size(ctx.bias_shape)
             return dw @ k, dw.mT @ q, dv, d_bias, None
 
 

@@ -39,9 +39,7 @@ def linear_attention_chunked(
 
     # Autocast would keep the sums in half precision.
     with without_autocast(q.device):
-        first = q.new_zeros(B, H, Dk, Dv + normalize, dtype=dtype)
-        if initial_state is not None:
-            first = initial_state.to(dtype)
+        first = q.new_zeros(B, H, Dk, Dv + normalize, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         if log_decay is None:
             o, final_state = _WithoutDecay.apply(split(q), split(k), split(v), first, causal)
         else:
@@ -80,20 +78,23 @@ class _WithoutDecay(torch.autograd.Function):
         causal: bool,
     ) -> tuple[Tensor, Tensor]:  # [G, C, Dv], and the state after the last chunk
         Dv = v.shape[-1]
-        normalize = first.shape[-1] > Dv
-        memory, total = torch.bmm(k.mT, v), k.sum(1)[..., None]  # [G, Dk, Dv], [G, Dk, 1], of each chunk by itself
         S, z = first[..., :Dv].flatten(0, 1), first[..., Dv:].flatten(0, 1)
+        memory = torch.bmm(k.mT, v)  # [G, Dk, Dv], of each chunk by itself
         if causal:
             S = _accumulate(S, memory)  # and leaves in `memory` what reaches each chunk
-            z = _accumulate(z, total) if normalize else z
-        o = torch.bmm(q, memory)
-        n = torch.bmm(q, total) if normalize else None
-        if causal:
             weights = torch.bmm(q, k.mT).tril_()
+        o = torch.bmm(q, memory)
+        if causal:
             o.baddbmm_(weights, v)
-            n = n.add_(weights.sum(-1, keepdim=True)) if n is not None else None
-        if n is not None:
-            n = torch.where(n == 0, 0, n.reciprocal())  # [G, C, 1]
+        total = n = None
+        if first.shape[-1] > Dv:
+            total = k.sum(1)[..., None]  # [G, Dk, 1], as `memory`
+            if causal:
+                z = _accumulate(z, total)
+            n = torch.bmm(q, total)  # [G, C, 1]
+            if causal:
+                n.add_(weights.sum(-1, keepdim=True))
+            n = torch.where(n == 0, 0, n.reciprocal())
             o.mul_(n)
         ctx.causal = causal
         ctx.save_for_backward(q, k, v, first, memory, total, o, n)

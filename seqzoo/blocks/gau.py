@@ -97,9 +97,10 @@ class GAU(Block):
         rows = 4 if attention == "flash" else 2  # q_quad, q_lin, k_quad, k_lin; or q, k
         self.gamma = nn.Parameter(GAMMA_STD * torch.randn(rows, key_dim))
         self.beta = nn.Parameter(torch.zeros(rows, key_dim))
-        offsets = chunk_len if causal else 2 * chunk_len - 1  # of a key, j - i
-        biases = torch.randn(offsets).abs() / math.sqrt(chunk_len) if distance_bias and attention == "flash" else None
-        self.distance_bias = nn.Parameter(biases) if biases is not None else None
+        self.distance_bias = None
+        if distance_bias and attention == "flash":
+            offsets = chunk_len if causal else 2 * chunk_len - 1  # of a key, j - i
+            self.distance_bias = nn.Parameter(torch.randn(offsets).abs() / math.sqrt(chunk_len))
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> GatedAttentionState | GAUCache:
         self._require_causal("initial_state")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +44,16 @@ def commit() -> str:
         return revision + ("+dirty" if _git("status", "--porcelain", cwd=source.parent) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def made_with(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Hardware, commit and versions, as every result has them."""
+    return {"hardware": hardware(device, world_size), "commit": commit(), "versions": versions()}
+
+
+def of_benchmark(setting: dict[str, Any]) -> dict[str, Any]:
+    """What stands above the rows of a benchmark on the CPU: its command, its setting and what it was made with."""
+    return {"command": " ".join(["python", *sys.argv]), "setting": setting, **made_with(torch.device("cpu"), 1)}
 
 
 def _git(*arguments: str, cwd: Path) -> str:

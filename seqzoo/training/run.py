@@ -263,9 +263,7 @@ def _train_and_test(
         "task_note": task.note,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "tokens_per_second": {name: stage["tokens_per_second"] for name, stage in stages.items()},
-        "hardware": provenance.hardware(fabric.device, fabric.world_size),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
+        **provenance.made_with(fabric.device, fabric.world_size),
     }
 
 
