@@ -1,27 +1,12 @@
-"""What every operation shares: the choice of a backend, padding, and the dtype sums are kept in."""
+"""What every operation shares: padding, and the dtype sums are kept in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def choose(operation: str, backend: str, implementations: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The implementation of `operation` that `backend` names; "auto" takes the fastest one there is.
-
-    Raises:
-        ValueError: `backend` is unknown, or the operation has no such form.
-    """
-    if backend == "auto":
-        return implementations["chunked"]
-    if backend not in implementations:
-        known = ", ".join(("auto", *implementations))
-        raise ValueError(f"{operation} has no backend {backend!r}; valid: {known}")
-    return implementations[backend]
 
 
 def valid_positions(lengths: Tensor, T: int) -> Tensor:

@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-from ..common import check_lengths, choose
+from ..backends import choose
+from ..common import check_lengths
 from .chunked import attention_chunked
 from .reference import attention_reference
 
@@ -59,7 +60,7 @@ def attention(
     if isinstance(scale, Tensor) and list(scale.shape) not in ([T], [B, T]):
         raise ValueError(f"attention: a scale per query is [{T}] or [{B}, {T}], got {list(scale.shape)}")
     check_lengths("attention", lengths, B)
-    run = choose("attention", backend, {"chunked": attention_chunked, "reference": attention_reference})
+    run = choose("attention", backend, {"chunked": attention_chunked, "reference": attention_reference}, q.device)
     if scale is None:
         scale = 1 / math.sqrt(D)
     elif isinstance(scale, Tensor):

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..common import check_lengths, choose
+from ..backends import choose, refusal
+from ..common import check_lengths
 from .chunked import diagonal_scan_chunked
 from .reference import diagonal_scan_reference
 
 __all__ = ["diagonal_scan"]
+
+
+def _fused(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from .fused import diagonal_scan_fused  # imports Triton
+
+    return diagonal_scan_fused(*arguments)
+
+
+FORMS = {"chunked": diagonal_scan_chunked, "reference": diagonal_scan_reference, "fused": _fused}
 
 
 def diagonal_scan(
@@ -37,7 +48,7 @@ def diagonal_scan(
             `initial_state` of another call; gradients flow through both.
         reverse: whether to run from the last step to the first; nothing is flipped in memory.
         lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
         h [B, T, D] in x's dtype, zero past `lengths`; with `output_final_state`, (h, final state [B, D]): h at the last
@@ -53,9 +64,7 @@ def diagonal_scan(
     """
     _check(x, a, initial_state)
     check_lengths("diagonal_scan", lengths, x.shape[0])
-    implementation = choose(
-        "diagonal_scan", backend, {"chunked": diagonal_scan_chunked, "reference": diagonal_scan_reference}
-    )
+    implementation = choose("diagonal_scan", backend, FORMS, x.device, refusal(x, torch.complex64))
     h, final_state = implementation(x, a, initial_state, reverse, lengths)
     return (h, final_state) if output_final_state else h
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common import check_lengths, choose
+from ..backends import choose
+from ..common import check_lengths
 from .chunked import favor_attention_chunked
 from .reference import favor_attention_reference
 from .state import FavorState
@@ -63,7 +64,10 @@ def favor_attention(
     _check(q, k, v, projection, causal, initial_state, output_final_state)
     check_lengths("favor_attention", lengths, q.shape[0])
     implementation = choose(
-        "favor_attention", backend, {"chunked": favor_attention_chunked, "reference": favor_attention_reference}
+        "favor_attention",
+        backend,
+        {"chunked": favor_attention_chunked, "reference": favor_attention_reference},
+        q.device,
     )
     projection = projection.expand(q.shape[2], -1, -1)
     o, final_state = implementation(q, k, v, projection, causal, initial_state, lengths)

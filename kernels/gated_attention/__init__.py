@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common import check_lengths, choose
+from ..backends import choose
+from ..common import check_lengths
 from .chunked import gated_attention_chunked
 from .reference import gated_attention_reference
 from .state import GatedAttentionState
@@ -74,7 +75,10 @@ def gated_attention(
     _check(u, q_quad, k_quad, q_lin, k_lin, v, chunk_len, bias, causal, initial_state, output_final_state)
     check_lengths("gated_attention", lengths, u.shape[0])
     run = choose(
-        "gated_attention", backend, {"chunked": gated_attention_chunked, "reference": gated_attention_reference}
+        "gated_attention",
+        backend,
+        {"chunked": gated_attention_chunked, "reference": gated_attention_reference},
+        v.device,
     )
     o, state = run(
         u,

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common import check_lengths, choose
+from ..backends import choose
+from ..common import check_lengths
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
 
@@ -65,7 +66,10 @@ def linear_attention(
     _check(q, k, v, log_decay, causal, normalize, initial_state, output_final_state)
     check_lengths("linear_attention", lengths, q.shape[0])
     implementation = choose(
-        "linear_attention", backend, {"chunked": linear_attention_chunked, "reference": linear_attention_reference}
+        "linear_attention",
+        backend,
+        {"chunked": linear_attention_chunked, "reference": linear_attention_reference},
+        q.device,
     )
     o, final_state = implementation(q, k, v, log_decay, causal, normalize, initial_state, lengths, output_final_state)
     return (o, final_state) if output_final_state else o

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common import check_lengths, choose
+from ..backends import choose
+from ..common import check_lengths
 from .chunked import vq_attention_chunked
 from .codes import nearest_code
 from .reference import vq_attention_reference
@@ -85,7 +86,9 @@ def vq_attention(
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError("vq_attention: only causal attention has a state; valid: causal=True")
     check_lengths("vq_attention", lengths, B)
-    run = choose("vq_attention", backend, {"chunked": vq_attention_chunked, "reference": vq_attention_reference})
+    run = choose(
+        "vq_attention", backend, {"chunked": vq_attention_chunked, "reference": vq_attention_reference}, q.device
+    )
     if codes is None:
         codes = nearest_code(k, codebook, lengths=lengths)
     y, state = run(

@@ -1,0 +1,219 @@
+"""Compiles every configuration of every Triton kernel, on a machine without a GPU, and shows what the compiler made.
+
+    python benchmarks/compile.py                       all of them, into results/compile.md and compile.json
+    python benchmarks/compile.py --only diagonal_scan  one operation
+
+The operations run on tensors without data while launches are noted down in place of being made: what is compiled is
+what a GPU would be given, with the same alignment. Each is then compiled for the architectures of `ARCHITECTURES`. A
+spill, more shared memory than there is, or a matrix product without the matrix unit is an error: status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from seqzoo.kernels import backends
+from seqzoo.training import provenance
+
+ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # and the bytes of shared memory a program may have
+MULTIPROCESSORS = 132
+MATRIX_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
+WORDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything that shapes its code."""
+
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]  # arguments that are multiples of 16
+    options: tuple[tuple[str, Any], ...]
+
+
+@dataclass
+class Compiled:
+    operation: str
+    kernel: str
+    configuration: str
+    architecture: int
+    registers: int
+    spilled: int  # bytes of stack
+    shared: int  # bytes
+    matrix_unit: str
+
+
+def note(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Launch:
+    """What Triton would specialise the kernel for."""
+    given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **keywords}
+    types, constants, divisible = [], [], []
+    for index, parameter in enumerate(kernel.params):
+        value = given.pop(parameter.name)
+        fixed = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and fixed):
+            types.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        elif isinstance(value, Tensor):
+            types.append((parameter.name, f"*{WORDS[value.dtype]}"))
+            divisible.append(index)
+        elif isinstance(value, float):
+            types.append((parameter.name, "fp32"))
+        else:
+            types.append((parameter.name, "i32" if abs(value) < 2**31 else "i64"))
+            if fixed and value % 16 == 0:
+                divisible.append(index)
+    return Launch(kernel, tuple(types), tuple(constants), tuple(divisible), tuple(sorted(given.items())))
+
+
+@contextmanager
+def noting(architecture: int) -> Iterator[list[Launch]]:
+    """Launches inside are put on the list, each kind once, and none is made."""
+    launches: dict[Launch, None] = {}
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        launches[note(self, arguments, keywords)] = None
+
+    found: list[Launch] = []
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(backends, "architecture", return_value=architecture),
+        mock.patch.object(backends, "multiprocessors", return_value=MULTIPROCESSORS),
+    ):
+        yield found
+    found += launches
+
+
+def compiled(operation: str, launch: Launch, architecture: int) -> Compiled:
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.types),
+        constexprs=dict(launch.constants),
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )
+    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+    registers, spilled = resources(kernel.asm["cubin"])
+    found = MATRIX_UNIT.search(kernel.asm["ptx"])
+    pointers = "".join(f" {name}={kind[1:]}" for name, kind in launch.types if kind.startswith("*") and "i" not in kind)
+    settings = " ".join(f"{name}={value}" for name, value in (*launch.constants, *launch.options))
+    return Compiled(
+        operation,
+        launch.kernel.__name__,
+        f"{pointers.strip()} {settings}",
+        architecture,
+        registers,
+        spilled,
+        kernel.metadata.shared,
+        found.group(1) if found else "",
+    )
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout).groups()  # type: ignore[union-attr]
+    return int(registers), int(stack)
+
+
+def scans() -> Iterator[Callable[[], Any]]:
+    """Both passes of the diagonal scan, few rows and many, wide and narrow."""
+    from seqzoo.kernels.diagonal_scan import fused
+
+    def both(B: int, T: int, D: int, dtype: torch.dtype, constant: bool, reverse: bool, padded: bool) -> None:
+        x, a, state = meta(B, T, D, dtype=dtype), meta(*((D,) if constant else (B, T, D)), dtype=dtype), None
+        lengths = meta(B, dtype=torch.int64) if padded else None
+        if padded:
+            state = meta(B, D, dtype=torch.complex64 if dtype.is_complex else torch.float32)
+        h, final = fused.scan(x, a, state, reverse, lengths)
+        fused.scan_backward(h, final, h, a, state, reverse, lengths)
+
+    for dtype in (torch.complex64, torch.float32, torch.bfloat16):
+        for constant in (True, False):
+            yield lambda d=dtype, c=constant: both(64, 1024, 1024, d, c, False, False)
+            yield lambda d=dtype, c=constant: both(2, 16384, 256, d, c, True, True)
+    yield lambda: both(3, 100, 24, torch.complex64, True, False, True)
+    yield lambda: both(3, 100, 5, torch.float32, False, True, False)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+CALLS = {"diagonal_scan": scans}
+WITH_PRODUCTS: set[str] = set()  # kernels that are nothing without the matrix unit
+
+
+def wrong(row: Compiled) -> str:
+    """What is the matter with it, nothing if empty."""
+    if row.spilled:
+        return f"spills {row.spilled} bytes"
+    if row.shared > ARCHITECTURES[row.architecture]:
+        return f"wants {row.shared} bytes of shared memory of {ARCHITECTURES[row.architecture]}"
+    if row.kernel in WITH_PRODUCTS and not row.matrix_unit:
+        return "multiplies matrices without the matrix unit"
+    return ""
+
+
+def table(rows: list[Compiled]) -> str:
+    lines = [
+        "| kernel | configuration | sm | registers | spilled | shared | matrix unit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = (r.kernel, r.configuration, r.architecture, r.registers, r.spilled, r.shared, r.matrix_unit)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(CALLS))
+    parser.add_argument("--out", type=Path, help="folder for compile.md and compile.json", default=Path("results"))
+    options = parser.parse_args()
+
+    rows, faults = [], []
+    for operation, calls in CALLS.items():
+        if options.only not in (None, operation):
+            continue
+        for architecture in ARCHITECTURES:
+            with noting(architecture) as launches:
+                for call in calls():
+                    call()
+            for launch in launches:
+                row = compiled(operation, launch, architecture)
+                rows.append(row)
+                if fault := wrong(row):
+                    faults.append(f"{row.kernel} on sm_{architecture} {fault}: {row.configuration}")
+                    print(faults[-1], file=sys.stderr, flush=True)
+    print(f"{len(rows)} compilations, {len(faults)} faults")
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = {**provenance.of_benchmark({"triton": triton.__version__}), "rows": [asdict(row) for row in rows]}
+    (options.out / "compile.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.out / "compile.md").write_text(table(rows))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""The diagonal scan in Triton.
+
+A program runs over a block of channels of one sequence, tile of steps by tile, and carries the state in registers; each
+element is read once and written once. Where sequences times blocks of channels do not fill the GPU, time is cut into
+chunks too: a first pass finds what each chunk by itself makes of a zero state and how much of a state it lets through,
+a short one carries the states from chunk to chunk, and then all chunks run at once.
+
+Backward is the same recurrence in the other direction, with the coefficients of the step before. The gradient of
+coefficients that are constant in time is summed in registers, over chunks and sequences after that: no atomics, the
+same bits in every run.
+
+Complex tensors are pairs of float32. Steps are counted in the direction of the recurrence, "past the end" means past a
+sequence's length: there a state passes unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import backends
+from ..common import accumulation_dtype
+from .operator import register
+
+MIN_CHUNK = 256  # steps: a shorter chunk costs more in passes than it gains in programs
+PROGRAMS = 4  # wanted for each multiprocessor, before time is cut
+
+
+class Config(NamedTuple):
+    steps: int  # in a tile
+    channels: int  # in a block, at most
+    num_warps: int
+    num_stages: int
+
+
+CONFIGS = {80: Config(8, 64, 1, 4), 90: Config(8, 64, 1, 4), 100: Config(8, 64, 1, 4)}
+
+
+@triton.jit
+def _combine(a_first, x_first, a_second, x_second):
+    return a_first * a_second, a_second * x_first + x_second
+
+
+@triton.jit
+def _combine_complex(ar, ai, xr, xi, br, bi, yr, yi):
+    return ar * br - ai * bi, ar * bi + ai * br, br * xr - bi * xi + yr, br * xi + bi * xr + yi
+
+
+@triton.jit
+def _rows(step, n, DOWN: tl.constexpr):
+    """Where a step lies in memory. What is past the end lies there in either direction."""
+    if DOWN:
+        step = tl.where(step < n, n - 1 - step, step)
+    return step.to(tl.int64)
+
+
+@triton.jit
+def _pairs(x, PARTS: tl.constexpr):
+    """Real and imaginary parts of [steps, 2 D] numbers side by side; of real ones, the number twice."""
+    if PARTS == 1:
+        return x, x
+    else:
+        return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def _side_by_side(re, im, PARTS: tl.constexpr):
+    if PARTS == 1:
+        return re
+    else:
+        return tl.reshape(tl.join(re, im), [re.shape[0], 2 * re.shape[1]])
+
+
+@triton.jit
+def _product(ar, ai, br, bi, PARTS: tl.constexpr):
+    if PARTS == 1:
+        return ar * br, ai
+    else:
+        return ar * br - ai * bi, ar * bi + ai * br
+
+
+@triton.jit
+def _row(tile, which):
+    return tl.sum(tl.where(which[:, None], tile, 0.0), 0, keep_dims=True)
+
+
+@triton.jit
+def _coefficients(
+    a, step, n, column, width, CONSTANT: tl.constexpr, DOWN: tl.constexpr, BACKWARD: tl.constexpr, PARTS: tl.constexpr
+):
+    """What multiplies the state at each step: a, and on the way back the conjugate of the step before's."""
+    read = step - 1 if BACKWARD else step
+    reads = (read >= 0) & (step < n)
+    mask = reads[:, None] & (column < width)
+    row = read.to(tl.int64) * 0 if CONSTANT else _rows(read, n, DOWN) * width
+    ar, ai = _pairs(tl.load(a + row[:, None] + column, mask=mask, other=0.0).to(tl.float32), PARTS)
+    ar, ai = tl.where(reads[:, None], ar, 1.0), tl.where(reads[:, None], ai, 0.0)
+    return ar, -ai if BACKWARD else ai
+
+
+@triton.jit(do_not_specialize=["T", "chunk_len", "chunks"])
+def _scan_kernel(
+    x,  # [B, T, D]; on the way back, the gradient of h
+    a,  # [D] or [B, T, D]
+    y,  # [B, T, D], or None: only `after` and `through` are wanted
+    before,  # [B, chunks, D], float32, or None: zero
+    after,  # [B, chunks, D] if y is None, else [B, D]
+    through,  # [B, chunks, D] if y is None
+    h,  # [B, T, D] and [B, D], on the way back
+    initial,
+    da,  # [B, chunks, D], or [B, T, D]
+    lengths,  # [B] or None
+    T,
+    width,  # numbers in a step
+    chunk_len,
+    chunks,
+    CONSTANT: tl.constexpr,
+    DOWN: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    blocks = tl.cdiv(width, WIDTH)
+    item = tl.program_id(0) // blocks  # a sequence's chunk
+    b, chunk = item // chunks, item % chunks
+    column = (tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
+    inside = column < width
+    n = T if lengths is None else tl.load(lengths + b).to(tl.int32)
+    sequence = b.to(tl.int64) * T * width
+    x += sequence
+    if not CONSTANT:
+        a += sequence
+    state = item.to(tl.int64) * width + column
+
+    if before is None:
+        s = tl.zeros([1, WIDTH], tl.float32)
+    else:
+        s = tl.load(before + state, mask=inside, other=0.0)
+    sr, si = _pairs(s, PARTS)
+    if initial is not None:
+        h_first = tl.load(initial + b.to(tl.int64) * width + column, mask=inside, other=0.0)
+    pr, pi = _pairs(tl.zeros([1, WIDTH], tl.float32), PARTS)
+    pr += 1.0  # what of a state at the start is left
+    dr, di = _pairs(tl.zeros([1, WIDTH], tl.float32), PARTS)  # the gradient of constant coefficients
+
+    start = chunk * chunk_len
+    for first in tl.range(start, min(start + chunk_len, T), STEPS, num_stages=STAGES):
+        step = first + tl.arange(0, STEPS)
+        valid = step < n
+        row = _rows(step, n, DOWN)
+        mask = valid[:, None] & inside
+        place = row[:, None] * width + column
+        ur, ui = _pairs(tl.load(x + place, mask=mask, other=0.0).to(tl.float32), PARTS)
+        ar, ai = _coefficients(a, step, n, column, width, CONSTANT, DOWN, BACKWARD, PARTS)
+        if PARTS == 1:
+            ar, ur = tl.associative_scan((ar, ur), 0, _combine)
+            ai, ui = ar, ur
+        else:
+            ar, ai, ur, ui = tl.associative_scan((ar, ai, ur, ui), 0, _combine_complex)
+        cr, ci = _product(ar, ai, sr, si, PARTS)
+        ur, ui = ur + cr, ui + ci
+        last = tl.arange(0, STEPS) == STEPS - 1
+        sr, si = _row(ur, last), _row(ui, last)
+        if y is None:
+            pr, pi = _product(_row(ar, last), _row(ai, last), pr, pi, PARTS)
+        else:
+            written = (step < T)[:, None] & inside
+            ur, ui = tl.where(valid[:, None], ur, 0.0), tl.where(valid[:, None], ui, 0.0)
+            tl.store(y + sequence + place, _side_by_side(ur, ui, PARTS).to(y.dtype.element_ty), mask=written)
+            if BACKWARD:
+                # With the state that the step started from, the one of the step after on the way back.
+                reads = step + 1 < n
+                other = _rows(step + 1, n, DOWN)[:, None] * width + column
+                hs = tl.load(h + sequence + other, mask=reads[:, None] & inside, other=0.0).to(tl.float32)
+                if initial is not None:
+                    hs += tl.where((step + 1 == n)[:, None], h_first, 0.0)
+                hr, hi = _pairs(hs, PARTS)
+                gr, gi = _product(ur, ui, hr, -hi, PARTS)
+                if CONSTANT:
+                    dr, di = dr + tl.sum(gr, 0, keep_dims=True), di + tl.sum(gi, 0, keep_dims=True)
+                else:
+                    tl.store(da + sequence + place, _side_by_side(gr, gi, PARTS).to(da.dtype.element_ty), mask=written)
+
+    if y is None:
+        tl.store(after + state, _side_by_side(sr, si, PARTS), mask=inside)
+        tl.store(through + state, _side_by_side(pr, pi, PARTS), mask=inside)
+    else:
+        if BACKWARD and CONSTANT:
+            tl.store(da + state, _side_by_side(dr, di, PARTS), mask=inside)
+        if chunk == chunks - 1:
+            if BACKWARD:  # through the first step of the recurrence, the last one here
+                row = n.to(tl.int64) * 0 if CONSTANT else _rows(n - 1, n, DOWN) * width
+                ar, ai = _pairs(tl.load(a + row + column, mask=inside & (n > 0), other=0.0).to(tl.float32), PARTS)
+                tr, ti = _product(ar, -ai, sr, si, PARTS)
+                sr, si = tl.where(n > 0, tr, sr), tl.where(n > 0, ti, si)
+            tl.store(after + b.to(tl.int64) * width + column, _side_by_side(sr, si, PARTS), mask=inside)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _carry_kernel(initial, after, through, before, width, chunks, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """The state that each chunk starts from, [B, chunks, D] as all of them but `initial` [B, D] or None."""
+    blocks = tl.cdiv(width, WIDTH)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
+    inside = column < width
+    if initial is None:
+        s = tl.zeros([1, WIDTH], tl.float32)
+    else:
+        s = tl.load(initial + b * width + column, mask=inside, other=0.0)
+    sr, si = _pairs(s, PARTS)
+    for chunk in range(chunks):
+        state = (b * chunks + chunk) * width + column
+        tl.store(before + state, _side_by_side(sr, si, PARTS), mask=inside)
+        pr, pi = _pairs(tl.load(through + state, mask=inside, other=0.0), PARTS)
+        ar, ai = _pairs(tl.load(after + state, mask=inside, other=0.0), PARTS)
+        cr, ci = _product(pr, pi, sr, si, PARTS)
+        sr, si = cr + ar, ci + ai
+
+
+def diagonal_scan_fused(
+    x: Tensor,  # [B, T, D]
+    a: Tensor,  # [D] or [B, T, D]
+    initial_state: Tensor | None,  # [B, D]
+    reverse: bool,
+    lengths: Tensor | None,  # [B]
+) -> tuple[Tensor, Tensor]:
+    initial_state = None if initial_state is None else initial_state.to(accumulation_dtype(x.dtype))
+    return _scan(x, a, initial_state, reverse, lengths)
+
+
+def scan(
+    x: Tensor, a: Tensor, initial_state: Tensor | None, reverse: bool, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """h [B, T, D] and the final state [B, D], of x [B, T, D], a [D] or [B, T, D] and initial_state [B, D]."""
+    B, _, D = x.shape
+    h = torch.empty_like(x, memory_format=torch.contiguous_format)
+    final = x.new_empty(B, D, dtype=accumulation_dtype(x.dtype))
+    _launch(x, a, h, initial_state, final, lengths, down=reverse)
+    return h, final
+
+
+def scan_backward(
+    dh: Tensor,
+    d_state: Tensor,
+    h: Tensor,
+    a: Tensor,
+    initial_state: Tensor | None,
+    reverse: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, a and the initial state, from those of h [B, T, D] and of the final state [B, D]."""
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    d_initial = torch.empty_like(d_state, memory_format=torch.contiguous_format)
+    da = _launch(dh, a, dx, d_state, d_initial, lengths, down=not reverse, h=h, initial=initial_state)
+    assert da is not None
+    return dx, da, d_initial
+
+
+def _launch(
+    x: Tensor,
+    a: Tensor,
+    y: Tensor,
+    state: Tensor | None,
+    final: Tensor,
+    lengths: Tensor | None,
+    *,
+    down: bool,
+    h: Tensor | None = None,
+    initial: Tensor | None = None,
+) -> Tensor | None:
+    """Fills y and `final`; with h, runs backward and returns the gradient of a."""
+    (B, T, D), parts = x.shape, 2 if x.is_complex() else 1
+    backward, constant, width = h is not None, a.dim() == 1, D * parts
+    config = backends.newest(CONFIGS, x.device)
+    block = parts * min(config.channels, triton.next_power_of_2(D))
+    blocks = triton.cdiv(width, block)
+    chunk_len = _chunk_len(B * blocks, T, config.steps, x.device)
+    chunks = triton.cdiv(T, chunk_len)
+
+    da = torch.empty_like(a, memory_format=torch.contiguous_format) if backward else None
+    sums = x.new_empty(B, chunks, D, dtype=final.dtype) if backward and constant else da
+    arrays = [_numbers(z) for z in (x, a)]
+    before, after, behind = _numbers(state), _numbers(final), [_numbers(z) for z in (h, initial, sums)]
+    meta = {
+        "CONSTANT": constant,
+        "DOWN": down,
+        "BACKWARD": backward,
+        "PARTS": parts,
+        "STEPS": config.steps,
+        "WIDTH": block,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+    }
+    sizes = (T, width, chunk_len, chunks)
+    grid = (B * chunks * blocks,)
+    if chunks > 1:
+        ends, through, starts = (x.new_empty(B, chunks, width, dtype=torch.float32) for _ in range(3))
+        _scan_kernel[grid](*arrays, None, None, ends, through, None, None, None, lengths, *sizes, **meta)
+        _carry_kernel[(B * blocks,)](
+            before, ends, through, starts, width, chunks, PARTS=parts, WIDTH=block, num_warps=config.num_warps
+        )
+        before = starts
+    _scan_kernel[grid](*arrays, _numbers(y), before, after, None, *behind, lengths, *sizes, **meta)
+    if da is not None and sums is not None and constant:
+        da.copy_(sums.sum((0, 1)))
+    return da
+
+
+def _chunk_len(programs: int, T: int, steps: int, device: torch.device) -> int:
+    """All of T, or a multiple of `steps` such that the GPU has enough to do."""
+    chunks = min(PROGRAMS * backends.multiprocessors(device) // programs, T // MIN_CHUNK)
+    return T if chunks < 2 else triton.cdiv(triton.cdiv(T, chunks), steps) * steps
+
+
+def _numbers(x: Tensor | None) -> Tensor | None:
+    """As the kernels read it: contiguous, complex numbers as pairs."""
+    if x is None:
+        return None
+    return torch.view_as_real(x.resolve_conj().contiguous()) if x.is_complex() else x.contiguous()
+
+
+_scan, _ = register("diagonal_scan_fused", scan, scan_backward)

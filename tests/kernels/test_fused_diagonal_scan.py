@@ -1,0 +1,114 @@
+"""diagonal_scan in Triton against the loop that defines it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import assert_close
+from fused_cases import DEVICE, awkward, poisoned, wide
+from torch import Tensor
+
+from seqzoo.kernels import diagonal_scan
+from seqzoo.kernels.diagonal_scan import fused
+
+NAMES = ("h", "state", "dx", "da", "dh0")
+TOLERANCE = {torch.float32: 1e-6, torch.complex64: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def make(B: int, T: int, D: int, dtype: torch.dtype, constant: bool, radius: float | None = None) -> list[Tensor]:
+    """x, a, an initial state, and gradients of the output and of the final state."""
+    draw = dtype if dtype.is_complex else torch.float32
+    x, w = (torch.randn(B, T, D, dtype=draw) for _ in range(2))
+    a = torch.randn(*((D,) if constant else (B, T, D)), dtype=draw)
+    a = a / (1 + a.abs()) if radius is None else radius * a.sgn()
+    h0, w_state = (torch.randn(B, D, dtype=draw).to(DEVICE) for _ in range(2))
+    x, a, w = (y.to(DEVICE, dtype) for y in (x, a, w))
+    return [x, a, h0, w, w_state]
+
+
+def run(x, a, h0, w, w_state, **options) -> dict[str, Tensor]:
+    x, a, h0 = (None if y is None else y.detach().clone().requires_grad_() for y in (x, a, h0))
+    h, state = diagonal_scan(x, a, initial_state=h0, output_final_state=True, **options)
+    leaves = [y for y in (x, a, h0) if y is not None]
+    return dict(zip(NAMES, (h, state, *torch.autograd.grad((h, state), leaves, (w, w_state))), strict=False))
+
+
+def check(inputs: list[Tensor | None], tolerance: float, **options) -> None:
+    with poisoned():
+        values = run(*inputs, **options, backend="fused")
+    lengths = options.get("lengths")
+    reference = {**options, "lengths": None if lengths is None else lengths.cpu()}
+    expected = run(*(None if y is None else wide(y).cpu() for y in inputs), **reference, backend="reference")
+    for name, value in values.items():
+        assert_close(value.cpu(), expected[name], tolerance, name)
+
+
+CASES = [  # B, T, D, dtype, constant, reverse, lengths, with an initial state
+    (2, 1, 8, torch.float32, True, False, None, True),
+    (3, 1, 3, torch.complex64, False, True, [1, 0, 1], True),
+    (1, 2, 1, torch.complex64, True, False, None, True),
+    (3, 15, 5, torch.float32, False, True, [15, 0, 7], True),
+    (3, 16, 24, torch.complex64, True, True, [1, 16, 9], False),
+    (2, 63, 7, torch.float32, True, False, [63, 40], False),
+    (2, 64, 3, torch.complex64, False, False, [64, 50], True),
+    (1, 65, 100, torch.float32, False, False, None, False),
+    (2, 65, 16, torch.float16, True, True, [65, 33], True),
+    (2, 100, 5, torch.complex64, True, False, [99, 100], True),
+    (1, 100, 8, torch.float16, False, False, None, True),
+    (1, 257, 6, torch.float32, True, True, None, True),
+    (2, 257, 2, torch.complex64, False, True, [200, 257], False),
+]
+
+
+@pytest.mark.parametrize("chunk_len", [None, 16], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize(("B", "T", "D", "dtype", "constant", "reverse", "lengths", "state"), CASES)
+def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths, state, chunk_len, monkeypatch):
+    monkeypatch.setattr(fused, "_chunk_len", lambda programs, T, steps, device: chunk_len or T)
+    x, a, h0, w, w_state = make(B, T, D, dtype, constant)
+    lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    if lengths is not None:  # what is past the end is never used
+        padding = (torch.arange(T, device=DEVICE) >= lengths[:, None])[..., None]
+        x, w = x.masked_fill(padding, float("nan")), w.masked_fill(padding, float("nan"))
+        a = a if constant else a.masked_fill(padding, float("nan"))
+    check([x, a, h0 if state else None, w, w_state], TOLERANCE[dtype], reverse=reverse, lengths=lengths)
+
+
+@pytest.mark.parametrize("radius", [0.0, 1e-4, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_coefficients_near_zero_and_one(radius, dtype):
+    check(make(1, 65, 3, dtype, True, radius), 3e-6)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_gradients_come_in_any_layout(constant):
+    x, a, h0, w, w_state = make(2, 17, 4, torch.float32, constant)
+    for name, gradient in awkward(w).items():
+        value = run(x, a, h0, gradient, w_state, backend="fused")
+        expected = run(x, a, h0, gradient.contiguous(), w_state, backend="fused")
+        assert all(torch.equal(value[key], expected[key]) for key in NAMES), name
+
+
+def test_a_split_sequence_goes_on_where_it_stopped():
+    x, a, h0, _, _ = make(2, 40, 5, torch.complex64, False)
+    whole = diagonal_scan(x, a, initial_state=h0, backend="fused")
+    first, state = diagonal_scan(x[:, :13], a[:, :13], initial_state=h0, output_final_state=True, backend="fused")
+    rest = diagonal_scan(x[:, 13:], a[:, 13:], initial_state=state, backend="fused")
+    assert_close(torch.cat([first, rest], 1), whole, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_operator(dtype):
+    x, a, h0, w, w_state = make(2, 9, 4, dtype, True)
+    lengths = torch.tensor([9, 4], device=DEVICE)
+    leaves = (x.requires_grad_(), a.requires_grad_(), h0.requires_grad_())
+    torch.library.opcheck(torch.ops.seqzoo.diagonal_scan_fused.default, (*leaves, False, lengths))
+    torch.library.opcheck(
+        torch.ops.seqzoo.diagonal_scan_fused_backward.default, (w, w_state, w, a.detach(), None, True, None)
+    )
+
+
+def test_what_no_kernel_takes_runs_without_one(caplog):
+    x, a, _, _, _ = make(1, 5, 3, torch.float32, True)
+    h = diagonal_scan(x.double(), a.double(), backend="fused")
+    assert torch.equal(h, diagonal_scan(x.double(), a.double(), backend="chunked"))
+    assert "diagonal_scan: no kernel computes in torch.float64" in caplog.text
