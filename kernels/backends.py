@@ -30,12 +30,12 @@ def choose(
     backend: str,
     implementations: Mapping[str, Callable[..., Any]],
     device: torch.device,
-    refusal: str | None = None,
+    refused: str | None = None,
 ) -> Callable[..., Any]:
     """The implementation of `operation` that `backend` names; "auto" takes the fastest one there is on `device`.
 
     Args:
-        refusal: what of this call the fused form cannot take. It is said once, and the chunked form runs.
+        refused: what of this call the fused form cannot take. It is said once, and the chunked form runs.
 
     Raises:
         ValueError: `backend` is unknown, or the operation has no such form here.
@@ -51,9 +51,9 @@ def choose(
         if backend == "fused" and backend in implementations:
             why = "; the fused form needs Triton and a build of PyTorch for CUDA, or TRITON_INTERPRET=1"
         raise ValueError(f"{operation} has no backend {backend!r}; valid: auto, {', '.join(forms)}{why}")
-    if backend == "fused" and refusal is not None:
+    if backend == "fused" and refused is not None:
         if not torch.compiler.is_compiling():
-            _say_once(f"{operation}: {refusal}; the chunked form runs in place of the fused one")
+            _say_once(f"{operation}: {refused}; the chunked form runs in place of the fused one")
         backend = "chunked"
     return forms[backend]
 
