@@ -157,12 +157,39 @@ def scans() -> Iterator[Callable[[], Any]]:
     yield lambda: both(3, 100, 5, torch.float32, False, True, False)
 
 
+def linear_attentions() -> Iterator[Callable[[], Any]]:
+    """Both passes of linear attention, few heads and many, narrow and wide, with each kind of decay."""
+    from seqzoo.kernels.linear_attention import fused
+
+    def both(
+        B: int, T: int, H: int, D: int, dtype: torch.dtype, decay: str, causal: bool, normalize: bool, state: bool
+    ) -> None:
+        q, k, v = (meta(B, T, H, D, dtype=dtype) for _ in range(3))
+        g = {"none": None, "head": meta(H), "step": meta(B, T, H)}[decay]
+        initial = meta(B, H, D, D + normalize) if state else None
+        options = (causal, normalize, state)
+        o, last, inverse = fused._linear_attention._init_fn(q, k, v, g, initial, None, *options)
+        fused._linear_attention_backward._init_fn(
+            o, last, q, k, v, g, initial, None, o, last, inverse, *options, g is not None
+        )
+
+    for dtype in (torch.bfloat16, torch.float32):
+        yield lambda d=dtype: both(64, 1024, 8, 64, d, "none", True, True, False)
+        yield lambda d=dtype: both(2, 16384, 4, 64, d, "step", True, False, True)
+        yield lambda d=dtype: both(64, 1024, 8, 64, d, "none", False, True, False)
+    yield lambda: both(64, 1024, 8, 128, torch.bfloat16, "step", True, False, False)
+    yield lambda: both(64, 1024, 8, 128, torch.float16, "head", True, False, False)
+    yield lambda: both(64, 1024, 8, 32, torch.float16, "none", True, True, True)
+    yield lambda: both(64, 1024, 2, 256, torch.bfloat16, "none", True, False, False)
+    yield lambda: both(64, 1024, 2, 100, torch.bfloat16, "none", False, False, False)
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-CALLS = {"diagonal_scan": scans}
-WITH_PRODUCTS: set[str] = set()  # kernels that are nothing without the matrix unit
+CALLS = {"diagonal_scan": scans, "linear_attention": linear_attentions}
+WITH_PRODUCTS = {"_linear_kernel"}  # kernels that are nothing without the matrix unit
 
 
 def wrong(row: Compiled) -> str:

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, refusal
 from ..common import check_lengths
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
 
 __all__ = ["linear_attention"]
+
+# Of a head in the fused form, which keeps its state in registers, and with a decay per step its pairs' decays too.
+MAX_CHANNELS_PER_STEP = 128
+MAX_CHANNELS = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 64}
+
+
+def _fused(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    from .fused import linear_attention_fused  # imports Triton
+
+    return linear_attention_fused(*arguments)
+
+
+FORMS = {"chunked": linear_attention_chunked, "reference": linear_attention_reference, "fused": _fused}
 
 
 def linear_attention(
@@ -51,7 +65,7 @@ def linear_attention(
         output_final_state: whether to return the state after the last valid step too, causal only. It continues the
             sequence as the `initial_state` of another call; gradients flow through both.
         lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
         o [B, T, H, Dv] in v's dtype, zero past `lengths`; with `output_final_state`, (o, final state), the state in
@@ -65,14 +79,21 @@ def linear_attention(
     """
     _check(q, k, v, log_decay, causal, normalize, initial_state, output_final_state)
     check_lengths("linear_attention", lengths, q.shape[0])
-    implementation = choose(
-        "linear_attention",
-        backend,
-        {"chunked": linear_attention_chunked, "reference": linear_attention_reference},
-        q.device,
-    )
+    implementation = choose("linear_attention", backend, FORMS, q.device, _refused(q, k, v, log_decay, causal))
     o, final_state = implementation(q, k, v, log_decay, causal, normalize, initial_state, lengths, output_final_state)
     return (o, final_state) if output_final_state else o
+
+
+def _refused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool) -> str | None:
+    if not causal and log_decay is not None:
+        return "no kernel decays in both directions"
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    most = MAX_CHANNELS.get(dtype, 0)
+    if log_decay is not None and log_decay.dim() == 3:
+        most = min(most, MAX_CHANNELS_PER_STEP)
+    if most and max(q.shape[-1], v.shape[-1]) > most:
+        return f"no kernel takes heads of more than {most} channels in {dtype} with this decay"
+    return next(filter(None, map(refusal, (q, k, v))), None)
 
 
 def _check(

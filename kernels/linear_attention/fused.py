@@ -1,0 +1,570 @@
+"""Linear attention in Triton.
+
+One kernel does all passes. A program has one head of one sequence and a block of value channels; it goes through the
+sequence chunk by chunk, takes pairs inside a chunk one by one and all earlier ones from a state [Dk, Dv] that it keeps
+in registers. Every input is read once, every output written once. Where heads times sequences do not fill the GPU, time
+is cut into segments: a first pass finds the state that each adds, a short one carries the states on, and then all
+segments run at once.
+
+The gradients are linear attention too. With p the gradient of the output before it was normalised, and dn that of the
+normaliser,
+
+    dq_i = sum_{j ≤ i} D_ij (p_i·v_j + dn_i) k_j        queries p, keys v, values k
+    dk_j = sum_{i ≥ j} D_ij (v_j·p_i + dn_i) q_i        queries v, keys p, values q, backwards in time
+    dv_j = sum_{i ≥ j} D_ij (k_j·q_i) p_i               queries k, keys q, values p, backwards in time
+
+so that backward is the same kernel, three times, where a query or a key may have one more channel (dn) whose partner is
+1. That of the decay follows from q·dq and k·dk.
+
+Steps are counted in the direction of the pass. Without causality there is one reduction of keys and values to a state,
+and one product with it. Products are in bfloat16 for bfloat16, otherwise in float32 on the matrix unit: three TF32
+products for float32, one for float16, whose range sums would leave.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import backends
+from ..common import zero_padding
+
+MIN_SEGMENT = 512  # steps
+INTERPRETED = tl.constexpr(backends.INTERPRETED)
+PROGRAMS = 2  # wanted for each multiprocessor, before time is cut
+CARRIED = 1024  # numbers of a state that one program carries from segment to segment
+
+
+class Config(NamedTuple):
+    steps: int  # in a chunk
+    state: int  # numbers of the state that a program keeps, at most
+    num_warps: int
+    num_stages: int
+
+
+# For heads of up to 64, 128 and 256 channels, by what products are made in.
+CONFIGS = {
+    80: {
+        "bf16": (Config(32, 4096, 4, 2), Config(32, 4096, 8, 2), Config(16, 4096, 8, 2)),
+        "tf32": (Config(16, 4096, 4, 2), Config(16, 4096, 8, 2)),
+        "tf32x3": (Config(16, 1024, 4, 2),),
+    },
+    90: {
+        "bf16": (Config(64, 4096, 4, 2), Config(64, 8192, 8, 2), Config(64, 8192, 8, 2)),
+        "tf32": (Config(32, 4096, 8, 2), Config(32, 4096, 8, 2)),
+        "tf32x3": (Config(16, 2048, 4, 2),),
+    },
+    100: {
+        "bf16": (Config(64, 4096, 4, 2), Config(64, 8192, 8, 2), Config(64, 4096, 8, 2)),
+        "tf32": (Config(16, 4096, 4, 2), Config(16, 4096, 8, 2)),
+        "tf32x3": (Config(16, 2048, 4, 2),),
+    },
+}
+PRECISIONS = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "bf16"}
+
+
+class State(NamedTuple):
+    """What is carried through time, float32; the last two where there is such a channel."""
+
+    memory: Any  # [B·H, Dk, Dv], sum of k vᵀ
+    keys: Tensor | None = None  # [B·H, Dk], sum of k · 1: the normaliser's
+    values: Tensor | None = None  # [B·H, Dv], sum of 1 · v, or of dn · v: of the channel that is 1 or dn
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    if PRECISION == "bf16" and not INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    else:
+        precision: tl.constexpr = "ieee" if INTERPRETED else PRECISION
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=precision)
+
+
+@triton.jit
+def _place(step, n, DOWN: tl.constexpr):
+    """Where a step lies in memory. What is past the end lies there in either direction."""
+    if DOWN:
+        step = tl.where(step < n, n - 1 - step, step)
+    return step.to(tl.int64)
+
+
+@triton.jit
+def _times(g, count):
+    return tl.where(count == 0, 0.0, g * count)  # a decay of -inf, no time at all, is 0
+
+
+@triton.jit(do_not_specialize=["T", "segment_len", "segments"])
+def _linear_kernel(
+    q,  # [B, T, H, Dk]
+    k,  # [B, T, H, Dk]
+    v,  # [B, T, H, Dv]
+    g,  # [H] or [B, T, H], float32, or None
+    q_more,  # [B, T, H], float32, one more channel of q, or None: 1 if k has one more
+    k_more,  # the same of k
+    o,  # [B, T, H, Dv], or None: only the states are wanted
+    inverse,  # [B, T, H], float32: 1 / the normaliser, or None: no normaliser
+    memory,  # [B·H·segments, Dk, Dv], [..., Dk], [..., Dv] to start from, or None: zero
+    keys,
+    values,
+    memory_end,  # the same behind the last step, or None: not wanted
+    keys_end,
+    values_end,
+    through,  # [B·H, segments]: the sum of log decays, where the states behind each segment are wanted
+    lengths,  # [B] or None
+    T,
+    H,
+    Dk,
+    Dv,
+    segment_len,
+    segments,
+    CAUSAL: tl.constexpr,
+    PER_STEP: tl.constexpr,  # g is
+    LATE: tl.constexpr,  # the decay of the step before counts, as on the way back
+    DOWN: tl.constexpr,  # from the last step to the first
+    MORE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STEPS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    blocks = tl.cdiv(Dv, DV)
+    block = tl.program_id(0) % blocks
+    item = tl.program_id(0) // blocks
+    segment = item % segments
+    head = item // segments  # of B·H
+    b, h = (head // H).to(tl.int64), head % H
+    n = T if lengths is None else tl.load(lengths + b).to(tl.int32)
+    i, dk, dv = tl.arange(0, STEPS), tl.arange(0, DK), block * DV + tl.arange(0, DV)
+    in_k, in_v = dk < Dk, dv < Dv
+
+    at = item.to(tl.int64) if CAUSAL else head.to(tl.int64)  # the state to start from
+    matrix, in_matrix = dk[:, None] * Dv + dv[None, :], in_k[:, None] & in_v[None, :]
+    S, z, r = tl.zeros([DK, DV], tl.float32), tl.zeros([DK], tl.float32), tl.zeros([DV], tl.float32)
+    if memory is not None:
+        S = tl.load(memory + at * Dk * Dv + matrix, mask=in_matrix, other=0.0)
+    if keys is not None:
+        z = tl.load(keys + at * Dk + dk, mask=in_k, other=0.0)
+    if values is not None:
+        r = tl.load(values + at * Dv + dv, mask=in_v, other=0.0)
+    decayed = tl.zeros([], tl.float32)
+
+    start = segment * segment_len
+    for first in tl.range(start, min(start + segment_len, T), STEPS, num_stages=STAGES):
+        step = first + i
+        valid = step < n
+        row = (b * T + _place(step, n, DOWN)) * H + h
+        k_t = tl.load(k + row[:, None] * Dk + dk[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
+        v_t = tl.load(v + row[:, None] * Dv + dv[None, :], mask=valid[:, None] & in_v[None, :], other=0.0)
+        f = tl.full([STEPS], 1.0, tl.float32)
+        if k_more is not None:
+            f = tl.load(k_more + row, mask=valid, other=0.0)
+
+        if g is not None:
+            if PER_STEP:
+                counted = step - 1 if LATE else step
+                reads = (counted >= 0) & valid
+                g_t = tl.load(g + (b * T + _place(counted, n, DOWN)) * H + h, mask=reads, other=0.0)
+                # A sum of its own for each pair: differences would lose small decays, and make NaN of -inf.
+                between = tl.cumsum(tl.where(i[:, None] > i[None, :], g_t[:, None], 0.0), 0)
+                since = tl.cumsum(g_t, 0)
+                total = tl.sum(g_t, 0)
+                until = tl.sum(tl.where((i == STEPS - 1)[:, None], between, 0.0), 0)
+            else:
+                g_h = tl.load(g + h)
+                counted = tl.minimum(step, n - 1)
+                begin = tl.maximum(first, 1) if LATE else first
+                between = _times(g_h, counted[:, None] - counted[None, :])
+                since = _times(g_h, tl.maximum(counted - begin + 1, 0))
+                total = _times(g_h, tl.maximum(tl.minimum(first + STEPS, n) - begin, 0))
+                until = _times(g_h, tl.maximum(tl.minimum(first + STEPS, n) - 1 - counted, 0))
+        if o is not None:
+            q_t = tl.load(q + row[:, None] * Dk + dk[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
+            e = tl.full([STEPS], 1.0, tl.float32)
+            if q_more is not None:
+                e = tl.load(q_more + row, mask=valid, other=0.0)
+            out = _dot(q_t, S, PRECISION)
+            if MORE:
+                out += e[:, None] * r[None, :]
+            if inverse is not None:
+                norm = tl.sum(q_t.to(tl.float32) * z[None, :], 1)
+            if g is not None:
+                out *= tl.exp(since)[:, None]
+                if inverse is not None:
+                    norm *= tl.exp(since)
+            if CAUSAL:
+                pairs = _dot(q_t, tl.trans(k_t), PRECISION)
+                if MORE:
+                    pairs += e[:, None] * f[None, :]
+                if g is not None:
+                    pairs *= tl.exp(between)
+                pairs = tl.where(i[:, None] >= i[None, :], pairs, 0.0)
+                out += _dot(pairs, v_t, PRECISION)
+                if inverse is not None:
+                    norm += tl.sum(pairs, 1)
+            if inverse is not None:
+                norm = tl.where(norm == 0, 0.0, 1 / norm)
+                out *= norm[:, None]
+                if block == 0:
+                    tl.store(inverse + row, tl.where(valid, norm, 0.0), mask=step < T)
+            out = tl.where(valid[:, None], out, 0.0).to(o.dtype.element_ty)
+            tl.store(o + row[:, None] * Dv + dv[None, :], out, mask=(step < T)[:, None] & in_v[None, :])
+        if CAUSAL or o is None:
+            u_t = v_t.to(tl.float32)
+            if g is not None:
+                u_t *= tl.exp(until)[:, None]
+                S, z, r = S * tl.exp(total), z * tl.exp(total), r * tl.exp(total)
+                decayed += total
+            S += _dot(tl.trans(k_t), u_t, PRECISION)
+            if inverse is not None or keys_end is not None:
+                k_f = k_t.to(tl.float32)
+                if g is not None:
+                    k_f *= tl.exp(until)[:, None]
+                z += tl.sum(k_f, 0)
+            if MORE:
+                r += tl.sum(f[:, None] * u_t, 0)
+
+    if o is None or segment == segments - 1:
+        at = item.to(tl.int64) if o is None else head.to(tl.int64)
+        if LATE and g is not None and o is not None:  # through the first step of the sequence, the last one here
+            last = g + h
+            if PER_STEP:
+                last = g + (b * T + _place(tl.maximum(n - 1, 0), n, DOWN)) * H + h
+            factor = tl.exp(tl.load(last, mask=n > 0, other=0.0))
+            S, r = S * factor, r * factor
+        if memory_end is not None:
+            tl.store(memory_end + at * Dk * Dv + matrix, S, mask=in_matrix)
+        if keys_end is not None:
+            tl.store(keys_end + at * Dk + dk, z, mask=in_k)
+        if values_end is not None:
+            tl.store(values_end + at * Dv + dv, r, mask=in_v)
+        if o is None and through is not None:
+            tl.store(through + item, decayed)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _carry_kernel(initial, added, through, before, size, segments, BLOCK: tl.constexpr):
+    """The state that each segment starts from, [B·H, segments, size] as what each adds; `initial` is [B·H, size]."""
+    blocks = tl.cdiv(size, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    S = tl.zeros([BLOCK], tl.float32)
+    if initial is not None:
+        S = tl.load(initial + head * size + place, mask=inside, other=0.0)
+    for segment in range(segments):
+        item = head * segments + segment
+        tl.store(before + item * size + place, S, mask=inside)
+        if through is not None:
+            S *= tl.exp(tl.load(through + item))
+        S += tl.load(added + item * size + place, mask=inside, other=0.0)
+
+
+def linear_attention_fused(
+    q: Tensor,  # [B, T, H, Dk]
+    k: Tensor,  # [B, T, H, Dk]
+    v: Tensor,  # [B, T, H, Dv]
+    log_decay: Tensor | None,  # [H] or [B, T, H]
+    causal: bool,
+    normalize: bool,
+    initial_state: Tensor | None,  # [B, H, Dk, Dv (+ 1)]
+    lengths: Tensor | None,  # [B]
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    log_decay, initial_state = (None if x is None else x.float() for x in (log_decay, initial_state))
+    o, state, _ = _linear_attention(
+        *(x.to(dtype) for x in (q, k, v)), log_decay, initial_state, lengths, causal, normalize, output_final_state
+    )
+    return o.to(v.dtype), state if output_final_state else None
+
+
+@torch.library.custom_op("seqzoo::linear_attention_fused", mutates_args=())
+def _linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    causal: bool,
+    normalize: bool,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o; the last state, if asked for or if all see it; 1 / the normaliser [B, T, H], if there is one."""
+    B, T, H, _ = q.shape
+    inverse = q.new_empty((B, T, H) if normalize else (0,), dtype=torch.float32)
+    options: dict[str, Any] = {"lengths": lengths, "inverse": inverse if normalize else None}
+    if causal:
+        start = _split(initial_state, normalize)
+        o, end = _run(q, k, v, g=log_decay, start=start, want_end=output_final_state, **options)
+    else:
+        end = _reduce(k, v, lengths, keys=normalize)
+        o, _ = _run(q, k, v, start=end, causal=False, **options)
+    return o, q.new_empty(0, dtype=torch.float32) if end is None else _joined(end, B), inverse
+
+
+@_linear_attention.register_fake
+def _(q, k, v, log_decay, initial_state, lengths, causal, normalize, output_final_state):
+    (B, T, H, Dk), Dv = q.shape, v.shape[-1]
+    state = (B, H, Dk, Dv + normalize) if output_final_state or not causal else (0,)
+    inverse = (B, T, H) if normalize else (0,)
+    return v.new_empty(v.shape), *(q.new_empty(shape, dtype=torch.float32) for shape in (state, inverse))
+
+
+@torch.library.custom_op("seqzoo::linear_attention_fused_backward", mutates_args=())
+def _linear_attention_backward(
+    do: Tensor,
+    d_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    o: Tensor,
+    state: Tensor,
+    inverse: Tensor,
+    causal: bool,
+    normalize: bool,
+    output_final_state: bool,
+    decay_needs_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, the decay and the initial state, the last two empty where none is to be had."""
+    B = q.shape[0]
+    p, dn = do, None
+    if normalize:
+        p = do * inverse[..., None]
+        dn = (p * o).sum(-1).neg_()  # [B, T, H]
+    p = p.to(q.dtype)
+    options: dict[str, Any] = {"lengths": lengths, "dtype": torch.float32 if decay_needs_gradient else q.dtype}
+    d_initial, dg = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if causal:
+        start = _split(initial_state, normalize)
+        d_end = _split(d_state if output_final_state else None, normalize)
+        dq, _ = _run(p, v, k, g=log_decay, start=_transposed(start), q_more=dn, **options)
+        options |= {"g": log_decay, "late": True, "down": True}
+        dk, d_start = _run(v, p, q, start=_transposed(d_end), k_more=dn, want_end=start is not None, **options)
+        dv, _ = _run(k, q, p, start=None if d_end is None else State(d_end.memory), **options)
+        if d_start is not None:
+            d_initial = _joined(_transposed(d_start), B)
+    else:
+        d_end = _reduce(p, q, lengths, more=dn)
+        options["causal"] = False
+        dq, _ = _run(p, v, k, start=_transposed(_split(state, normalize)), q_more=dn, **options)
+        dk, _ = _run(v, p, q, start=d_end, k_more=dn, **options)
+        dv, _ = _run(k, q, p, start=State(d_end.memory.mT.contiguous()), **options)
+    if decay_needs_gradient:
+        assert log_decay is not None
+        dg = _decay_gradient(q, dq, k, dk, lengths, (state * d_state).sum((-2, -1)) if output_final_state else None)
+        dg = dg.sum((0, 1)) if log_decay.dim() == 1 else dg.masked_fill(log_decay == -torch.inf, 0)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dg, d_initial
+
+
+@_linear_attention_backward.register_fake
+def _(do, d_state, q, k, v, log_decay, initial_state, lengths, o, state, inverse, causal, normalize, final, decays):
+    d_inputs = [x.new_empty(x.shape) for x in (q, k, v)]
+    dg = log_decay.shape if decays else (0,)
+    d_initial = (0,) if initial_state is None or not causal else initial_state.shape
+    return *d_inputs, *(q.new_empty(shape, dtype=torch.float32) for shape in (dg, d_initial))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, causal, normalize, output_final_state = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = causal, normalize, output_final_state
+
+
+def _gradient(ctx: Any, do: Tensor, d_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    decays, starts = ctx.needs_input_grad[3:5]
+    dq, dk, dv, dg, d_initial = _linear_attention_backward(do, d_state, *ctx.saved_tensors, *ctx.options, decays)
+    return dq, dk, dv, dg if decays else None, d_initial if starts else None, *(None,) * 4
+
+
+_linear_attention.register_autograd(_gradient, setup_context=_setup_context)
+
+
+def _decay_gradient(
+    q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, lengths: Tensor | None, of_last: Tensor | None
+) -> Tensor:
+    """[B, T, H], of the log decay at each step: it multiplies all that a later query, or the last state, has of before.
+
+    A sum of differences, right to the rounding of q·dq and k·dk: where nothing is left of what came before, it is
+    rounding. `of_last` [B, H] is the last state times its gradient.
+    """
+    change = zero_padding((q * dq).sum(-1) - (k * dk).sum(-1), lengths)
+    dg = change.flip(1).cumsum(1, dtype=torch.float64).flip(1)
+    if of_last is not None:
+        dg = dg + of_last[:, None]
+    return zero_padding(dg.float(), lengths)
+
+
+def _split(state: Tensor | None, normalize: bool) -> State | None:
+    """[B, H, Dk, Dv], with `normalize` one column more, as the kernel has it."""
+    if state is None:
+        return None
+    state = state.flatten(0, 1)
+    if not normalize:
+        return State(state.contiguous())
+    return State(state[..., :-1].contiguous(), state[..., -1].contiguous())
+
+
+def _joined(state: State, B: int) -> Tensor:
+    columns = state.memory if state.keys is None else torch.cat([state.memory, state.keys[..., None]], -1)
+    return columns.unflatten(0, (B, -1))
+
+
+def _transposed(state: State | None) -> Any:
+    """With keys in the place of values."""
+    return None if state is None else State(state.memory.mT.contiguous(), state.values, state.keys)
+
+
+class Plan(NamedTuple):
+    config: Config
+    DK: int
+    DV: int
+    segment_len: int
+    segments: int
+
+
+def _plan(q: Tensor, v: Tensor, g: Tensor | None) -> Plan:
+    (B, T, H, Dk), Dv = q.shape, v.shape[-1]
+    DK = max(16, triton.next_power_of_2(Dk))
+    config = backends.newest(CONFIGS, q.device)[PRECISIONS[q.dtype]][max(0, DK.bit_length() - 7)]
+    if g is not None and g.dim() == 3:  # the decay between all pairs wants as many registers as the pairs
+        config = config._replace(steps=max(16, config.steps // 2), num_warps=8)
+    DV = max(16, min(triton.next_power_of_2(Dv), config.state // DK))
+    segment_len = _segment_len(B * H * triton.cdiv(Dv, DV), T, config.steps, q.device)
+    return Plan(config, DK, DV, segment_len, triton.cdiv(T, segment_len))
+
+
+def _segment_len(programs: int, T: int, steps: int, device: torch.device) -> int:
+    """All of T, or a multiple of `steps` such that the GPU has enough to do."""
+    segments = min(PROGRAMS * backends.multiprocessors(device) // programs, T // MIN_SEGMENT)
+    return T if segments < 2 else triton.cdiv(triton.cdiv(T, segments), steps) * steps
+
+
+def _empty(k: Tensor, v: Tensor, *shape: int, keys: bool, values: bool) -> State:
+    make = partial(k.new_empty, dtype=torch.float32)
+    (B, _, H, Dk), Dv = k.shape, v.shape[-1]
+    shape = (B * H, *shape)
+    return State(make(*shape, Dk, Dv), make(*shape, Dk) if keys else None, make(*shape, Dv) if values else None)
+
+
+def _run(
+    q: Tensor,  # [B, T, H, Dk]
+    k: Tensor,  # [B, T, H, Dk]
+    v: Tensor,  # [B, T, H, Dv]
+    *,
+    lengths: Tensor | None,
+    g: Tensor | None = None,  # [H] or [B, T, H]
+    q_more: Tensor | None = None,  # [B, T, H]
+    k_more: Tensor | None = None,
+    inverse: Tensor | None = None,  # [B, T, H], to be filled
+    start: State | None = None,
+    want_end: bool = False,
+    causal: bool = True,
+    late: bool = False,
+    down: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, State | None]:
+    """One pass of the kernel: [B, T, H, Dv] in `dtype`, q's by default, and the state behind the last step."""
+    plan = _plan(q, v, g)
+    keys, values = inverse is not None, q_more is not None or k_more is not None
+    directions = {"late": late, "down": down, "more": values}
+    if causal and plan.segments > 1:
+        added, through = _added(k, v, g, k_more, lengths, keys=keys, **directions)
+        start = _carry(start, added, through)
+    o = q.new_empty(*v.shape, dtype=dtype or q.dtype)
+    end = _empty(k, v, keys=keys, values=values) if want_end else None
+    _launch(plan, (q, k, v, g, q_more, k_more, o, inverse), start, end, None, lengths, causal=causal, **directions)
+    return o, end
+
+
+def _reduce(k: Tensor, v: Tensor, lengths: Tensor | None, *, keys: bool = False, more: Tensor | None = None) -> State:
+    """The state that all steps make together."""
+    added, _ = _added(k, v, None, more, lengths, keys=keys, more=more is not None)
+    return State(*(None if x is None else x.sum(1) for x in added))
+
+
+def _added(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    k_more: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    keys: bool,
+    more: bool,
+    late: bool = False,
+    down: bool = False,
+) -> tuple[State, Tensor | None]:
+    """What each segment adds to a state [B·H, segments, ...], and its sum of log decays [B·H, segments]."""
+    plan = _plan(k, v, g)
+    added = _empty(k, v, plan.segments, keys=keys, values=more)
+    through = None if g is None else k.new_empty(added.memory.shape[:2], dtype=torch.float32)
+    arrays = (k, k, v, g, None, k_more, None, None)
+    _launch(plan, arrays, None, added, through, lengths, causal=True, late=late, down=down, more=more)
+    return added, through
+
+
+def _carry(start: State | None, added: State, through: Tensor | None) -> State:
+    """The states that segments start from, [B·H, segments, ...]."""
+    before = State(*(None if x is None else torch.empty_like(x) for x in added))
+    for first, add, out in zip(start or State(None), added, before, strict=True):
+        if add is not None:
+            heads, segments = add.shape[:2]
+            size = add[0, 0].numel()
+            grid = (heads * triton.cdiv(size, CARRIED),)
+            _carry_kernel[grid](first, add, through, out, size, segments, BLOCK=CARRIED)
+    return before
+
+
+def _launch(
+    plan: Plan,
+    arrays: tuple[Tensor | None, ...],  # q, k, v, g, q_more, k_more, o, inverse
+    start: State | None,
+    end: State | None,
+    through: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    causal: bool,
+    late: bool,
+    down: bool,
+    more: bool,
+) -> None:
+    q, k, v, g, q_more, k_more, o, inverse = arrays
+    assert q is not None
+    assert v is not None
+    (B, T, H, Dk), Dv = q.shape, v.shape[-1]
+    _linear_kernel[(B * H * plan.segments * triton.cdiv(Dv, plan.DV),)](
+        *(None if x is None else x.contiguous() for x in (q, k, v, g, q_more, k_more)),
+        o,
+        inverse,
+        *(start or State(None)),
+        *(end or State(None)),
+        through,
+        lengths,
+        T,
+        H,
+        Dk,
+        Dv,
+        plan.segment_len,
+        plan.segments,
+        CAUSAL=causal,
+        PER_STEP=g is not None and g.dim() == 3,
+        LATE=late,
+        DOWN=down,
+        MORE=more,
+        PRECISION=PRECISIONS[q.dtype],
+        STEPS=plan.config.steps,
+        DK=plan.DK,
+        DV=plan.DV,
+        STAGES=plan.config.num_stages,
+        num_warps=plan.config.num_warps,
+    )
