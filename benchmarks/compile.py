@@ -157,6 +157,27 @@ def scans() -> Iterator[Callable[[], Any]]:
     yield lambda: both(3, 100, 5, torch.float32, False, True, False)
 
 
+def attentions() -> Iterator[Callable[[], Any]]:
+    """Both passes of softmax attention, narrow heads and wide, with and without each option."""
+    from seqzoo.kernels.attention import fused
+
+    def both(D: int, dtype: torch.dtype, causal: bool, options: bool) -> None:
+        B, T, H, G = 8, 1024, 8, 2 if options else 8
+        q, k, v = meta(B, T, H, D, dtype=dtype), meta(B, T, G, D, dtype=dtype), meta(B, T, G, D, dtype=dtype)
+        scales = meta(B, T) if options else None
+        lengths = meta(B, dtype=torch.int64) if options else None
+        arguments = (scales, 1.0, lengths, lengths)
+        o, log_sum = fused._attention._init_fn(q, k, v, *arguments, causal)
+        fused._attention_backward._init_fn(o, q, k, v, *arguments, o, log_sum, causal)
+
+    for D in (32, 64, 128, 256):
+        yield lambda D=D: both(D, torch.bfloat16, True, False)
+    yield lambda: both(64, torch.float32, True, False)
+    yield lambda: both(64, torch.bfloat16, False, False)
+    yield lambda: both(16, torch.float16, False, True)
+    yield lambda: both(112, torch.float16, True, True)
+
+
 def linear_attentions() -> Iterator[Callable[[], Any]]:
     """Both passes of linear attention, few heads and many, narrow and wide, with each kind of decay."""
     from seqzoo.kernels.linear_attention import fused
@@ -188,8 +209,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-CALLS = {"diagonal_scan": scans, "linear_attention": linear_attentions}
-WITH_PRODUCTS = {"_linear_kernel"}  # kernels that are nothing without the matrix unit
+CALLS = {"attention": attentions, "diagonal_scan": scans, "linear_attention": linear_attentions}
+# Kernels that are nothing without the matrix unit.
+WITH_PRODUCTS = {"_linear_kernel", "_forward_kernel", "_query_kernel", "_key_kernel"}
 
 
 def wrong(row: Compiled) -> str:

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -58,11 +58,22 @@ def choose(
     return forms[backend]
 
 
-def refusal(x: Tensor, *more: torch.dtype) -> str | None:
-    """What of an input no kernel takes, None if there is nothing; `more` dtypes are taken beside the usual three."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, *more):
-        return f"no kernel computes in {x.dtype}"
-    return None if x.numel() else f"there is nothing in {list(x.shape)}"
+def refusal(*tensors: Tensor, channels: Mapping[torch.dtype, int], also: str | None = None) -> str | None:
+    """What of its inputs the fused form of an operation cannot take, None if there is nothing.
+
+    Args:
+        tensors: computed with in the dtype that they promote to, [..., channels].
+        channels: the most it takes in each dtype.
+        also: something else that it does not take.
+    """
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    if dtype not in channels:
+        return f"no kernel computes in {dtype}"
+    if max(x.shape[-1] for x in tensors) > channels[dtype]:
+        return f"no kernel takes more than {channels[dtype]} channels in {dtype}"
+    if not all(x.numel() for x in tensors):
+        return f"there is nothing in {[list(x.shape) for x in tensors]}"
+    return also
 
 
 @cache

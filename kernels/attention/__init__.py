@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, refusal
 from ..common import check_lengths
 from .chunked import attention_chunked
 from .reference import attention_reference
+
+MAX_CHANNELS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}  # of a head, in the fused form
+
+
+def _fused(*arguments: Any, **options: Any) -> Tensor:
+    from .fused import attention_fused  # imports Triton
+
+    return attention_fused(*arguments, **options)
+
+
+FORMS = {"chunked": attention_chunked, "reference": attention_reference, "fused": _fused}
 
 
 def attention(
@@ -37,7 +50,7 @@ def attention(
         scale: a number, or one per query: [T] or [B, T], such as the entropy-invariant log n / (log 512 · √D).
             None is 1/√D.
         position: int64 [B], where each sequence's first query stands; None is 0.
-        backend: "auto", "chunked" (PyTorch's scaled_dot_product_attention) or "reference".
+        backend: "auto", "fused", "chunked" (PyTorch's scaled_dot_product_attention) or "reference".
 
     Returns:
         [B, T, H, Dv] in v's dtype.
@@ -60,7 +73,8 @@ def attention(
     if isinstance(scale, Tensor) and list(scale.shape) not in ([T], [B, T]):
         raise ValueError(f"attention: a scale per query is [{T}] or [{B}, {T}], got {list(scale.shape)}")
     check_lengths("attention", lengths, B)
-    run = choose("attention", backend, {"chunked": attention_chunked, "reference": attention_reference}, q.device)
+    learnt = "no kernel has a gradient of the scale" if isinstance(scale, Tensor) and scale.requires_grad else None
+    run = choose("attention", backend, FORMS, q.device, refusal(q, k, v, channels=MAX_CHANNELS, also=learnt))
     if scale is None:
         scale = 1 / math.sqrt(D)
     elif isinstance(scale, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def _fused(*arguments: Any) -> tuple[Tensor, Tensor]:
     return diagonal_scan_fused(*arguments)
 
 
+# Of the fused form: any number.
+CHANNELS = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16, torch.complex64), sys.maxsize)
 FORMS = {"chunked": diagonal_scan_chunked, "reference": diagonal_scan_reference, "fused": _fused}
 
 
@@ -64,7 +67,7 @@ def diagonal_scan(
     """
     _check(x, a, initial_state)
     check_lengths("diagonal_scan", lengths, x.shape[0])
-    implementation = choose("diagonal_scan", backend, FORMS, x.device, refusal(x, torch.complex64))
+    implementation = choose("diagonal_scan", backend, FORMS, x.device, refusal(x, channels=CHANNELS))
     h, final_state = implementation(x, a, initial_state, reverse, lengths)
     return (h, final_state) if output_final_state else h
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common import accumulation_dtype
+from ..tiles import place
 from .operator import register
 
 MIN_CHUNK = 256  # steps: a shorter chunk costs more in passes than it gains in programs
@@ -48,14 +49,6 @@ def _combine(a_first, x_first, a_second, x_second):
 @triton.jit
 def _combine_complex(ar, ai, xr, xi, br, bi, yr, yi):
     return ar * br - ai * bi, ar * bi + ai * br, br * xr - bi * xi + yr, br * xi + bi * xr + yi
-
-
-@triton.jit
-def _rows(step, n, DOWN: tl.constexpr):
-    """Where a step lies in memory. What is past the end lies there in either direction."""
-    if DOWN:
-        step = tl.where(step < n, n - 1 - step, step)
-    return step.to(tl.int64)
 
 
 @triton.jit
@@ -96,7 +89,7 @@ def _coefficients(
     read = step - 1 if BACKWARD else step
     reads = (read >= 0) & (step < n)
     mask = reads[:, None] & (column < width)
-    row = read.to(tl.int64) * 0 if CONSTANT else _rows(read, n, DOWN) * width
+    row = read.to(tl.int64) * 0 if CONSTANT else place(read, n, DOWN) * width
     ar, ai = _pairs(tl.load(a + row[:, None] + column, mask=mask, other=0.0).to(tl.float32), PARTS)
     ar, ai = tl.where(reads[:, None], ar, 1.0), tl.where(reads[:, None], ai, 0.0)
     return ar, -ai if BACKWARD else ai
@@ -153,10 +146,10 @@ def _scan_kernel(
     for first in tl.range(start, min(start + chunk_len, T), STEPS, num_stages=STAGES):
         step = first + tl.arange(0, STEPS)
         valid = step < n
-        row = _rows(step, n, DOWN)
+        row = place(step, n, DOWN)
         mask = valid[:, None] & inside
-        place = row[:, None] * width + column
-        ur, ui = _pairs(tl.load(x + place, mask=mask, other=0.0).to(tl.float32), PARTS)
+        at = row[:, None] * width + column
+        ur, ui = _pairs(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), PARTS)
         ar, ai = _coefficients(a, step, n, column, width, CONSTANT, DOWN, BACKWARD, PARTS)
         if PARTS == 1:
             ar, ur = tl.associative_scan((ar, ur), 0, _combine)
@@ -172,11 +165,11 @@ def _scan_kernel(
         else:
             written = (step < T)[:, None] & inside
             ur, ui = tl.where(valid[:, None], ur, 0.0), tl.where(valid[:, None], ui, 0.0)
-            tl.store(y + sequence + place, _side_by_side(ur, ui, PARTS).to(y.dtype.element_ty), mask=written)
+            tl.store(y + sequence + at, _side_by_side(ur, ui, PARTS).to(y.dtype.element_ty), mask=written)
             if BACKWARD:
                 # With the state that the step started from, the one of the step after on the way back.
                 reads = step + 1 < n
-                other = _rows(step + 1, n, DOWN)[:, None] * width + column
+                other = place(step + 1, n, DOWN)[:, None] * width + column
                 hs = tl.load(h + sequence + other, mask=reads[:, None] & inside, other=0.0).to(tl.float32)
                 if initial is not None:
                     hs += tl.where((step + 1 == n)[:, None], h_first, 0.0)
@@ -185,7 +178,7 @@ def _scan_kernel(
                 if CONSTANT:
                     dr, di = dr + tl.sum(gr, 0, keep_dims=True), di + tl.sum(gi, 0, keep_dims=True)
                 else:
-                    tl.store(da + sequence + place, _side_by_side(gr, gi, PARTS).to(da.dtype.element_ty), mask=written)
+                    tl.store(da + sequence + at, _side_by_side(gr, gi, PARTS).to(da.dtype.element_ty), mask=written)
 
     if y is None:
         tl.store(after + state, _side_by_side(sr, si, PARTS), mask=inside)
@@ -195,7 +188,7 @@ def _scan_kernel(
             tl.store(da + state, _side_by_side(dr, di, PARTS), mask=inside)
         if chunk == chunks - 1:
             if BACKWARD:  # through the first step of the recurrence, the last one here
-                row = n.to(tl.int64) * 0 if CONSTANT else _rows(n - 1, n, DOWN) * width
+                row = n.to(tl.int64) * 0 if CONSTANT else place(n - 1, n, DOWN) * width
                 ar, ai = _pairs(tl.load(a + row + column, mask=inside & (n > 0), other=0.0).to(tl.float32), PARTS)
                 tr, ti = _product(ar, -ai, sr, si, PARTS)
                 sr, si = tl.where(n > 0, tr, sr), tl.where(n > 0, ti, si)

@@ -85,15 +85,11 @@ def linear_attention(
 
 
 def _refused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool) -> str | None:
-    if not causal and log_decay is not None:
-        return "no kernel decays in both directions"
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    most = MAX_CHANNELS.get(dtype, 0)
+    most = MAX_CHANNELS
     if log_decay is not None and log_decay.dim() == 3:
-        most = min(most, MAX_CHANNELS_PER_STEP)
-    if most and max(q.shape[-1], v.shape[-1]) > most:
-        return f"no kernel takes heads of more than {most} channels in {dtype} with this decay"
-    return next(filter(None, map(refusal, (q, k, v))), None)
+        most = {dtype: min(channels, MAX_CHANNELS_PER_STEP) for dtype, channels in most.items()}
+    decays = "no kernel decays in both directions" if not causal and log_decay is not None else None
+    return refusal(q, k, v, channels=most, also=decays)
 
 
 def _check(

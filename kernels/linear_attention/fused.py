@@ -33,9 +33,9 @@ from torch import Tensor
 
 from .. import backends
 from ..common import zero_padding
+from ..tiles import dot, place
 
 MIN_SEGMENT = 512  # steps
-INTERPRETED = tl.constexpr(backends.INTERPRETED)
 PROGRAMS = 2  # wanted for each multiprocessor, before time is cut
 CARRIED = 1024  # numbers of a state that one program carries from segment to segment
 
@@ -74,23 +74,6 @@ class State(NamedTuple):
     memory: Any  # [B·H, Dk, Dv], sum of k vᵀ
     keys: Tensor | None = None  # [B·H, Dk], sum of k · 1: the normaliser's
     values: Tensor | None = None  # [B·H, Dv], sum of 1 · v, or of dn · v: of the channel that is 1 or dn
-
-
-@triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    if PRECISION == "bf16" and not INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    else:
-        precision: tl.constexpr = "ieee" if INTERPRETED else PRECISION
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=precision)
-
-
-@triton.jit
-def _place(step, n, DOWN: tl.constexpr):
-    """Where a step lies in memory. What is past the end lies there in either direction."""
-    if DOWN:
-        step = tl.where(step < n, n - 1 - step, step)
-    return step.to(tl.int64)
 
 
 @triton.jit
@@ -158,7 +141,7 @@ def _linear_kernel(
     for first in tl.range(start, min(start + segment_len, T), STEPS, num_stages=STAGES):
         step = first + i
         valid = step < n
-        row = (b * T + _place(step, n, DOWN)) * H + h
+        row = (b * T + place(step, n, DOWN)) * H + h
         k_t = tl.load(k + row[:, None] * Dk + dk[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
         v_t = tl.load(v + row[:, None] * Dv + dv[None, :], mask=valid[:, None] & in_v[None, :], other=0.0)
         f = tl.full([STEPS], 1.0, tl.float32)
@@ -169,7 +152,7 @@ def _linear_kernel(
             if PER_STEP:
                 counted = step - 1 if LATE else step
                 reads = (counted >= 0) & valid
-                g_t = tl.load(g + (b * T + _place(counted, n, DOWN)) * H + h, mask=reads, other=0.0)
+                g_t = tl.load(g + (b * T + place(counted, n, DOWN)) * H + h, mask=reads, other=0.0)
                 # A sum of its own for each pair: differences would lose small decays, and make NaN of -inf.
                 between = tl.cumsum(tl.where(i[:, None] > i[None, :], g_t[:, None], 0.0), 0)
                 since = tl.cumsum(g_t, 0)
@@ -188,7 +171,7 @@ def _linear_kernel(
             e = tl.full([STEPS], 1.0, tl.float32)
             if q_more is not None:
                 e = tl.load(q_more + row, mask=valid, other=0.0)
-            out = _dot(q_t, S, PRECISION)
+            out = dot(q_t, S, PRECISION)
             if MORE:
                 out += e[:, None] * r[None, :]
             if inverse is not None:
@@ -198,13 +181,13 @@ def _linear_kernel(
                 if inverse is not None:
                     norm *= tl.exp(since)
             if CAUSAL:
-                pairs = _dot(q_t, tl.trans(k_t), PRECISION)
+                pairs = dot(q_t, tl.trans(k_t), PRECISION)
                 if MORE:
                     pairs += e[:, None] * f[None, :]
                 if g is not None:
                     pairs *= tl.exp(between)
                 pairs = tl.where(i[:, None] >= i[None, :], pairs, 0.0)
-                out += _dot(pairs, v_t, PRECISION)
+                out += dot(pairs, v_t, PRECISION)
                 if inverse is not None:
                     norm += tl.sum(pairs, 1)
             if inverse is not None:
@@ -220,7 +203,7 @@ def _linear_kernel(
                 u_t *= tl.exp(until)[:, None]
                 S, z, r = S * tl.exp(total), z * tl.exp(total), r * tl.exp(total)
                 decayed += total
-            S += _dot(tl.trans(k_t), u_t, PRECISION)
+            S += dot(tl.trans(k_t), u_t, PRECISION)
             if inverse is not None or keys_end is not None:
                 k_f = k_t.to(tl.float32)
                 if g is not None:
@@ -234,7 +217,7 @@ def _linear_kernel(
         if LATE and g is not None and o is not None:  # through the first step of the sequence, the last one here
             last = g + h
             if PER_STEP:
-                last = g + (b * T + _place(tl.maximum(n - 1, 0), n, DOWN)) * H + h
+                last = g + (b * T + place(tl.maximum(n - 1, 0), n, DOWN)) * H + h
             factor = tl.exp(tl.load(last, mask=n > 0, other=0.0))
             S, r = S * factor, r * factor
         if memory_end is not None:
@@ -252,17 +235,17 @@ def _carry_kernel(initial, added, through, before, size, segments, BLOCK: tl.con
     """The state that each segment starts from, [B·H, segments, size] as what each adds; `initial` is [B·H, size]."""
     blocks = tl.cdiv(size, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
-    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
     S = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
-        S = tl.load(initial + head * size + place, mask=inside, other=0.0)
+        S = tl.load(initial + head * size + at, mask=inside, other=0.0)
     for segment in range(segments):
         item = head * segments + segment
-        tl.store(before + item * size + place, S, mask=inside)
+        tl.store(before + item * size + at, S, mask=inside)
         if through is not None:
             S *= tl.exp(tl.load(through + item))
-        S += tl.load(added + item * size + place, mask=inside, other=0.0)
+        S += tl.load(added + item * size + at, mask=inside, other=0.0)
 
 
 def linear_attention_fused(

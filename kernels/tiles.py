@@ -1,0 +1,30 @@
+"""What Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import backends
+
+INTERPRETED = tl.constexpr(backends.INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a b in float32, of operands in bfloat16 or float16, or in float32 with the `input_precision` named."""
+    if PRECISION == "fp16":
+        return tl.dot(a.to(tl.float16), b.to(tl.float16))
+    elif PRECISION == "bf16" and not INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    else:
+        precision: tl.constexpr = "ieee" if INTERPRETED else PRECISION
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=precision)
+
+
+@triton.jit
+def place(step, n, DOWN: tl.constexpr):
+    """Where in memory a step of a pass over a sequence lies, from its end with `DOWN`. What is past the end stays."""
+    if DOWN:
+        step = tl.where(step < n, n - 1 - step, step)
+    return step.to(tl.int64)
