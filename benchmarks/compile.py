@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,7 +105,12 @@ def noting(architecture: int) -> Iterator[list[Launch]]:
     found += launches
 
 
-def compiled(operation: str, launch: Launch, architecture: int) -> Compiled:
+# What there is to compile: an operation, a launch of it, an architecture. Processes inherit it: kernels do not travel.
+WORK: list[tuple[str, Launch, int]] = []
+
+
+def compiled(index: int) -> Compiled:
+    operation, launch, architecture = WORK[index]
     source = ASTSource(
         fn=launch.kernel,
         signature=dict(launch.types),
@@ -149,10 +157,10 @@ def scans() -> Iterator[Callable[[], Any]]:
         h, final = fused.scan(x, a, state, reverse, lengths)
         fused.scan_backward(h, final, h, a, state, reverse, lengths)
 
-    for dtype in (torch.complex64, torch.float32, torch.bfloat16):
-        for constant in (True, False):
-            yield lambda d=dtype, c=constant: both(64, 1024, 1024, d, c, False, False)
-            yield lambda d=dtype, c=constant: both(2, 16384, 256, d, c, True, True)
+    for dtype, constant in ((torch.complex64, True), (torch.complex64, False), (torch.float32, False)):
+        yield lambda d=dtype, c=constant: both(64, 1024, 1024, d, c, False, False)
+        yield lambda d=dtype, c=constant: both(2, 16384, 256, d, c, True, True)
+    yield lambda: both(2, 16384, 256, torch.bfloat16, True, True, True)
     yield lambda: both(3, 100, 24, torch.complex64, True, False, True)
     yield lambda: both(3, 100, 5, torch.float32, False, True, False)
 
@@ -242,20 +250,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for compile.md and compile.json", default=Path("results"))
     options = parser.parse_args()
 
-    rows, faults = [], []
     for operation, calls in CALLS.items():
-        if options.only not in (None, operation):
-            continue
-        for architecture in ARCHITECTURES:
-            with noting(architecture) as launches:
-                for call in calls():
-                    call()
-            for launch in launches:
-                row = compiled(operation, launch, architecture)
-                rows.append(row)
-                if fault := wrong(row):
-                    faults.append(f"{row.kernel} on sm_{architecture} {fault}: {row.configuration}")
-                    print(faults[-1], file=sys.stderr, flush=True)
+        if options.only in (None, operation):
+            for architecture in ARCHITECTURES:
+                with noting(architecture) as launches:
+                    for call in calls():
+                        call()
+                WORK.extend((operation, launch, architecture) for launch in launches)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+        rows = list(pool.map(compiled, range(len(WORK))))
+    faults = [f"{r.kernel} on sm_{r.architecture} {wrong(r)}: {r.configuration}" for r in rows if wrong(r)]
+    print(*faults, sep="\n", file=sys.stderr)
     print(f"{len(rows)} compilations, {len(faults)} faults")
     options.out.mkdir(parents=True, exist_ok=True)
     record = {**provenance.of_benchmark({"triton": triton.__version__}), "rows": [asdict(row) for row in rows]}
