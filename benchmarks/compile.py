@@ -39,7 +39,14 @@ from seqzoo.training import provenance
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}  # and the bytes of shared memory a program may have
 MULTIPROCESSORS = 132
 MATRIX_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
-WORDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+WORDS = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
 
 
 @dataclass(frozen=True)
@@ -213,13 +220,27 @@ def linear_attentions() -> Iterator[Callable[[], Any]]:
     yield lambda: both(64, 1024, 2, 100, torch.bfloat16, "none", False, False, False)
 
 
+def nearest_codes() -> Iterator[Callable[[], Any]]:
+    from seqzoo.kernels.vq_attention import fused
+
+    for dtype, D in ((torch.float32, 64), (torch.float32, 256), (torch.bfloat16, 128)):
+        yield lambda d=dtype, D=D: fused.nearest_code_fused._init_fn(
+            meta(32, 1024, 1, D, dtype=d), meta(1, 512, D, dtype=d), meta(32, 1024, dtype=torch.bool)
+        )
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-CALLS = {"attention": attentions, "diagonal_scan": scans, "linear_attention": linear_attentions}
+CALLS = {
+    "attention": attentions,
+    "diagonal_scan": scans,
+    "linear_attention": linear_attentions,
+    "vq_attention": nearest_codes,
+}
 # Kernels that are nothing without the matrix unit.
-WITH_PRODUCTS = {"_linear_kernel", "_forward_kernel", "_query_kernel", "_key_kernel"}
+WITH_PRODUCTS = {"_linear_kernel", "_forward_kernel", "_query_kernel", "_key_kernel", "_nearest_kernel"}
 
 
 def wrong(row: Compiled) -> str:
