@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Block
 from ..objectives import Objective
 from ..tasks import Split
 
@@ -52,12 +53,12 @@ def means(sums: dict[str, Any]) -> dict[str, float]:
 
 
 def module_metrics(model: nn.Module) -> dict[str, float]:
-    """What the modules report of themselves, as `<module path>/<name>`."""
+    """What the blocks report of themselves, as `<module path>/<name>`."""
     return {
         f"{path}/{name}": value
         for path, module in model.named_modules()
-        if callable(report := getattr(module, "metrics", None))
-        for name, value in report().items()
+        if isinstance(module, Block)
+        for name, value in module.metrics().items()
     }
 
 

@@ -11,13 +11,14 @@ import torch
 from tiny_runs import tiny_config
 from torch import nn
 
+from seqzoo import after_step, build_block
 from seqzoo.config import StageConfig, WandbConfig
 from seqzoo.models import build_model
 from seqzoo.objectives import build_objective
 from seqzoo.tasks import epoch_order
 from seqzoo.training import Interrupted, TrainingError
 from seqzoo.training.checkpoint import load_last, load_metadata
-from seqzoo.training.evaluation import evaluate
+from seqzoo.training.evaluation import evaluate, module_metrics
 from seqzoo.training.loop import Stage, budget
 from seqzoo.training.run import build_fabric
 from seqzoo.training.tracker import Tracker
@@ -268,3 +269,10 @@ def test_pairs_count_both_sequences(task, tmp_path):
     split = replace(task.train.subset(torch.arange(2 * half)), spec=pairs, labels=task.train.labels[:half])
     stage = build_stage(replace(task, spec=pairs, train=split, val=split), tmp_path, epochs=1)
     assert stage.budget == int(split.offsets[-1])
+
+
+def test_each_block_reports_its_figures_once():
+    model = nn.Sequential(build_block("vq_attention", 16, codebook_size=8), build_block("lru", 16))
+    model(torch.randn(2, 50, 16)).sum().backward()
+    after_step(model)
+    assert sorted(module_metrics(model)) == ["0/codebook_perplexity", "0/codes_used", "0/relative_error"]
