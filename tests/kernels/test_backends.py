@@ -21,6 +21,7 @@ FORMS = {"chunked": "the chunked one", "reference": "the definition", "fused": "
 def _a_gpu(monkeypatch):
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(backends, "DEFAULT", "auto")
+    monkeypatch.setattr(backends, "FUSED_ON_GPU", True)
     monkeypatch.setattr(backends, "architecture", lambda device: 90)
 
 
