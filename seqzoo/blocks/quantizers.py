@@ -146,7 +146,7 @@ class VectorQuantizer(nn.Module):
         self.sums.copy_(torch.where(dead[..., None], fresh, self.sums))
         self.counts.masked_fill_(dead, 1.0)
 
-    def metrics(self) -> dict[str, float]:
+    def health(self) -> dict[str, float]:
         """At the last step: perplexity of the codes and the share of them used (means of heads), |k - code| / |k|."""
         return {name: value.item() for name, value in self._health.items()}
 
@@ -208,7 +208,7 @@ class FiniteScalarQuantizer(nn.Module):
     def after_step(self) -> None:
         """Nothing is learned beside the gradient."""
 
-    def metrics(self) -> dict[str, float]:
+    def health(self) -> dict[str, float]:
         return {}
 
 

@@ -115,4 +115,4 @@ class VQAttention(Block):
 
     def metrics(self) -> dict[str, float]:
         """The quantizer's health."""
-        return self.quantizer.metrics()
+        return self.quantizer.health()

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Block
 from ..objectives import Objective
 from ..tasks import Split
 
@@ -53,12 +52,12 @@ def means(sums: dict[str, Any]) -> dict[str, float]:
 
 
 def module_metrics(model: nn.Module) -> dict[str, float]:
-    """What the blocks report of themselves, as `<module path>/<name>`."""
+    """What the modules report of themselves, as `<module path>/<name>`."""
     return {
         f"{path}/{name}": value
         for path, module in model.named_modules()
-        if isinstance(module, Block)
-        for name, value in module.metrics().items()
+        if callable(report := getattr(module, "metrics", None))
+        for name, value in report().items()
     }
 
 
