@@ -3,8 +3,8 @@
     python benchmarks/scan.py
     python benchmarks/scan.py --out results/scan   writes scan.json there too
 
-Forward reads one tensor and writes one, as `clone` does; backward reads two and writes one. Both make their outputs, and
-scan and copy are timed in turns. The share of the copy's bandwidth is that of the minima, and that of the medians.
+Forward reads one tensor and writes one, as `clone` does; backward reads two and writes one. Both make their outputs,
+and scan and copy are timed in turns. The share of the copy's bandwidth is that of the minima, and that of the medians.
 """
 
 from __future__ import annotations
