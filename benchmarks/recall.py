@@ -3,6 +3,8 @@
     python benchmarks/recall.py
     python benchmarks/recall.py --models transformer,flash --tasks associative_recall --out recall
 
+Hours on a core. What the folder holds already, of the same options, seed and budget, is not measured again.
+
 Two layers of width 64 on sequences of 128 steps, never the same one twice. A model is trained until it solves a task,
 99.5 % of the answers of 256 fresh sequences, or has used up its tokens, and scored on 1,024 others. All have the same
 budget and the same learning rates: the second is tried where the first did not solve the task, and the better counts.
@@ -69,6 +71,11 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 
 
+def asked(model: str) -> list[str]:
+    """The options that a model is built with."""
+    return [*SIZE, *MODELS[model]]
+
+
 def learn(
     model: str, task: str, *, seed: int = 0, report: Callable[[str], object] = lambda line: None
 ) -> dict[str, Any]:
@@ -87,9 +94,7 @@ def train(model: str, task: str, *, lr: float, seed: int, report: Callable[[str]
     recall = TASKS[task]
     spec = TaskSpec(name=task, kind="tokens", vocab_size=recall.vocab_size, max_length=T, num_classes=2)
     torch.manual_seed(seed)
-    network = build_model(
-        compose([f"model={model}", *SIZE, *MODELS[model]]).model, spec, head="per_position", causal=True
-    )
+    network = build_model(compose([f"model={model}", *asked(model)]).model, spec, head="per_position", causal=True)
     optimizer = build_optimizer(network, StageConfig(lr=lr, weight_decay=0.01))
     fresh, checks, final = (Generator().manual_seed(3 * seed + stream) for stream in range(3))
     start, step, solved = time.perf_counter(), 0, False
@@ -112,7 +117,7 @@ def train(model: str, task: str, *, lr: float, seed: int, report: Callable[[str]
     return {
         "model": model,
         "task": task,
-        "options": [*SIZE, *MODELS[model]],
+        "options": asked(model),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "lr": lr,
         "seed": seed,
@@ -144,7 +149,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         cells = [
-            f"{100 * row['accuracy']:.1f} % after {row['tokens'] / 1e6:.1f} M tokens, lr {row['lr']:g}" for row in mine
+            "; ".join(
+                f"{100 * row['accuracy']:.1f} % after {row['tokens'] / 1e6:.1f} M tokens, lr {row['lr']:g}"
+                for row in mine
+                if row["task"] == task
+            )
+            for task in tasks
         ]
         lines.append(f"| {model} | {mine[0]['parameters']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -164,14 +174,18 @@ def main() -> None:
     keep_freed_memory()
 
     options.out.mkdir(parents=True, exist_ok=True)
-    setting = {"T": T, "batch": BATCH, "steps": STEPS, "learning_rates": LEARNING_RATES, "seed": options.seed}
-    record: dict[str, Any] = {**provenance.of_benchmark(setting), "rows": []}
+    file = options.out / "recall.json"
+    made = provenance.of_benchmark({"T": T, "batch": BATCH, "steps": STEPS, "learning_rates": list(LEARNING_RATES)})
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows = [row for row in rows if row["made"]["setting"] == made["setting"] and row["options"] == asked(row["model"])]
     for model in chosen["models"]:
         for task in chosen["tasks"]:
-            record["rows"].append(learn(model, task, seed=options.seed, report=partial(print, flush=True)))
-            (options.out / "recall.json").write_text(json.dumps(record, indent=1) + "\n")
-    (options.out / "table.md").write_text(table(record["rows"]))
-    print(table(record["rows"]), end="")
+            if not any((row["model"], row["task"], row["seed"]) == (model, task, options.seed) for row in rows):
+                rows.append({**learn(model, task, seed=options.seed, report=partial(print, flush=True)), "made": made})
+            rows.sort(key=lambda row: (list(MODELS).index(row["model"]), list(TASKS).index(row["task"]), row["seed"]))
+            file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    (options.out / "table.md").write_text(table(rows))
+    print(table(rows), end="")
 
 
 if __name__ == "__main__":
