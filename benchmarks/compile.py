@@ -220,13 +220,33 @@ def linear_attentions() -> Iterator[Callable[[], Any]]:
     yield lambda: both(64, 1024, 2, 100, torch.bfloat16, "none", False, False, False)
 
 
-def nearest_codes() -> Iterator[Callable[[], Any]]:
-    from seqzoo.kernels.vq_attention import fused
+def vq_attentions() -> Iterator[Callable[[], Any]]:
+    """Codes, and both passes of VQ attention, narrow and wide, with and without each option."""
+    from seqzoo.kernels.vq_attention import fused, nearest
+
+    def both(D: int, Dv: int, dtype: torch.dtype, causal: bool, options: bool, S: int = 128, L: int = 64) -> None:
+        B, T, H = 8, 1024, 1
+        q, k, v = (meta(B, T, H, n, dtype=dtype) for n in (D, D, Dv))
+        codebook, codes = meta(H, S, D, dtype=dtype), meta(B, T, H, dtype=torch.int64)
+        bias = meta(B, T, H, L + 1 if causal else 2 * L + 1) if options else None
+        first = last = meta(B, dtype=torch.int64) if options else None
+        resumed = options and causal
+        past = (meta(B, H, S, Dv), meta(B, H, S, dtype=torch.int64)) if resumed else (None, None)
+        outputs = fused._attention._init_fn(q, k, v, codebook, codes, bias, *past, first, last, L, causal)
+        fused._attention_backward._init_fn(
+            outputs[0], q, v, codebook, codes, bias, first, last, *outputs, L, causal, options, resumed
+        )
 
     for dtype, D in ((torch.float32, 64), (torch.float32, 256), (torch.bfloat16, 128)):
-        yield lambda d=dtype, D=D: fused.nearest_code_fused._init_fn(
+        yield lambda d=dtype, D=D: nearest.nearest_code_fused._init_fn(
             meta(32, 1024, 1, D, dtype=d), meta(1, 512, D, dtype=d), meta(32, 1024, dtype=torch.bool)
         )
+    for dtype in (torch.bfloat16, torch.float32):
+        yield lambda d=dtype: both(128, 256, d, True, True)
+        yield lambda d=dtype: both(128, 256, d, False, True)
+        yield lambda d=dtype: both(64, 64, d, True, False)
+    yield lambda: both(256, 512, torch.float16, True, True, 512, 512)
+    yield lambda: both(16, 16, torch.float16, False, False, 16, 16)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -237,10 +257,19 @@ CALLS = {
     "attention": attentions,
     "diagonal_scan": scans,
     "linear_attention": linear_attentions,
-    "vq_attention": nearest_codes,
+    "vq_attention": vq_attentions,
 }
 # Kernels that are nothing without the matrix unit.
-WITH_PRODUCTS = {"_linear_kernel", "_forward_kernel", "_query_kernel", "_key_kernel", "_nearest_kernel"}
+WITH_PRODUCTS = {
+    "_linear_kernel",
+    "_forward_kernel",
+    "_query_kernel",
+    "_key_kernel",
+    "_nearest_kernel",
+    "_value_kernel",
+    "_means_kernel",
+    "_sums_kernel",
+}
 
 
 def wrong(row: Compiled) -> str:

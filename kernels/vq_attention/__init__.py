@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, refusal
 from ..common import check_lengths
 from .chunked import vq_attention_chunked
-from .codes import nearest_code
+from .codes import CHANNELS, nearest_code
 from .reference import vq_attention_reference
 from .state import VQState
 
@@ -54,7 +54,7 @@ def vq_attention(
         initial_state: where an earlier call stopped (causal only).
         output_final_state: return the state after `lengths` (or T) positions too (causal only).
         lengths: int64 [B].
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
         [B, T, H, Dv] in v's dtype, and the `VQState` if asked for.
@@ -87,7 +87,11 @@ def vq_attention(
         raise ValueError("vq_attention: only causal attention has a state; valid: causal=True")
     check_lengths("vq_attention", lengths, B)
     run = choose(
-        "vq_attention", backend, {"chunked": vq_attention_chunked, "reference": vq_attention_reference}, q.device
+        "vq_attention",
+        backend,
+        {"chunked": vq_attention_chunked, "reference": vq_attention_reference, "fused": _fused},
+        q.device,
+        refusal(q, k, v, channels=CHANNELS),
     )
     if codes is None:
         codes = nearest_code(k, codebook, lengths=lengths)
@@ -105,3 +109,9 @@ def vq_attention(
         lengths=lengths,
     )
     return (y, state) if output_final_state else y
+
+
+def _fused(*arguments: Any, **options: Any) -> Any:
+    from .fused import vq_attention_fused  # imports Triton
+
+    return vq_attention_fused(*arguments, **options)

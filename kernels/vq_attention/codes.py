@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import choose, refusal
 from ..common import accumulation_dtype, valid_positions, zero_padding
 
-CHANNELS = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), sys.maxsize)  # of the fused form: any number
+CHANNELS = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), sys.maxsize)  # of the fused forms: any number
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def _chunked(k: Tensor, codebook: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def _fused(k: Tensor, codebook: Tensor, lengths: Tensor | None) -> Tensor:
-    from .fused import nearest_code_fused  # imports Triton
+    from .nearest import nearest_code_fused  # imports Triton
 
     return nearest_code_fused(k, codebook, None if lengths is None else valid_positions(lengths, k.shape[1]))
 

@@ -82,10 +82,10 @@ class VQAttention(Block):
         keys, codebook, codes, loss = self.quantizer(k, lengths, record=record)
         if record:
             self._auxiliary = loss
-        y = vq_attention(
-            q + self.content_bias,
-            keys,
-            v.to(wide),
+        y = vq_attention(  # in v's precision: that of the products, under autocast
+            (q + self.content_bias).to(v.dtype),
+            keys.to(v.dtype),
+            v,
             codebook,
             codes=codes,
             bias=torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(wide)),
@@ -97,7 +97,7 @@ class VQAttention(Block):
         )
         if state is not None:
             y, state = y
-        return self.out_proj((y.to(gate.dtype) * gate).flatten(2)), state
+        return self.out_proj((y * gate).flatten(2)), state
 
     def _distances(self, dtype: torch.dtype) -> Tensor:
         """A vector for every distance with a position term, largest first: [block_len + 1 or 2 block_len + 1, H, D]."""
