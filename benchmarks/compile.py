@@ -164,6 +164,13 @@ def scans() -> Iterator[Callable[[], Any]]:
         h, final = fused.scan(x, a, state, reverse, lengths)
         fused.scan_backward(h, final, h, a, state, reverse, lengths)
 
+    def two_ways(B: int, T: int, D: int, dtype: torch.dtype) -> None:
+        x, a = meta(B, T, D, dtype=dtype), meta(D, dtype=dtype)
+        h = fused._both_scans._init_fn(x, a, None)
+        fused._both_scans_backward._init_fn(h, h, a, None)
+
+    yield lambda: two_ways(64, 1024, 1024, torch.complex64)
+    yield lambda: two_ways(2, 16384, 256, torch.float32)
     for dtype, constant in ((torch.complex64, True), (torch.complex64, False), (torch.float32, False)):
         yield lambda d=dtype, c=constant: both(64, 1024, 1024, d, c, False, False)
         yield lambda d=dtype, c=constant: both(2, 16384, 256, d, c, True, True)

@@ -83,16 +83,42 @@ def linear_attention_cases() -> Iterator[Case]:
 
 def scan_cases() -> Iterator[Case]:
     for constant in (True, False):
-        for reverse in (True, False):
+        for reverse in (True, False, "both"):
 
             def make(dtype: torch.dtype, constant: bool = constant) -> list[Tensor]:
                 a = randn(*((200,) if constant else (3, 700, 200)), dtype=dtype)
                 return [randn(3, 700, 200, dtype=dtype), a / (1 + a.abs())]
 
-            def call(x: Tensor, a: Tensor, backend: str, reverse: bool = reverse) -> Tensor:
-                return kernels.diagonal_scan(x, a, reverse=reverse, lengths=lengths(x, 700, 0, 411), backend=backend)
+            def call(x: Tensor, a: Tensor, backend: str, reverse: bool | str = reverse) -> Tensor:
+                h = kernels.diagonal_scan(x, a, reverse=reverse, lengths=lengths(x, 700, 0, 411), backend=backend)
+                return torch.stack(h) if reverse == "both" else h
 
-            yield Case(f"{'constant' if constant else 'varying'} {'down' if reverse else 'up'}", make, call)
+            way = {False: "up", True: "down", "both": "both ways"}[reverse]
+            yield Case(f"{'constant' if constant else 'varying'} {way}", make, call)
+
+
+def vq_attention_cases() -> Iterator[Case]:
+    draw = torch.Generator().manual_seed(0)
+    for D, Dv, S, L in ((16, 32, 40, 33), (64, 64, 128, 64), (128, 256, 128, 64), (256, 512, 64, 128)):
+        codebook = torch.randn(2, S, D, generator=draw).bfloat16()  # numbers that every dtype has
+        codes = torch.randint(S, (2, 300, 2), generator=draw)
+        for causal in (True, False):
+
+            def make(
+                dtype: torch.dtype, D: int = D, Dv: int = Dv, n: int = L + 1 if causal else 2 * L + 1
+            ) -> list[Tensor]:
+                q, k, v, bias = (randn(2, 300, 2, width, dtype=dtype) for width in (D, D, Dv, n))
+                return [q / D**0.5, k, v, bias]
+
+            def call(
+                q: Tensor, k: Tensor, v: Tensor, bias: Tensor, backend: str, L: int = L, causal: bool = causal,
+                codebook: Tensor = codebook, codes: Tensor = codes,
+            ) -> Tensor:  # fmt: skip
+                options = {"block_len": L, "bias": bias, "causal": causal, "lengths": lengths(q, 300, 211)}
+                options["codes"] = codes.to(q.device)
+                return kernels.vq_attention(q, k, v, codebook.to(q), **options, backend=backend)
+
+            yield Case(f"D={D} Dv={Dv} S={S} L={L} {'causal' if causal else 'both ways'}", make, call)
 
 
 def lengths(x: Tensor, *of: int) -> Tensor:
@@ -104,6 +130,7 @@ OPERATIONS: dict[str, tuple[Callable[[], Iterator[Case]], tuple[torch.dtype, ...
     "attention": (attention_cases, FLOATS),
     "linear_attention": (linear_attention_cases, FLOATS),
     "diagonal_scan": (scan_cases, (torch.complex64, *FLOATS)),
+    "vq_attention": (vq_attention_cases, FLOATS),
 }
 
 
@@ -238,6 +265,9 @@ def benchmarks(operation: str) -> Iterator[tuple[str, list[Tensor], list[Alterna
             ours += imported("accelerated-scan", "accelerated_scan.complex", accelerated)
             yield f"B={B} T={T} D={D} complex", [x, a], ours, 8.0 * B * T * D, 16.0 * B * T * D
         return
+    if operation == "vq_attention":
+        yield from vq_benchmarks()
+        return
     for B, T, H, D in ((32, 1024, 8, 64), (8, 4096, 8, 64), (2, 16384, 8, 64), (1, 65536, 8, 64), (32, 1024, 8, 32)):
         for causal in (True, False):
             q, k, v = (randn(B, T, H, D, dtype=torch.bfloat16) for _ in range(3))
@@ -257,6 +287,29 @@ def benchmarks(operation: str) -> Iterator[tuple[str, list[Tensor], list[Alterna
                 if causal:
                     ours += imported("fla", "fla.ops.linear_attn", fla)
             yield f"B={B} T={T} H={H} D={D} {'causal' if causal else 'both ways'}", [q, k, v], ours, flops, moved
+
+
+def vq_benchmarks() -> Iterator[tuple[str, list[Tensor], list[Alternative], float, float]]:
+    """At the sizes of Long Range Arena and at the paper's, beside attention over all keys."""
+    D = 128
+    for B, T, S, L in ((32, 1024, 128, 64), (8, 4096, 128, 64), (4, 16384, 512, 512), (1, 65536, 512, 512)):
+        codebook = randn(1, S, D, dtype=torch.bfloat16)
+        codes = torch.randint(S, (B, T, 1), device="cuda")
+        for causal in (True, False):
+            q, k, v = (randn(B, T, 1, D, dtype=torch.bfloat16) for _ in range(3))
+            ours = [
+                Alternative(
+                    name,
+                    lambda q, k, v, c=causal, b=backend, book=codebook, codes=codes, L=L: kernels.vq_attention(
+                        q / D**0.5, k, v, book, block_len=L, codes=codes, causal=c, backend=b
+                    ),
+                )
+                for name, backend in (("seqzoo", "fused"), ("seqzoo chunked", "chunked"))
+            ]
+            ours += [sdpa(name, causal) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION")]
+            flops = 4.0 * B * T * D * (S + (1.5 if causal else 3) * L)
+            label = f"B={B} T={T} H=1 D={D} S={S} L={L} {'causal' if causal else 'both ways'}"
+            yield label, [q, k, v], ours, flops, 2.0 * 4 * B * T * D
 
 
 def accelerated(module: Any) -> Callable[..., Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +23,20 @@ def _fused(*arguments: Any) -> tuple[Tensor, Tensor]:
     return diagonal_scan_fused(*arguments)
 
 
+def _fused_both(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from .fused import both_scans_fused
+
+    return both_scans_fused(*arguments)
+
+
+def _one_by_one(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda x, a, lengths: (scan(x, a, None, False, lengths)[0], scan(x, a, None, True, lengths)[0])
+
+
 # Of the fused form: any number.
 CHANNELS = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16, torch.complex64), sys.maxsize)
 FORMS = {"chunked": diagonal_scan_chunked, "reference": diagonal_scan_reference, "fused": _fused}
+BOTH = {name: _fused_both if name == "fused" else _one_by_one(form) for name, form in FORMS.items()}
 
 
 def diagonal_scan(
@@ -33,7 +45,7 @@ def diagonal_scan(
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    reverse: bool = False,
+    reverse: bool | str = False,
     lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
@@ -41,7 +53,8 @@ def diagonal_scan(
 
         h_t = a_t ∘ h_{t-1} + x_t        with h_0 = `initial_state`, zero by default
 
-    and, with `reverse`, h_t = a_t ∘ h_{t+1} + x_t from the last valid step of each sequence down to the first.
+    and, with `reverse`, h_t = a_t ∘ h_{t+1} + x_t from the last valid step of each sequence down to the first; both,
+    with reverse="both".
 
     Args:
         x: [B, T, D] floating point or complex.
@@ -49,17 +62,19 @@ def diagonal_scan(
         initial_state: [B, D], what comes before the first step taken; real where x is, complex where x is.
         output_final_state: whether to return the state after the last step taken too. It continues the sequence as the
             `initial_state` of another call; gradients flow through both.
-        reverse: whether to run from the last step to the first; nothing is flipped in memory.
+        reverse: whether to run from the last step to the first, or "both"; nothing is flipped in memory.
         lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
         backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
         h [B, T, D] in x's dtype, zero past `lengths`; with `output_final_state`, (h, final state [B, D]): h at the last
-        step taken, at least float32 (complex64). Half precision is computed in float32.
+        step taken, at least float32 (complex64). Half precision is computed in float32. With reverse="both" two h, the
+        forward one first, of one launch where the fused form runs.
 
     Raises:
         TypeError: x and a differ in dtype, or the state is complex and x is not (or the reverse).
-        ValueError: shapes that do not fit, or an unknown backend; on CPU, lengths outside [0, T].
+        ValueError: shapes that do not fit, a state with reverse="both", another `reverse`, or an unknown backend; on
+            CPU, lengths outside [0, T].
 
     Source: Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks for Long Sequences", equation 4; Smith et al.
     2023, "Simplified State Space Layers", section 2.2. With p_t = dL/dh_t, the gradients are
@@ -67,7 +82,14 @@ def diagonal_scan(
     """
     _check(x, a, initial_state)
     check_lengths("diagonal_scan", lengths, x.shape[0])
-    implementation = choose("diagonal_scan", backend, FORMS, x.device, refusal(x, channels=CHANNELS))
+    if reverse not in (False, True, "both"):
+        raise ValueError(f'diagonal_scan: reverse={reverse!r}; valid: False, True, "both"')
+    forms = BOTH if reverse == "both" else FORMS
+    implementation = choose("diagonal_scan", backend, forms, x.device, refusal(x, channels=CHANNELS))
+    if reverse == "both":
+        if initial_state is not None or output_final_state:
+            raise ValueError("diagonal_scan: a state belongs to one direction; valid with it: reverse=False or True")
+        return implementation(x, a, lengths)
     h, final_state = implementation(x, a, initial_state, reverse, lengths)
     return (h, final_state) if output_final_state else h
 

@@ -9,13 +9,15 @@ Backward is the same recurrence in the other direction, with the coefficients of
 coefficients that are constant in time is summed in registers, over chunks and sequences after that: no atomics, the
 same bits in every run.
 
+Both directions run in one launch, where a direction is one more axis of the batch: what they read of x is shared.
+
 Complex tensors are pairs of float32. Steps are counted in the direction of the recurrence, "past the end" means past a
 sequence's length: there a state passes unchanged.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +26,6 @@ from torch import Tensor
 
 from .. import backends
 from ..common import accumulation_dtype
-from ..tiles import place
 from .operator import register
 
 MIN_CHUNK = 256  # steps: a shorter chunk costs more in passes than it gains in programs
@@ -82,14 +83,18 @@ def _row(tile, which):
 
 
 @triton.jit
-def _coefficients(
-    a, step, n, column, width, CONSTANT: tl.constexpr, DOWN: tl.constexpr, BACKWARD: tl.constexpr, PARTS: tl.constexpr
-):
+def _place(step, n, down):
+    """Where in memory a step of the recurrence lies. What is past the end stays."""
+    return tl.where(down & (step < n), n - 1 - step, step).to(tl.int64)
+
+
+@triton.jit
+def _coefficients(a, step, n, column, width, down, CONSTANT: tl.constexpr, BACKWARD: tl.constexpr, PARTS: tl.constexpr):
     """What multiplies the state at each step: a, and on the way back the conjugate of the step before's."""
     read = step - 1 if BACKWARD else step
     reads = (read >= 0) & (step < n)
     mask = reads[:, None] & (column < width)
-    row = read.to(tl.int64) * 0 if CONSTANT else place(read, n, DOWN) * width
+    row = read.to(tl.int64) * 0 if CONSTANT else _place(read, n, down) * width
     ar, ai = _pairs(tl.load(a + row[:, None] + column, mask=mask, other=0.0).to(tl.float32), PARTS)
     ar, ai = tl.where(reads[:, None], ar, 1.0), tl.where(reads[:, None], ai, 0.0)
     return ar, -ai if BACKWARD else ai
@@ -101,18 +106,20 @@ def _scan_kernel(
     a,  # [D] or [B, T, D]
     y,  # [B, T, D], or None: only `after` and `through` are wanted
     before,  # [B, chunks, D], float32, or None: zero
-    after,  # [B, chunks, D] if y is None, else [B, D]
+    after,  # [B, chunks, D] if y is None, else [B, D] or None
     through,  # [B, chunks, D] if y is None
     h,  # [B, T, D] and [B, D], on the way back
     initial,
     da,  # [B, chunks, D], or [B, T, D]
     lengths,  # [B] or None
+    B,
     T,
     width,  # numbers in a step
     chunk_len,
     chunks,
     CONSTANT: tl.constexpr,
     DOWN: tl.constexpr,
+    BOTH: tl.constexpr,  # directions: of a, lengths and, on the way forth, x there are B, of all else 2 B
     BACKWARD: tl.constexpr,
     PARTS: tl.constexpr,
     STEPS: tl.constexpr,
@@ -121,14 +128,17 @@ def _scan_kernel(
 ):
     blocks = tl.cdiv(width, WIDTH)
     item = tl.program_id(0) // blocks  # a sequence's chunk
-    b, chunk = item // chunks, item % chunks
+    entry, chunk = item // chunks, item % chunks
+    b, down = entry, DOWN
+    if BOTH:
+        b, down = entry % B, (entry >= B) != BACKWARD
     column = (tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
     inside = column < width
     n = T if lengths is None else tl.load(lengths + b).to(tl.int32)
-    sequence = b.to(tl.int64) * T * width
-    x += sequence
+    shared, sequence = b.to(tl.int64) * T * width, entry.to(tl.int64) * T * width
+    x += sequence if BACKWARD else shared
     if not CONSTANT:
-        a += sequence
+        a += shared
     state = item.to(tl.int64) * width + column
 
     if before is None:
@@ -137,7 +147,7 @@ def _scan_kernel(
         s = tl.load(before + state, mask=inside, other=0.0)
     sr, si = _pairs(s, PARTS)
     if initial is not None:
-        h_first = tl.load(initial + b.to(tl.int64) * width + column, mask=inside, other=0.0)
+        h_first = tl.load(initial + entry.to(tl.int64) * width + column, mask=inside, other=0.0)
     pr, pi = _pairs(tl.zeros([1, WIDTH], tl.float32), PARTS)
     pr += 1.0  # what of a state at the start is left
     dr, di = _pairs(tl.zeros([1, WIDTH], tl.float32), PARTS)  # the gradient of constant coefficients
@@ -146,11 +156,11 @@ def _scan_kernel(
     for first in tl.range(start, min(start + chunk_len, T), STEPS, num_stages=STAGES):
         step = first + tl.arange(0, STEPS)
         valid = step < n
-        row = place(step, n, DOWN)
+        row = _place(step, n, down)
         mask = valid[:, None] & inside
         at = row[:, None] * width + column
         ur, ui = _pairs(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), PARTS)
-        ar, ai = _coefficients(a, step, n, column, width, CONSTANT, DOWN, BACKWARD, PARTS)
+        ar, ai = _coefficients(a, step, n, column, width, down, CONSTANT, BACKWARD, PARTS)
         if PARTS == 1:
             ar, ur = tl.associative_scan((ar, ur), 0, _combine)
             ai, ui = ar, ur
@@ -169,7 +179,7 @@ def _scan_kernel(
             if BACKWARD:
                 # With the state that the step started from, the one of the step after on the way back.
                 reads = step + 1 < n
-                other = place(step + 1, n, DOWN)[:, None] * width + column
+                other = _place(step + 1, n, down)[:, None] * width + column
                 hs = tl.load(h + sequence + other, mask=reads[:, None] & inside, other=0.0).to(tl.float32)
                 if initial is not None:
                     hs += tl.where((step + 1 == n)[:, None], h_first, 0.0)
@@ -186,13 +196,13 @@ def _scan_kernel(
     else:
         if BACKWARD and CONSTANT:
             tl.store(da + state, _side_by_side(dr, di, PARTS), mask=inside)
-        if chunk == chunks - 1:
+        if after is not None and chunk == chunks - 1:
             if BACKWARD:  # through the first step of the recurrence, the last one here
-                row = n.to(tl.int64) * 0 if CONSTANT else place(n - 1, n, DOWN) * width
+                row = n.to(tl.int64) * 0 if CONSTANT else _place(n - 1, n, down) * width
                 ar, ai = _pairs(tl.load(a + row + column, mask=inside & (n > 0), other=0.0).to(tl.float32), PARTS)
                 tr, ti = _product(ar, -ai, sr, si, PARTS)
                 sr, si = tl.where(n > 0, tr, sr), tl.where(n > 0, ti, si)
-            tl.store(after + b.to(tl.int64) * width + column, _side_by_side(sr, si, PARTS), mask=inside)
+            tl.store(after + entry.to(tl.int64) * width + column, _side_by_side(sr, si, PARTS), mask=inside)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -227,6 +237,12 @@ def diagonal_scan_fused(
     return _scan(x, a, initial_state, reverse, lengths)
 
 
+def both_scans_fused(x: Tensor, a: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h of either direction, [B, T, D] each."""
+    forth, back = _both_scans(x, a, lengths).unbind(0)
+    return forth, back
+
+
 def scan(
     x: Tensor, a: Tensor, initial_state: Tensor | None, reverse: bool, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -255,34 +271,78 @@ def scan_backward(
     return dx, da, d_initial
 
 
+@torch.library.custom_op("seqzoo::both_scans_fused", mutates_args=())
+def _both_scans(x: Tensor, a: Tensor, lengths: Tensor | None) -> Tensor:
+    """h of both directions, [2, B, T, D]."""
+    h = x.new_empty(2, *x.shape)
+    _launch(x, a, h, None, None, lengths, both=True)
+    return h
+
+
+@torch.library.custom_op("seqzoo::both_scans_fused_backward", mutates_args=())
+def _both_scans_backward(dh: Tensor, h: Tensor, a: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of x and a."""
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    da = _launch(dh, a, dx, None, None, lengths, both=True, h=h)
+    assert da is not None
+    return dx.sum(0), da
+
+
+@_both_scans.register_fake
+def _(x, a, lengths):
+    return x.new_empty(2, *x.shape)
+
+
+@_both_scans_backward.register_fake
+def _(dh, h, a, lengths):
+    return h.new_empty(h.shape[1:]), a.new_empty(a.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, a, lengths = inputs
+    ctx.save_for_backward(output, a, lengths)
+
+
+def _gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    return *_both_scans_backward(dh, *ctx.saved_tensors), None
+
+
+_both_scans.register_autograd(_gradient, setup_context=_save)
+
+
 def _launch(
-    x: Tensor,
+    x: Tensor,  # [B, T, D]; with `both` and h, as y
     a: Tensor,
-    y: Tensor,
+    y: Tensor,  # [B, T, D], with `both` [2, B, T, D]
     state: Tensor | None,
-    final: Tensor,
+    final: Tensor | None,
     lengths: Tensor | None,
     *,
-    down: bool,
+    down: bool = False,
+    both: bool = False,
     h: Tensor | None = None,
     initial: Tensor | None = None,
 ) -> Tensor | None:
     """Fills y and `final`; with h, runs backward and returns the gradient of a."""
-    (B, T, D), parts = x.shape, 2 if x.is_complex() else 1
+    (B, T, D), parts = y.shape[-3:], 2 if x.is_complex() else 1
+    entries = 2 * B if both else B
     backward, constant, width = h is not None, a.dim() == 1, D * parts
     config = backends.newest(CONFIGS, x.device)
     block = parts * min(config.channels, triton.next_power_of_2(D))
     blocks = triton.cdiv(width, block)
-    chunk_len = _chunk_len(B * blocks, T, config.steps, x.device)
+    chunk_len = _chunk_len(entries * blocks, T, config.steps, x.device)
     chunks = triton.cdiv(T, chunk_len)
 
-    da = torch.empty_like(a, memory_format=torch.contiguous_format) if backward else None
-    sums = x.new_empty(B, chunks, D, dtype=final.dtype) if backward and constant else da
+    of_coefficients = None
+    if backward:
+        shape, dtype = ((entries, chunks, D), accumulation_dtype(x.dtype)) if constant else ((entries, T, D), a.dtype)
+        of_coefficients = x.new_empty(shape, dtype=dtype)
     arrays = [_numbers(z) for z in (x, a)]
-    before, after, behind = _numbers(state), _numbers(final), [_numbers(z) for z in (h, initial, sums)]
+    before, after, behind = _numbers(state), _numbers(final), [_numbers(z) for z in (h, initial, of_coefficients)]
     meta = {
         "CONSTANT": constant,
         "DOWN": down,
+        "BOTH": both,
         "BACKWARD": backward,
         "PARTS": parts,
         "STEPS": config.steps,
@@ -290,19 +350,21 @@ def _launch(
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
     }
-    sizes = (T, width, chunk_len, chunks)
-    grid = (B * chunks * blocks,)
+    sizes = (B, T, width, chunk_len, chunks)
+    grid = (entries * chunks * blocks,)
     if chunks > 1:
-        ends, through, starts = (x.new_empty(B, chunks, width, dtype=torch.float32) for _ in range(3))
+        ends, through, starts = (x.new_empty(entries, chunks, width, dtype=torch.float32) for _ in range(3))
         _scan_kernel[grid](*arrays, None, None, ends, through, None, None, None, lengths, *sizes, **meta)
-        _carry_kernel[(B * blocks,)](
+        _carry_kernel[(entries * blocks,)](
             before, ends, through, starts, width, chunks, PARTS=parts, WIDTH=block, num_warps=config.num_warps
         )
         before = starts
     _scan_kernel[grid](*arrays, _numbers(y), before, after, None, *behind, lengths, *sizes, **meta)
-    if da is not None and sums is not None and constant:
-        da.copy_(sums.sum((0, 1)))
-    return da
+    if of_coefficients is None:
+        return None
+    if constant:
+        return of_coefficients.sum((0, 1)).to(a.dtype)
+    return of_coefficients.unflatten(0, (2, B)).sum(0) if both else of_coefficients
 
 
 def _chunk_len(programs: int, T: int, steps: int, device: torch.device) -> int:

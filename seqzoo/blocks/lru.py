@@ -80,15 +80,15 @@ class LRU(Block):
         weight = self.in_proj.weight * self.gamma_log.exp().repeat_interleave(2)[:, None]
         u = torch.view_as_complex(F.linear(x, weight).to(wide).unflatten(-1, (N, 2)))  # [B, T, N]
         lam = torch.polar(self.nu_log.to(wide).exp().neg().exp(), self.theta_log.to(wide).exp())
-        if state is None:
-            h = [diagonal_scan(u, lam, lengths=lengths)]
+        if not self.causal:
+            h = diagonal_scan(u, lam, reverse="both", lengths=lengths)
+        elif state is None:
+            h = (diagonal_scan(u, lam, lengths=lengths),)
         else:
             before = torch.view_as_complex(state.hidden)
             outputs, last = diagonal_scan(u, lam, initial_state=before, output_final_state=True, lengths=lengths)
-            h = [outputs]
+            h = (outputs,)
             state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths))
-        if not self.causal:
-            h.append(diagonal_scan(u, lam, reverse=True, lengths=lengths))
         y = self.skip * x
         for part, weight in zip(h, self.out_proj.weight.split(2 * N, 1), strict=True):
             y = y + F.linear(torch.view_as_real(part).flatten(-2).to(x.dtype), weight)

@@ -282,3 +282,15 @@ def test_errors():
             diagonal_scan(x, a, lengths=torch.tensor(wrong))
     with pytest.raises(ValueError, match="no backend 'fast'; valid: auto, chunked, reference"):
         diagonal_scan(x, a, backend="fast")
+
+
+def test_both_directions_are_the_two_of_them():
+    x, a = torch.randn(2, 20, 3), torch.rand(3)
+    lengths = torch.tensor([20, 7])
+    forth, back = diagonal_scan(x, a, reverse="both", lengths=lengths)
+    assert torch.equal(forth, diagonal_scan(x, a, lengths=lengths))
+    assert torch.equal(back, diagonal_scan(x, a, reverse=True, lengths=lengths))
+    with pytest.raises(ValueError, match="a state belongs to one direction"):
+        diagonal_scan(x, a, reverse="both", output_final_state=True)
+    with pytest.raises(ValueError, match="reverse='up'; valid: False, True, \"both\""):
+        diagonal_scan(x, a, reverse="up")

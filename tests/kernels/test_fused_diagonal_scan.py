@@ -73,6 +73,37 @@ def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths, state
     check([x, a, h0 if state else None, w, w_state], TOLERANCE[dtype], reverse=reverse, lengths=lengths)
 
 
+@pytest.mark.parametrize("chunk_len", [None, 16], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize(
+    ("B", "T", "D", "dtype", "constant", "lengths"),
+    [
+        (2, 1, 3, torch.float32, True, [1, 0]),
+        (3, 40, 5, torch.complex64, True, [40, 0, 17]),
+        (2, 33, 8, torch.complex64, False, None),
+        (1, 65, 4, torch.float16, True, None),
+    ],
+)
+def test_both_directions_at_once(B, T, D, dtype, constant, lengths, chunk_len, monkeypatch):
+    monkeypatch.setattr(fused, "_chunk_len", lambda programs, T, steps, device: chunk_len or T)
+    x, a, _, w, _ = make(B, T, D, dtype, constant)
+    w = torch.stack([w, torch.randn_like(w)])
+    given = None if lengths is None else torch.tensor(lengths)
+    if given is not None:
+        padding = (torch.arange(T) >= given[:, None])[..., None].to(DEVICE)
+        x, w = x.masked_fill(padding, float("nan")), w.masked_fill(padding, float("nan"))
+
+    def both(x, a, w, lengths, backend):
+        x, a = (y.detach().clone().requires_grad_() for y in (x, a))
+        h = diagonal_scan(x, a, reverse="both", lengths=lengths, backend=backend)
+        return [*h, *torch.autograd.grad(h, (x, a), tuple(w))]
+
+    with poisoned():
+        actual = both(x, a, w, None if given is None else given.to(DEVICE), "fused")
+    expected = both(*(wide(y).cpu() for y in (x, a, w)), given, "reference")
+    for name, *pair in zip(("forward", "reverse", "dx", "da"), (y.cpu() for y in actual), expected, strict=True):
+        assert_close(*pair, TOLERANCE[dtype], name)
+
+
 @pytest.mark.parametrize("radius", [0.0, 1e-4, 0.999, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_coefficients_near_zero_and_one(radius, dtype):
@@ -105,6 +136,10 @@ def test_operator(dtype):
     torch.library.opcheck(
         torch.ops.seqzoo.diagonal_scan_fused_backward.default, (w, w_state, w, a.detach(), None, True, None)
     )
+    both = torch.ops.seqzoo.both_scans_fused
+    torch.library.opcheck(both.default, (x, a, lengths))
+    h = both(x, a, lengths).detach()
+    torch.library.opcheck(torch.ops.seqzoo.both_scans_fused_backward.default, (h, h, a.detach(), lengths))
 
 
 def test_what_no_kernel_takes_runs_without_one(caplog):
