@@ -533,7 +533,7 @@ def _sums_kernel(
         found = tl.load(_rows(codes, b, low, T, h, H, 1) + column * H, mask=known, other=-1).to(tl.int32)
         member = code[:, None] == found[None, :]
         v_t = _tile(_rows(v, b, low, T, h, H, Dv), column, H * Dv, channel, Dv, known)
-        added += dot(member.to(v_t.dtype), v_t, PRECISION)
+        added += dot(tl.where(member, 1.0, 0.0), v_t, PRECISION)
         number += tl.sum(member.to(tl.int32), 1)
     known = code < S
     tl.store(

@@ -88,6 +88,7 @@ CASES = [  # B, T, H, D, Dv, S, L, causal, bias, resumed, lengths, dtype
     (2, 65, 2, 16, 8, 8, 8, False, "by head", False, [65, 40], torch.float32),
     (2, 65, 1, 64, 24, 40, 30, True, None, False, [65, 40], torch.float16),
     (1, 65, 2, 8, 8, 8, 8, False, "by query", False, None, torch.float16),
+    (2, 40, 1, 24, 16, 5, 8, True, "by head", True, [40, 17], torch.bfloat16),
     (1, 100, 1, 100, 24, 33, 50, True, "by head", True, [51], torch.float32),
     (2, 100, 1, 8, 8, 8, 33, False, "by query", False, [71, 100], torch.float32),
     (1, 257, 1, 8, 8, 16, 100, True, "by query", False, None, torch.float32),
