@@ -782,9 +782,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradient(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    biased, resumed = ctx.needs_input_grad[5:7]
-    dq, dk, dv, d_bias, d_past = _attention_backward(do, *ctx.saved_tensors, ctx.block_len, ctx.causal, biased, resumed)
-    bias = ctx.saved_tensors[4]
+    saved, (biased, resumed) = ctx.saved_tensors, ctx.needs_input_grad[5:7]
+    dq, dk, dv, d_bias, d_past = _attention_backward(do, *saved, ctx.block_len, ctx.causal, biased, resumed)
+    bias = saved[4]
     return dq, dk, dv, None, None, d_bias.to(bias.dtype) if biased else None, d_past if resumed else None, *(None,) * 5
 
 
