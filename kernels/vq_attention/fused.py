@@ -184,7 +184,7 @@ def _forward_kernel(
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
 
-    for low in range(0, S, KEYS):
+    for low in range(0, tl.where(start < end, S, 0), KEYS):
         code = low + column
         known = code < S
         scores = _product(q, row, H * D, live, codebook, code, D, known, D, PRECISION, CHANNELS, STAGES)
@@ -272,7 +272,7 @@ def _query_kernel(
     delta_t = tl.load(_rows(delta, b, start, T, h, H, 1) + row * H, mask=live, other=0.0)
     sums = tl.zeros([QUERIES, OUT], tl.float32)
 
-    for low in range(0, S, KEYS):
+    for low in range(0, tl.where(start < end, S, 0), KEYS):
         code = low + column
         known = code < S
         scores = _product(q, row, H * D, live, codebook, code, D, known, D, PRECISION, CHANNELS, STAGES)
