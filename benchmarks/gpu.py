@@ -81,6 +81,21 @@ def linear_attention_cases() -> Iterator[Case]:
             yield Case(f"D={D} decay={decay} {'causal' if causal else 'both ways'}", make, call)
 
 
+def gated_attention_cases() -> Iterator[Case]:
+    for S, E in ((16, 40), (64, 128), (128, 512), (256, 320)):
+        for causal in (True, False):
+
+            def make(dtype: torch.dtype, S: int = S, E: int = E, causal: bool = causal) -> list[Tensor]:
+                inputs = [randn(2, 700, width, dtype=dtype) for width in (E, S, S, S, S, E)]
+                return [*inputs, randn(200 if causal else 399, dtype=dtype)]
+
+            def call(*inputs: Tensor, backend: str, causal: bool = causal) -> Tensor:
+                options = {"chunk_len": 200, "causal": causal, "lengths": lengths(inputs[0], 700, 411)}
+                return kernels.gated_attention(*inputs[:6], bias=inputs[6], **options, backend=backend)
+
+            yield Case(f"S={S} E={E} {'causal' if causal else 'both ways'}", make, call)
+
+
 def scan_cases() -> Iterator[Case]:
     for constant in (True, False):
         for reverse in (True, False):
@@ -103,6 +118,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 OPERATIONS: dict[str, tuple[Callable[[], Iterator[Case]], tuple[torch.dtype, ...]]] = {
     "attention": (attention_cases, FLOATS),
     "linear_attention": (linear_attention_cases, FLOATS),
+    "gated_attention": (gated_attention_cases, FLOATS),
     "diagonal_scan": (scan_cases, (torch.complex64, *FLOATS)),
 }
 
@@ -237,6 +253,24 @@ def benchmarks(operation: str) -> Iterator[tuple[str, list[Tensor], list[Alterna
             ours += [Alternative("seqzoo chunked", lambda x, a: kernels.diagonal_scan(x, a, backend="chunked"))]
             ours += imported("accelerated-scan", "accelerated_scan.complex", accelerated)
             yield f"B={B} T={T} D={D} complex", [x, a], ours, 8.0 * B * T * D, 16.0 * B * T * D
+        return
+    if operation == "gated_attention":
+        S, C = 128, 256
+        for B, T, E in ((32, 1024, 256), (8, 4096, 1024), (2, 16384, 1024), (1, 65536, 1024), (2, 16384, 2048)):
+            for causal in (True, False):
+                inputs = [randn(B, T, width, dtype=torch.bfloat16) for width in (E, S, S, S, S, E)]
+                inputs.append(randn(C if causal else 2 * C - 1, dtype=torch.float32))
+                options = {"chunk_len": C, "causal": causal}
+                ours = [
+                    Alternative(
+                        name,
+                        lambda *x, o=options, b=b: kernels.gated_attention(*x[:6], bias=x[6], **o, backend=b),
+                    )
+                    for name, b in (("seqzoo", "fused"), ("seqzoo chunked", "chunked"))
+                ]
+                flops = B * T * ((1.0 if causal else 2.0) * C * (S + E) + 4.0 * S * E)
+                moved = 2.0 * B * T * (4 * S + 3 * E)
+                yield f"B={B} T={T} S={S} E={E} {'causal' if causal else 'both ways'}", inputs, ours, flops, moved
         return
     for B, T, H, D in ((32, 1024, 8, 64), (8, 4096, 8, 64), (2, 16384, 8, 64), (1, 65536, 8, 64), (32, 1024, 8, 32)):
         for causal in (True, False):

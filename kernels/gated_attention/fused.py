@@ -68,27 +68,27 @@ def _configs_of(*blocks: tuple[int, int, int, int, int]) -> Configs:
 CONFIGS = {
     80: {
         "bf16": (
-            _configs_of((64, 64, 128, 8, 2), (64, 64, 64, 8, 2), (64, 64, 64, 8, 2), (32, 64, 128, 8, 3)),
-            _configs_of((64, 32, 128, 8, 2), (64, 32, 64, 8, 2), (64, 64, 32, 8, 2), (32, 64, 128, 8, 3)),
+            _configs_of((64, 32, 128, 4, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 2), (32, 64, 128, 8, 3)),
+            _configs_of((64, 32, 128, 8, 2), (32, 32, 64, 4, 2), (64, 64, 32, 8, 2), (32, 64, 128, 8, 3)),
         ),
         "tf32": (_configs_of((32, 32, 64, 4, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 2), (32, 32, 64, 4, 2)),),
-        "tf32x3": (_configs_of((32, 32, 64, 4, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 2), (32, 32, 64, 4, 2)),),
+        "tf32x3": (_configs_of((32, 32, 64, 8, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),),
     },
     90: {
         "bf16": (
-            _configs_of((64, 64, 256, 8, 2), (64, 64, 64, 4, 3), (64, 64, 64, 4, 3), (64, 128, 128, 8, 3)),
+            _configs_of((64, 64, 256, 8, 2), (64, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 128, 128, 8, 3)),
             _configs_of((64, 64, 128, 8, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 2), (64, 128, 128, 8, 3)),
         ),
-        "tf32": (_configs_of((64, 32, 64, 4, 2), (64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (32, 64, 64, 4, 2)),),
-        "tf32x3": (_configs_of((32, 32, 64, 4, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 2), (32, 32, 64, 4, 2)),),
+        "tf32": (_configs_of((64, 32, 64, 8, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 64, 4, 2)),),
+        "tf32x3": (_configs_of((32, 32, 64, 8, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),),
     },
     100: {
         "bf16": (
-            _configs_of((64, 64, 128, 4, 2), (64, 64, 64, 4, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
-            _configs_of((64, 32, 128, 4, 2), (64, 32, 64, 4, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
+            _configs_of((64, 64, 128, 4, 2), (64, 64, 64, 4, 2), (64, 64, 64, 8, 2), (64, 64, 128, 4, 2)),
+            _configs_of((64, 32, 128, 4, 2), (64, 32, 32, 8, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
         ),
-        "tf32": (_configs_of((64, 32, 64, 4, 2), (64, 32, 32, 4, 2), (64, 64, 32, 4, 2), (32, 64, 64, 4, 2)),),
-        "tf32x3": (_configs_of((32, 32, 64, 4, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 2), (32, 32, 64, 4, 2)),),
+        "tf32": (_configs_of((64, 32, 64, 8, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 64, 4, 2)),),
+        "tf32x3": (_configs_of((32, 16, 64, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),),
     },
 }
 
@@ -123,10 +123,8 @@ def _tile(x, row, channel, width, mask):
 
 
 @triton.jit
-def _root(
-    q_t, k_t, bias, scale, row, column, live, CAUSAL: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """relu(scale q kᵀ + b) of rows and columns of a chunk with `live` valid ones, 0 elsewhere; `bias` is at offset 0.
+def _root(products, bias, scale, row, column, live, CAUSAL: tl.constexpr, MIRRORED: tl.constexpr):
+    """relu(scale q·k + b) of rows and columns of a chunk with `live` valid ones, 0 elsewhere; `bias` is at offset 0.
 
     `MIRRORED`, the rows are keys and the columns queries.
     """
@@ -136,7 +134,7 @@ def _root(
     seen = (row < live)[:, None] & (column < live)[None, :]
     if CAUSAL:
         seen = seen & (offset <= 0)
-    scores = dot(q_t, tl.trans(k_t), PRECISION) * scale
+    scores = products * scale
     if bias is not None:
         scores += tl.load(bias + offset, mask=seen, other=0.0)
     return tl.where(seen, tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
@@ -206,7 +204,8 @@ def _values_kernel(
         column = start + index
         k_t = _tile(k + begin * S, column, key, S, column < live)
         v_t = _tile(v + begin * E, column, channel, E, column < live)
-        root = _root(q_t, k_t, bias, scale, row, column, live, CAUSAL, MIRRORED, PRECISION)
+        products = dot(q_t, tl.trans(k_t), PRECISION)
+        root = _root(products, bias, scale, row, column, live, CAUSAL, MIRRORED)
         sums += dot(root * root, v_t, PRECISION)
 
     at = begin * E + row[:, None] * E + channel[None, :]
@@ -268,7 +267,7 @@ def _scores_kernel(
     row, index, key = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DS)
     at = begin * S + row[:, None] * S + key[None, :]
     inside = (row < tl.minimum(C, T - chunk * C))[:, None] & (key < S)[None, :]
-    x += begin * E
+    q, k, x, v = q + begin * S, k + begin * S, x + begin * E, v + begin * E
     sums = tl.zeros([ROWS, DS], tl.float32)
     if memory is not None:
         if CAUSAL:
@@ -286,13 +285,13 @@ def _scores_kernel(
     if bias is not None:
         bias += middle
     sums = tl.zeros([ROWS, DS], tl.float32)
-    q_t = _tile(q + begin * S, row, key, S, row < live)
     low, high = _columns(first, live, CAUSAL, MIRRORED, ROWS, COLUMNS)
     for start in range(low, high, COLUMNS):
         column = start + index
-        d_weights = _agreement(x, v + begin * E, row, column, live, E, ROWS, COLUMNS, CHANNELS, STAGES, PRECISION)
-        k_t = _tile(k + begin * S, column, key, S, column < live)
-        root = _root(q_t, k_t, bias, scale, row, column, live, CAUSAL, MIRRORED, PRECISION)
+        products = _agreement(q, k, row, column, live, S, ROWS, COLUMNS, CHANNELS, STAGES, PRECISION)
+        root = _root(products, bias, scale, row, column, live, CAUSAL, MIRRORED)
+        d_weights = _agreement(x, v, row, column, live, E, ROWS, COLUMNS, CHANNELS, STAGES, PRECISION)
+        k_t = _tile(k, column, key, S, column < live)
         sums += dot(2 * root * d_weights, k_t, PRECISION)
     tl.store(dq + at, (sums * scale).to(dq.dtype.element_ty), mask=inside)
 
@@ -325,20 +324,21 @@ def _bias_kernel(
     blocks = tl.cdiv(C, ROWS)  # along a side of a chunk
     diagonals = blocks if CAUSAL else 2 * blocks - 1
     diagonal = tl.program_id(0) % diagonals - (blocks - 1)  # the block of keys less that of queries
-    index, key = tl.arange(0, ROWS), tl.arange(0, DS)
+    index = tl.arange(0, ROWS)
     bias += middle
     total = tl.zeros([ROWS, ROWS], tl.float32)
     for item in range(tl.program_id(0) // diagonals, items, groups):
         for block in range(tl.maximum(-diagonal, 0), blocks - tl.maximum(diagonal, 0)):
-            b, n, chunk, live, first = _block(item * blocks + block, lengths, T, C, ROWS)
+            b, _, chunk, live, first = _block(item * blocks + block, lengths, T, C, ROWS)
             begin = b * T + chunk * C
             row, column = first + index, first + diagonal * ROWS + index
+            products = _agreement(
+                q + begin * S, k + begin * S, row, column, live, S, ROWS, ROWS, CHANNELS, STAGES, PRECISION
+            )
             d_weights = _agreement(
                 x + begin * E, v + begin * E, row, column, live, E, ROWS, ROWS, CHANNELS, STAGES, PRECISION
             )
-            q_t = _tile(q + begin * S, row, key, S, row < live)
-            k_t = _tile(k + begin * S, column, key, S, column < live)
-            total += 2 * d_weights * _root(q_t, k_t, bias, scale, row, column, live, CAUSAL, False, PRECISION)
+            total += 2 * d_weights * _root(products, bias, scale, row, column, live, CAUSAL, False)
     at = tl.program_id(0).to(tl.int64) * ROWS * ROWS
     tl.store(sums + at + index[:, None] * ROWS + index[None, :], total)
 
@@ -420,8 +420,14 @@ def gated_attention_fused(
     inputs = (u, q_quad, k_quad, q_lin, k_lin, v)
     dtype = reduce(torch.promote_types, (x.dtype for x in inputs))
     bias = None if bias is None else bias.float()
-    o, _ = _gated_attention(*(x.to(dtype) for x in inputs), bias, lengths, chunk_len, causal, scale)
-    return o.to(v.dtype), None
+    o, _ = _gated_attention(*(_aligned(x.to(dtype)) for x in inputs), bias, lengths, chunk_len, causal, scale)
+    return o[..., : v.shape[-1]].to(v.dtype), None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """With channels of 0, as many as loads of 16 bytes want."""
+    missing = -x.shape[-1] % 16
+    return F.pad(x, (0, missing)) if missing else x  # padding by nothing would copy
 
 
 @torch.library.custom_op("seqzoo::gated_attention_fused", mutates_args=())
