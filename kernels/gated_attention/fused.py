@@ -68,34 +68,34 @@ def _configs_of(*blocks: tuple[int, int, int, int, int]) -> Configs:
 CONFIGS = {
     80: {
         "bf16": (
-            _configs_of((64, 32, 128, 4, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 2), (32, 64, 128, 8, 3)),
-            _configs_of((64, 32, 128, 8, 2), (32, 32, 64, 4, 2), (64, 64, 32, 8, 2), (32, 64, 128, 8, 3)),
+            _configs_of((64, 32, 128, 4, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 2), (32, 64, 128, 4, 2)),
+            _configs_of((64, 32, 64, 8, 2), (32, 32, 64, 4, 2), (64, 64, 32, 8, 2), (32, 64, 128, 4, 2)),
         ),
         "tf32": (_configs_of((32, 32, 64, 4, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 2), (32, 32, 64, 4, 2)),),
-        "tf32x3": (_configs_of((32, 32, 64, 8, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),),
+        "tf32x3": (_configs_of((16, 32, 64, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),),
     },
     90: {
         "bf16": (
-            _configs_of((64, 64, 256, 8, 2), (64, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 128, 128, 8, 3)),
+            _configs_of((64, 64, 256, 8, 2), (64, 64, 64, 8, 3), (64, 64, 64, 4, 3), (32, 128, 128, 8, 3)),
             _configs_of((64, 64, 128, 8, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 2), (64, 128, 128, 8, 3)),
         ),
         "tf32": (_configs_of((64, 32, 64, 8, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 64, 4, 2)),),
-        "tf32x3": (_configs_of((32, 32, 64, 8, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),),
+        "tf32x3": (_configs_of((16, 32, 64, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),),
     },
     100: {
         "bf16": (
-            _configs_of((64, 64, 128, 4, 2), (64, 64, 64, 4, 2), (64, 64, 64, 8, 2), (64, 64, 128, 4, 2)),
+            _configs_of((64, 64, 128, 4, 2), (64, 32, 32, 8, 2), (64, 64, 64, 8, 2), (64, 64, 128, 4, 2)),
             _configs_of((64, 32, 128, 4, 2), (64, 32, 32, 8, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
         ),
-        "tf32": (_configs_of((64, 32, 64, 8, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 64, 4, 2)),),
-        "tf32x3": (_configs_of((32, 16, 64, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),),
+        "tf32": (_configs_of((64, 32, 64, 8, 2), (64, 32, 32, 8, 2), (64, 64, 32, 4, 2), (32, 64, 64, 4, 2)),),
+        "tf32x3": (_configs_of((16, 32, 64, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),),
     },
 }
 
 
 @triton.jit
 def _block(item, lengths, T, C, ROWS: tl.constexpr):
-    """Of a block of rows: its sequence and that one's length, its chunk and how many rows of that are valid, its first
+    """Of a block of rows: its sequence and how long that is, its chunk and how many rows of that are valid, its first
     row in the chunk."""
     blocks, chunks = tl.cdiv(C, ROWS), tl.cdiv(T, C)
     chunk = item // blocks % chunks
@@ -116,10 +116,11 @@ def _share(n, chunk, C, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _tile(x, row, channel, width, mask):
-    """[rows, channels] of x [..., width], which begins in the first row: offsets are short."""
-    at = row[:, None] * width + channel[None, :]
-    return tl.load(x + at, mask=mask[:, None] & (channel < width)[None, :], other=0.0)
+def _tile(x, first, index, stride, channel, width, mask):
+    """[rows, channels] of x [..., width], from row `first` on, `stride` from one to the next. Past here, offsets are
+    short."""
+    at = index[:, None] * stride + channel[None, :]
+    return tl.load(x + first * stride + at, mask=mask[:, None] & (channel < width)[None, :], other=0.0)
 
 
 @triton.jit
@@ -166,6 +167,9 @@ def _values_kernel(
     lengths,  # [B] or None
     scale,
     middle,  # where the bias of offset 0 stands
+    key_row,  # numbers from one row of q, k and q_lin to the next; of v; of u. All else is contiguous
+    v_row,
+    u_row,
     T,
     C,
     S,
@@ -183,55 +187,58 @@ def _values_kernel(
     channel = tl.program_id(0) % blocks * DV + tl.arange(0, DV)
     b, n, chunk, live, first = _block(tl.program_id(0) // blocks, lengths, T, C, ROWS)
     begin = b * T + chunk * C  # of the chunk
-    row, index, key = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DS)
+    across, down, key = tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, DS)
+    row = first + down  # of the chunk
     sums = tl.zeros([ROWS, DV], tl.float32)
     if memory is not None:
-        at = b
+        seen = b  # which of the sums
         if CAUSAL:
-            at = b * tl.cdiv(T, C) + chunk
+            seen = b * tl.cdiv(T, C) + chunk
         for low in tl.range(0, S, COLUMNS, num_stages=STAGES):
-            part = low + index
-            q_t = _tile(q_lin + begin * S, row, part, S, row < live)
-            sums += dot(q_t, _tile(memory + at * S * E, part, channel, E, part < S), PRECISION)
+            part = low + across
+            q_t = _tile(q_lin, begin + first, down, key_row, part, S, row < live)
+            sums += dot(q_t, _tile(memory, seen * S + low, across, E, channel, E, part < S), PRECISION)
         if not MIRRORED:
             sums *= _share(n, chunk, C, CAUSAL)
 
     if bias is not None:
         bias += middle
-    q_t = _tile(q + begin * S, row, key, S, row < live)
+    q_t = _tile(q, begin + first, down, key_row, key, S, row < live)
     low, high = _columns(first, live, CAUSAL, MIRRORED, ROWS, COLUMNS)
     for start in tl.range(low, high, COLUMNS, num_stages=STAGES):
-        column = start + index
-        k_t = _tile(k + begin * S, column, key, S, column < live)
-        v_t = _tile(v + begin * E, column, channel, E, column < live)
+        column = start + across
+        k_t = _tile(k, begin + start, across, key_row, key, S, column < live)
+        v_t = _tile(v, begin + start, across, v_row, channel, E, column < live)
         products = dot(q_t, tl.trans(k_t), PRECISION)
         root = _root(products, bias, scale, row, column, live, CAUSAL, MIRRORED)
         sums += dot(root * root, v_t, PRECISION)
 
-    at = begin * E + row[:, None] * E + channel[None, :]
+    at = down[:, None] * E + channel[None, :]
     inside = (row < tl.minimum(C, T - chunk * C))[:, None] & (channel < E)[None, :]
     if u is not None:
-        u_t = _tile(u + begin * E, row, channel, E, row < live).to(tl.float32)
+        u_t = _tile(u, begin + first, down, u_row, channel, E, row < live).to(tl.float32)
         if do is not None:
-            do_t = _tile(do + begin * E, row, channel, E, row < live).to(tl.float32)
-            tl.store(dy + at, (do_t * u_t).to(dy.dtype.element_ty), mask=inside)
+            do_t = _tile(do, begin + first, down, E, channel, E, row < live).to(tl.float32)
+            tl.store(dy + (begin + first) * E + at, (do_t * u_t).to(dy.dtype.element_ty), mask=inside)
             sums *= do_t
         else:
             sums *= u_t
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (begin + first) * E + at, sums.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _agreement(
-    x, v, row, column, live, E, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    x, x_row, y, y_row, begin, row, column, live, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x vᵀ of rows and columns of a chunk, which begins at `x` and at `v`."""
+    """x yᵀ of blocks of rows and columns of the chunk at `begin`, that begin in its `row` and `column`."""
+    down, across = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for low in tl.range(0, E, CHANNELS, num_stages=STAGES):
+    for low in tl.range(0, width, CHANNELS, num_stages=STAGES):
         channel = low + tl.arange(0, CHANNELS)
-        v_t = _tile(v, column, channel, E, column < live)
-        sums += dot(_tile(x, row, channel, E, row < live), tl.trans(v_t), PRECISION)
+        x_t = _tile(x, begin + row, down, x_row, channel, width, row + down < live)
+        y_t = _tile(y, begin + column, across, y_row, channel, width, column + across < live)
+        sums += dot(x_t, tl.trans(y_t), PRECISION)
     return sums
 
 
@@ -248,6 +255,9 @@ def _scores_kernel(
     lengths,
     scale,
     middle,
+    key_row,  # of q and k
+    x_row,
+    v_row,
     T,
     C,
     S,
@@ -264,20 +274,20 @@ def _scores_kernel(
     """The gradients of queries, of both attentions; mirrored, of keys."""
     b, n, chunk, live, first = _block(tl.program_id(0), lengths, T, C, ROWS)
     begin = b * T + chunk * C
-    row, index, key = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DS)
-    at = begin * S + row[:, None] * S + key[None, :]
+    down, across, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DS)
+    row = first + down
+    at = (begin + first) * S + (down[:, None] * S + key[None, :])
     inside = (row < tl.minimum(C, T - chunk * C))[:, None] & (key < S)[None, :]
-    q, k, x, v = q + begin * S, k + begin * S, x + begin * E, v + begin * E
     sums = tl.zeros([ROWS, DS], tl.float32)
     if memory is not None:
+        seen = b
         if CAUSAL:
-            memory += (b * tl.cdiv(T, C) + chunk) * S * E
-        else:
-            memory += b * S * E
+            seen = b * tl.cdiv(T, C) + chunk
         for low in tl.range(0, E, CHANNELS, num_stages=STAGES):
             channel = low + tl.arange(0, CHANNELS)
-            m_t = _tile(memory, key, channel, E, key < S)
-            sums += dot(_tile(x, row, channel, E, row < live), tl.trans(m_t), PRECISION)
+            x_t = _tile(x, begin + first, down, x_row, channel, E, row < live)
+            m_t = _tile(memory, seen * S, key, E, channel, E, key < S)
+            sums += dot(x_t, tl.trans(m_t), PRECISION)
         if not MIRRORED:
             sums *= _share(n, chunk, C, CAUSAL)
     tl.store(dq_lin + at, sums.to(dq_lin.dtype.element_ty), mask=inside)
@@ -287,11 +297,14 @@ def _scores_kernel(
     sums = tl.zeros([ROWS, DS], tl.float32)
     low, high = _columns(first, live, CAUSAL, MIRRORED, ROWS, COLUMNS)
     for start in range(low, high, COLUMNS):
-        column = start + index
-        products = _agreement(q, k, row, column, live, S, ROWS, COLUMNS, CHANNELS, STAGES, PRECISION)
-        root = _root(products, bias, scale, row, column, live, CAUSAL, MIRRORED)
-        d_weights = _agreement(x, v, row, column, live, E, ROWS, COLUMNS, CHANNELS, STAGES, PRECISION)
-        k_t = _tile(k, column, key, S, column < live)
+        products = _agreement(
+            q, key_row, k, key_row, begin, first, start, live, S, ROWS, COLUMNS, CHANNELS, STAGES, PRECISION
+        )
+        d_weights = _agreement(
+            x, x_row, v, v_row, begin, first, start, live, E, ROWS, COLUMNS, CHANNELS, STAGES, PRECISION
+        )
+        root = _root(products, bias, scale, row, start + across, live, CAUSAL, MIRRORED)
+        k_t = _tile(k, begin + start, across, key_row, key, S, start + across < live)
         sums += dot(2 * root * d_weights, k_t, PRECISION)
     tl.store(dq + at, (sums * scale).to(dq.dtype.element_ty), mask=inside)
 
@@ -307,6 +320,9 @@ def _bias_kernel(
     lengths,
     scale,
     middle,
+    key_row,
+    x_row,
+    v_row,
     T,
     C,
     S,
@@ -316,7 +332,6 @@ def _bias_kernel(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
-    DS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -330,15 +345,15 @@ def _bias_kernel(
     for item in range(tl.program_id(0) // diagonals, items, groups):
         for block in range(tl.maximum(-diagonal, 0), blocks - tl.maximum(diagonal, 0)):
             b, _, chunk, live, first = _block(item * blocks + block, lengths, T, C, ROWS)
-            begin = b * T + chunk * C
-            row, column = first + index, first + diagonal * ROWS + index
+            begin, column = b * T + chunk * C, first + diagonal * ROWS
             products = _agreement(
-                q + begin * S, k + begin * S, row, column, live, S, ROWS, ROWS, CHANNELS, STAGES, PRECISION
+                q, key_row, k, key_row, begin, first, column, live, S, ROWS, ROWS, CHANNELS, STAGES, PRECISION
             )
             d_weights = _agreement(
-                x + begin * E, v + begin * E, row, column, live, E, ROWS, ROWS, CHANNELS, STAGES, PRECISION
+                x, x_row, v, v_row, begin, first, column, live, E, ROWS, ROWS, CHANNELS, STAGES, PRECISION
             )
-            total += 2 * d_weights * _root(products, bias, scale, row, column, live, CAUSAL, False)
+            root = _root(products, bias, scale, first + index, column + index, live, CAUSAL, False)
+            total += 2 * root * d_weights
     at = tl.program_id(0).to(tl.int64) * ROWS * ROWS
     tl.store(sums + at + index[:, None] * ROWS + index[None, :], total)
 
@@ -351,6 +366,8 @@ def _memory_kernel(
     before,  # [B, N, S, E]: the sum before each chunk, or None: not wanted
     after,  # [B, segments, S, E], float32: the sum behind each segment, or None
     lengths,
+    k_row,
+    v_row,
     T,
     C,
     S,
@@ -391,9 +408,8 @@ def _memory_kernel(
         begin = b * T + chunk * C
         added = tl.zeros([DS, DV], tl.float32)
         for first in tl.range(0, live, ROWS, num_stages=STAGES):
-            row = first + index
-            k_t = _tile(k + begin * S, row, key, S, row < live)
-            v_t = _tile(v + begin * E, row, channel, E, row < live)
+            k_t = _tile(k, begin + first, index, k_row, key, S, first + index < live)
+            v_t = _tile(v, begin + first, index, v_row, channel, E, first + index < live)
             added += dot(tl.trans(k_t), v_t, PRECISION)
         if SHARED:
             added *= _share(n, chunk, C, CAUSAL)
@@ -444,13 +460,13 @@ def _gated_attention(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """o, and the sum that each chunk's queries see: [B, N, S, E] if causal, [B, S, E] if not."""
-    u, q_quad, k_quad, q_lin, k_lin, v, bias = _contiguous(u, q_quad, k_quad, q_lin, k_lin, v, bias)
-    call = Call(bias, lengths, min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
+    """o, and the sum M that each chunk's queries see: [B, N, S, E] if causal, empty if N is 1, or else [B, S, E]."""
+    (q_quad, k_quad, q_lin, k_lin), u, v = _alike(q_quad, k_quad, q_lin, k_lin), *_alike(u), *_alike(v)
+    call = _call(v, bias, lengths, chunk_len, causal, scale)
     memory = _memory(call, k_lin, v)
-    o = torch.empty_like(v)
+    o = v.new_empty(v.shape)
     _values(call, q_quad, k_quad, q_lin, memory, v, o, u=u)
-    return o, v.new_empty(0) if memory is None else memory
+    return o, v.new_empty(0, dtype=_wide(v.dtype)) if memory is None else memory
 
 
 @_gated_attention.register_fake
@@ -458,7 +474,7 @@ def _(u, q_quad, k_quad, q_lin, k_lin, v, bias, lengths, chunk_len, causal, scal
     (B, T, S), E = q_quad.shape, v.shape[-1]
     N = -(-T // min(chunk_len, T))
     shape = (B, S, E) if not causal else (B, N, S, E) if N > 1 else (0,)
-    return v.new_empty(v.shape), v.new_empty(shape, dtype=_wide(v.dtype) if shape != (0,) else v.dtype)
+    return v.new_empty(v.shape), v.new_empty(shape, dtype=_wide(v.dtype))
 
 
 @torch.library.custom_op("seqzoo::gated_attention_fused_backward", mutates_args=())
@@ -479,11 +495,11 @@ def _gated_attention_backward(
     bias_needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first six inputs and of the bias, the last empty where it is not wanted."""
-    do, u, q_quad, k_quad, q_lin, k_lin, v, bias = _contiguous(do, u, q_quad, k_quad, q_lin, k_lin, v, bias)
-    call = Call(bias, lengths, min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
+    (q_quad, k_quad, q_lin, k_lin), u, v = _alike(q_quad, k_quad, q_lin, k_lin), *_alike(u), *_alike(v)
+    call = _call(v, bias, lengths, chunk_len, causal, scale)
     seen = memory if memory.numel() else None
-    du, dv, dy = torch.empty_like(u), torch.empty_like(v), torch.empty_like(v, dtype=_wide(v.dtype))
-    _values(call, q_quad, k_quad, q_lin, seen, v, du, u=u, do=do, dy=dy)
+    du, dv, dy = (v.new_empty(v.shape, dtype=dtype) for dtype in (u.dtype, v.dtype, _wide(v.dtype)))
+    _values(call, q_quad, k_quad, q_lin, seen, v, du, u=u, do=do.contiguous(), dy=dy)
     seeing = _memory(call, q_lin, dy, mirrored=True)
     _values(call, k_quad, q_quad, k_lin, seeing, dy, dv, mirrored=True)
     dq_quad, dq_lin = _scores(call, q_quad, k_quad, seen, dy, v)
@@ -524,6 +540,11 @@ class Call(NamedTuple):
     scale: float
 
 
+def _call(v: Tensor, bias: Tensor | None, lengths: Tensor | None, chunk_len: int, causal: bool, scale: float) -> Call:
+    bias = None if bias is None else bias.contiguous()
+    return Call(bias, lengths, min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
+
+
 def _values(
     call: Call,
     q: Tensor,  # [B, T, S]
@@ -544,9 +565,11 @@ def _values(
     blocks = B * triton.cdiv(T, call.C) * triton.cdiv(call.C, config.rows)
     _values_kernel[(blocks * triton.cdiv(E, DV),)](
         *(q, k, q_lin, call.bias, memory, v, u, do, out, dy),
-        *(call.lengths, call.scale, call.middle, T, call.C, S, E),
+        *(call.lengths, call.scale, call.middle, q.stride(1), v.stride(1), v.stride(1) if u is None else u.stride(1)),
+        *(T, call.C, S, E),
         MIRRORED=mirrored,
         COLUMNS=config.columns,
+        DS=_channels(S),
         DV=DV,
         **_meta(call, q, config),
     )
@@ -557,12 +580,13 @@ def _scores(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and of q_lin, x those of y; mirrored, of k and of k_lin."""
     (B, T, S), E = q.shape, v.shape[-1]
-    dq, dq_lin = torch.empty_like(q), torch.empty_like(q)
+    dq, dq_lin = q.new_empty(q.shape), q.new_empty(q.shape)
     config = _configs(q).scores
     _scores_kernel[(B * triton.cdiv(T, call.C) * triton.cdiv(call.C, config.rows),)](
         *(q, k, call.bias, memory, x, v, dq, dq_lin),
-        *(call.lengths, call.scale, call.middle, T, call.C, S, E),
+        *(call.lengths, call.scale, call.middle, q.stride(1), x.stride(1), v.stride(1), T, call.C, S, E),
         MIRRORED=mirrored,
+        DS=_channels(S),
         COLUMNS=config.columns,
         CHANNELS=_at_most(config.channels, E),
         **_meta(call, q, config),
@@ -583,7 +607,8 @@ def _bias_gradient(call: Call, q: Tensor, k: Tensor, dy: Tensor, v: Tensor) -> T
     sums = q.new_empty(groups, diagonals, side, side, dtype=torch.float32)
     _bias_kernel[(groups * diagonals,)](
         *(q, k, call.bias, dy, v, sums),
-        *(call.lengths, call.scale, call.middle, T, call.C, S, E, items, groups),
+        *(call.lengths, call.scale, call.middle, q.stride(1), dy.stride(1), v.stride(1), T, call.C, S, E),
+        *(items, groups),
         CHANNELS=_at_most(config.channels, E),
         **_meta(call, q, config),
     )
@@ -613,11 +638,12 @@ def _memory(call: Call, k: Tensor, v: Tensor, *, mirrored: bool = False) -> Tens
 
     def launch(start: Tensor | None, before: Tensor | None, after: Tensor | None) -> None:
         _memory_kernel[(programs * segments,)](
-            *(k, v, start, before, after, call.lengths, T, C, S, E, chunks, segments),
+            *(k, v, start, before, after, call.lengths, k.stride(1), v.stride(1), T, C, S, E, chunks, segments),
             SHARED=mirrored,
             DOWN=mirrored,
+            DS=DS,
             DV=DV,
-            **{**_meta(call, k, config), "DS": DS},
+            **_meta(call, k, config),
         )
 
     start = None
@@ -632,8 +658,11 @@ def _memory(call: Call, k: Tensor, v: Tensor, *, mirrored: bool = False) -> Tens
     return before
 
 
-def _contiguous(*tensors: Any) -> list[Any]:
-    return [None if x is None else x.contiguous() for x in tensors]
+def _alike(*tensors: Tensor) -> list[Tensor]:
+    """[B, T, channels], all rows as far from the next as in the others: slices of one tensor stay what they are."""
+    rows = {x.stride(1) for x in tensors}
+    regular = all(x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
+    return list(tensors) if regular and len(rows) == 1 else [x.contiguous() for x in tensors]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -642,7 +671,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _at_most(block: int, width: int) -> int:
-    return min(block, max(16, triton.next_power_of_2(width)))
+    return min(block, _channels(width))
+
+
+def _channels(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
 
 
 def _pieces(programs: int, most: int, device: torch.device) -> int:
@@ -660,7 +693,6 @@ def _meta(call: Call, q: Tensor, config: Config) -> dict[str, Any]:
         "CAUSAL": call.causal,
         "PRECISION": PRECISIONS[q.dtype],
         "ROWS": config.rows,
-        "DS": max(16, triton.next_power_of_2(q.shape[-1])),
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
     }

@@ -101,13 +101,23 @@ def test_gradients_come_in_any_layout_and_repeat_themselves(causal):
         assert all(torch.equal(value[key], expected[key]) for key in value), name
 
 
-def test_inputs_come_in_any_layout():
-    inputs = make(2, 17, 16, 16, 8, causal=True)
-    together = torch.stack([inputs[name] for name in NAMES[1:5]], 2)
-    views = inputs | dict(zip(NAMES[1:5], together.unbind(2), strict=True))
+def test_inputs_come_as_slices_and_in_any_layout():
+    inputs = make(2, 17, 16, 32, 8, causal=True)
+    names = NAMES[1:5]
+    keys = torch.stack([inputs[name] for name in names], 2).unbind(2)
+    projected = torch.cat([inputs["u"], inputs["v"], inputs["q_lin"]], -1)
+    slices = inputs | dict(zip(names, keys, strict=True)) | dict(zip("uv", projected.split(32, -1), strict=False))
+    transposed = {name: y.transpose(0, -2).contiguous().transpose(0, -2) for name, y in inputs.items() if y.dim() > 1}
+    w = torch.randn_like(inputs["v"])
+    leaves = {name: y.requires_grad_() for name, y in inputs.items()}
     options = {"chunk_len": 8, "causal": True, "backend": "fused"}
-    expected = gated_attention(**inputs, **options)
-    assert torch.equal(gated_attention(**views, **options), expected)
+    expected = torch.autograd.grad(gated_attention(**leaves, **options), list(leaves.values()), w)
+    for given in (slices, inputs | transposed, slices | {"k_lin": transposed["k_lin"]}):
+        leaves = {name: y.detach().requires_grad_() for name, y in given.items()}
+        assert not leaves["q_quad"].is_contiguous()
+        gradients = torch.autograd.grad(gated_attention(**leaves, **options), list(leaves.values()), w)
+        for name, value, right in zip(leaves, gradients, expected, strict=True):
+            assert torch.equal(value, right), name
 
 
 @pytest.mark.parametrize(("causal", "T", "bias"), [(True, 9, True), (True, 4, False), (False, 9, True)])
