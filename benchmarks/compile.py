@@ -256,6 +256,27 @@ def vq_attentions() -> Iterator[Callable[[], Any]]:
     yield lambda: both(16, 16, torch.float16, False, False, 16, 16)
 
 
+def gated_attentions() -> Iterator[Callable[[], Any]]:
+    """Both passes of gated attention, few sequences and many, narrow and wide, with and without each option."""
+    from seqzoo.kernels.gated_attention import fused
+
+    def both(B: int, T: int, S: int, E: int, C: int, dtype: torch.dtype, causal: bool, options: bool) -> None:
+        u, v = (meta(B, T, E, dtype=dtype) for _ in range(2))
+        q_quad, k_quad, q_lin, k_lin = (meta(B, T, S, dtype=dtype) for _ in range(4))
+        bias = meta(C if causal else 2 * C - 1) if options else None
+        inputs = (u, q_quad, k_quad, q_lin, k_lin, v, bias, meta(B, dtype=torch.int64) if options else None)
+        o, memory = fused._gated_attention._init_fn(*inputs, C, causal, 0.5)
+        fused._gated_attention_backward._init_fn(o, *inputs, memory, C, causal, 0.5, options)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield lambda d=dtype: both(64, 1024, 128, 256, 256, d, True, True)
+        yield lambda d=dtype: both(64, 1024, 64, 512, 200, d, False, True)
+    yield lambda: both(2, 16384, 128, 1536, 256, torch.bfloat16, True, False)
+    yield lambda: both(64, 200, 128, 256, 256, torch.bfloat16, True, True)
+    yield lambda: both(2, 16384, 256, 512, 256, torch.bfloat16, True, True)
+    yield lambda: both(4, 4096, 32, 64, 64, torch.bfloat16, True, False)
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -263,20 +284,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 CALLS = {
     "attention": attentions,
     "diagonal_scan": scans,
+    "gated_attention": gated_attentions,
     "linear_attention": linear_attentions,
     "vq_attention": vq_attentions,
 }
-# Kernels that are nothing without the matrix unit.
-WITH_PRODUCTS = {
-    "_linear_kernel",
-    "_forward_kernel",
-    "_query_kernel",
-    "_key_kernel",
-    "_nearest_kernel",
-    "_value_kernel",
-    "_means_kernel",
-    "_sums_kernel",
-}
+# Kernels that multiply no matrices: all others are nothing without the matrix unit.
+WITHOUT_PRODUCTS = {"_scan_kernel", "_carry_kernel", "_outside_kernel"}
 
 
 def wrong(row: Compiled) -> str:
@@ -285,7 +298,7 @@ def wrong(row: Compiled) -> str:
         return f"spills {row.spilled} bytes"
     if row.shared > ARCHITECTURES[row.architecture]:
         return f"wants {row.shared} bytes of shared memory of {ARCHITECTURES[row.architecture]}"
-    if row.kernel in WITH_PRODUCTS and not row.matrix_unit:
+    if row.kernel not in WITHOUT_PRODUCTS and not row.matrix_unit:
         return "multiplies matrices without the matrix unit"
     return ""
 

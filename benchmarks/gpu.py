@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -81,6 +82,21 @@ def linear_attention_cases() -> Iterator[Case]:
             yield Case(f"D={D} decay={decay} {'causal' if causal else 'both ways'}", make, call)
 
 
+def gated_attention_cases() -> Iterator[Case]:
+    for S, E in ((16, 40), (64, 128), (128, 512), (256, 320)):
+        for causal in (True, False):
+
+            def make(dtype: torch.dtype, S: int = S, E: int = E, causal: bool = causal) -> list[Tensor]:
+                inputs = [randn(2, 700, width, dtype=dtype) for width in (E, S, S, S, S, E)]
+                return [*inputs, randn(200 if causal else 399, dtype=dtype)]
+
+            def call(*inputs: Tensor, backend: str, causal: bool = causal) -> Tensor:
+                options = {"chunk_len": 200, "causal": causal, "lengths": lengths(inputs[0], 700, 411)}
+                return kernels.gated_attention(*inputs[:6], bias=inputs[6], **options, backend=backend)
+
+            yield Case(f"S={S} E={E} {'causal' if causal else 'both ways'}", make, call)
+
+
 def scan_cases() -> Iterator[Case]:
     for constant in (True, False):
         for reverse in (True, False, "both"):
@@ -129,6 +145,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 OPERATIONS: dict[str, tuple[Callable[[], Iterator[Case]], tuple[torch.dtype, ...]]] = {
     "attention": (attention_cases, FLOATS),
     "linear_attention": (linear_attention_cases, FLOATS),
+    "gated_attention": (gated_attention_cases, FLOATS),
     "diagonal_scan": (scan_cases, (torch.complex64, *FLOATS)),
     "vq_attention": (vq_attention_cases, FLOATS),
 }
@@ -254,20 +271,41 @@ def imported(name: str, module: str, wrap: Callable[[Any], Callable[..., Tensor]
         print(f"{name} is left out: {error}", file=sys.stderr)
 
 
-def benchmarks(operation: str) -> Iterator[tuple[str, list[Tensor], list[Alternative], float, float]]:
-    """Of each shape: its label, inputs, alternatives (ours first), and the flops and bytes of forward alone."""
-    if operation == "diagonal_scan":
-        for B, T, D in ((32, 1024, 512), (8, 4096, 1024), (8, 16384, 1024), (1, 65536, 1024)):
-            x, a = randn(B, T, D, dtype=torch.complex64), randn(D, dtype=torch.complex64)
-            a = a / (1 + a.abs())
-            ours = [Alternative("seqzoo", lambda x, a: kernels.diagonal_scan(x, a, backend="fused"))]
-            ours += [Alternative("seqzoo chunked", lambda x, a: kernels.diagonal_scan(x, a, backend="chunked"))]
-            ours += imported("accelerated-scan", "accelerated_scan.complex", accelerated)
-            yield f"B={B} T={T} D={D} complex", [x, a], ours, 8.0 * B * T * D, 16.0 * B * T * D
-        return
-    if operation == "vq_attention":
-        yield from vq_benchmarks()
-        return
+# Of each shape: its label, inputs, alternatives (ours first), and the flops and bytes of forward alone.
+Benchmarks = Iterator[tuple[str, list[Tensor], list[Alternative], float, float]]
+
+
+def scan_benchmarks() -> Benchmarks:
+    for B, T, D in ((32, 1024, 512), (8, 4096, 1024), (8, 16384, 1024), (1, 65536, 1024)):
+        x, a = randn(B, T, D, dtype=torch.complex64), randn(D, dtype=torch.complex64)
+        a = a / (1 + a.abs())
+        ours = [Alternative("seqzoo", lambda x, a: kernels.diagonal_scan(x, a, backend="fused"))]
+        ours += [Alternative("seqzoo chunked", lambda x, a: kernels.diagonal_scan(x, a, backend="chunked"))]
+        ours += imported("accelerated-scan", "accelerated_scan.complex", accelerated)
+        yield f"B={B} T={T} D={D} complex", [x, a], ours, 8.0 * B * T * D, 16.0 * B * T * D
+
+
+def gated_benchmarks() -> Benchmarks:
+    S, C = 128, 256
+    for B, T, E in ((32, 1024, 256), (8, 4096, 1024), (2, 16384, 1024), (1, 65536, 1024), (2, 16384, 2048)):
+        for causal in (True, False):
+            inputs = [randn(B, T, width, dtype=torch.bfloat16) for width in (E, S, S, S, S, E)]
+            inputs.append(randn(C if causal else 2 * C - 1, dtype=torch.float32))
+            options = {"chunk_len": C, "causal": causal}
+            ours = [
+                Alternative(
+                    name,
+                    lambda *x, o=options, b=b: kernels.gated_attention(*x[:6], bias=x[6], **o, backend=b),
+                )
+                for name, b in (("seqzoo", "fused"), ("seqzoo chunked", "chunked"))
+            ]
+            flops = B * T * ((1.0 if causal else 2.0) * C * (S + E) + 4.0 * S * E)
+            moved = 2.0 * B * T * (4 * S + 3 * E)
+            yield f"B={B} T={T} S={S} E={E} {'causal' if causal else 'both ways'}", inputs, ours, flops, moved
+
+
+def attention_benchmarks(operation: str) -> Benchmarks:
+    """Of softmax attention and of linear attention."""
     for B, T, H, D in ((32, 1024, 8, 64), (8, 4096, 8, 64), (2, 16384, 8, 64), (1, 65536, 8, 64), (32, 1024, 8, 32)):
         for causal in (True, False):
             q, k, v = (randn(B, T, H, D, dtype=torch.bfloat16) for _ in range(3))
@@ -289,7 +327,7 @@ def benchmarks(operation: str) -> Iterator[tuple[str, list[Tensor], list[Alterna
             yield f"B={B} T={T} H={H} D={D} {'causal' if causal else 'both ways'}", [q, k, v], ours, flops, moved
 
 
-def vq_benchmarks() -> Iterator[tuple[str, list[Tensor], list[Alternative], float, float]]:
+def vq_benchmarks() -> Benchmarks:
     """At the sizes of Long Range Arena and at the paper's, beside attention over all keys."""
     D = 128
     for B, T, S, L in ((32, 1024, 128, 64), (8, 4096, 128, 64), (4, 16384, 512, 512), (1, 65536, 512, 512)):
@@ -330,9 +368,18 @@ def fla(module: Any) -> Callable[..., Tensor]:
     return lambda q, k, v: module.chunk_linear_attn(q, k, v, scale=1.0, normalize=False)[0]
 
 
+BENCHMARKS: dict[str, Callable[[], Benchmarks]] = {
+    "attention": partial(attention_benchmarks, "attention"),
+    "linear_attention": partial(attention_benchmarks, "linear_attention"),
+    "gated_attention": gated_benchmarks,
+    "diagonal_scan": scan_benchmarks,
+    "vq_attention": vq_benchmarks,
+}
+
+
 def bench(operation: str) -> list[dict[str, Any]]:
     rows = []
-    for label, inputs, alternatives, flops, moved in benchmarks(operation):
+    for label, inputs, alternatives, flops, moved in BENCHMARKS[operation]():
         inputs = [x.detach().requires_grad_() for x in inputs]
         for alternative in alternatives:
             row: dict[str, Any] = {"operation": operation, "shape": label, "name": alternative.name}

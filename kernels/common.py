@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,3 +39,9 @@ def check_lengths(operation: str, lengths: Tensor | None, B: int) -> None:
     """Raises ValueError unless `lengths` is None or int64 [B]. Values are not read: that would synchronise a GPU."""
     if lengths is not None and (lengths.dtype != torch.int64 or lengths.shape != (B,)):
         raise ValueError(f"{operation}: lengths must be int64 [{B}], got {lengths.dtype} {list(lengths.shape)}")
+
+
+def pad_channels(x: Tensor) -> Tensor:
+    """x with channels of 0 behind its own, as many as loads of 16 bytes want: a multiple of 16."""
+    missing = -x.shape[-1] % 16
+    return F.pad(x, (0, missing)) if missing else x  # padding by nothing would copy

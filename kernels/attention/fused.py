@@ -14,12 +14,12 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import backends
+from ..common import pad_channels
 from ..tiles import dot
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -380,7 +380,7 @@ def attention_fused(
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     scales = scale.reshape(q.shape[:2]).float() if isinstance(scale, Tensor) else None
     number = 1.0 if isinstance(scale, Tensor) else float(scale)
-    aligned = (F.pad(x.to(dtype), (0, -x.shape[-1] % 16)) for x in (q, k, v))
+    aligned = (pad_channels(x.to(dtype)) for x in (q, k, v))
     o, _ = _attention(*aligned, scales, number, lengths, position, causal)
     return o[..., : v.shape[-1]].to(v.dtype)
 

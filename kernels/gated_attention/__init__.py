@@ -5,15 +5,27 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, refusal
 from ..common import check_lengths
 from .chunked import gated_attention_chunked
 from .reference import gated_attention_reference
 from .state import GatedAttentionState
 
 __all__ = ["GatedAttentionState", "gated_attention"]
+
+MAX_CHANNELS = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}  # of keys, in the fused form
+
+
+def _fused(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
+    from .fused import gated_attention_fused  # imports Triton
+
+    return gated_attention_fused(*arguments, **options)
+
+
+FORMS = {"chunked": gated_attention_chunked, "reference": gated_attention_reference, "fused": _fused}
 
 
 def gated_attention(
@@ -61,7 +73,7 @@ def gated_attention(
         output_final_state: return the state after `lengths` (or T) positions too (causal only); gradients flow through
             both.
         lengths: int64 [B], the valid positions of each sequence in this call; all T by default.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "fused" (without a state), "chunked" or "reference".
 
     Returns:
         o [B, T, E] in v's dtype, zero past `lengths`, and the `GatedAttentionState`, float32 at least, if asked for.
@@ -74,12 +86,9 @@ def gated_attention(
     """
     _check(u, q_quad, k_quad, q_lin, k_lin, v, chunk_len, bias, causal, initial_state, output_final_state)
     check_lengths("gated_attention", lengths, u.shape[0])
-    run = choose(
-        "gated_attention",
-        backend,
-        {"chunked": gated_attention_chunked, "reference": gated_attention_reference},
-        v.device,
-    )
+    stateful = initial_state is not None or output_final_state
+    refused = _refused(u, v, q_quad, k_quad, q_lin, k_lin, stateful=stateful)
+    run = choose("gated_attention", backend, FORMS, v.device, refused)
     o, state = run(
         u,
         q_quad,
@@ -96,6 +105,11 @@ def gated_attention(
         lengths=lengths,
     )
     return (o, state) if output_final_state else o
+
+
+def _refused(u: Tensor, v: Tensor, *keys: Tensor, stateful: bool) -> str | None:
+    also = "no kernel starts from a state or ends in one" if stateful else None
+    return refusal(u[..., :1], v[..., :1], *keys, channels=MAX_CHANNELS, also=also)  # u and v may be of any width
 
 
 def _check(

@@ -462,7 +462,7 @@ def _run(
     directions = {"late": late, "down": down, "more": values}
     if causal and plan.segments > 1:
         added, through = _added(k, v, g, k_more, lengths, keys=keys, **directions)
-        start = _carry(start, added, through)
+        start = carry(start, added, through)
     o = q.new_empty(*v.shape, dtype=dtype or q.dtype)
     end = _empty(k, v, keys=keys, values=values) if want_end else None
     _launch(plan, (q, k, v, g, q_more, k_more, o, inverse), start, end, None, lengths, causal=causal, **directions)
@@ -496,7 +496,7 @@ def _added(
     return added, through
 
 
-def _carry(start: State | None, added: State, through: Tensor | None) -> State:
+def carry(start: State | None, added: State, through: Tensor | None) -> State:
     """The states that segments start from, [B·H, segments, ...]."""
     before = State(*(None if x is None else torch.empty_like(x) for x in added))
     for first, add, out in zip(start or State(None), added, before, strict=True):

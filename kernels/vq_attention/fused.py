@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backends
-from ..common import zero_padding
+from ..common import pad_channels, zero_padding
 from ..tiles import dot
 from .state import VQState
 
@@ -637,9 +637,8 @@ def vq_attention_fused(
         sums, counts = past.sums.float(), past.counts
         if bias is not None and bias.dim() == 4:
             bias = F.pad(bias, (0, 0, 0, 0, L, 0))
-    q, k, v, codebook = (F.pad(x.to(dtype), (0, -x.shape[-1] % 16)) for x in (q, k, v, codebook))
-    if sums is not None:
-        sums = F.pad(sums, (0, v.shape[-1] - Dv))
+    q, k, v, codebook = (pad_channels(x.to(dtype)) for x in (q, k, v, codebook))
+    sums = None if sums is None else pad_channels(sums)
     y = _attention(q, k, v, codebook, codes, bias, sums, counts, first, lengths, L, causal)[0]
     return y[:, before:, :, :Dv].to(v.dtype), state
 
