@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before anything imports PyTorch, as train.py says
+
 import torch
 
 if not torch.cuda.is_available():
