@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("operation", ["attention", "diagonal_scan", "linear_attention", "vq_attention"])
+@pytest.mark.parametrize(
+    "operation", ["attention", "diagonal_scan", "favor_attention", "linear_attention", "vq_attention"]
+)
 def test_compiles_without_a_gpu(operation, tmp_path):
     # In a process of its own: here the interpreter has taken the compiler's place.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
