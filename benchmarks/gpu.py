@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,30 @@ def linear_attention_cases() -> Iterator[Case]:
             yield Case(f"D={D} decay={decay} {'causal' if causal else 'both ways'}", make, call)
 
 
+def favor_attention_cases() -> Iterator[Case]:
+    """Steep: keys so long that their features outgrow those of the keys before, whose pairs are made one by one."""
+    for D, T, M in ((16, 1100, 24), (64, 300, 100), (128, 300, 100)):
+        for label, causal, size in (("causal", True, 1), ("both ways", False, 1), ("causal, steep", True, 8)):
+
+            def make(dtype: torch.dtype, D: int = D, T: int = T, size: int = size) -> list[Tensor]:
+                q, k, v = (randn(2, T, 2, D, dtype=dtype) for _ in range(3))
+                return [q * D**-0.25, k * size * D**-0.5, v]
+
+            def call(
+                q: Tensor, k: Tensor, v: Tensor, backend: str, causal: bool = causal, T: int = T, M: int = M
+            ) -> Tensor:
+                options = {"causal": causal, "lengths": lengths(q, T, T - 89)}
+                return kernels.favor_attention(q, k, v, directions(2, M, q), **options, backend=backend)
+
+            yield Case(f"D={D} M={M} {label}", make, call)
+
+
+def directions(H: int, M: int, like: Tensor) -> Tensor:
+    """The same in every call, and exact in every dtype."""
+    drawn = torch.randn(H, M, like.shape[-1], generator=torch.Generator().manual_seed(1))
+    return drawn.bfloat16().to(like)
+
+
 def scan_cases() -> Iterator[Case]:
     for constant in (True, False):
         for reverse in (True, False):
@@ -99,11 +124,13 @@ def lengths(x: Tensor, *of: int) -> Tensor:
     return torch.tensor(of, device=x.device)
 
 
+FORMS = (("seqzoo", "fused"), ("seqzoo chunked", "chunked"))
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 OPERATIONS: dict[str, tuple[Callable[[], Iterator[Case]], tuple[torch.dtype, ...]]] = {
     "attention": (attention_cases, FLOATS),
     "linear_attention": (linear_attention_cases, FLOATS),
     "diagonal_scan": (scan_cases, (torch.complex64, *FLOATS)),
+    "favor_attention": (favor_attention_cases, FLOATS),
 }
 
 
@@ -247,12 +274,19 @@ def benchmarks(operation: str) -> Iterator[tuple[str, list[Tensor], list[Alterna
                 ours = [Alternative("seqzoo", lambda *x, c=causal: kernels.attention(*x, causal=c, backend="fused"))]
                 ours += [sdpa(name, causal) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")]
                 ours += imported("flash-attn", "flash_attn", flash_attn(causal))
+            elif operation == "favor_attention":
+                M = int(D * math.log(D))
+                flops = 8.0 * B * T * H * D * M
+                q, k, W = q * D**-0.25, k * D**-0.25, directions(H, M, q)
+                ours = [Alternative(name, favor(W, causal, form)) for name, form in FORMS]
+                if not causal:  # its causal form needs a CUDA extension that does not come with it
+                    ours += imported("performer-pytorch", "performer_pytorch", performer(W))
             else:
                 flops = 4.0 * B * T * H * D * (D + (64 if causal else 0))
                 q, k = q.sigmoid(), k.sigmoid()
                 ours = [
                     Alternative(name, lambda *x, c=causal, b=b: kernels.linear_attention(*x, causal=c, backend=b))
-                    for name, b in (("seqzoo", "fused"), ("seqzoo chunked", "chunked"))
+                    for name, b in FORMS
                 ]
                 if causal:
                     ours += imported("fla", "fla.ops.linear_attn", fla)
@@ -275,6 +309,20 @@ def flash_attn(causal: bool) -> Callable[[Any], Callable[..., Tensor]]:
 
 def fla(module: Any) -> Callable[..., Tensor]:
     return lambda q, k, v: module.chunk_linear_attn(q, k, v, scale=1.0, normalize=False)[0]
+
+
+def favor(W: Tensor, causal: bool, backend: str) -> Callable[..., Tensor]:
+    return lambda *qkv: kernels.favor_attention(*qkv, W, causal=causal, backend=backend)
+
+
+def performer(W: Tensor) -> Callable[[Any], Callable[..., Tensor]]:
+    """It draws one set of directions for all heads."""
+
+    def wrap(module: Any) -> Callable[..., Tensor]:
+        attend = module.FastAttention(W.shape[2], W.shape[1]).to(W)
+        return lambda *qkv: attend(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+
+    return wrap
 
 
 def bench(operation: str) -> list[dict[str, Any]]:
