@@ -227,6 +227,27 @@ def linear_attentions() -> Iterator[Callable[[], Any]]:
     yield lambda: both(64, 1024, 2, 100, torch.bfloat16, "none", False, False, False)
 
 
+def favor_attentions() -> Iterator[Callable[[], Any]]:
+    """Both passes of FAVOR attention, causal from a state and not, with time in one segment and in several."""
+    from seqzoo.kernels.favor_attention import fused
+
+    def both(B: int, T: int, H: int, D: int, M: int, dtype: torch.dtype, causal: bool, options: bool) -> None:
+        q, k, v, projection = *(meta(B, T, H, D, dtype=dtype) for _ in range(3)), meta(H, M, D, dtype=dtype)
+        sums, norm = (meta(B, H, M, D), meta(B, H, M)) if options and causal else (None, None)
+        arguments = (q, k, v, projection, sums, norm, norm, meta(B, dtype=torch.int64) if options else None)
+        o, log_sum, *last = fused._favor_attention._init_fn(*arguments, causal)
+        fused._favor_attention_backward._init_fn(o, *last[:2], *arguments, o, log_sum, *last, causal)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for causal in (False, True):
+            yield lambda d=dtype, c=causal: both(32, 1024, 8, 64, 266, d, c, False)
+    yield lambda: both(1, 16384, 4, 32, 110, torch.bfloat16, False, True)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield lambda d=dtype: both(2, 4096, 4, 128, 256, d, True, True)
+    yield lambda: both(2, 4096, 4, 32, 110, torch.float16, True, False)
+    yield lambda: both(2, 4096, 4, 112, 300, torch.float16, False, False)
+
+
 def vq_attentions() -> Iterator[Callable[[], Any]]:
     """Codes, and both passes of VQ attention, narrow and wide, with and without each option."""
     from seqzoo.kernels.vq_attention import fused, nearest
@@ -284,6 +305,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 CALLS = {
     "attention": attentions,
     "diagonal_scan": scans,
+    "favor_attention": favor_attentions,
     "gated_attention": gated_attentions,
     "linear_attention": linear_attentions,
     "vq_attention": vq_attentions,

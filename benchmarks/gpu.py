@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,6 +98,30 @@ def gated_attention_cases() -> Iterator[Case]:
             yield Case(f"S={S} E={E} {'causal' if causal else 'both ways'}", make, call)
 
 
+def favor_attention_cases() -> Iterator[Case]:
+    """Steep: keys so long that their features outgrow those of the keys before, whose pairs are made one by one."""
+    for D, T, M in ((16, 1100, 24), (64, 300, 100), (128, 300, 100)):
+        for label, causal, size in (("causal", True, 1), ("both ways", False, 1), ("causal, steep", True, 8)):
+
+            def make(dtype: torch.dtype, D: int = D, T: int = T, size: int = size) -> list[Tensor]:
+                q, k, v = (randn(2, T, 2, D, dtype=dtype) for _ in range(3))
+                return [q * D**-0.25, k * size * D**-0.5, v]
+
+            def call(
+                q: Tensor, k: Tensor, v: Tensor, backend: str, causal: bool = causal, T: int = T, M: int = M
+            ) -> Tensor:
+                options = {"causal": causal, "lengths": lengths(q, T, T - 89)}
+                return kernels.favor_attention(q, k, v, directions(2, M, q), **options, backend=backend)
+
+            yield Case(f"D={D} M={M} {label}", make, call)
+
+
+def directions(H: int, M: int, like: Tensor) -> Tensor:
+    """The same in every call, and exact in every dtype."""
+    drawn = torch.randn(H, M, like.shape[-1], generator=torch.Generator().manual_seed(1))
+    return drawn.bfloat16().to(like)
+
+
 def scan_cases() -> Iterator[Case]:
     for constant in (True, False):
         for reverse in (True, False, "both"):
@@ -141,6 +166,7 @@ def lengths(x: Tensor, *of: int) -> Tensor:
     return torch.tensor(of, device=x.device)
 
 
+FORMS = (("seqzoo", "fused"), ("seqzoo chunked", "chunked"))
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 OPERATIONS: dict[str, tuple[Callable[[], Iterator[Case]], tuple[torch.dtype, ...]]] = {
     "attention": (attention_cases, FLOATS),
@@ -148,6 +174,7 @@ OPERATIONS: dict[str, tuple[Callable[[], Iterator[Case]], tuple[torch.dtype, ...
     "gated_attention": (gated_attention_cases, FLOATS),
     "diagonal_scan": (scan_cases, (torch.complex64, *FLOATS)),
     "vq_attention": (vq_attention_cases, FLOATS),
+    "favor_attention": (favor_attention_cases, FLOATS),
 }
 
 
@@ -279,8 +306,7 @@ def scan_benchmarks() -> Benchmarks:
     for B, T, D in ((32, 1024, 512), (8, 4096, 1024), (8, 16384, 1024), (1, 65536, 1024)):
         x, a = randn(B, T, D, dtype=torch.complex64), randn(D, dtype=torch.complex64)
         a = a / (1 + a.abs())
-        ours = [Alternative("seqzoo", lambda x, a: kernels.diagonal_scan(x, a, backend="fused"))]
-        ours += [Alternative("seqzoo chunked", lambda x, a: kernels.diagonal_scan(x, a, backend="chunked"))]
+        ours = [Alternative(name, lambda x, a, b=b: kernels.diagonal_scan(x, a, backend=b)) for name, b in FORMS]
         ours += imported("accelerated-scan", "accelerated_scan.complex", accelerated)
         yield f"B={B} T={T} D={D} complex", [x, a], ours, 8.0 * B * T * D, 16.0 * B * T * D
 
@@ -297,7 +323,7 @@ def gated_benchmarks() -> Benchmarks:
                     name,
                     lambda *x, o=options, b=b: kernels.gated_attention(*x[:6], bias=x[6], **o, backend=b),
                 )
-                for name, b in (("seqzoo", "fused"), ("seqzoo chunked", "chunked"))
+                for name, b in FORMS
             ]
             flops = B * T * ((1.0 if causal else 2.0) * C * (S + E) + 4.0 * S * E)
             moved = 2.0 * B * T * (4 * S + 3 * E)
@@ -305,7 +331,7 @@ def gated_benchmarks() -> Benchmarks:
 
 
 def attention_benchmarks(operation: str) -> Benchmarks:
-    """Of softmax attention and of linear attention."""
+    """Of softmax, FAVOR and linear attention."""
     for B, T, H, D in ((32, 1024, 8, 64), (8, 4096, 8, 64), (2, 16384, 8, 64), (1, 65536, 8, 64), (32, 1024, 8, 32)):
         for causal in (True, False):
             q, k, v = (randn(B, T, H, D, dtype=torch.bfloat16) for _ in range(3))
@@ -315,12 +341,19 @@ def attention_benchmarks(operation: str) -> Benchmarks:
                 ours = [Alternative("seqzoo", lambda *x, c=causal: kernels.attention(*x, causal=c, backend="fused"))]
                 ours += [sdpa(name, causal) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")]
                 ours += imported("flash-attn", "flash_attn", flash_attn(causal))
+            elif operation == "favor_attention":
+                M = int(D * math.log(D))
+                flops = 8.0 * B * T * H * D * M
+                q, k, W = q * D**-0.25, k * D**-0.25, directions(H, M, q)
+                ours = [Alternative(name, favor(W, causal, form)) for name, form in FORMS]
+                if not causal:  # its causal form needs a CUDA extension that does not come with it
+                    ours += imported("performer-pytorch", "performer_pytorch", performer(W))
             else:
                 flops = 4.0 * B * T * H * D * (D + (64 if causal else 0))
                 q, k = q.sigmoid(), k.sigmoid()
                 ours = [
                     Alternative(name, lambda *x, c=causal, b=b: kernels.linear_attention(*x, causal=c, backend=b))
-                    for name, b in (("seqzoo", "fused"), ("seqzoo chunked", "chunked"))
+                    for name, b in FORMS
                 ]
                 if causal:
                     ours += imported("fla", "fla.ops.linear_attn", fla)
@@ -342,7 +375,7 @@ def vq_benchmarks() -> Benchmarks:
                         q / D**0.5, k, v, book, block_len=L, codes=codes, causal=c, backend=b
                     ),
                 )
-                for name, backend in (("seqzoo", "fused"), ("seqzoo chunked", "chunked"))
+                for name, backend in FORMS
             ]
             ours += [sdpa(name, causal) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION")]
             flops = 4.0 * B * T * D * (S + (1.5 if causal else 3) * L)
@@ -368,9 +401,24 @@ def fla(module: Any) -> Callable[..., Tensor]:
     return lambda q, k, v: module.chunk_linear_attn(q, k, v, scale=1.0, normalize=False)[0]
 
 
+def favor(W: Tensor, causal: bool, backend: str) -> Callable[..., Tensor]:
+    return lambda *qkv: kernels.favor_attention(*qkv, W, causal=causal, backend=backend)
+
+
+def performer(W: Tensor) -> Callable[[Any], Callable[..., Tensor]]:
+    """It draws one set of directions for all heads."""
+
+    def wrap(module: Any) -> Callable[..., Tensor]:
+        attend = module.FastAttention(W.shape[2], W.shape[1]).to(W)
+        return lambda *qkv: attend(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+
+    return wrap
+
+
 BENCHMARKS: dict[str, Callable[[], Benchmarks]] = {
     "attention": partial(attention_benchmarks, "attention"),
     "linear_attention": partial(attention_benchmarks, "linear_attention"),
+    "favor_attention": partial(attention_benchmarks, "favor_attention"),
     "gated_attention": gated_benchmarks,
     "diagonal_scan": scan_benchmarks,
     "vq_attention": vq_benchmarks,

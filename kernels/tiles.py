@@ -28,3 +28,16 @@ def place(step, n, DOWN: tl.constexpr):
     if DOWN:
         step = tl.where(step < n, n - 1 - step, step)
     return step.to(tl.int64)
+
+
+@triton.jit
+def head_rows(x, b, first, length, head, heads, width):
+    """One head of x [B, length, heads, width], from position `first` on. Past here, offsets are short."""
+    return x + ((b * length + first) * heads + head) * width
+
+
+@triton.jit
+def load_tile(x, row, stride, channel, width, mask):
+    """[rows, channels]."""
+    at = row[:, None] * stride + channel[None, :]
+    return tl.load(x + at, mask=mask[:, None] & (channel < width)[None, :], other=0.0)

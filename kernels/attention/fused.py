@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common import pad_channels
-from ..tiles import dot
+from ..tiles import dot, head_rows, load_tile
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -94,19 +94,6 @@ def _scale(scales, scale, b, T, query, live):
 
 
 @triton.jit
-def _from(x, b, first, length, head, heads, width):
-    """One head of x [B, length, heads, width], from position `first` on. Past here, offsets are short."""
-    return x + ((b * length + first) * heads + head) * width
-
-
-@triton.jit
-def _tile(x, row, stride, channel, width, mask):
-    """[rows, channels]."""
-    at = row[:, None] * stride + channel[None, :]
-    return tl.load(x + at, mask=mask[:, None] & (channel < width)[None, :], other=0.0)
-
-
-@triton.jit
 def _absorb(
     q_t, sums, m, total, k, v, scale, here, b, g, first, last, n, S, G, D, Dv, channel, value_channel,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -114,8 +101,8 @@ def _absorb(
     """What keys from `first` to `last` change of the weighted sum of values, the maximum and the sum of weights."""
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
         key = start + tl.arange(0, KEYS)
-        k_t = _tile(_from(k, b, start, S, g, G, D), tl.arange(0, KEYS), G * D, channel, D, key < n)
-        v_t = _tile(_from(v, b, start, S, g, G, Dv), tl.arange(0, KEYS), G * Dv, value_channel, Dv, key < n)
+        k_t = load_tile(head_rows(k, b, start, S, g, G, D), tl.arange(0, KEYS), G * D, channel, D, key < n)
+        v_t = load_tile(head_rows(v, b, start, S, g, G, Dv), tl.arange(0, KEYS), G * Dv, value_channel, Dv, key < n)
         scores = dot(q_t, tl.trans(k_t), PRECISION) * scale[:, None]
         if MASKED:
             seen = (key < n)[None, :]
@@ -168,7 +155,7 @@ def _forward_kernel(
     live = (query < T) & (here < n)
     channel, value_channel = tl.arange(0, DK), tl.arange(0, DV)
     index = tl.arange(0, QUERIES)
-    q_t = _tile(_from(q, b, block * QUERIES, T, h, H, D), index, H * D, channel, D, live)
+    q_t = load_tile(head_rows(q, b, block * QUERIES, T, h, H, D), index, H * D, channel, D, live)
     factor = _scale(scales, scale, b, T, query, live) * LOG2_E
 
     first = before + block * QUERIES  # where the first query of the block stands
@@ -193,12 +180,12 @@ def _forward_kernel(
     out = tl.where(any_seen[:, None], sums / tl.where(any_seen, total, 1.0)[:, None], 0.0)
     inside = query < T
     tl.store(
-        _from(o, b, block * QUERIES, T, h, H, Dv) + index[:, None] * (H * Dv) + value_channel[None, :],
+        head_rows(o, b, block * QUERIES, T, h, H, Dv) + index[:, None] * (H * Dv) + value_channel[None, :],
         out.to(o.dtype.element_ty),
         mask=inside[:, None] & (value_channel < Dv)[None, :],
     )
     log = tl.where(any_seen, m + tl.log2(tl.where(any_seen, total, 1.0)), float("inf"))
-    tl.store(_from(log_sum, b, block * QUERIES, T, h, H, 1) + index * H, log, mask=inside)
+    tl.store(head_rows(log_sum, b, block * QUERIES, T, h, H, 1) + index * H, log, mask=inside)
 
 
 @triton.jit
@@ -208,8 +195,8 @@ def _query_gradient(
 ):  # fmt: skip
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
         key = start + tl.arange(0, KEYS)
-        k_t = _tile(_from(k, b, start, S, g, G, D), tl.arange(0, KEYS), G * D, channel, D, key < n)
-        v_t = _tile(_from(v, b, start, S, g, G, Dv), tl.arange(0, KEYS), G * Dv, value_channel, Dv, key < n)
+        k_t = load_tile(head_rows(k, b, start, S, g, G, D), tl.arange(0, KEYS), G * D, channel, D, key < n)
+        v_t = load_tile(head_rows(v, b, start, S, g, G, Dv), tl.arange(0, KEYS), G * Dv, value_channel, Dv, key < n)
         weights = tl.exp2(dot(q_t, tl.trans(k_t), PRECISION) * (scale * LOG2_E)[:, None] - log[:, None])
         if MASKED:
             seen = (key < n)[None, :]
@@ -260,10 +247,10 @@ def _query_kernel(
     live = (query < T) & (here < n)
     channel, value_channel = tl.arange(0, DK), tl.arange(0, DV)
     index = tl.arange(0, QUERIES)
-    q_t = _tile(_from(q, b, block * QUERIES, T, h, H, D), index, H * D, channel, D, live)
-    do_t = _tile(_from(do, b, block * QUERIES, T, h, H, Dv), index, H * Dv, value_channel, Dv, live)
-    log = tl.load(_from(log_sum, b, block * QUERIES, T, h, H, 1) + index * H, mask=live, other=float("inf"))
-    delta_t = tl.load(_from(delta, b, block * QUERIES, T, h, H, 1) + index * H, mask=live, other=0.0)
+    q_t = load_tile(head_rows(q, b, block * QUERIES, T, h, H, D), index, H * D, channel, D, live)
+    do_t = load_tile(head_rows(do, b, block * QUERIES, T, h, H, Dv), index, H * Dv, value_channel, Dv, live)
+    log = tl.load(head_rows(log_sum, b, block * QUERIES, T, h, H, 1) + index * H, mask=live, other=float("inf"))
+    delta_t = tl.load(head_rows(delta, b, block * QUERIES, T, h, H, 1) + index * H, mask=live, other=0.0)
     factor = _scale(scales, scale, b, T, query, live)
 
     first = before + block * QUERIES
@@ -284,7 +271,7 @@ def _query_kernel(
     )  # fmt: skip
     sums *= factor[:, None]
     tl.store(
-        _from(dq, b, block * QUERIES, T, h, H, D) + index[:, None] * (H * D) + channel[None, :],
+        head_rows(dq, b, block * QUERIES, T, h, H, D) + index[:, None] * (H * D) + channel[None, :],
         sums.to(dq.dtype.element_ty),
         mask=(query < T)[:, None] & (channel < D)[None, :],
     )
@@ -327,8 +314,8 @@ def _key_kernel(
     key = block * KEYS + tl.arange(0, KEYS)
     channel, value_channel = tl.arange(0, DK), tl.arange(0, DV)
     row, index = tl.arange(0, KEYS), tl.arange(0, QUERIES)
-    k_t = _tile(_from(k, b, block * KEYS, S, g, G, D), row, G * D, channel, D, key < n)
-    v_t = _tile(_from(v, b, block * KEYS, S, g, G, Dv), row, G * Dv, value_channel, Dv, key < n)
+    k_t = load_tile(head_rows(k, b, block * KEYS, S, g, G, D), row, G * D, channel, D, key < n)
+    v_t = load_tile(head_rows(v, b, block * KEYS, S, g, G, Dv), row, G * Dv, value_channel, Dv, key < n)
     dk_t, dv_t = tl.zeros([KEYS, DK], tl.float32), tl.zeros([KEYS, DV], tl.float32)
 
     start, stop = 0, tl.maximum(tl.minimum(T, n - before), 0)
@@ -340,10 +327,10 @@ def _key_kernel(
         for first in tl.range(start, stop, QUERIES, num_stages=STAGES):
             query = first + index
             live = query < stop
-            q_t = _tile(_from(q, b, first, T, h, H, D), index, H * D, channel, D, live)
-            do_t = _tile(_from(do, b, first, T, h, H, Dv), index, H * Dv, value_channel, Dv, live)
-            log = tl.load(_from(log_sum, b, first, T, h, H, 1) + index * H, mask=live, other=float("inf"))
-            delta_t = tl.load(_from(delta, b, first, T, h, H, 1) + index * H, mask=live, other=0.0)
+            q_t = load_tile(head_rows(q, b, first, T, h, H, D), index, H * D, channel, D, live)
+            do_t = load_tile(head_rows(do, b, first, T, h, H, Dv), index, H * Dv, value_channel, Dv, live)
+            log = tl.load(head_rows(log_sum, b, first, T, h, H, 1) + index * H, mask=live, other=float("inf"))
+            delta_t = tl.load(head_rows(delta, b, first, T, h, H, 1) + index * H, mask=live, other=0.0)
             factor = _scale(scales, scale, b, T, query, live)
             weights = tl.exp2(dot(k_t, tl.trans(q_t), PRECISION) * (factor * LOG2_E)[None, :] - log[None, :])
             seen = (key < n)[:, None]
@@ -356,12 +343,12 @@ def _key_kernel(
 
     inside = (key < S)[:, None]
     tl.store(
-        _from(dk, b, block * KEYS, S, g, G, D) + row[:, None] * (G * D) + channel[None, :],
+        head_rows(dk, b, block * KEYS, S, g, G, D) + row[:, None] * (G * D) + channel[None, :],
         dk_t.to(dk.dtype.element_ty),
         mask=inside & (channel < D)[None, :],
     )
     tl.store(
-        _from(dv, b, block * KEYS, S, g, G, Dv) + row[:, None] * (G * Dv) + value_channel[None, :],
+        head_rows(dv, b, block * KEYS, S, g, G, Dv) + row[:, None] * (G * Dv) + value_channel[None, :],
         dv_t.to(dv.dtype.element_ty),
         mask=inside & (value_channel < Dv)[None, :],
     )

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, refusal
 from ..common import check_lengths
 from .chunked import favor_attention_chunked
 from .reference import favor_attention_reference
 from .state import FavorState
 
 __all__ = ["FavorState", "favor_attention"]
+
+MAX_CHANNELS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}  # of a head, in the fused form
+
+
+def _fused(*arguments: Any) -> tuple[Tensor, FavorState | None]:
+    from .fused import favor_attention_fused  # imports Triton
+
+    return favor_attention_fused(*arguments)
+
+
+FORMS = {"chunked": favor_attention_chunked, "reference": favor_attention_reference, "fused": _fused}
 
 
 def favor_attention(
@@ -50,7 +62,7 @@ def favor_attention(
         output_final_state: return the state after `lengths` (or T) steps too (causal only). Gradients flow through
             its sums; its log_scale is a constant.
         lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
         o [B, T, H, Dv] in v's dtype, zero past `lengths`; with `output_final_state`, (o, `FavorState`), the state in
@@ -63,12 +75,9 @@ def favor_attention(
     """
     _check(q, k, v, projection, causal, initial_state, output_final_state)
     check_lengths("favor_attention", lengths, q.shape[0])
-    implementation = choose(
-        "favor_attention",
-        backend,
-        {"chunked": favor_attention_chunked, "reference": favor_attention_reference},
-        q.device,
-    )
+    learnt = "no kernel has a gradient of the projection" if projection.requires_grad else None
+    refused = refusal(q, k, v, channels=MAX_CHANNELS, also=learnt)
+    implementation = choose("favor_attention", backend, FORMS, q.device, refused)
     projection = projection.expand(q.shape[2], -1, -1)
     o, final_state = implementation(q, k, v, projection, causal, initial_state, lengths)
     return (o, final_state) if output_final_state else o

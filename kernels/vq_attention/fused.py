@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common import pad_channels, zero_padding
-from ..tiles import dot
+from ..tiles import dot, head_rows, load_tile
 from .state import VQState
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -68,19 +68,6 @@ CONFIGS = {
 
 
 @triton.jit
-def _rows(x, batch, first, length, head, heads, width):
-    """One head of x [batch, length, heads, width], from position `first` on. Past here, offsets are short."""
-    return x + ((batch * length + first) * heads + head) * width
-
-
-@triton.jit
-def _tile(x, row, stride, channel, width, read):
-    """[rows, channels]."""
-    at = row[:, None] * stride + channel[None, :]
-    return tl.load(x + at, mask=read[:, None] & (channel < width)[None, :], other=0.0)
-
-
-@triton.jit
 def _product(
     x, x_row, x_stride, x_read, y, y_row, y_stride, y_read, width,
     PRECISION: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
@@ -89,8 +76,8 @@ def _product(
     sums = tl.zeros([x_row.shape[0], y_row.shape[0]], tl.float32)
     for low in tl.range(0, width, CHANNELS, num_stages=STAGES):
         channel = low + tl.arange(0, CHANNELS)
-        x_t = _tile(x, x_row, x_stride, channel, width, x_read)
-        y_t = _tile(y, y_row, y_stride, channel, width, y_read)
+        x_t = load_tile(x, x_row, x_stride, channel, width, x_read)
+        y_t = load_tile(y, y_row, y_stride, channel, width, y_read)
         sums += dot(x_t, tl.trans(y_t), PRECISION)
     return sums
 
@@ -189,7 +176,7 @@ def _forward_kernel(
         known = code < S
         scores = _product(q, row, H * D, live, codebook, code, D, known, D, PRECISION, CHANNELS, STAGES)
         scores = scores * LOG2_E + tl.load(log_counts + cell * S + code, mask=known, other=float("-inf"))[None, :]
-        v_t = _tile(means + cell * S * Dv, code, Dv, value_channel, Dv, known)
+        v_t = load_tile(means + cell * S * Dv, code, Dv, value_channel, Dv, known)
         sums, m, total = _absorb(scores, v_t, sums, m, total, PRECISION)
 
     low_key, high_key = tl.maximum(begin, (block - 1) * L), tl.minimum(end, (block + 2) * L)
@@ -198,7 +185,7 @@ def _forward_kernel(
     for low in range(low_key, high_key, KEYS):
         key = low + column
         known = key < high_key
-        keys_t, values_t = _rows(keys, b, low, T, h, H, D), _rows(v, b, low, T, h, H, Dv)
+        keys_t, values_t = head_rows(keys, b, low, T, h, H, D), head_rows(v, b, low, T, h, H, Dv)
         scores = _product(q, row, H * D, live, keys_t, column, H * D, known, D, PRECISION, CHANNELS, STAGES)
         seen = live[:, None] & known[None, :]
         if CAUSAL:
@@ -208,20 +195,20 @@ def _forward_kernel(
             of_query = _by_offset(bias, bias_stride, b, start, T, h, H, offsets)
             scores += tl.load(of_query + at, mask=has, other=0.0).to(tl.float32)
         scores = tl.where(seen, scores * LOG2_E, float("-inf"))
-        v_t = _tile(values_t, column, H * Dv, value_channel, Dv, known)
+        v_t = load_tile(values_t, column, H * Dv, value_channel, Dv, known)
         sums, m, total = _absorb(scores, v_t, sums, m, total, PRECISION)
 
     any_seen = live & (total > 0)
     out = tl.where(any_seen[:, None], sums / tl.where(any_seen, total, 1.0)[:, None], 0.0)
     out_at = row[:, None] * (H * Dv) + value_channel[None, :]
     tl.store(
-        _rows(o, b, start, T, h, H, Dv) + out_at,
+        head_rows(o, b, start, T, h, H, Dv) + out_at,
         out.to(o.dtype.element_ty),
         mask=inside[:, None] & (value_channel < Dv)[None, :],
     )
     if chunk == 0:
         log = tl.where(any_seen, m + tl.log2(tl.where(any_seen, total, 1.0)), float("inf"))
-        tl.store(_rows(log_sum, b, start, T, h, H, 1) + row * H, log, mask=inside)
+        tl.store(head_rows(log_sum, b, start, T, h, H, 1) + row * H, log, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -268,8 +255,8 @@ def _query_kernel(
     q += ((b * T + start) * H + h) * D
     do += ((b * T + start) * H + h) * Dv
     codebook += h * S * D
-    log = tl.load(_rows(log_sum, b, start, T, h, H, 1) + row * H, mask=live, other=float("inf"))
-    delta_t = tl.load(_rows(delta, b, start, T, h, H, 1) + row * H, mask=live, other=0.0)
+    log = tl.load(head_rows(log_sum, b, start, T, h, H, 1) + row * H, mask=live, other=float("inf"))
+    delta_t = tl.load(head_rows(delta, b, start, T, h, H, 1) + row * H, mask=live, other=0.0)
     sums = tl.zeros([QUERIES, OUT], tl.float32)
 
     for low in range(0, tl.where(start < end, S, 0), KEYS):
@@ -281,7 +268,7 @@ def _query_kernel(
         means_t = means + cell * S * Dv
         d_weights = _product(do, row, H * Dv, live, means_t, code, Dv, known, Dv, PRECISION, CHANNELS, STAGES)
         d_scores = weights * (d_weights - delta_t[:, None])
-        sums += dot(d_scores, _tile(codebook, code, D, channel, D, known), PRECISION)
+        sums += dot(d_scores, load_tile(codebook, code, D, channel, D, known), PRECISION)
 
     low_key, high_key = tl.maximum(begin, (block - 1) * L), tl.minimum(end, (block + 2) * L)
     if CAUSAL:
@@ -289,7 +276,7 @@ def _query_kernel(
     for low in range(low_key, high_key, KEYS):
         key = low + column
         known = key < high_key
-        keys_t, values_t = _rows(keys, b, low, T, h, H, D), _rows(v, b, low, T, h, H, Dv)
+        keys_t, values_t = head_rows(keys, b, low, T, h, H, D), head_rows(v, b, low, T, h, H, Dv)
         scores = _product(q, row, H * D, live, keys_t, column, H * D, known, D, PRECISION, CHANNELS, STAGES)
         seen = live[:, None] & known[None, :]
         if CAUSAL:
@@ -303,11 +290,11 @@ def _query_kernel(
         d_scores = weights * (d_weights - delta_t[:, None])
         if d_bias is not None:
             at, has = _entry(row[:, None], query[:, None], key[None, :], seen, H * offsets, offsets, CAUSAL)
-            tl.store(_rows(d_bias, b, start, T, h, H, offsets) + at, d_scores, mask=has & (chunk == 0))
-        sums += dot(d_scores, _tile(keys_t, column, H * D, channel, D, known), PRECISION)
+            tl.store(head_rows(d_bias, b, start, T, h, H, offsets) + at, d_scores, mask=has & (chunk == 0))
+        sums += dot(d_scores, load_tile(keys_t, column, H * D, channel, D, known), PRECISION)
 
     tl.store(
-        _rows(dq, b, start, T, h, H, D) + row[:, None] * (H * D) + channel[None, :],
+        head_rows(dq, b, start, T, h, H, D) + row[:, None] * (H * D) + channel[None, :],
         sums.to(dq.dtype.element_ty),
         mask=inside[:, None] & (channel < D)[None, :],
     )
@@ -319,7 +306,7 @@ def _weights_of_keys(
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What some queries, from position `low` on, give to keys in their window: [keys, queries]."""
-    q_t = _rows(q, b, low, T, h, H, D)
+    q_t = head_rows(q, b, low, T, h, H, D)
     scores = _product(keys, column, H * D, known, q_t, row, H * D, live, D, PRECISION, CHANNELS, STAGES)
     seen = known[:, None] & live[None, :]
     if CAUSAL:
@@ -328,7 +315,7 @@ def _weights_of_keys(
         at, has = _entry(row[None, :], query[None, :], key[:, None], seen, bias_stride, offsets, CAUSAL)
         of_query = _by_offset(bias, bias_stride, b, low, T, h, H, offsets)
         scores += tl.load(of_query + at, mask=has, other=0.0).to(tl.float32)
-    log = tl.load(_rows(log_sum, b, low, T, h, H, 1) + row * H, mask=live, other=float("inf"))
+    log = tl.load(head_rows(log_sum, b, low, T, h, H, 1) + row * H, mask=live, other=float("inf"))
     return tl.where(seen, tl.exp2(scores * LOG2_E - log[None, :]), 0.0)
 
 
@@ -381,13 +368,13 @@ def _key_kernel(
             q, keys, log_sum, bias, bias_stride, b, h, low, row, query, live, column, key, known, T, H, D, offsets,
             CAUSAL, PRECISION, CHANNELS, STAGES,
         )  # fmt: skip
-        do_t = _rows(do, b, low, T, h, H, Dv)
+        do_t = head_rows(do, b, low, T, h, H, Dv)
         d_weights = _product(v, column, H * Dv, known, do_t, row, H * Dv, live, Dv, PRECISION, CHANNELS, STAGES)
-        delta_t = tl.load(_rows(delta, b, low, T, h, H, 1) + row * H, mask=live, other=0.0)
-        q_t = _tile(_rows(q, b, low, T, h, H, D), row, H * D, channel, D, live)
+        delta_t = tl.load(head_rows(delta, b, low, T, h, H, 1) + row * H, mask=live, other=0.0)
+        q_t = load_tile(head_rows(q, b, low, T, h, H, D), row, H * D, channel, D, live)
         sums += dot(weights * (d_weights - delta_t[None, :]), q_t, PRECISION)
     tl.store(
-        _rows(dk, b, start, T, h, H, D) + column[:, None] * (H * D) + channel[None, :],
+        head_rows(dk, b, start, T, h, H, D) + column[:, None] * (H * D) + channel[None, :],
         sums.to(dk.dtype.element_ty),
         mask=inside[:, None] & (channel < D)[None, :],
     )
@@ -432,7 +419,7 @@ def _value_kernel(
     inside = (tile * KEYS + column < L) & (key < T)
     known = inside & (key >= begin) & (key < end)
     keys += ((b * T + start) * H + h) * D
-    code = tl.load(_rows(codes, b, start, T, h, H, 1) + column * H, mask=known, other=0).to(tl.int32)
+    code = tl.load(head_rows(codes, b, start, T, h, H, 1) + column * H, mask=known, other=0).to(tl.int32)
     of_code = outside + cell * S * Dv + code[:, None] * Dv + channel[None, :]
     sums = tl.load(of_code, mask=known[:, None] & in_channels, other=0.0)
 
@@ -445,10 +432,10 @@ def _value_kernel(
             q, keys, log_sum, bias, bias_stride, b, h, low, row, query, live, column, key, known, T, H, D, offsets,
             CAUSAL, PRECISION, CHANNELS, STAGES,
         )  # fmt: skip
-        do_t = _tile(_rows(do, b, low, T, h, H, Dv), row, H * Dv, channel, Dv, live)
+        do_t = load_tile(head_rows(do, b, low, T, h, H, Dv), row, H * Dv, channel, Dv, live)
         sums += dot(weights, do_t, PRECISION)
     tl.store(
-        _rows(dv, b, start, T, h, H, Dv) + column[:, None] * (H * Dv) + channel[None, :],
+        head_rows(dv, b, start, T, h, H, Dv) + column[:, None] * (H * Dv) + channel[None, :],
         sums.to(dv.dtype.element_ty),
         mask=inside[:, None] & in_channels,
     )
@@ -489,11 +476,11 @@ def _means_kernel(
     high_query = tl.minimum(end, (block + 1) * L)
     for low in range(tl.maximum(begin, block * L), high_query, QUERIES):
         live = low + row < high_query
-        q_t = _rows(q, b, low, T, h, H, D)
+        q_t = head_rows(q, b, low, T, h, H, D)
         scores = _product(codebook, code, D, known, q_t, row, H * D, live, D, PRECISION, CHANNELS, STAGES)
-        log = tl.load(_rows(log_sum, b, low, T, h, H, 1) + row * H, mask=live, other=float("inf"))
+        log = tl.load(head_rows(log_sum, b, low, T, h, H, 1) + row * H, mask=live, other=float("inf"))
         weights = tl.exp2(scores * LOG2_E + log_count[:, None] - log[None, :])
-        do_t = _tile(_rows(do, b, low, T, h, H, Dv), row, H * Dv, channel, Dv, live)
+        do_t = load_tile(head_rows(do, b, low, T, h, H, Dv), row, H * Dv, channel, Dv, live)
         sums += dot(weights, do_t, PRECISION)
     tl.store(
         d_means + cell * S * Dv + code[:, None] * Dv + channel[None, :],
@@ -530,9 +517,9 @@ def _sums_kernel(
     high_key = tl.minimum(end, (block + 1) * L)
     for low in tl.range(tl.maximum(begin, block * L), high_key, KEYS, num_stages=STAGES):
         known = low + column < high_key
-        found = tl.load(_rows(codes, b, low, T, h, H, 1) + column * H, mask=known, other=-1).to(tl.int32)
+        found = tl.load(head_rows(codes, b, low, T, h, H, 1) + column * H, mask=known, other=-1).to(tl.int32)
         member = code[:, None] == found[None, :]
-        v_t = _tile(_rows(v, b, low, T, h, H, Dv), column, H * Dv, channel, Dv, known)
+        v_t = load_tile(head_rows(v, b, low, T, h, H, Dv), column, H * Dv, channel, Dv, known)
         added += dot(tl.where(member, 1.0, 0.0), v_t, PRECISION)
         number += tl.sum(member.to(tl.int32), 1)
     known = code < S

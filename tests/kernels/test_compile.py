@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "operation", ["attention", "diagonal_scan", "gated_attention", "linear_attention", "vq_attention"]
+    "operation",
+    ["attention", "diagonal_scan", "favor_attention", "gated_attention", "linear_attention", "vq_attention"],
 )
 def test_compiles_without_a_gpu(operation, tmp_path):
     # In a process of its own: here the interpreter has taken the compiler's place.
