@@ -62,7 +62,7 @@ TILE, WIDE = (64, 64, 64, 64, 4, 2), (64, 64, 64, 64, 8, 2)  # with four warps, 
 # By the size of a number in bytes.
 CONFIGS = {
     80: {2: _configs_of((64, 64, 64, 128, 8, 2), WIDE, TILE, TILE, TILE), 4: FLOAT32},
-    90: {2: _configs_of((64, 64, 64, 128, 4, 2), TILE, TILE, TILE, TILE), 4: FLOAT32},
+    90: {2: _configs_of((64, 64, 64, 128, 4, 2), WIDE, TILE, TILE, TILE), 4: FLOAT32},
     100: {2: _configs_of((64, 64, 64, 128, 8, 2), (64, 32, 64, 64, 4, 2), WIDE, TILE, TILE), 4: FLOAT32},
 }
 
