@@ -52,20 +52,19 @@ TASKS = {
 
 SIZE = ("model.d_model=64", "model.num_layers=2")
 # Blocks and chunks of 32 are a quarter of a sequence, so that most answers come from the compressed part. A head of 64
-# channels has more of the rotations that tell neighbours apart. Positions added to the input would make many keys of
-# one symbol for VQ to tell apart; its relative terms find neighbours without them.
+# channels has more of the rotations that tell neighbours apart. FLASH is given positions in the embedding too, without
+# which it has nothing to count by.
 MODELS: dict[str, tuple[str, ...]] = {
     "transformer": ("model.num_heads=1",),
     "linear_transformer": (),
     "performer": (),
     "vq_transformer": (
-        "model.position=none",
         "model.blocks_per_layer=1",
         "model.block.block_len=32",
         "model.block.codebook_start=kmeans",
         "model.block.restart=0.5",
     ),
-    "flash": ("model.block.chunk_len=32", "model.block.key_dim=64"),
+    "flash": ("model.position=sinusoidal", "model.block.chunk_len=32", "model.block.key_dim=64"),
     "lru": (),
     "s4d": (),
 }
