@@ -119,6 +119,24 @@ def _entry(row, query, key, seen, stride, offsets, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _window_scores(
+    q, keys, bias, bias_stride, b, h, start, row, query, live, low, column, key, known, T, H, D, offsets,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Logits, to base 2, of the queries at `start` and the keys at `low` in their window, and which pairs there are."""
+    keys_t = head_rows(keys, b, low, T, h, H, D)
+    scores = _product(q, row, H * D, live, keys_t, column, H * D, known, D, PRECISION, CHANNELS, STAGES)
+    seen = live[:, None] & known[None, :]
+    if CAUSAL:
+        seen = seen & (key[None, :] <= query[:, None])
+    if bias is not None:
+        at, has = _entry(row[:, None], query[:, None], key[None, :], seen, bias_stride, offsets, CAUSAL)
+        of_query = _by_offset(bias, bias_stride, b, start, T, h, H, offsets)
+        scores += tl.load(of_query + at, mask=has, other=0.0).to(tl.float32)
+    return tl.where(seen, scores * LOG2_E, float("-inf")), seen
+
+
+@triton.jit
 def _absorb(scores, v_t, sums, m, total, PRECISION: tl.constexpr):
     """What some columns change of the weighted sum of values, the maximum and the sum of weights."""
     highest = tl.maximum(m, tl.max(scores, 1))
@@ -185,16 +203,11 @@ def _forward_kernel(
     for low in range(low_key, high_key, KEYS):
         key = low + column
         known = key < high_key
-        keys_t, values_t = head_rows(keys, b, low, T, h, H, D), head_rows(v, b, low, T, h, H, Dv)
-        scores = _product(q, row, H * D, live, keys_t, column, H * D, known, D, PRECISION, CHANNELS, STAGES)
-        seen = live[:, None] & known[None, :]
-        if CAUSAL:
-            seen = seen & (key[None, :] <= query[:, None])
-        if bias is not None:
-            at, has = _entry(row[:, None], query[:, None], key[None, :], seen, bias_stride, offsets, CAUSAL)
-            of_query = _by_offset(bias, bias_stride, b, start, T, h, H, offsets)
-            scores += tl.load(of_query + at, mask=has, other=0.0).to(tl.float32)
-        scores = tl.where(seen, scores * LOG2_E, float("-inf"))
+        scores, _ = _window_scores(
+            q, keys, bias, bias_stride, b, h, start, row, query, live, low, column, key, known, T, H, D, offsets,
+            CAUSAL, PRECISION, CHANNELS, STAGES,
+        )  # fmt: skip
+        values_t = head_rows(v, b, low, T, h, H, Dv)
         v_t = load_tile(values_t, column, H * Dv, value_channel, Dv, known)
         sums, m, total = _absorb(scores, v_t, sums, m, total, PRECISION)
 
@@ -276,22 +289,19 @@ def _query_kernel(
     for low in range(low_key, high_key, KEYS):
         key = low + column
         known = key < high_key
-        keys_t, values_t = head_rows(keys, b, low, T, h, H, D), head_rows(v, b, low, T, h, H, Dv)
-        scores = _product(q, row, H * D, live, keys_t, column, H * D, known, D, PRECISION, CHANNELS, STAGES)
-        seen = live[:, None] & known[None, :]
-        if CAUSAL:
-            seen = seen & (key[None, :] <= query[:, None])
-        if bias is not None:
-            at, has = _entry(row[:, None], query[:, None], key[None, :], seen, bias_stride, offsets, CAUSAL)
-            of_query = _by_offset(bias, bias_stride, b, start, T, h, H, offsets)
-            scores += tl.load(of_query + at, mask=has, other=0.0).to(tl.float32)
-        weights = tl.where(seen, tl.exp2(scores * LOG2_E - log[:, None]), 0.0)
+        scores, seen = _window_scores(
+            q, keys, bias, bias_stride, b, h, start, row, query, live, low, column, key, known, T, H, D, offsets,
+            CAUSAL, PRECISION, CHANNELS, STAGES,
+        )  # fmt: skip
+        values_t = head_rows(v, b, low, T, h, H, Dv)
+        weights = tl.exp2(scores - log[:, None])
         d_weights = _product(do, row, H * Dv, live, values_t, column, H * Dv, known, Dv, PRECISION, CHANNELS, STAGES)
         d_scores = weights * (d_weights - delta_t[:, None])
         if d_bias is not None:
             at, has = _entry(row[:, None], query[:, None], key[None, :], seen, H * offsets, offsets, CAUSAL)
             tl.store(head_rows(d_bias, b, start, T, h, H, offsets) + at, d_scores, mask=has & (chunk == 0))
-        sums += dot(d_scores, load_tile(keys_t, column, H * D, channel, D, known), PRECISION)
+        keys_t = load_tile(head_rows(keys, b, low, T, h, H, D), column, H * D, channel, D, known)
+        sums += dot(d_scores, keys_t, PRECISION)
 
     tl.store(
         head_rows(dq, b, start, T, h, H, D) + row[:, None] * (H * D) + channel[None, :],
