@@ -86,7 +86,7 @@ def learn(
     seed: int = 0,
     report: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Trains a model of `MODELS` on a task of `TASKS`: the best run's record, with its "accuracy" and the rates `tried`."""
+    """Trains a model of `MODELS` on a task of `TASKS`: the best run, with its "accuracy", and the rates `tried`."""
     runs: list[dict[str, Any]] = []
     for lr in learning_rates:
         runs.append(train(model, task, lr=lr, seed=seed, report=report))
