@@ -23,11 +23,9 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def place(step, n, DOWN: tl.constexpr):
-    """Where in memory a step of a pass over a sequence lies, from its end with `DOWN`. What is past the end stays."""
-    if DOWN:
-        step = tl.where(step < n, n - 1 - step, step)
-    return step.to(tl.int64)
+def place(step, n, down):
+    """Where in memory a step of a pass over a sequence lies, from its end if `down`. What is past the end stays."""
+    return tl.where(down & (step < n), n - 1 - step, step).to(tl.int64)
 
 
 @triton.jit
@@ -41,3 +39,13 @@ def load_tile(x, row, stride, channel, width, mask):
     """[rows, channels]."""
     at = row[:, None] * stride + channel[None, :]
     return tl.load(x + at, mask=mask[:, None] & (channel < width)[None, :], other=0.0)
+
+
+@triton.jit
+def absorb(scores, v_t, sums, m, total, PRECISION: tl.constexpr):
+    """What some columns change of the weighted sum of values, the maximum and the sum of weights; scores to base 2."""
+    highest = tl.maximum(m, tl.max(scores, 1))
+    level = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp2(scores - level[:, None])
+    fading = tl.exp2(m - level)
+    return sums * fading[:, None] + dot(weights, v_t, PRECISION), highest, total * fading + tl.sum(weights, 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common import pad_channels
-from ..tiles import dot, head_rows, load_tile
+from ..tiles import absorb, dot, head_rows, load_tile
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -109,13 +109,7 @@ def _absorb(
             if CAUSAL:
                 seen = seen & (key[None, :] <= here[:, None])
             scores = tl.where(seen, scores, float("-inf"))
-        highest = tl.maximum(m, tl.max(scores, 1))
-        level = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(scores - level[:, None])
-        fading = tl.exp2(m - level)
-        total = total * fading + tl.sum(weights, 1)
-        sums = sums * fading[:, None] + dot(weights, v_t, PRECISION)
-        m = highest
+        sums, m, total = absorb(scores, v_t, sums, m, total, PRECISION)
     return sums, m, total
 
 

@@ -84,12 +84,12 @@ def diagonal_scan(
     check_lengths("diagonal_scan", lengths, x.shape[0])
     if reverse not in (False, True, "both"):
         raise ValueError(f'diagonal_scan: reverse={reverse!r}; valid: False, True, "both"')
-    forms = BOTH if reverse == "both" else FORMS
-    implementation = choose("diagonal_scan", backend, forms, x.device, refusal(x, channels=CHANNELS))
+    refused = refusal(x, channels=CHANNELS)
     if reverse == "both":
         if initial_state is not None or output_final_state:
             raise ValueError("diagonal_scan: a state belongs to one direction; valid with it: reverse=False or True")
-        return implementation(x, a, lengths)
+        return choose("diagonal_scan", backend, BOTH, x.device, refused)(x, a, lengths)
+    implementation = choose("diagonal_scan", backend, FORMS, x.device, refused)
     h, final_state = implementation(x, a, initial_state, reverse, lengths)
     return (h, final_state) if output_final_state else h
 

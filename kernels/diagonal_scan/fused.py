@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import backends
 from ..common import accumulation_dtype
+from ..tiles import place
 from .operator import register
 
 MIN_CHUNK = 256  # steps: a shorter chunk costs more in passes than it gains in programs
@@ -83,18 +84,12 @@ def _row(tile, which):
 
 
 @triton.jit
-def _place(step, n, down):
-    """Where in memory a step of the recurrence lies. What is past the end stays."""
-    return tl.where(down & (step < n), n - 1 - step, step).to(tl.int64)
-
-
-@triton.jit
 def _coefficients(a, step, n, column, width, down, CONSTANT: tl.constexpr, BACKWARD: tl.constexpr, PARTS: tl.constexpr):
     """What multiplies the state at each step: a, and on the way back the conjugate of the step before's."""
     read = step - 1 if BACKWARD else step
     reads = (read >= 0) & (step < n)
     mask = reads[:, None] & (column < width)
-    row = read.to(tl.int64) * 0 if CONSTANT else _place(read, n, down) * width
+    row = read.to(tl.int64) * 0 if CONSTANT else place(read, n, down) * width
     ar, ai = _pairs(tl.load(a + row[:, None] + column, mask=mask, other=0.0).to(tl.float32), PARTS)
     ar, ai = tl.where(reads[:, None], ar, 1.0), tl.where(reads[:, None], ai, 0.0)
     return ar, -ai if BACKWARD else ai
@@ -156,7 +151,7 @@ def _scan_kernel(
     for first in tl.range(start, min(start + chunk_len, T), STEPS, num_stages=STAGES):
         step = first + tl.arange(0, STEPS)
         valid = step < n
-        row = _place(step, n, down)
+        row = place(step, n, down)
         mask = valid[:, None] & inside
         at = row[:, None] * width + column
         ur, ui = _pairs(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), PARTS)
@@ -179,7 +174,7 @@ def _scan_kernel(
             if BACKWARD:
                 # With the state that the step started from, the one of the step after on the way back.
                 reads = step + 1 < n
-                other = _place(step + 1, n, down)[:, None] * width + column
+                other = place(step + 1, n, down)[:, None] * width + column
                 hs = tl.load(h + sequence + other, mask=reads[:, None] & inside, other=0.0).to(tl.float32)
                 if initial is not None:
                     hs += tl.where((step + 1 == n)[:, None], h_first, 0.0)
@@ -198,7 +193,7 @@ def _scan_kernel(
             tl.store(da + state, _side_by_side(dr, di, PARTS), mask=inside)
         if after is not None and chunk == chunks - 1:
             if BACKWARD:  # through the first step of the recurrence, the last one here
-                row = n.to(tl.int64) * 0 if CONSTANT else _place(n - 1, n, down) * width
+                row = n.to(tl.int64) * 0 if CONSTANT else place(n - 1, n, down) * width
                 ar, ai = _pairs(tl.load(a + row + column, mask=inside & (n > 0), other=0.0).to(tl.float32), PARTS)
                 tr, ti = _product(ar, -ai, sr, si, PARTS)
                 sr, si = tl.where(n > 0, tr, sr), tl.where(n > 0, ti, si)

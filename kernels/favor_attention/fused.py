@@ -25,12 +25,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import backends
+from ..common import pad_channels
 from ..tiles import dot, head_rows, load_tile
 from .state import FavorState
 
@@ -835,10 +835,10 @@ def favor_attention_fused(
 ) -> tuple[Tensor, FavorState | None]:
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     Dv = v.shape[-1]
-    q, k, w, directions = (F.pad(x.to(dtype), (0, -x.shape[-1] % 16)) for x in (q, k, v, projection.detach()))
+    q, k, w, directions = (pad_channels(x.to(dtype)) for x in (q, k, v, projection.detach()))
     sums = norm = log_scale = None
     if initial_state is not None:
-        sums = F.pad(initial_state.sums[..., :-1].float(), (0, -Dv % 16))
+        sums = pad_channels(initial_state.sums[..., :-1].float())
         norm = initial_state.sums[..., -1].float()
         log_scale = initial_state.log_scale.detach().float()
     o, _, sums, norm, log_scale = _favor_attention(q, k, w, directions, sums, norm, log_scale, lengths, causal)

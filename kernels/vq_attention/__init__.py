@@ -16,6 +16,15 @@ from .state import VQState
 __all__ = ["VQState", "nearest_code", "vq_attention"]
 
 
+def _fused(*arguments: Any, **options: Any) -> Any:
+    from .fused import vq_attention_fused  # imports Triton
+
+    return vq_attention_fused(*arguments, **options)
+
+
+FORMS = {"chunked": vq_attention_chunked, "reference": vq_attention_reference, "fused": _fused}
+
+
 def vq_attention(
     q: Tensor,
     k: Tensor,
@@ -89,7 +98,7 @@ def vq_attention(
     run = choose(
         "vq_attention",
         backend,
-        {"chunked": vq_attention_chunked, "reference": vq_attention_reference, "fused": _fused},
+        FORMS,
         q.device,
         refusal(q, k, v, channels=CHANNELS),
     )
@@ -109,9 +118,3 @@ def vq_attention(
         lengths=lengths,
     )
     return (y, state) if output_final_state else y
-
-
-def _fused(*arguments: Any, **options: Any) -> Any:
-    from .fused import vq_attention_fused  # imports Triton
-
-    return vq_attention_fused(*arguments, **options)

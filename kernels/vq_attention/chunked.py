@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, valid_positions, without_autocast, zero_padding
-from .outside import read_outside, read_outside_backward
+from .outside import counts_outside, read_outside, read_outside_backward
 from .state import VQState
 
 
@@ -53,7 +53,7 @@ def vq_attention_chunked(
         return x.transpose(1, 2).unflatten(2, (-1, L))
 
     valid_b, codes_b = split(valid[..., None, None])[..., 0], split(codes[..., None])[..., 0]  # [B, 1 or H, N, L]
-    counts = _counts_outside(codes_b, valid_b, codebook.shape[1], causal)  # [B, H, N, S]
+    counts = counts_outside(_counts(codes_b, valid_b, codebook.shape[1]), causal)  # [B, H, N, S]
     past_sums = None
     if past is not None:
         counts, past_sums = counts + past.counts[:, :, None], past.sums.to(v.dtype)
@@ -77,16 +77,10 @@ def vq_attention_chunked(
     return zero_padding(y, lengths).to(out_dtype), state
 
 
-def _counts_outside(codes: Tensor, valid: Tensor, S: int, causal: bool) -> Tensor:
-    """How many keys outside each block's window have each code: int64 [B, H, N, S]."""
+def _counts(codes: Tensor, valid: Tensor, S: int) -> Tensor:
+    """How many keys of each block have each code: int64 [B, H, N, S]."""
     counts = codes.new_zeros(*codes.shape[:3], S)
-    counts.scatter_add_(-1, codes, valid.expand_as(codes).to(codes.dtype))
-    N = counts.shape[2]
-    edge = min(N, 2)
-    outside = F.pad(counts[:, :, : N - edge].cumsum(2), (0, 0, edge, 0))
-    if not causal:
-        outside += F.pad(counts[:, :, edge:].flip(2).cumsum(2).flip(2), (0, 0, 0, edge))
-    return outside
+    return counts.scatter_add_(-1, codes, valid.expand_as(codes).to(codes.dtype))
 
 
 # G = B H N, all the blocks there are. One batch axis keeps every product a single batched GEMM. Windows are views of

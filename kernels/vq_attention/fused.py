@@ -28,7 +28,8 @@ from torch import Tensor
 
 from .. import backends
 from ..common import pad_channels, zero_padding
-from ..tiles import dot, head_rows, load_tile
+from ..tiles import absorb, dot, head_rows, load_tile
+from .outside import counts_outside
 from .state import VQState
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -104,6 +105,15 @@ def _bounds(first, last, b, T):
 
 
 @triton.jit
+def _positions(block, tile, L, T, begin, end, SIZE: tl.constexpr):
+    """Of a tile of a block: where it starts, its positions, which of them are the tile's, and which of these valid."""
+    index = tile * SIZE + tl.arange(0, SIZE)
+    position = block * L + index
+    inside = (index < L) & (position < T)
+    return block * L + tile * SIZE, position, inside, inside & (position >= begin) & (position < end)
+
+
+@triton.jit
 def _by_offset(bias, bias_stride, b, start, T, h, H, offsets):
     """Where the biases of the query at `start` lie: of its own, or of its head if all queries have the same."""
     at = h * offsets + (b * T + start) * bias_stride
@@ -134,16 +144,6 @@ def _window_scores(
         of_query = _by_offset(bias, bias_stride, b, start, T, h, H, offsets)
         scores += tl.load(of_query + at, mask=has, other=0.0).to(tl.float32)
     return tl.where(seen, scores * LOG2_E, float("-inf")), seen
-
-
-@triton.jit
-def _absorb(scores, v_t, sums, m, total, PRECISION: tl.constexpr):
-    """What some columns change of the weighted sum of values, the maximum and the sum of weights."""
-    highest = tl.maximum(m, tl.max(scores, 1))
-    level = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp2(scores - level[:, None])
-    fading = tl.exp2(m - level)
-    return sums * fading[:, None] + dot(weights, v_t, PRECISION), highest, total * fading + tl.sum(weights, 1)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -179,12 +179,10 @@ def _forward_kernel(
     begin, end = _bounds(first, last, b, T)
     row, column = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     value_channel = chunk * OUT + tl.arange(0, OUT)
-    start = block * L + tile * QUERIES
-    query = start + row
-    inside = (tile * QUERIES + row < L) & (query < T)
-    live = inside & (query >= begin) & (query < end)
-    q += ((b * T + start) * H + h) * D
+    start, query, inside, live = _positions(block, tile, L, T, begin, end, QUERIES)
+    q = head_rows(q, b, start, T, h, H, D)
     codebook += h * S * D
+    means += cell * S * Dv
     sums = tl.zeros([QUERIES, OUT], tl.float32)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -194,8 +192,8 @@ def _forward_kernel(
         known = code < S
         scores = _product(q, row, H * D, live, codebook, code, D, known, D, PRECISION, CHANNELS, STAGES)
         scores = scores * LOG2_E + tl.load(log_counts + cell * S + code, mask=known, other=float("-inf"))[None, :]
-        v_t = load_tile(means + cell * S * Dv, code, Dv, value_channel, Dv, known)
-        sums, m, total = _absorb(scores, v_t, sums, m, total, PRECISION)
+        v_t = load_tile(means, code, Dv, value_channel, Dv, known)
+        sums, m, total = absorb(scores, v_t, sums, m, total, PRECISION)
 
     low_key, high_key = tl.maximum(begin, (block - 1) * L), tl.minimum(end, (block + 2) * L)
     if CAUSAL:
@@ -209,7 +207,7 @@ def _forward_kernel(
         )  # fmt: skip
         values_t = head_rows(v, b, low, T, h, H, Dv)
         v_t = load_tile(values_t, column, H * Dv, value_channel, Dv, known)
-        sums, m, total = _absorb(scores, v_t, sums, m, total, PRECISION)
+        sums, m, total = absorb(scores, v_t, sums, m, total, PRECISION)
 
     any_seen = live & (total > 0)
     out = tl.where(any_seen[:, None], sums / tl.where(any_seen, total, 1.0)[:, None], 0.0)
@@ -261,13 +259,11 @@ def _query_kernel(
     begin, end = _bounds(first, last, b, T)
     row, column = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     channel = chunk * OUT + tl.arange(0, OUT)
-    start = block * L + tile * QUERIES
-    query = start + row
-    inside = (tile * QUERIES + row < L) & (query < T)
-    live = inside & (query >= begin) & (query < end)
-    q += ((b * T + start) * H + h) * D
-    do += ((b * T + start) * H + h) * Dv
+    start, query, inside, live = _positions(block, tile, L, T, begin, end, QUERIES)
+    q = head_rows(q, b, start, T, h, H, D)
+    do = head_rows(do, b, start, T, h, H, Dv)
     codebook += h * S * D
+    means += cell * S * Dv
     log = tl.load(head_rows(log_sum, b, start, T, h, H, 1) + row * H, mask=live, other=float("inf"))
     delta_t = tl.load(head_rows(delta, b, start, T, h, H, 1) + row * H, mask=live, other=0.0)
     sums = tl.zeros([QUERIES, OUT], tl.float32)
@@ -278,8 +274,7 @@ def _query_kernel(
         scores = _product(q, row, H * D, live, codebook, code, D, known, D, PRECISION, CHANNELS, STAGES)
         log_count = tl.load(log_counts + cell * S + code, mask=known, other=float("-inf"))
         weights = tl.exp2(scores * LOG2_E + log_count[None, :] - log[:, None])
-        means_t = means + cell * S * Dv
-        d_weights = _product(do, row, H * Dv, live, means_t, code, Dv, known, Dv, PRECISION, CHANNELS, STAGES)
+        d_weights = _product(do, row, H * Dv, live, means, code, Dv, known, Dv, PRECISION, CHANNELS, STAGES)
         d_scores = weights * (d_weights - delta_t[:, None])
         sums += dot(d_scores, load_tile(codebook, code, D, channel, D, known), PRECISION)
 
@@ -361,12 +356,9 @@ def _key_kernel(
     begin, end = _bounds(first, last, b, T)
     row, column = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     channel = chunk * OUT + tl.arange(0, OUT)
-    start = block * L + tile * KEYS
-    key = start + column
-    inside = (tile * KEYS + column < L) & (key < T)
-    known = inside & (key >= begin) & (key < end)
-    keys += ((b * T + start) * H + h) * D
-    v += ((b * T + start) * H + h) * Dv
+    start, key, inside, known = _positions(block, tile, L, T, begin, end, KEYS)
+    keys = head_rows(keys, b, start, T, h, H, D)
+    v = head_rows(v, b, start, T, h, H, Dv)
     sums = tl.zeros([KEYS, OUT], tl.float32)
 
     low_query = start if CAUSAL else (block - 1) * L
@@ -424,11 +416,8 @@ def _value_kernel(
     row, column = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     channel = chunk * OUT + tl.arange(0, OUT)
     in_channels = (channel < Dv)[None, :]
-    start = block * L + tile * KEYS
-    key = start + column
-    inside = (tile * KEYS + column < L) & (key < T)
-    known = inside & (key >= begin) & (key < end)
-    keys += ((b * T + start) * H + h) * D
+    start, key, inside, known = _positions(block, tile, L, T, begin, end, KEYS)
+    keys = head_rows(keys, b, start, T, h, H, D)
     code = tl.load(head_rows(codes, b, start, T, h, H, 1) + column * H, mask=known, other=0).to(tl.int32)
     of_code = outside + cell * S * Dv + code[:, None] * Dv + channel[None, :]
     sums = tl.load(of_code, mask=known[:, None] & in_channels, other=0.0)
@@ -674,7 +663,7 @@ def _attention(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
-    counts = _counts_outside(counts.unflatten(0, (B, H)), causal)
+    counts = counts_outside(counts.unflatten(0, (B, H)), causal)
     if past_counts is not None:
         counts += past_counts[:, :, None]
     means = v.new_empty(B, H, N, S, Dv)
@@ -803,16 +792,6 @@ def _outside(
     _outside_kernel[(B * H * triton.cdiv(S * Dv, ADDED),)](
         *(x, share, start, scratch, out, whole, N, S, Dv), BEFORE=before, BEHIND=behind, GIVEN=given, BLOCK=ADDED
     )
-
-
-def _counts_outside(counts: Tensor, causal: bool) -> Tensor:
-    """How many keys outside each block's window have each code, from those of each block: int64 [B, H, N, S]."""
-    N = counts.shape[2]
-    edge = min(N, 2)
-    outside = F.pad(counts[:, :, : N - edge].cumsum(2), (0, 0, edge, 0))
-    if not causal:
-        outside += F.pad(counts[:, :, edge:].flip(2).cumsum(2).flip(2), (0, 0, 0, edge))
-    return outside
 
 
 def _share(counts: Tensor) -> Tensor:

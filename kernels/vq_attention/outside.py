@@ -12,6 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def counts_outside(counts: Tensor, causal: bool) -> Tensor:
+    """How many keys outside each block's window have each code, from those of each block: int64 [B, H, N, S]."""
+    N = counts.shape[2]
+    edge = min(N, 2)
+    outside = F.pad(counts[:, :, : N - edge].cumsum(2), (0, 0, edge, 0))
+    if not causal:
+        outside += F.pad(counts[:, :, edge:].flip(2).cumsum(2).flip(2), (0, 0, 0, edge))
+    return outside
+
+
 @torch.library.custom_op("seqzoo::vq_read_outside", mutates_args=())
 def read_outside(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -> Tensor:
     """Σ_j weights[codes_j] values_j over the keys j before a query's window and, if not causal, behind it.
