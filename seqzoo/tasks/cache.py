@@ -1,8 +1,9 @@
 """A folder of arrays per dataset, built once, checked when read, never half there.
 
 An entry is `<cache_dir>/<name>-<hash>/`, where the hash covers everything that shapes the data: `.npy` files and a
-`manifest.json` with what was asked for, facts about the data, and the size and SHA-256 of each file. It is written
-under another name and renamed when whole. A lock makes processes that ask at the same time build it once.
+`manifest.json` with what was asked for, where the data come from, facts about them, and the size and SHA-256 of each
+file. It is written under another name and renamed when whole. A lock makes processes that ask at the same time build it
+once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT = 1  # raise when what is stored, or how it is made, changes
+FORMAT = 2  # raise when what is stored, or how it is made, changes
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +29,21 @@ class Stored(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     facts: dict[str, Any]
+    source: str  # "generated", or the published files that were read
 
 
 class _Damaged(Exception):
     """An entry that is not what was written."""
 
 
-def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callable[[], Stored]) -> Stored:
+def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callable[[Path], Stored]) -> Stored:
     """The entry for `request`, built where there is none or where its files are damaged (which is logged).
 
     Args:
         request: everything that shapes the data, as JSON values.
-        build: makes the arrays; runs in one process at a time.
+        build: makes the arrays; runs in one process at a time. It is given a folder for work that takes long, made
+            when first used: what a build that was stopped left there is there for the next, and goes when the entry is
+            whole.
 
     Returns:
         The arrays memory-mapped; writing to them changes memory only, never the files.
@@ -59,7 +63,9 @@ def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callab
         except _Damaged as damage:
             log.warning("%s is damaged and will be built again: %s", entry, damage)
         if stored is None:
-            _save(entry, request, build())
+            work = cache_dir / f".{entry.name}.work"
+            _save(entry, request, build(work))
+            shutil.rmtree(work, ignore_errors=True)
             stored = _load(entry)
     assert stored is not None
     return stored
@@ -79,7 +85,7 @@ def _save(entry: Path, request: Mapping[str, Any], stored: Stored) -> None:
             "dtype": str(array.dtype),
             "shape": array.shape,
         }
-    manifest = {"request": request, "facts": stored.facts, "files": files}
+    manifest = {"request": request, "source": stored.source, "facts": stored.facts, "files": files}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     shutil.rmtree(entry, ignore_errors=True)
     partial.rename(entry)
@@ -97,7 +103,7 @@ def _load(entry: Path) -> Stored | None:
             if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
                 raise _Damaged(f"{filename} has changed since it was written")
             arrays[path.stem] = np.load(path, mmap_mode="c")
-        return Stored(arrays, manifest["facts"])
+        return Stored(arrays, manifest["facts"], manifest["source"])
     except (OSError, ValueError, KeyError) as error:
         raise _Damaged(str(error)) from error
 

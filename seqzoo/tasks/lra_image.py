@@ -48,7 +48,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     if config.max_length != PIXELS:
         raise ValueError(f"task {config.name}: max_length is {config.max_length}; a picture has {PIXELS} pixels, uncut")
 
-    def prepare() -> Stored:
+    def prepare(work: Path) -> Stored:
         return _prepare(provide(CIFAR_10, data_dir, cache_dir / "downloads"), **settings)
 
     stored = cached(cache_dir, config.name, settings, prepare)
@@ -74,7 +74,7 @@ def _prepare(folder: Path, *, val_fraction: float, split_seed: int) -> Stored:
         **split_arrays("val", pictures[val], labels[val], np.uint8),
         **split_arrays("test", test_pictures, test_labels, np.uint8),
     }
-    return Stored(arrays, {})
+    return Stored(arrays, {}, CIFAR_10.folder)
 
 
 def _read(folder: Path, files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,9 +20,10 @@ from .cache import Stored, cached
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
 from .listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, tokenise
+from .lra_release import released_folder
 from .sources import DataError
 
-FOLDERS = ("listops-1000", "lra_release/lra_release/listops-1000", "listops")
+FOLDER = "listops-1000"
 FILES = {"train": "basic_train.tsv", "val": "basic_val.tsv", "test": "basic_test.tsv"}
 GRAMMAR = ("max_depth", "max_args", "min_length", "length_bound")
 COUNTS = {"train": "num_train", "val": "num_val", "test": "num_test"}
@@ -54,13 +55,13 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         raise ValueError(f"task {config.name}: {counts} rows; each split needs at least one")
     changed = {name: settings[name] for name, published in PUBLISHED.items() if settings[name] != published}
 
-    released = None if changed else _released(data_dir)
+    released = None if changed else _released(data_dir, cache_dir)
     request: dict[str, Any] = {"max_length": config.max_length, **settings}
     if released is not None:
         stats = {split: path.stat() for split, path in released.items()}
         request["released"] = {split: [stat.st_size, stat.st_mtime_ns] for split, stat in stats.items()}
 
-    def prepare() -> Stored:
+    def prepare(work: Path) -> Stored:
         if released is not None:
             rows = {split: _read(path, counts[split]) for split, path in released.items()}
         else:
@@ -68,7 +69,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         arrays: dict[str, np.ndarray] = {}
         for split, (expressions, labels) in rows.items():
             arrays |= split_arrays(split, (_close(e, config.max_length) for e in expressions), labels, np.uint8)
-        return Stored(arrays, {})
+        return Stored(arrays, {}, "generated" if released is None else "lra_release/listops-1000")
 
     notes = ["released rows"] if released is not None else [f"{name} {value:,}" for name, value in changed.items()]
     if config.max_length < grammar.length_bound:
@@ -113,15 +114,13 @@ def _generate(
     return splits
 
 
-def _released(data_dir: Path | None) -> dict[str, Path] | None:
-    """The benchmark's own files, where `data_dir` has all three."""
-    if data_dir is None:
+def _released(data_dir: Path | None, cache_dir: Path) -> dict[str, Path] | None:
+    """The benchmark's own files, where there are all three."""
+    folder = released_folder(FOLDER, data_dir, cache_dir)
+    if folder is None:
         return None
-    for folder in FOLDERS:
-        paths = {split: data_dir / folder / filename for split, filename in FILES.items()}
-        if all(path.is_file() for path in paths.values()):
-            return paths
-    return None
+    paths = {split: folder / filename for split, filename in FILES.items()}
+    return paths if all(path.is_file() for path in paths.values()) else None
 
 
 def _read(path: Path, count: int) -> tuple[list[np.ndarray], np.ndarray]:

@@ -46,7 +46,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     """
     settings = config.settings("val_fraction", "split_seed", "min_frequency")
 
-    def prepare() -> Stored:
+    def prepare(work: Path) -> Stored:
         folder = provide(ACL_IMDB, data_dir, cache_dir / "downloads")
         return _prepare(folder, config.max_length, **settings)
 
@@ -87,7 +87,7 @@ def _prepare(folder: Path, max_length: int, *, val_fraction: float, split_seed: 
         **split_arrays("val", [tokens(texts[i]) for i in val], labels[val], dtype),
         **split_arrays("test", map(tokens, test_texts), test_labels, dtype),
     }
-    return Stored(arrays, {"symbols": symbols})
+    return Stored(arrays, {"symbols": symbols}, ACL_IMDB.folder)
 
 
 def _read(folder: Path, max_characters: int) -> tuple[list[np.ndarray], np.ndarray]:

@@ -23,9 +23,9 @@ class Builder:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self) -> Stored:
+    def __call__(self, work: Path) -> Stored:
         self.calls += 1
-        return Stored({"x": np.arange(1000)}, {"symbols": ["a", "é"]})
+        return Stored({"x": np.arange(1000)}, {"symbols": ["a", "é"]}, "generated")
 
 
 def test_builds_once_and_maps_the_files(tmp_path):
@@ -37,7 +37,8 @@ def test_builds_once_and_maps_the_files(tmp_path):
         assert stored.facts == {"symbols": ["a", "é"]}
     assert build.calls == 1
     manifest = json.loads((entry_of(tmp_path / "new") / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["request"] == {"format": 1, "name": "toy", "length": 3}
+    assert manifest["request"] == {"format": 2, "name": "toy", "length": 3}
+    assert manifest["source"] == "generated"
     assert manifest["files"]["x.npy"]["shape"] == [1000]
 
 
@@ -87,13 +88,29 @@ def test_damage_is_said_and_repaired(tmp_path, caplog, damage):
 
 
 def test_a_failed_build_leaves_no_entry(tmp_path):
-    def fail() -> Stored:
+    def fail(work: Path) -> Stored:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
         cached(tmp_path, "toy", {}, fail)
     assert list(tmp_path.glob("toy-*")) == []
     assert cached(tmp_path, "toy", {}, Builder()).arrays["x"][5] == 5
+
+
+def test_a_build_that_was_stopped_finds_its_work_again(tmp_path):
+    def stopped(work: Path) -> Stored:
+        work.mkdir()
+        (work / "half").write_text("done")
+        raise KeyboardInterrupt
+
+    def resumed(work: Path) -> Stored:
+        assert (work / "half").read_text() == "done"
+        return Builder()(work)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, "toy", {}, stopped)
+    assert cached(tmp_path, "toy", {}, resumed).arrays["x"][5] == 5
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith((".work", ".partial"))] == []
 
 
 def test_what_a_killed_process_left_is_not_taken(tmp_path):
@@ -114,10 +131,10 @@ from seqzoo.tasks.cache import Stored, cached
 
 folder, me = Path(sys.argv[1]), sys.argv[2]
 
-def build():
+def build(work):
     print("built")
     time.sleep(0.5)
-    return Stored({"x": np.arange(10)}, {})
+    return Stored({"x": np.arange(10)}, {}, "generated")
 
 (folder / me).touch()
 while len(list(folder.glob("process-*"))) < 2:
