@@ -2,6 +2,7 @@
 
     python benchmarks/compile.py                       all of them, into results/compile.md and compile.json
     python benchmarks/compile.py --only diagonal_scan  one operation
+    python benchmarks/compile.py --cover               a third of them, in which every setting still occurs
 
 The operations run on tensors without data while launches are noted down in place of being made: what is compiled is
 what a GPU would be given, with the same alignment. Each is then compiled for the architectures of `ARCHITECTURES`. A
@@ -110,6 +111,20 @@ def noting(architecture: int) -> Iterator[list[Launch]]:
     ):
         yield found
     found += launches
+
+
+def covering(launches: list[Launch]) -> list[Launch]:
+    """Some of them, in which each kernel still has every type of argument, constant and option that it has in all."""
+
+    def settings(launch: Launch) -> set[tuple[Any, ...]]:
+        return {(launch.kernel, *setting) for setting in (*launch.types, *launch.constants, *launch.options)}
+
+    wanted = set().union(*map(settings, launches))
+    chosen = []
+    while wanted:
+        chosen.append(max(launches, key=lambda launch: len(settings(launch) & wanted)))
+        wanted -= settings(chosen[-1])
+    return chosen
 
 
 # What there is to compile: an operation, a launch of it, an architecture. Processes inherit it: kernels do not travel.
@@ -339,6 +354,7 @@ def table(rows: list[Compiled]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted(CALLS))
+    parser.add_argument("--cover", action="store_true", help="compile a few in which every setting occurs")
     parser.add_argument("--out", type=Path, help="folder for compile.md and compile.json", default=Path("results"))
     options = parser.parse_args()
 
@@ -348,7 +364,8 @@ def main() -> int:
                 with noting(architecture) as launches:
                     for call in calls():
                         call()
-                WORK.extend((operation, launch, architecture) for launch in launches)
+                chosen = covering(launches) if options.cover else launches
+                WORK.extend((operation, launch, architecture) for launch in chosen)
     with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
         rows = list(pool.map(compiled, range(len(WORK))))
     faults = [f"{r.kernel} on sm_{r.architecture} {wrong(r)}: {r.configuration}" for r in rows if wrong(r)]
