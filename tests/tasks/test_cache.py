@@ -322,7 +322,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_manifest_is_the_one_written_or_damaged(manifest):
     with tempfile.TemporaryDirectory() as folder:
@@ -333,7 +333,7 @@ def test_any_manifest_is_the_one_written_or_damaged(manifest):
         assert build.calls == 2
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 128 + 999), st.integers(1, 255))
 def test_any_changed_byte_is_seen(position, change):
     with tempfile.TemporaryDirectory() as folder:
