@@ -19,7 +19,7 @@ from ..spec import TaskSpec
 from .cache import Stored, cached
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
-from .listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, tokenise
+from .listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, evaluate, tokenise
 from .lra_release import released_folder
 from .sources import DataError
 
@@ -86,6 +86,15 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     )
     stored = cached(cache_dir, config.name, request, prepare)
     return assemble(spec, stored.arrays, note=", ".join(notes), symbols=SYMBOLS)
+
+
+def answer(tokens: np.ndarray, spec: TaskSpec) -> int | None:
+    """What an expression is worth, as ids with <eos>; None where it may have been cut.
+
+    Raises:
+        ValueError: it is not a well-formed expression.
+    """
+    return evaluate(tokens[:-1]) if len(tokens) < spec.max_length else None
 
 
 def _close(expression: np.ndarray, max_length: int) -> np.ndarray:
