@@ -162,7 +162,7 @@ def _show(task: Task, n: int, name: str, out: Path | None) -> int:
         path = out or Path(f"{task.spec.name}-{name}.png")
         try:
             save_sheet(task, name, examples, path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return _fail(f"--out {path}: {error}", MISUSED)
         print(path)
         return 0

@@ -39,7 +39,7 @@ def decode(tokens: np.ndarray, symbols: Sequence[str]) -> str:
 
 
 def save_sheet(task: Task, name: str, examples: Sequence[int], path: Path) -> None:
-    """Draw examples of the split `name` with their labels: pictures where they are square, and curves where not.
+    """Draw examples of the split `name` with their labels: pictures where they are square, curves where not.
 
     Raises:
         ValueError: the file's ending names no kind of picture.
@@ -57,7 +57,9 @@ def save_sheet(task: Task, name: str, examples: Sequence[int], path: Path) -> No
     for panel, example in zip(panels, examples, strict=False):
         (sequence,) = sequences(split, example)
         side = math.isqrt(len(sequence))
-        if side * side == len(sequence):
+        if (
+            side * side == len(sequence) == task.spec.max_length and task.spec.vocab_size <= 256
+        ):  # sound has more levels
             picture = sequence.reshape(side, side, -1)
             picture = picture[..., 0] if picture.shape[-1] == 1 else picture
             panel.imshow(picture, cmap="gray", vmin=0, vmax=task.spec.vocab_size - 1, interpolation="nearest")

@@ -5,29 +5,13 @@ import os
 import numpy as np
 import pytest
 import torch
+from task_configs import small_listops
 
-from seqzoo.tasks import DataError, TaskConfig, build_task, lra_listops
+from seqzoo.tasks import DataError, build_task, lra_listops
 from seqzoo.tasks.listops_generator import generate
 from seqzoo.tasks.listops_grammar import EOS, SYMBOLS, Grammar, evaluate, tokenise
 
 SMALL = Grammar(max_depth=5, max_args=10, min_length=20, length_bound=200)
-
-
-def small_config(**changes) -> TaskConfig:
-    settings = {
-        "name": "lra_listops",
-        "max_length": 256,
-        "mask_ratio": 0.1,
-        "max_depth": 5,
-        "max_args": 10,
-        "min_length": 20,
-        "length_bound": 200,
-        "num_train": 300,
-        "num_val": 40,
-        "num_test": 50,
-        "generator_seed": 0,
-    }
-    return TaskConfig(**(settings | changes))
 
 
 def draw(num_rows: int, grammar: Grammar = SMALL, *, seed: int = 0, workers: int | None = 1):
@@ -132,7 +116,7 @@ def test_grammars_that_draw_nothing(settings, message):
 
 
 def test_the_task(tmp_path):
-    task = build_task(small_config(), data_dir=None, cache_dir=tmp_path)
+    task = build_task(small_listops(), data_dir=None, cache_dir=tmp_path)
     assert [len(split) for split in (task.train, task.val, task.test)] == [300, 40, 50]
     assert (task.spec.vocab_size, task.spec.num_classes, task.spec.mask_id, task.spec.pad_id) == (19, 10, 0, 1)
     assert task.train.values.dtype == torch.uint8
@@ -149,18 +133,18 @@ def test_the_task(tmp_path):
 
 def test_the_same_task_from_the_cache_and_from_other_workers(tmp_path):
     values = [
-        build_task(small_config(workers=workers), data_dir=None, cache_dir=tmp_path / cache).train.values
+        build_task(small_listops(workers=workers), data_dir=None, cache_dir=tmp_path / cache).train.values
         for workers, cache in ((1, "a"), (2, "a"), (2, "b"))
     ]
     assert torch.equal(values[0], values[1])
     assert torch.equal(values[0], values[2])
     assert len(list((tmp_path / "a").glob("lra_listops-*"))) == 1
-    other_seed = build_task(small_config(generator_seed=1), data_dir=None, cache_dir=tmp_path / "a")
+    other_seed = build_task(small_listops(generator_seed=1), data_dir=None, cache_dir=tmp_path / "a")
     assert not torch.equal(values[0][:1000], other_seed.train.values[:1000])
 
 
 def test_cut_expressions_are_noted(tmp_path):
-    task = build_task(small_config(max_length=64), data_dir=None, cache_dir=tmp_path)
+    task = build_task(small_listops(max_length=64), data_dir=None, cache_dir=tmp_path)
     assert "expressions cut to 64 symbols" in task.note
     assert task.train.lengths.max() == 64
     assert (task.train.values[task.train.offsets[1:] - 1] == EOS).all()
@@ -169,7 +153,7 @@ def test_cut_expressions_are_noted(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [({"num_val": 0}, "at least one"), ({"workers": 0}, "workers is 0")])
 def test_settings_out_of_range(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        build_task(small_config(**change), data_dir=None, cache_dir=tmp_path)
+        build_task(small_listops(**change), data_dir=None, cache_dir=tmp_path)
 
 
 @pytest.fixture
@@ -182,7 +166,7 @@ def released(tmp_path, monkeypatch):
     for i, name in enumerate(("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")):
         rows = [f"( ( ( [MAX {i} ) {n} ) ] )\t{max(i, n)}" for n in range(4)]
         (folder / name).write_text("\n".join(["Source\tTarget", *rows]) + "\n")
-    config = small_config(**{k: v for k, v in lra_listops.PUBLISHED.items() if k != "name"}, max_length=2048)
+    config = small_listops(**{k: v for k, v in lra_listops.PUBLISHED.items() if k != "name"}, max_length=2048)
     return folder, config, tmp_path
 
 
