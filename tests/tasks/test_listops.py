@@ -3,10 +3,15 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from task_configs import small_listops
 
 from seqzoo.tasks import DataError, build_task, lra_listops
@@ -203,12 +208,17 @@ def test_changed_files_are_read_anew(released):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text.replace("Source", "Sauce"), r"basic_train\.tsv: the header is 'Sauce\\tTarget'"),
+        (lambda text: text.replace("Source", "Sauce"), r"basic_train\.tsv: the header is b'Sauce\\tTarget'"),
         (lambda text: text.replace("\t2", " 2"), r"basic_train\.tsv, row 4: expected an expression, a tab and a digit"),
+        (
+            lambda text: text.replace("\t2", "\t12"),
+            r"basic_train\.tsv, row 4: expected an expression, a tab and a digit",
+        ),
+        (lambda text: text.replace("[MAX 0 ) 1", "[MÄX 0 ) 1"), r"basic_train\.tsv, row 3: 'ascii' codec can't decode"),
         (lambda text: text.replace("[MAX 0 ) 1", "[MUX 0 ) 1"), r"basic_train\.tsv, row 3: '\[MUX' is no symbol"),
         (lambda text: text[: text.rindex("(")].rsplit("\n", 1)[0], r"basic_train\.tsv holds 3 rows, expected 4"),
     ],
-    ids=["header", "label", "symbol", "cut"],
+    ids=["header", "label", "two digits", "no ASCII", "symbol", "cut"],
 )
 def test_damaged_rows_are_named(released, damage, message):
     folder, config, tmp_path = released
@@ -216,6 +226,27 @@ def test_damaged_rows_are_named(released, damage, message):
     path.write_text(damage(path.read_text()))
     with pytest.raises(DataError, match=message):
         build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
+def test_a_missing_file_is_named(released):
+    folder, config, tmp_path = released
+    (folder / "basic_val.tsv").unlink()
+    with pytest.raises(DataError, match=r"basic_val\.tsv is missing\.\nPut it there; without the folder, rows are gen"):
+        build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.binary() | st.lists(st.sampled_from([*SYMBOLS, "(", ")", "\t", "\n", "\r", "é"])).map(" ".join).map(str.encode)
+)
+def test_any_rows_are_read_or_refused(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "basic_train.tsv")
+        path.write_bytes(b"Source\tTarget\n" + content)
+        with suppress(DataError):
+            expressions, labels = lra_listops._read(path, 1)
+            assert (len(expressions), len(labels)) == (1, 1)
+            assert 0 <= labels[0] <= 9
 
 
 @pytest.fixture(scope="module")
