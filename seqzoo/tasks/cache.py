@@ -32,7 +32,7 @@ from .. import __version__
 from .sources import DataError, unwritable
 
 FORMAT = 3  # raise when what is stored, or how it is made, changes
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, None)  # None: NumPy's own, of a file that was written in part
 DATED_BACK = 60  # seconds: more than the coarsest clock of a file system
 
 log = logging.getLogger(__name__)
@@ -130,10 +130,10 @@ def lock(path: Path) -> IO[str]:
 
     file = path.open("w")
     try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("waiting for another process, which has %s", path)
         fcntl.flock(file, fcntl.LOCK_EX)
-    except BaseException:
-        file.close()
-        raise
     return file
 
 

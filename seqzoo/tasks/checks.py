@@ -31,7 +31,7 @@ def verify(task: Task) -> Verdict:
 
     Ids and intensities, labels and counts are in range; sequences fill the values without a gap; no token is <mask> or
     <pad>; labels follow from their sequences, in a sample. An example that is in two splits is a fault of generated
-    data and noted of published data, which are what they are.
+    data in a cache, and noted of others, which are what they are.
 
     Raises:
         DataError: the entry is damaged; says what to delete.
@@ -55,7 +55,7 @@ def verify(task: Task) -> Verdict:
             faults += [f"{name}: {fault}" for fault in _wrong_labels(split)]
         notes.append(f"{name}: {len(split):,} examples, {len(split.values):,} values")
     shared = _shared(splits)
-    (faults if source in ("generated", "made on the fly") else notes).extend(shared)
+    (faults if source == "generated" else notes).extend(shared)
     if task.spec.name in ANSWERS:
         notes.append(f"labels of up to {SAMPLED:,} examples a split worked out anew")
     return Verdict(faults, notes)

@@ -84,6 +84,7 @@ def test_pixels_pairs_and_arrays_in_memory():
         val=(pairs[:1], [0]),
         test=([[[1], [1]]], [1]),
     )
-    assert verify(task).faults == ["1 example of val in train too, such as example 0, 0 there"]
+    assert verify(task).faults == []
+    assert verify(task).notes[-1] == "1 example of val in train too, such as example 0, 0 there"
     (fault,) = verify(changed(task, "test", "values", 1, 99)).faults[:1]
     assert fault.startswith("test: 99 in example 0; valid")

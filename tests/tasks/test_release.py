@@ -7,6 +7,8 @@ import json
 import os
 import tarfile
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,24 @@ def test_the_archive_is_read_in_one_pass(place, monkeypatch):
 
     monkeypatch.setattr(gzip._GzipReader, "_rewind", rewind)
     assert files_of(find("tsv_data", place)) == {"new_aan_pairs.train.tsv": LARGE}
+
+
+def test_two_that_ask_at_once_unpack_once(place, monkeypatch, caplog):
+    opened = []
+    open_gzip = gzip.open
+
+    def open_slowly(*args):
+        opened.append(args)
+        time.sleep(0.3)
+        return open_gzip(*args)
+
+    monkeypatch.setattr(gzip, "open", open_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda folder: find(folder, place), ["tsv_data"] * 2))
+    assert folders[0] == folders[1]
+    assert files_of(folders[0]) == {"new_aan_pairs.train.tsv": LARGE}
+    assert len(opened) == 1
+    assert "waiting for another process" in caplog.text
 
 
 def partial_of(place: Path) -> Path:
