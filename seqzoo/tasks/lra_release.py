@@ -39,8 +39,9 @@ def released_folder(folder: str, data_dir: Path | None, cache_dir: Path) -> Path
     """Where `folder` of the release is, such as "tsv_data" or "pathfinder32/curv_contour_length_14"; None if nowhere.
 
     Under `data_dir`, on its own or where the archive unpacks to; or unpacked earlier, or now, into `cache_dir`, of the
-    archive in `data_dir`. Unpacking takes minutes, shows how far it is, and ends by printing the number of files, their
-    bytes and a SHA-256 of them all: that of lines `<SHA-256>  <name>`, as `sha256sum` prints them, sorted by name.
+    archive in `data_dir`. Without a `data_dir` it is nowhere: what can be generated is. Unpacking takes minutes, shows
+    how far it is, and ends by printing the number of files, their bytes and a SHA-256 of them all: that of lines
+    `<SHA-256>  <name>`, as `sha256sum` prints them, sorted by name.
 
     Raises:
         DataError: the archive is truncated or damaged, a member would land outside the folder or is no plain file, or
@@ -89,9 +90,10 @@ def _unpack(archive: Path, folder: str, unpacked: Path) -> None:
     total = 0
     with _reading(archive) as members:
         for member, content in members:
-            inside = member.name.removeprefix("./").removeprefix(ROOT)
-            if inside == member.name:
+            full = member.name.removeprefix("./")
+            if not full.startswith(ROOT):
                 continue
+            inside = full.removeprefix(ROOT)
             if member.isfile():
                 files[inside.rpartition("/")[0]] += 1
             if inside.startswith(f"{folder}/") and not member.isdir():
@@ -131,7 +133,11 @@ def _reading(archive: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes
     """
     from rich.progress import Progress
 
-    with archive.open("rb") as raw, Progress(console=_console(), transient=True) as progress:
+    try:
+        raw = archive.open("rb")
+    except OSError as error:
+        raise DataError(f"{archive} cannot be read: {error.strerror}") from error
+    with raw, Progress(console=_console(), transient=True) as progress:
         bar = progress.add_task(f"reading {archive.name}", total=archive.stat().st_size)
         try:
             with gzip.open(raw) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:

@@ -106,7 +106,8 @@ def _download(archive: Archive, looked_in: list[Path]) -> Path:
         )
     except (OSError, ValueError) as error:  # no network or no such page; another checksum
         places = ", ".join(str(place.resolve()) for place in looked_in)
-        raise MissingData(
+        kind = MissingData if isinstance(error, OSError) else DataError
+        raise kind(
             f"no {archive.folder} (looked in {places}), and {archive.url} could not be downloaded: {error}\n"
             "Any one of these will do:\n"
             "  - run again with network access: it is downloaded and checked by itself\n"

@@ -9,13 +9,14 @@ import tarfile
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqzoo.tasks import DataError
+from seqzoo.tasks import DataError, lra_release
 from seqzoo.tasks.lra_release import CHUNK, not_released, released_folder
 
 INNER = "lra_release/lra_release"
@@ -239,10 +240,22 @@ def test_hostile_members(place, member):
     assert find("listops-1000", place) is not None  # what is elsewhere does no harm here
 
 
-def test_absolute_names_are_nowhere(place):
-    hostile = regular(f"/{INNER}/tsv_data/evil", b"x")
-    (place / "data" / "lra_release.gz").write_bytes(gzip.compress(tar_bytes([*RELEASE, hostile]), 1))
+@pytest.mark.parametrize(
+    "name", [f"/{INNER}/tsv_data/evil", "./tsv_data/evil", "./lra_release/tsv_data/evil", "tsv_data/evil"]
+)
+def test_names_elsewhere_are_not_read(place, name):
+    (place / "data" / "lra_release.gz").write_bytes(gzip.compress(tar_bytes([*RELEASE, regular(name, b"x")]), 1))
     assert list(files_of(find("tsv_data", place))) == ["new_aan_pairs.train.tsv"]
+
+
+def test_an_archive_that_cannot_be_read(place, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(place), "open", refuse)
+    monkeypatch.setattr(lra_release, "lock", lambda path: nullcontext())
+    with pytest.raises(DataError, match=r"lra_release\.gz cannot be read: Permission denied"):
+        find("tsv_data", place)
 
 
 def test_a_file_that_is_a_folder_too(place):
