@@ -7,13 +7,15 @@ from pathlib import Path
 
 from . import lra_image, lra_listops, lra_text
 from .arrays import from_arrays
+from .cache import default_folder
 from .config import TaskConfig
 from .data import Split, Task, epoch_order, stratified
-from .sources import DataError
+from .sources import DataError, MissingData
 
 __all__ = [
     "TASKS",
     "DataError",
+    "MissingData",
     "Split",
     "Task",
     "TaskConfig",
@@ -30,12 +32,12 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 
 
-def build_task(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Path | str) -> Task:
+def build_task(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Path | str | None) -> Task:
     """The task `config` names: from the cache, or built from data under `data_dir`, a download, or a generator.
 
     Args:
         data_dir: where the published folders or archives are, as their publishers lay them out; only read.
-        cache_dir: where downloads and tokenised data are kept.
+        cache_dir: where downloads and tokenised data are kept; None takes the user's cache folder.
 
     Raises:
         ValueError: there is no such task, or a key of `config` does not suit it.
@@ -46,5 +48,5 @@ def build_task(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Pa
     return TASKS[config.name](
         config,
         data_dir=None if data_dir is None else Path(data_dir).expanduser(),
-        cache_dir=Path(cache_dir).expanduser(),
+        cache_dir=default_folder() if cache_dir is None else Path(cache_dir).expanduser(),
     )

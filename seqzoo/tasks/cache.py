@@ -1,25 +1,39 @@
 """A folder of arrays per dataset, built once, checked when read, never half there.
 
 An entry is `<cache_dir>/<name>-<hash>/`, where the hash covers everything that shapes the data: `.npy` files and a
-`manifest.json` with what was asked for, where the data come from, facts about them, and the size and SHA-256 of each
-file. It is written under another name and renamed when whole. A lock makes processes that ask at the same time build it
-once.
+`manifest.json` with what was asked for, where the data come from, facts about them, the examples in each split, the
+project's version, the size and SHA-256 of each file, and a SHA-256 of all that. It is written under another name and
+renamed when whole. A lock makes processes that ask at the same time build it once; reading takes none, so a folder that
+cannot be written serves what it holds.
+
+Hashing gigabytes takes longer than a short run, so opening hashes a file only where its size or its date is not the one
+the manifest gives. Files are dated a minute back when they are made: a later write shows, however soon it comes. A file
+that was copied without its date is hashed once and dated again. What changes bytes and leaves the date, such as a
+failing disk, is seen by `check`, which always hashes.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-FORMAT = 2  # raise when what is stored, or how it is made, changes
+from .. import __version__
+from .sources import DataError, unwritable
+
+FORMAT = 3  # raise when what is stored, or how it is made, changes
+FULL = (errno.ENOSPC, errno.EDQUOT, None)  # None: NumPy's own, of a file that was written in part
+DATED_BACK = 60  # seconds: more than the coarsest clock of a file system
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +50,11 @@ class _Damaged(Exception):
     """An entry that is not what was written."""
 
 
+def default_folder() -> Path:
+    """Where tokenised and generated data are kept unless a folder is named: the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqzoo"
+
+
 def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callable[[Path], Stored]) -> Stored:
     """The entry for `request`, built where there is none or where its files are damaged (which is logged).
 
@@ -43,68 +62,201 @@ def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callab
         request: everything that shapes the data, as JSON values.
         build: makes the arrays; runs in one process at a time. It is given a folder for work that takes long, made
             when first used: what a build that was stopped left there is there for the next, and goes when the entry is
-            whole.
+            whole. An array that is a whole `.npy` file in it, memory-mapped, becomes the entry's without being copied.
 
     Returns:
         The arrays memory-mapped; writing to them changes memory only, never the files.
+
+    Raises:
+        DataError: there is no such entry, and `cache_dir` cannot be written or has no room for it.
     """
-    request = {"format": FORMAT, "name": name, **request}
-    key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+    asked: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "name": name, **request}))
+    key = hashlib.sha256(_canonical(asked)).hexdigest()[:16]
     entry = cache_dir / f"{name}-{key}"
     stored = None
     with suppress(_Damaged):
-        stored = _load(entry)
+        stored = _load(entry, asked)
     if stored is not None:
         return stored
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(cache_dir / f".{entry.name}.lock"):
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        held = lock(cache_dir / f".{entry.name}.lock")
+    except OSError as error:
+        raise unwritable(cache_dir, error) from error
+    with held:
         try:
-            stored = _load(entry)  # another process may have built it while this one waited
+            stored = _load(entry, asked)  # another process may have built it while this one waited
         except _Damaged as damage:
             log.warning("%s is damaged and will be built again: %s", entry, damage)
         if stored is None:
             work = cache_dir / f".{entry.name}.work"
-            _save(entry, request, build(work))
+            _save(entry, asked, _build(build, work), work)
             shutil.rmtree(work, ignore_errors=True)
-            stored = _load(entry)
+            stored = _load(entry, asked)
     assert stored is not None
     return stored
 
 
-def _save(entry: Path, request: Mapping[str, Any], stored: Stored) -> None:
+def manifest_of(entry: Path) -> dict[str, Any]:
+    """The manifest of an entry.
+
+    Raises:
+        DataError: it is missing or not as it was written.
+    """
+    try:
+        return _manifest(entry)
+    except _Damaged as damage:
+        raise _broken(entry, damage) from damage
+
+
+def check(entry: Path) -> dict[str, Any]:
+    """Hash every file of an entry, whatever its date, and return the manifest.
+
+    Raises:
+        DataError: a file is missing or not as it was written.
+    """
+    manifest = manifest_of(entry)
+    for filename, expected in manifest["files"].items():
+        try:
+            _check_bytes(entry / filename, expected)
+        except _Damaged as damage:
+            raise _broken(entry, damage) from damage
+    return manifest
+
+
+def lock(path: Path) -> IO[str]:
+    """An open file that one process has at a time, until it closes it or dies."""
+    import fcntl  # POSIX only, so not where the module is imported
+
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("waiting for another process, which has %s", path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def _build(build: Callable[[Path], Stored], work: Path) -> Stored:
+    try:
+        return build(work)
+    except OSError as error:
+        if error.errno in FULL:
+            raise unwritable(work.parent, error) from error
+        raise
+
+
+def _save(entry: Path, request: dict[str, Any], stored: Stored, work: Path) -> None:
     partial = entry.with_name(f".{entry.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
-    files = {}
-    for name, array in stored.arrays.items():
-        path = partial / f"{name}.npy"
-        np.save(path, array)
-        files[path.name] = {
-            "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
-            "dtype": str(array.dtype),
-            "shape": array.shape,
+    date = int(time.time()) - DATED_BACK
+    try:
+        partial.mkdir()
+        files = {}
+        for name, array in stored.arrays.items():
+            path = partial / f"{name}.npy"
+            _write(path, array, work)
+            os.utime(path, (date, date))
+            files[path.name] = {
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+                "dtype": str(array.dtype),
+                "shape": array.shape,
+            }
+        manifest = {
+            "version": __version__,
+            "request": request,
+            "source": stored.source,
+            "examples": {
+                name.removesuffix("_labels"): len(array)
+                for name, array in stored.arrays.items()
+                if name.endswith("_labels")
+            },
+            "facts": stored.facts,
+            "dated": date,
+            "files": files,
         }
-    manifest = {"request": request, "source": stored.source, "facts": stored.facts, "files": files}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    shutil.rmtree(entry, ignore_errors=True)
-    partial.rename(entry)
+        manifest["sha256"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+        with (partial / "manifest.json").open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            _flush(file)
+        shutil.rmtree(entry, ignore_errors=True)
+        partial.rename(entry)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            needed = sum(array.nbytes for array in stored.arrays.values())
+            raise unwritable(entry.parent, error, needed=needed) from error
+        raise
 
 
-def _load(entry: Path) -> Stored | None:
+def _write(path: Path, array: np.ndarray, work: Path) -> None:
+    if (made := _made_in(work, array)) is not None:
+        with suppress(OSError):  # a file system without hard links
+            os.link(made, path)  # stays in `work` too, should this process be killed before the entry is whole
+            return
+    with path.open("wb") as file:
+        np.save(file, array)
+        _flush(file)
+
+
+def _made_in(work: Path, array: np.ndarray) -> Path | None:
+    """The file in `work` that holds `array` and nothing else, if it is the whole of one."""
+    if not isinstance(array, np.memmap) or array.mode == "c" or array.filename is None:
+        return None
+    made = Path(array.filename)
+    if made.parent.resolve() != work.resolve() or made.suffix != ".npy" or not array.flags.c_contiguous:
+        return None
+    array.flush()
+    whole = np.load(made, mmap_mode="r")
+    return made if (whole.shape, whole.dtype) == (array.shape, array.dtype) else None
+
+
+def _flush(file: IO[Any]) -> None:
+    """To the disk, or a power cut after the renaming could leave a whole-looking entry of zeros."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _load(entry: Path, request: dict[str, Any]) -> Stored | None:
     """The entry, None where there is none; raises _Damaged where it is not what was written."""
     if not entry.is_dir():
         return None
+    manifest = _manifest(entry)
+    if manifest["request"] != request:
+        raise _Damaged("it was made for another request")
+    date = manifest["dated"]
+    arrays = {}
+    for filename, expected in manifest["files"].items():
+        path = entry / filename
+        try:
+            stat = path.stat()
+            if (stat.st_size, stat.st_mtime_ns) != (expected["bytes"], date * 10**9):
+                _check_bytes(path, expected)
+                with suppress(OSError):  # in a folder that is only read
+                    os.utime(path, (date, date))
+            arrays[path.stem] = np.load(path, mmap_mode="c")
+        except (OSError, ValueError) as error:
+            raise _Damaged(str(error)) from error
+    return Stored(arrays, manifest["facts"], manifest["source"])
+
+
+def _manifest(entry: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-        arrays = {}
-        for filename, expected in manifest["files"].items():
-            path = entry / filename
-            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-                raise _Damaged(f"{filename} has changed since it was written")
-            arrays[path.stem] = np.load(path, mmap_mode="c")
-        return Stored(arrays, manifest["facts"], manifest["source"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        raise _Damaged(f"manifest.json: {error}") from error
+    written = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
+    if written is None or written != hashlib.sha256(_canonical(manifest)).hexdigest():
+        raise _Damaged("manifest.json has changed since it was written")
+    return manifest
+
+
+def _check_bytes(path: Path, expected: Mapping[str, Any]) -> None:
+    try:
+        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            raise _Damaged(f"{path.name} has changed since it was written")
+    except OSError as error:
         raise _Damaged(str(error)) from error
 
 
@@ -113,11 +265,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; freed by the system should the process die."""
-    import fcntl  # POSIX only, so not where the module is imported
+def _broken(entry: Path, damage: _Damaged) -> DataError:
+    return DataError(f"{entry} is damaged: {damage}.\nDelete this folder: it is built again when next asked for.")
 
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,6 +120,7 @@ class Task:
     test: Split
     note: str = ""  # how the data differs from the published benchmark's; empty where it does not
     symbols: tuple[str, ...] = ()  # of tokens that stand for text: what each id is
+    folder: Path | None = None  # the cache entry its arrays are mapped from; None where they are in memory
 
     @property
     def majority(self) -> float:
@@ -128,6 +130,8 @@ class Task:
 
 def assemble(spec: TaskSpec, arrays: Mapping[str, np.ndarray], *, note: str = "", symbols: Iterable[str] = ()) -> Task:
     """A task of arrays named `train_values`, `train_offsets`, `train_labels` and so on, shared, not copied."""
+    mapped = arrays["train_values"]
+    folder = Path(mapped.filename).parent if isinstance(mapped, np.memmap) and mapped.filename else None
 
     def split(name: str) -> Split:
         values, offsets, labels = (
@@ -136,7 +140,13 @@ def assemble(spec: TaskSpec, arrays: Mapping[str, np.ndarray], *, note: str = ""
         return Split(spec=spec, values=values, offsets=offsets, labels=labels)
 
     return Task(
-        spec=spec, train=split("train"), val=split("val"), test=split("test"), note=note, symbols=tuple(symbols)
+        spec=spec,
+        train=split("train"),
+        val=split("val"),
+        test=split("test"),
+        note=note,
+        symbols=tuple(symbols),
+        folder=folder,
     )
 
 

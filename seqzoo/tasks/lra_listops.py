@@ -19,7 +19,7 @@ from ..spec import TaskSpec
 from .cache import Stored, cached
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
-from .listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, tokenise
+from .listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, evaluate, tokenise
 from .lra_release import released_folder
 from .sources import DataError
 
@@ -42,7 +42,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     """The task as `config` describes it, from the cache where it has been built before.
 
     Raises:
-        DataError: a released file is incomplete or damaged.
+        DataError: a released file is missing, incomplete or damaged.
         ValueError: a key of `config` is missing or does not belong to this task, or too few such expressions exist.
     """
     settings = config.settings(*GRAMMAR, *COUNTS.values(), "generator_seed", optional=("workers",))
@@ -88,6 +88,15 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     return assemble(spec, stored.arrays, note=", ".join(notes), symbols=SYMBOLS)
 
 
+def answer(tokens: np.ndarray, spec: TaskSpec) -> int | None:
+    """What an expression is worth, as ids with <eos>; None where it may have been cut.
+
+    Raises:
+        ValueError: it is not a well-formed expression.
+    """
+    return evaluate(tokens[:-1]) if len(tokens) < spec.max_length else None
+
+
 def _close(expression: np.ndarray, max_length: int) -> np.ndarray:
     return np.append(expression[: max_length - 1], np.uint8(EOS))
 
@@ -115,29 +124,33 @@ def _generate(
 
 
 def _released(data_dir: Path | None, cache_dir: Path) -> dict[str, Path] | None:
-    """The benchmark's own files, where there are all three."""
+    """The benchmark's own files, where their folder is found."""
     folder = released_folder(FOLDER, data_dir, cache_dir)
     if folder is None:
         return None
     paths = {split: folder / filename for split, filename in FILES.items()}
-    return paths if all(path.is_file() for path in paths.values()) else None
+    for path in paths.values():
+        if not path.is_file():
+            raise DataError(f"{path} is missing.\nPut it there; without the folder, rows are generated.")
+    return paths
 
 
 def _read(path: Path, count: int) -> tuple[list[np.ndarray], np.ndarray]:
     """The expressions and labels of a tab-separated file with the header `Source<TAB>Target`."""
     expressions, labels = [], []
-    with path.open(encoding="utf-8") as file:
-        header = file.readline().rstrip("\r\n")
-        if header != "Source\tTarget":
-            raise DataError(f"{path}: the header is {header!r}, expected 'Source<TAB>Target'")
+    with path.open("rb") as file:
+        header = file.readline().rstrip(b"\r\n")
+        if header != b"Source\tTarget":
+            raise DataError(f"{path}: the header is {header[:80]!r}, expected 'Source<TAB>Target'")
         for number, line in enumerate(file, start=2):
-            expression, _, label = line.rstrip("\r\n").partition("\t")
+            where = f"{path}, row {number}"
+            expression, _, label = line.rstrip(b"\r\n").partition(b"\t")
             try:
-                tokens = tokenise(expression)
-            except ValueError as error:
-                raise DataError(f"{path}, row {number}: {error}") from error
-            if len(tokens) == 0 or label not in tuple("0123456789"):
-                raise DataError(f"{path}, row {number}: expected an expression, a tab and a digit, got {line[-20:]!r}")
+                tokens = tokenise(expression.decode("ascii"))
+            except ValueError as error:  # a byte that is no ASCII is one too
+                raise DataError(f"{where}: {error}") from error
+            if len(tokens) == 0 or len(label) != 1 or not label.isdigit():
+                raise DataError(f"{where}: expected an expression, a tab and a digit, got {line[-20:]!r}")
             expressions.append(tokens)
             labels.append(int(label))
     if len(labels) != count:

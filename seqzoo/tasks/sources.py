@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ log = logging.getLogger(__name__)
 
 class DataError(RuntimeError):
     """Data that is missing, incomplete or damaged; the message says where, and what to do."""
+
+
+class MissingData(DataError):
+    """Data that is nowhere: nothing is wrong with what there is."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,16 @@ def provide(archive: Archive, data_dir: Path | None, download_dir: Path) -> Path
     return _unpack(archive, _download(archive, places), download_dir)
 
 
+def unwritable(folder: Path, error: OSError, *, needed: int | None = None) -> DataError:
+    """What to say when `error` came of writing `needed` bytes under `folder`, a part of the cache."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    size = "" if needed is None else f"{needed / 1e6:,.1f} MB are to be written, and "
+    return DataError(
+        f"{folder} cannot be written: {error}; {size}{shutil.disk_usage(existing).free / 1e6:,.1f} MB are free there.\n"
+        f"Make room, or set cache_dir=<path> to a folder that can be written. What was there is untouched."
+    )
+
+
 def check_md5(path: Path, expected: str) -> None:
     """Raises DataError unless the file has the MD5 sum its publisher gives."""
     with path.open("rb") as file:
@@ -61,22 +76,24 @@ def check_md5(path: Path, expected: str) -> None:
 def _unpack(archive: Archive, path: Path, download_dir: Path) -> Path:
     check_md5(path, archive.md5)
     log.info("unpacking %s", path)
-    download_dir.mkdir(parents=True, exist_ok=True)
     folder = download_dir / archive.folder
-    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=download_dir) as partial:
-        try:
+    try:
+        download_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=download_dir) as partial:
             with tarfile.open(path) as tar:
                 tar.extractall(partial, filter="data")
-        except tarfile.TarError as error:
-            raise DataError(f"{path} cannot be unpacked: {error}") from error
-        unpacked = Path(partial, archive.folder)
-        if not unpacked.is_dir():
-            raise DataError(f"{path} holds no folder {archive.folder}")
-        try:
-            unpacked.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
+            unpacked = Path(partial, archive.folder)
+            if not unpacked.is_dir():
+                raise DataError(f"{path} holds no folder {archive.folder}")
+            try:
+                unpacked.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
+    except tarfile.TarError as error:
+        raise DataError(f"{path} cannot be unpacked: {error}") from error
+    except OSError as error:
+        raise unwritable(download_dir, error) from error
     return folder
 
 
@@ -89,7 +106,8 @@ def _download(archive: Archive, looked_in: list[Path]) -> Path:
         )
     except (OSError, ValueError) as error:  # no network or no such page; another checksum
         places = ", ".join(str(place.resolve()) for place in looked_in)
-        raise DataError(
+        kind = MissingData if isinstance(error, OSError) else DataError
+        raise kind(
             f"no {archive.folder} (looked in {places}), and {archive.url} could not be downloaded: {error}\n"
             "Any one of these will do:\n"
             "  - run again with network access: it is downloaded and checked by itself\n"

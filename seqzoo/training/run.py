@@ -277,10 +277,9 @@ def _blaming(choice: str) -> Iterator[None]:
 
 
 def _build_task(config: Config, fabric: Fabric) -> Task:
-    cache = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqzoo"
     # One process downloads and generates, the others read.
     with fabric.rank_zero_first(), _blaming(f"task={config.task.name}"):
-        return build_task(config.task, data_dir=config.data_dir, cache_dir=cache)
+        return build_task(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir)
 
 
 def _sized(config: Config, spec: TaskSpec) -> ModelConfig:

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
+import os
+import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from seqzoo.tasks.cache import Stored, cached
+from seqzoo import __version__
+from seqzoo.tasks import DataError, cache
+from seqzoo.tasks.cache import Stored, cached, check, manifest_of
 
 
 def entry_of(cache_dir: Path) -> Path:
@@ -36,10 +46,22 @@ def test_builds_once_and_maps_the_files(tmp_path):
         assert stored.arrays["x"].tolist() == list(range(1000))
         assert stored.facts == {"symbols": ["a", "é"]}
     assert build.calls == 1
-    manifest = json.loads((entry_of(tmp_path / "new") / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["request"] == {"format": 2, "name": "toy", "length": 3}
-    assert manifest["source"] == "generated"
-    assert manifest["files"]["x.npy"]["shape"] == [1000]
+
+
+def test_the_manifest_says_what_and_whence(tmp_path):
+    labels = {"train_labels": np.zeros(7, np.int64), "test_labels": np.zeros(3, np.int64)}
+    cached(tmp_path, "toy", {"length": 3, "seed": 5}, lambda work: Stored(labels, {"symbols": ["a"]}, "generated"))
+    manifest = manifest_of(entry_of(tmp_path))
+    assert manifest["request"] == {"format": 3, "name": "toy", "length": 3, "seed": 5}
+    assert (manifest["source"], manifest["version"]) == ("generated", __version__)
+    assert manifest["examples"] == {"train": 7, "test": 3}
+    assert manifest["facts"] == {"symbols": ["a"]}
+    assert manifest["files"]["train_labels.npy"] == {
+        "bytes": 128 + 7 * 8,
+        "sha256": hashlib.sha256((entry_of(tmp_path) / "train_labels.npy").read_bytes()).hexdigest(),
+        "dtype": "int64",
+        "shape": [7],
+    }
 
 
 def test_another_request_is_another_entry(tmp_path):
@@ -61,6 +83,11 @@ def flip_a_byte(entry: Path) -> None:
     (entry / "x.npy").write_bytes(data)
 
 
+def change_manifest(entry: Path, **changes) -> None:
+    path = entry / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def cut_short(entry: Path) -> None:
     (entry / "x.npy").write_bytes((entry / "x.npy").read_bytes()[:-8])
 
@@ -73,8 +100,10 @@ def cut_short(entry: Path) -> None:
         lambda entry: (entry / "x.npy").unlink(),
         lambda entry: (entry / "manifest.json").unlink(),
         lambda entry: (entry / "manifest.json").write_text("{"),
+        lambda entry: change_manifest(entry, source="elsewhere"),
+        lambda entry: change_manifest(entry, files={}),
     ],
-    ids=["flipped", "cut", "no file", "no manifest", "half a manifest"],
+    ids=["flipped", "cut", "no file", "no manifest", "half a manifest", "another source", "no files"],
 )
 def test_damage_is_said_and_repaired(tmp_path, caplog, damage):
     build = Builder()
@@ -150,3 +179,168 @@ def test_processes_that_ask_at_once_build_once(tmp_path):
     ]
     outputs = sorted(process.communicate(timeout=60)[0].split() for process in processes)
     assert outputs == [["45"], ["built", "45"]]
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """The files that are hashed from here on, by name."""
+    names: list[str] = []
+    sha256 = cache._sha256
+    monkeypatch.setattr(cache, "_sha256", lambda path: names.append(path.name) or sha256(path))
+    return names
+
+
+def test_what_has_not_been_written_since_is_not_hashed(tmp_path, hashed):
+    for _ in range(3):
+        cached(tmp_path, "toy", {}, Builder())
+    assert hashed == ["x.npy"]  # when it was made
+    assert check(entry_of(tmp_path)) == manifest_of(entry_of(tmp_path))
+    assert hashed == ["x.npy"] * 2
+
+
+def test_a_copy_without_dates_is_hashed_once(tmp_path, hashed):
+    build = Builder()
+    cached(tmp_path / "a", "toy", {}, build)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    hashed.clear()
+    for _ in range(3):
+        assert cached(tmp_path / "b", "toy", {}, build).arrays["x"][5] == 5
+    assert (hashed, build.calls) == (["x.npy"], 1)
+
+
+def test_damage_under_the_old_date_is_found_by_checking(tmp_path):
+    cached(tmp_path, "toy", {}, Builder())
+    entry = entry_of(tmp_path)
+    before = (entry / "x.npy").stat()
+    flip_a_byte(entry)
+    os.utime(entry / "x.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match=r"toy-\w+ is damaged: x\.npy has changed since it was written\.\nDelete"):
+        check(entry)
+
+
+def test_checking_what_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"toy-0 is damaged: manifest\.json: .*No such file"):
+        check(tmp_path / "toy-0")
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def switch() -> None:
+        for owner, name in ((cache, "lock"), (Path, "mkdir"), (os, "utime")):
+            monkeypatch.setattr(owner, name, refuse)
+
+    return switch
+
+
+def test_a_read_only_folder_serves_what_it_holds(tmp_path, read_only):
+    build = Builder()
+    cached(tmp_path / "a", "toy", {}, build)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    read_only()
+    for folder in ("a", "b"):
+        assert cached(tmp_path / folder, "toy", {}, build).arrays["x"][5] == 5
+    assert build.calls == 1
+    with pytest.raises(DataError, match=r"a cannot be written: .*Read-only.*\nMake room, or set cache_dir=<path>"):
+        cached(tmp_path / "a", "toy", {"length": 3}, build)
+    assert build.calls == 1
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/cache cannot be written: .*Not a directory.* MB are free there"):
+        cached(tmp_path / "file" / "cache", "toy", {}, Builder())
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 4 kB: writing fails half-way, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_no_room_leaves_nothing_behind(tmp_path, small_files):
+    (tmp_path / "other").write_text("kept")
+    with pytest.raises(DataError, match=r"0\.8 MB are to be written, and [\d.,]+ MB are free there\.\nMake room"):
+        cached(tmp_path, "toy", {}, lambda work: Stored({"x": np.arange(100_000)}, {}, "generated"))
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")) == ["other"]
+
+
+def test_no_room_while_building(tmp_path):
+    def full(work: Path) -> Stored:
+        raise OSError(errno.ENOSPC, "No space left on device", "half")
+
+    with pytest.raises(DataError, match=r"cannot be written: .*No space left on device: 'half'"):
+        cached(tmp_path, "toy", {}, full)
+
+
+def test_another_error_while_building_is_its_own(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        cached(tmp_path, "toy", {}, lambda work: Stored({"x": np.load(work / "nothing.npy")}, {}, ""))
+
+
+def mapped(work: Path, values: np.ndarray) -> np.memmap:
+    work.mkdir(exist_ok=True)
+    array = np.lib.format.open_memmap(work / "made.npy", mode="w+", dtype=values.dtype, shape=values.shape)
+    array[:] = values
+    return array
+
+
+def test_a_file_made_in_the_work_folder_is_taken_over(tmp_path):
+    inodes = []
+
+    def build(work: Path) -> Stored:
+        array = mapped(work, np.arange(6).reshape(2, 3))
+        inodes.append((work / "made.npy").stat().st_ino)
+        return Stored({"x": array}, {}, "generated")
+
+    assert cached(tmp_path, "toy", {}, build).arrays["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    entry = entry_of(tmp_path)
+    assert inodes == [(entry / "x.npy").stat().st_ino]
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".work")] == []
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x[:1], lambda x: x[::-1], lambda x: x.T, lambda x: x.reshape(-1), lambda x: x.view(np.uint64)],
+    ids=["part", "reversed", "transposed", "reshaped", "another type"],
+)
+def test_a_view_of_such_a_file_is_copied(tmp_path, view):
+    values = np.arange(9).reshape(3, 3)
+    stored = cached(tmp_path, "toy", {}, lambda work: Stored({"x": view(mapped(work, values))}, {}, "generated"))
+    assert np.array_equal(stored.arrays["x"], view(values))
+    assert stored.arrays["x"].dtype == view(values).dtype
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["files", "sha256", "request"]) | st.text(), inner),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_manifest_is_the_one_written_or_damaged(manifest):
+    with tempfile.TemporaryDirectory() as folder:
+        build = Builder()
+        cached(Path(folder), "toy", {}, build)
+        (entry_of(Path(folder)) / "manifest.json").write_bytes(manifest)
+        assert cached(Path(folder), "toy", {}, build).arrays["x"][5] == 5
+        assert build.calls == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 128 + 999), st.integers(1, 255))
+def test_any_changed_byte_is_seen(position, change):
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            stored = cached(Path(folder), "toy", {}, lambda work: Stored({"x": np.zeros(1000, np.uint8)}, {}, ""))
+            assert not stored.arrays["x"].any()
+            path = entry_of(Path(folder)) / "x.npy"
+            data = bytearray(path.read_bytes())
+            data[position] ^= change
+            path.write_bytes(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pooch
 import pytest
 
-from seqzoo.tasks import DataError
+from seqzoo.tasks import DataError, MissingData
 from seqzoo.tasks.sources import Archive, check_md5, provide
 
 
@@ -73,13 +73,29 @@ def test_an_archive_of_something_else(tmp_path):
 
 
 def test_nothing_anywhere_and_no_network(tmp_path, archive):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(MissingData) as error:
         provide(archive, tmp_path / "empty", tmp_path / "downloads")
     message = str(error.value)
     assert str(tmp_path / "empty") in message
     assert "no route to host" in message
     for way in ("network access", "put toy.tar.gz, or the folder toy", "set data_dir="):
         assert way in message
+
+
+def test_a_download_of_something_else_is_not_missing(tmp_path, archive, monkeypatch):
+    def retrieve(*args, **kwargs):
+        raise ValueError("MD5 hash of downloaded file does not match")
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    with pytest.raises(DataError, match="does not match") as error:
+        provide(archive, None, tmp_path / "downloads")
+    assert not isinstance(error.value, MissingData)
+
+
+def test_nowhere_to_unpack(tmp_path, archive):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/downloads cannot be written: .*\nMake room, or set cache_dir=<path>"):
+        provide(archive, tmp_path / "data", tmp_path / "file" / "downloads")
 
 
 def test_a_download_is_unpacked(tmp_path, archive, monkeypatch):

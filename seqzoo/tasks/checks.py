@@ -1,0 +1,140 @@
+"""Whether a prepared task is what it says: its bytes, numbers and splits and, where that can be told, its labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..spec import TaskSpec
+from . import lra_listops
+from .cache import check
+from .data import Split, Task
+
+CHUNK = 1 << 24  # values looked at together
+SAMPLED = 1000  # labels worked out anew, of each split
+
+# What the label of a sequence must be, where a program can tell; None where this sequence does not say.
+ANSWERS: dict[str, Callable[[np.ndarray, TaskSpec], int | None]] = {"lra_listops": lra_listops.answer}
+
+
+class Verdict(NamedTuple):
+    faults: list[str]  # what must not be
+    notes: list[str]  # what was found, in order
+
+
+def verify(task: Task) -> Verdict:
+    """Look at everything a task holds, after hashing its cache entry anew.
+
+    Ids and intensities, labels and counts are in range; sequences fill the values without a gap; no token is <mask> or
+    <pad>; labels follow from their sequences, in a sample. An example that is in two splits is a fault of generated
+    data in a cache, and noted of others, which are what they are.
+
+    Raises:
+        DataError: the entry is damaged; says what to delete.
+    """
+    faults: list[str] = []
+    notes: list[str] = []
+    source = "made on the fly"
+    examples: dict[str, int] = {}
+    if task.folder is not None:
+        manifest = check(task.folder)
+        source, examples = manifest["source"], manifest["examples"]
+        size = sum(file["bytes"] for file in manifest["files"].values())
+        notes.append(f"{len(manifest['files'])} files, {size:,} bytes, as they were written")
+    splits = {"train": task.train, "val": task.val, "test": task.test}
+    for name, split in splits.items():
+        if examples.get(name, len(split)) != len(split):
+            faults.append(f"{name}: {len(split):,} examples; the manifest says {examples[name]:,}")
+        found = [f"{name}: {fault}" for fault in _faults(split)]
+        faults += found
+        if not found:
+            faults += [f"{name}: {fault}" for fault in _wrong_labels(split)]
+        notes.append(f"{name}: {len(split):,} examples, {len(split.values):,} values")
+    shared = _shared(splits)
+    (faults if source == "generated" else notes).extend(shared)
+    if task.spec.name in ANSWERS:
+        notes.append(f"labels of up to {SAMPLED:,} examples a split worked out anew")
+    return Verdict(faults, notes)
+
+
+def _faults(split: Split) -> list[str]:
+    """What is out of range, each fault with the first example that has it."""
+    spec, offsets = split.spec, split.offsets
+    faults = []
+    if int(offsets[0]) != 0 or int(offsets[-1]) * spec.channels != len(split.values):
+        faults.append(
+            f"sequences reach from {int(offsets[0]):,} to {int(offsets[-1]):,}; valid: 0 to "
+            f"{len(split.values) // spec.channels:,}, all there is"
+        )
+    outside = (split.labels < 0) | (split.labels >= spec.num_classes)
+    if outside.any():
+        first = int(outside.int().argmax())
+        faults.append(f"label {int(split.labels[first])} of example {first}; valid: 0 to {spec.num_classes - 1}")
+    reserved = [spec.mask_id, spec.pad_id] if spec.kind == "tokens" else []
+    limits = torch.iinfo(split.values.dtype)
+    every_value_is_valid = limits.max - limits.min + 1 == spec.vocab_size  # and sound has either sign
+    for number, values in enumerate(split.values.split(CHUNK)):
+        wrong = torch.zeros(len(values), dtype=torch.bool)
+        if not every_value_is_valid:
+            wrong |= (values < 0) | (values >= spec.vocab_size)
+        for token in reserved:
+            if token is not None:
+                wrong |= values == token
+        if wrong.any():
+            at = int(wrong.int().argmax())
+            sequence = int(torch.searchsorted(offsets, (number * CHUNK + at) // spec.channels, right=True)) - 1
+            allowed = f"0 to {spec.vocab_size - 1}" + (", <mask> and <pad> excluded" if reserved else "")
+            faults.append(f"{int(values[at])} in example {sequence // spec.num_inputs}; valid: {allowed}")
+            break
+    return faults
+
+
+def _wrong_labels(split: Split) -> list[str]:
+    """The first label that does not follow from its sequence, among a sample."""
+    answer = ANSWERS.get(split.spec.name)
+    if answer is None:
+        return []
+    for example in range(0, len(split), max(1, len(split) // SAMPLED)):
+        sequence = split.values[split.offsets[example] : split.offsets[example + 1]].numpy()
+        try:
+            expected = answer(sequence, split.spec)
+        except ValueError as error:
+            return [f"example {example}: {error}"]
+        if expected is not None and expected != split.labels[example]:
+            return [f"label {int(split.labels[example])} of example {example}; its sequence says {expected}"]
+    return []
+
+
+def _shared(splits: dict[str, Split]) -> list[str]:
+    """How many examples of each split an earlier one has, by their inputs."""
+    found = []
+    before: dict[str, dict[bytes, int]] = {}
+    for name, split in splits.items():
+        digests = _digests(split)
+        for other, there in before.items():
+            if both := digests.keys() & there.keys():
+                digest = min(both, key=digests.__getitem__)
+                count = f"{len(both):,} example{'s' if len(both) > 1 else ''} of {name}"
+                found.append(f"{count} in {other} too, such as example {digests[digest]}, {there[digest]} there")
+        before[name] = digests
+    return found
+
+
+def _digests(split: Split) -> dict[bytes, int]:
+    """Of each different example's inputs, with the first example that has them."""
+    values = split.values.numpy()
+    bounds = (split.offsets.view(-1) * split.spec.channels).tolist()
+    digests: dict[bytes, int] = {}
+    step = split.spec.num_inputs
+    for example in range(len(split)):
+        digest = hashlib.blake2b(digest_size=16)
+        for row in range(example * step, (example + 1) * step):
+            sequence = values[bounds[row] : bounds[row + 1]]
+            digest.update(len(sequence).to_bytes(8, "little"))
+            digest.update(sequence.tobytes())
+        digests.setdefault(digest.digest(), example)
+    return digests

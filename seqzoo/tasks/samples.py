@@ -1,0 +1,81 @@
+"""A few examples of a task to look at: as text, or as a sheet of pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .data import Split, Task, epoch_order
+
+LONGEST = 600  # characters of a sequence that are shown
+COLUMNS = 4
+
+
+def pick(split: Split, n: int) -> list[int]:
+    """`n` examples, or all there are, from all over the split: always the same ones."""
+    return epoch_order(len(split), seed=0, epoch=0)[:n].tolist()
+
+
+def as_text(task: Task, split: Split, example: int) -> str:
+    """An example's number, label and sequences, each on a line of its own, cut where they are long."""
+    lines = [f"example {example}, label {int(split.labels[example])}"]
+    for sequence in sequences(split, example):
+        text = decode(sequence, task.symbols)
+        length = f"{len(sequence):,} positions"
+        lines.append(f"  {length}: {text}" if len(text) <= LONGEST else f"  {length}: {text[:LONGEST]} ...")
+    return "\n".join(lines)
+
+
+def decode(tokens: np.ndarray, symbols: Sequence[str]) -> str:
+    """Ids as what they stand for: characters side by side, anything longer with spaces between; line ends as `\\n`."""
+    if not symbols:
+        return " ".join(map(str, tokens.tolist()))
+    characters = all(len(symbol) == 1 or symbol.startswith("<") for symbol in symbols)
+    shown = ("" if characters else " ").join(symbols[token] for token in tokens.tolist())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
+
+def save_sheet(task: Task, name: str, examples: Sequence[int], path: Path) -> None:
+    """Draw examples of the split `name` with their labels: pictures where they are square, curves where not.
+
+    Raises:
+        ValueError: the file's ending names no kind of picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    split: Split = getattr(task, name)
+    rows = math.ceil(len(examples) / COLUMNS)
+    figure = Figure(figsize=(2.4 * COLUMNS, 2.5 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
+    for panel in panels:
+        panel.set_axis_off()
+    for panel, example in zip(panels, examples, strict=False):
+        (sequence,) = sequences(split, example)
+        side = math.isqrt(len(sequence))
+        if (
+            side * side == len(sequence) == task.spec.max_length and task.spec.vocab_size <= 256
+        ):  # sound has more levels
+            picture = sequence.reshape(side, side, -1)
+            picture = picture[..., 0] if picture.shape[-1] == 1 else picture
+            panel.imshow(picture, cmap="gray", vmin=0, vmax=task.spec.vocab_size - 1, interpolation="nearest")
+        else:
+            panel.plot(sequence, linewidth=0.5)
+        panel.set_title(f"{example}: label {int(split.labels[example])}", fontsize=9)
+    figure.suptitle(f"{task.spec.name}, {name}")
+    figure.savefig(path, dpi=150)
+
+
+def sequences(split: Split, example: int) -> list[np.ndarray]:
+    """The inputs of an example: ids [T], or intensities [T, channels]."""
+    spec = split.spec
+    found = []
+    for row in range(example * spec.num_inputs, (example + 1) * spec.num_inputs):
+        start, end = split.offsets[row : row + 2].tolist()
+        values = split.values[start * spec.channels : end * spec.channels].numpy()
+        found.append(values if spec.kind == "tokens" else values.reshape(-1, spec.channels))
+    return found

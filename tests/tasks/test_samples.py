@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from task_configs import small_listops
+
+from seqzoo.tasks import build_task, from_arrays, samples
+from seqzoo.tasks.listops_grammar import SYMBOLS
+from seqzoo.tasks.samples import as_text, decode, pick, save_sheet, sequences
+
+
+def test_decode():
+    assert decode(np.array([14, 5, 4, 18, 3]), SYMBOLS) == "[MIN 1 0 ] <eos>"
+    assert decode(np.array([3, 4, 2, 5, 1, 3]), ("<mask>", "<eos>", "<unk>", "é", "\n", "[")) == "é\\n<unk>[<eos>é"
+    assert decode(np.array([3, 10, 2]), ()) == "3 10 2"
+
+
+def test_an_example_as_text(tmp_path):
+    task = build_task(small_listops(), data_dir=None, cache_dir=tmp_path)
+    first, second = as_text(task, task.val, 0).splitlines()
+    assert first == f"example 0, label {int(task.val.labels[0])}"
+    assert second == f"  {int(task.val.lengths[0])} positions: {decode(sequences(task.val, 0)[0], SYMBOLS)}"
+
+
+def test_a_long_example_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "LONGEST", 30)
+    task = build_task(small_listops(), data_dir=None, cache_dir=tmp_path)
+    line = as_text(task, task.val, 0).splitlines()[1]
+    assert line.endswith(f": {decode(sequences(task.val, 0)[0], SYMBOLS)[:30]} ...")
+
+
+def test_both_sequences_of_a_pair():
+    task = from_arrays(
+        "pairs", kind="tokens", inputs=[[[1, 2], [3]], [[4], [5, 0]]] * 5, labels=[0, 1] * 5, num_inputs=2
+    )
+    lines = as_text(task, task.train, 0).splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["  2 positions", "  1 positions"]
+
+
+def test_pick_is_the_same_each_time_and_no_more_than_there_are(tmp_path):
+    task = build_task(small_listops(), data_dir=None, cache_dir=tmp_path)
+    assert pick(task.val, 5) == pick(task.val, 40)[:5]
+    assert sorted(pick(task.val, 100)) == list(range(40))
+
+
+@pytest.mark.parametrize("shape", [(9,), (9, 3), (10,)], ids=["grey", "colour", "curve"])
+def test_a_sheet(tmp_path, shape):
+    inputs = np.random.default_rng(0).integers(0, 256, (20, *shape), dtype=np.uint8)
+    task = from_arrays("pictures", kind="pixels", inputs=list(inputs), labels=[0, 1] * 10)
+    save_sheet(task, "train", pick(task.train, 5), tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
