@@ -47,6 +47,19 @@ def provide(archive: Archive, data_dir: Path | None, download_dir: Path) -> Path
     return _unpack(archive, _download(archive, places), download_dir)
 
 
+def given_folder(folder: str, data_dir: Path | None, advice: str) -> Path:
+    """`folder` under `data_dir`, of data that are not downloaded.
+
+    Raises:
+        DataError: it is not there; `advice` says what to put there.
+    """
+    if data_dir is None:
+        raise DataError(f"no {folder}: data_dir is not set.\n{advice}")
+    if not (data_dir / folder).is_dir():
+        raise DataError(f"no {folder} in {data_dir.resolve()}.\n{advice}")
+    return data_dir / folder
+
+
 def check_md5(path: Path, expected: str) -> None:
     """Raises DataError unless the file has the MD5 sum its publisher gives."""
     with path.open("rb") as file:
