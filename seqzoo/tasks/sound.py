@@ -49,7 +49,7 @@ def read_wav(path: Path, rate: int) -> np.ndarray:
             samples = file.readframes(expected)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:  # the last where one part of a file reaches beyond another
         raise DataError(f"{path} is no WAV file or is damaged: {error or 'it ends too early'}") from error
     if form != (1, 16, rate):
         raise DataError(f"{path}: {form[0]} channels, {form[1]} bits, {form[2]} Hz; expected 1, 16 and {rate}")
@@ -67,6 +67,6 @@ def mean_and_std(samples: np.ndarray) -> tuple[float, float]:
         part = samples[start : start + (1 << 22)].astype(np.int64)
         total += int(part.sum())
         squares += int(np.square(part).sum())
-    mean = total / len(samples)
-    std = max(squares / len(samples) - mean**2, 0.0) ** 0.5
-    return mean / (LEVELS - 1), std / (LEVELS - 1) or 1.0
+    N = len(samples)
+    std = (N * squares - total**2) ** 0.5 / N  # of whole numbers, so that nothing cancels
+    return total / N / (LEVELS - 1), std / (LEVELS - 1) or 1.0
