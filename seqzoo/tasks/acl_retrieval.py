@@ -8,7 +8,7 @@ a citing and a cited paper, a tab between them), or `scisumm_docs.jsonl` and `aa
   matched by one such pair of the same citing paper, so that classes are balanced in every split.
 - The other paper is drawn from the cited papers of the same year as the cited one, as often as they are cited.
   Otherwise what is often cited would tell: drawn evenly, knowing the second paper alone answers 69 % of the test pairs
-  of the published collection; drawn so, half. A citation for which there is no such paper is left out.
+  of that collection; drawn so, half. A citation for which there is no such paper is left out.
 - A paper's pairs as the citing one are all in one split, and no two papers are paired twice, in whichever order; two
   that cite each other are one pair. Papers themselves are in more than one split.
 - The text is the title, the abstract and the body, a newline between them, cut to `max_length - 1` characters and
