@@ -90,11 +90,15 @@ def build_objective(name: str, spec: TaskSpec, *, pixel_loss: str = "cross_entro
         pixel_loss: of pretraining on pixels, "cross_entropy" over their levels or "l1" of normalised values.
 
     Raises:
-        ValueError: an unknown name, or masking a task that has no mask id.
+        ValueError: an unknown name, masking a task that has no mask id, or cross entropy over the levels of sound.
     """
     regress = spec.kind == "pixels" and pixel_loss == "l1"
     if name == "classification":
         return Classification()
+    if spec.kind == "pixels" and spec.vocab_size > 256 and not regress:
+        raise ValueError(
+            f"{spec.name} has {spec.vocab_size:,} levels, too many to score one by one; valid: pixel_loss=l1"
+        )
     if name == "causal":
         return Causal(spec, regress=regress)
     if name == "masked":

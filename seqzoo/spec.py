@@ -13,7 +13,8 @@ class TaskSpec:
     """All a model knows of a task.
 
     `kind="tokens"` are ids in `[0, vocab_size)`; `kind="pixels"` are intensities in `[0, vocab_size)`, `channels` of
-    them per position, which the model normalises to `(x / (vocab_size - 1) - mean) / std`, channel by channel.
+    them per position, which the model normalises to `(x / (vocab_size - 1) - mean) / std`, channel by channel. They are
+    uint8; samples of sound, with `vocab_size=65_536`, are int16 as recorded, of either sign.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Batch(NamedTuple):
     With `num_inputs=2`, `inputs` and `lengths` have an axis of 2 after the batch axis.
     """
 
-    inputs: Tensor  # tokens: int64 [B, T]; pixels: uint8 [B, T, channels]
+    inputs: Tensor  # tokens: int64 [B, T]; pixels: uint8 or int16 [B, T, channels]
     lengths: Tensor  # int64 [B]; what lies past them is padding
     labels: Tensor  # int64 [B]
     index: Tensor  # type: ignore[assignment]  # int64 [B], positions in the split

@@ -135,3 +135,10 @@ def test_errors_say_what_is_valid():
     unmasked = TaskSpec(name="plain", kind="tokens", vocab_size=5, max_length=8, num_classes=2)
     with pytest.raises(ValueError, match="valid: objective=causal"):
         build_objective("masked", unmasked)
+    sound = TaskSpec(name="sound", kind="pixels", vocab_size=65_536, max_length=8, num_classes=2)
+    for objective in ("masked", "causal"):
+        with pytest.raises(
+            ValueError, match="sound has 65,536 levels, too many to score one by one; valid: pixel_loss=l1"
+        ):
+            build_objective(objective, sound)
+        assert build_objective(objective, sound, pixel_loss="l1").head == "regress"

@@ -50,7 +50,7 @@ class PixelEmbedding(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std), persistent=False)
 
     def normalise(self, inputs: Tensor) -> Tensor:
-        """[B, T, channels] of 0 to 255 -> floats of mean zero and unit variance over the data."""
+        """[B, T, channels] of integers -> floats of mean zero and unit variance over the data."""
         return (inputs / (self.levels - 1) - self.mean) / self.std
 
     def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:

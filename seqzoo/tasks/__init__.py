@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from . import lra_image, lra_listops, lra_text
+from . import acl_retrieval, fsdd, lra_image, lra_listops, lra_retrieval, lra_text, scifar, smnist, speech_commands
 from .arrays import from_arrays
 from .cache import default_folder
 from .config import TaskConfig
@@ -26,9 +26,15 @@ __all__ = [
 ]
 
 TASKS: dict[str, Callable[..., Task]] = {
+    "acl_retrieval": acl_retrieval.build,
+    "fsdd": fsdd.build,
     "lra_image": lra_image.build,
     "lra_listops": lra_listops.build,
+    "lra_retrieval": lra_retrieval.build,
     "lra_text": lra_text.build,
+    "scifar": scifar.build,
+    "smnist": smnist.build,
+    "speech_commands": speech_commands.build,
 }
 
 

@@ -17,6 +17,7 @@ class TaskConfig:
     # cut from the published training split, so that nothing is ever chosen by looking at the test split
     val_fraction: float | None = None
     split_seed: int | None = None
+    test_fraction: float | None = None  # of data that are published without a test split
 
     min_frequency: int | None = None  # text: rarer characters are <unk>
 
@@ -28,13 +29,13 @@ class TaskConfig:
     num_train: int | None = None
     num_val: int | None = None
     num_test: int | None = None
-    generator_seed: int | None = None
+    generator_seed: int | None = None  # also of the pairs that are drawn for acl_retrieval
     workers: int | None = None  # threads that generate, None for one a core; does not change the data
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"task {self.name}: max_length is {self.max_length}; valid: 2 and more")
-        for key in ("mask_ratio", "val_fraction"):
+        for key in ("mask_ratio", "val_fraction", "test_fraction"):
             share = getattr(self, key)
             if share is not None and not 0 < share < 1:
                 raise ValueError(f"task {self.name}: {key} is {share}; valid: between 0 and 1, both excluded")

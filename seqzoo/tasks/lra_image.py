@@ -8,33 +8,16 @@ training pictures, where published pipelines take a random or the last tenth.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..spec import TaskSpec
 from .cache import Stored, cached
+from .cifar10 import ARCHIVE, NUM_CLASSES, PIXELS, prepare
 from .config import TaskConfig
-from .data import Task, assemble, hold_out, split_arrays
-from .sources import Archive, DataError, check_md5, provide
-
-CIFAR_10 = Archive(
-    url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    md5="c58f30108f718f92721af3b95e74349a",
-    folder="cifar-10-batches-py",
-)
-TRAIN_FILES = {
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-}
-TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
-PIXELS = 32 * 32
-NUM_CLASSES = 10
+from .data import Task, assemble
+from .sources import provide
 
 
 def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task:
@@ -48,10 +31,10 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     if config.max_length != PIXELS:
         raise ValueError(f"task {config.name}: max_length is {config.max_length}; a picture has {PIXELS} pixels, uncut")
 
-    def prepare(work: Path) -> Stored:
-        return _prepare(provide(CIFAR_10, data_dir, cache_dir / "downloads"), **settings)
+    def read(work: Path) -> Stored:
+        return prepare(provide(ARCHIVE, data_dir, cache_dir / "downloads"), grey, **settings)
 
-    stored = cached(cache_dir, config.name, settings, prepare)
+    stored = cached(cache_dir, config.name, settings, read)
     spec = TaskSpec(
         name=config.name,
         kind="pixels",
@@ -65,52 +48,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     return assemble(spec, stored.arrays)
 
 
-def _prepare(folder: Path, *, val_fraction: float, split_seed: int) -> Stored:
-    pictures, labels = _read(folder, TRAIN_FILES)
-    test_pictures, test_labels = _read(folder, TEST_FILES)
-    train, val = hold_out(labels, val_fraction, split_seed)
-    arrays = {
-        **split_arrays("train", pictures[train], labels[train], np.uint8),
-        **split_arrays("val", pictures[val], labels[val], np.uint8),
-        **split_arrays("test", test_pictures, test_labels, np.uint8),
-    }
-    return Stored(arrays, {}, CIFAR_10.folder)
-
-
-def _read(folder: Path, files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Grey pictures, uint8 [N, 1024], and labels, int64 [N], of files that match their MD5 sums."""
-    pictures, labels = [], []
-    for filename, md5 in files.items():
-        path = folder / filename
-        if not path.is_file():
-            raise DataError(f"{path} is missing.\nDelete {folder} and unpack {CIFAR_10.filename} again.")
-        check_md5(path, md5)
-        with path.open("rb") as file:
-            batch = _ArrayUnpickler(file, encoding="bytes").load()
-        pictures.append(grey(batch[b"data"]))
-        labels.append(np.array(batch[b"labels"], dtype=np.int64))
-    return np.concatenate(pictures), np.concatenate(labels)
-
-
 def grey(planes: np.ndarray) -> np.ndarray:
     """The luma, uint8 [N, T], of red, green and blue planes one after another, uint8 [N, 3 * T]."""
     red, green, blue = np.split(planes.astype(np.uint32), 3, axis=1)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays in plain containers and nothing else: a pickle may otherwise run any code."""
-
-    ALLOWED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),  # as NumPy 2 writes it
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of arrays; it was not loaded")
-        return super().find_class(module, name)

@@ -20,8 +20,9 @@ import numpy as np
 
 from ..spec import TaskSpec
 from .cache import Stored, cached
+from .characters import MASK, PAD, Alphabet, code_points
 from .config import TaskConfig
-from .data import Task, assemble, hold_out, split_arrays, token_dtype
+from .data import Task, assemble, hold_out, split_arrays
 from .sources import Archive, DataError, provide
 
 ACL_IMDB = Archive(
@@ -32,9 +33,6 @@ ACL_IMDB = Archive(
 REVIEWS_PER_FOLDER = 12_500
 CLASSES = ("neg", "pos")
 PUBLISHED_LENGTH = 4096
-
-SPECIALS = ("<mask>", "<pad>", "<unk>", "<eos>")
-MASK, PAD, UNK, EOS = range(len(SPECIALS))
 
 
 def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task:
@@ -71,23 +69,14 @@ def _prepare(folder: Path, max_length: int, *, val_fraction: float, split_seed: 
     test_texts, test_labels = _read(folder / "test", max_length - 1)
     train, val = hold_out(labels, val_fraction, split_seed)
 
-    counts = np.bincount(np.concatenate([texts[i] for i in train]))  # by code point
-    characters = np.flatnonzero(counts >= min_frequency)
-    characters = characters[np.argsort(-counts[characters], kind="stable")]
-    symbols = [*SPECIALS, *map(chr, characters)]
-    dtype = token_dtype(len(symbols))
-    ids = np.full(0x110000, UNK, dtype)  # of every code point there is
-    ids[characters] = np.arange(len(SPECIALS), len(symbols))
-
-    def tokens(text: np.ndarray) -> np.ndarray:
-        return np.append(ids[text], dtype(EOS))
+    alphabet = Alphabet((texts[i] for i in train), min_frequency)
 
     arrays = {
-        **split_arrays("train", [tokens(texts[i]) for i in train], labels[train], dtype),
-        **split_arrays("val", [tokens(texts[i]) for i in val], labels[val], dtype),
-        **split_arrays("test", map(tokens, test_texts), test_labels, dtype),
+        **split_arrays("train", [alphabet.tokens(texts[i]) for i in train], labels[train], alphabet.dtype),
+        **split_arrays("val", [alphabet.tokens(texts[i]) for i in val], labels[val], alphabet.dtype),
+        **split_arrays("test", map(alphabet.tokens, test_texts), test_labels, alphabet.dtype),
     }
-    return Stored(arrays, {"symbols": symbols}, ACL_IMDB.folder)
+    return Stored(arrays, {"symbols": alphabet.symbols}, ACL_IMDB.folder)
 
 
 def _read(folder: Path, max_characters: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -108,5 +97,5 @@ def _read(folder: Path, max_characters: int) -> tuple[list[np.ndarray], np.ndarr
                 text = numbered[number].read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(f"{numbered[number]} is damaged: {error}") from error
-            texts.append(np.frombuffer(text[:max_characters].encode("utf-32-le"), dtype="<u4"))
+            texts.append(code_points(text[:max_characters]))
     return texts, np.repeat(np.arange(len(CLASSES)), REVIEWS_PER_FOLDER)

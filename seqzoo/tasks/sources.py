@@ -52,6 +52,19 @@ def provide(archive: Archive, data_dir: Path | None, download_dir: Path) -> Path
     return _unpack(archive, _download(archive, places), download_dir)
 
 
+def given_folder(folder: str, data_dir: Path | None, advice: str) -> Path:
+    """`folder` under `data_dir`, of data that are not downloaded.
+
+    Raises:
+        MissingData: it is not there; `advice` says what to put there.
+    """
+    if data_dir is None:
+        raise MissingData(f"no {folder}: data_dir is not set.\n{advice}")
+    if not (data_dir / folder).is_dir():
+        raise MissingData(f"no {folder} in {data_dir.resolve()}.\n{advice}")
+    return data_dir / folder
+
+
 def unwritable(folder: Path, error: OSError, *, needed: int | None = None) -> DataError:
     """What to say when `error` came of writing `needed` bytes under `folder`, a part of the cache."""
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())

@@ -1,0 +1,96 @@
+"""Free Spoken Digit Dataset: which digit is spoken, from samples at 8 kHz; small, and free to have.
+
+The data are `recordings/<digit>_<speaker>_<take>.wav` (github.com/Jakobovski/free-spoken-digit-dataset): six speakers,
+50 takes of each digit in the current version. Takes 0 to 4 are the test split, as its authors say, so that every
+speaker is heard in training. Validation is a tenth of the others, stratified by digit. The samples are raw, see
+`seqzoo.tasks.sound`; the model normalises them by mean and deviation of the training samples.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from ..spec import TaskSpec
+from .cache import Stored, cached
+from .config import TaskConfig
+from .data import Task, assemble, hold_out
+from .sound import LEVELS, mean_and_std, read_recordings
+from .sources import DataError, given_folder
+
+FOLDER = "fsdd"
+ADVICE = f"Put its folder recordings into a folder {FOLDER} and set data_dir to the folder that holds it."
+RATE = 8_000
+TEST_TAKES = range(5)
+NUM_CLASSES = 10
+
+
+def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task:
+    """The task as `config` describes it, from the cache where it has been built before.
+
+    Raises:
+        DataError: the recordings are missing, incomplete or damaged.
+        ValueError: a key of `config` is missing or does not belong to this task.
+    """
+    settings = config.settings("val_fraction", "split_seed")
+
+    def prepare(work: Path) -> Stored:
+        return _prepare(given_folder(FOLDER, data_dir, ADVICE) / "recordings", config.max_length, **settings)
+
+    stored = cached(cache_dir, config.name, {"max_length": config.max_length, **settings}, prepare)
+    spec = TaskSpec(
+        name=config.name,
+        kind="pixels",
+        vocab_size=LEVELS,
+        max_length=config.max_length,
+        num_classes=NUM_CLASSES,
+        mean=(stored.facts["mean"],),
+        std=(stored.facts["std"],),
+        mask_ratio=config.mask_ratio,
+    )
+    return assemble(spec, stored.arrays)
+
+
+def _prepare(folder: Path, max_length: int, *, val_fraction: float, split_seed: int) -> Stored:
+    trained, tested = find_recordings(folder)
+    digits = np.array([int(path.name[0]) for path in trained], np.int64)
+    train, val = hold_out(digits, val_fraction, split_seed)
+    splits = {"train": [trained[i] for i in train], "val": [trained[i] for i in val], "test": tested}
+    arrays: dict[str, np.ndarray] = {}
+    for split, paths in splits.items():
+        values, offsets = read_recordings(paths, rate=RATE, max_length=max_length)
+        labels = np.array([int(path.name[0]) for path in paths], np.int64)
+        arrays |= {f"{split}_values": values, f"{split}_offsets": offsets, f"{split}_labels": labels}
+    mean, std = mean_and_std(arrays["train_values"])
+    return Stored(arrays, {"mean": mean, "std": std}, FOLDER)
+
+
+def find_recordings(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files to train on and to test on, in the order of digit, speaker and take.
+
+    Raises:
+        DataError: a file is named otherwise, or a speaker's takes 0 to 4 of a digit, or all others, are missing.
+    """
+    takes: dict[tuple[int, str], dict[int, Path]] = {}
+    for path in sorted(folder.glob("*.wav")):
+        match = re.fullmatch(r"(\d)_([^_]+)_(0|[1-9]\d*)\.wav", path.name, re.ASCII)
+        if match is None:
+            raise DataError(f"{path} is not named <digit>_<speaker>_<take>.wav")
+        takes.setdefault((int(match[1]), match[2]), {})[int(match[3])] = path
+    speakers = sorted({speaker for _, speaker in takes})
+    if not speakers:
+        raise DataError(f"{folder} holds no recordings.\n{ADVICE}")
+    trained: list[Path] = []
+    tested: list[Path] = []
+    for digit in range(NUM_CLASSES):
+        for speaker in speakers:
+            found = takes.get((digit, speaker), {})
+            if not set(TEST_TAKES) < set(found):
+                raise DataError(
+                    f"{folder} holds takes {sorted(found)} of {digit} by {speaker}; expected 0 to 4 and others"
+                )
+            for take in sorted(found):
+                (tested if take in TEST_TAKES else trained).append(found[take])
+    return trained, tested
