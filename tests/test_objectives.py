@@ -39,7 +39,7 @@ def batch(spec, B=5, T=32):
 
 def test_classification():
     data, scores = batch(TOKENS), torch.randn(5, 3)
-    measure = build_objective("classification", TOKENS)(Recorder(scores), data, seed=0)
+    measure = build_objective("task", TOKENS)(Recorder(scores), data, seed=0)
     torch.testing.assert_close(measure.loss, F.cross_entropy(scores, data.labels))
     assert measure.totals["count"] == 5
     assert measure.totals["correct"] == (scores.argmax(-1) == data.labels).sum()
@@ -130,7 +130,7 @@ def test_a_model_learns_from_it(objective, spec):
 
 
 def test_errors_say_what_is_valid():
-    with pytest.raises(ValueError, match="valid: classification, masked, causal"):
+    with pytest.raises(ValueError, match="valid: task, masked, causal"):
         build_objective("mask", TOKENS)
     unmasked = TaskSpec(name="plain", kind="tokens", vocab_size=5, max_length=8, num_classes=2)
     with pytest.raises(ValueError, match="valid: objective=causal"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from . import lra_image, lra_listops, lra_text
+from . import char_lm, lra_image, lra_listops, lra_text, recall_tasks
 from .arrays import from_arrays
 from .config import TaskConfig
 from .data import Split, Task, epoch_order, stratified
@@ -27,6 +27,10 @@ TASKS: dict[str, Callable[..., Task]] = {
     "lra_image": lra_image.build,
     "lra_listops": lra_listops.build,
     "lra_text": lra_text.build,
+    "associative_recall": recall_tasks.build,
+    "selective_copying": recall_tasks.build,
+    "induction_heads": recall_tasks.build,
+    "char_lm": char_lm.build,
 }
 
 

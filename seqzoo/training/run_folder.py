@@ -144,6 +144,7 @@ def _without_none(values: Any) -> Any:
 def _fingerprint(task: Task) -> str:
     digest = hashlib.sha256()
     for split in (task.train, task.val, task.test):
-        for tensor in (split.values, split.lengths, split.labels):
-            digest.update(tensor.cpu().numpy().tobytes())
+        for tensor in (split.values, split.lengths, split.labels, split.targets):
+            if tensor is not None:
+                digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()

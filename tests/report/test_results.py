@@ -9,7 +9,7 @@ def test_reads_every_field(write_run):
     result = read_result(write_run(accuracy=0.75, pretrain=True, seed=3, task_note="cut"))
     assert (result.model, result.task, result.recipe, result.seed) == ("transformer", "lra_text", "short", 3)
     assert (result.pretraining, result.finetune_budget) == (("masked", 2000), 5000)
-    assert (result.accuracy, result.majority, result.n_test, result.task_note) == (0.75, 0.5, 400, "cut")
+    assert (result.score, result.majority, result.n_test, result.task_note) == (0.75, 0.5, 400, "cut")
 
 
 def test_a_scratch_run_has_no_pretraining(write_run):

@@ -37,7 +37,7 @@ def test_every_task_has_a_typed_configuration_file(name, max_length, mask_ratio)
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_key_of_another_task_is_refused(name, tmp_path):
-    foreign = "min_frequency" if name != "lra_text" else "max_depth"
+    foreign = "max_depth" if name != "lra_listops" else "min_frequency"
     with pytest.raises(ValueError, match=f"{name} has no use for {foreign}; valid: name, max_length"):
         build_task(load(name, **{foreign: 3}), data_dir=None, cache_dir=tmp_path)
 

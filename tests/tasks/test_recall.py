@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from seqzoo.tasks.recall import IGNORED, associative_recall, selective_copying
+from seqzoo.spec import IGNORED
+from seqzoo.tasks.recall import associative_recall, selective_copying
 
 
 def generator(seed: int = 0) -> torch.Generator:
