@@ -67,7 +67,7 @@ def _draw(axes: Axes, comparison: Comparison) -> None:
         axes.set_ylabel("test accuracy (%)")
     else:
         axes.set_ylim(0, 1.08 * highest)
-        axes.set_ylabel("test bits per character (fewer are better)")
+        axes.set_ylabel("test bits per character\n(fewer are better)")
     axes.spines[["top", "right"]].set_visible(False)
     objective = f"{pretraining.objective} pretraining" if pretraining else "no pretraining"
     direction = "causal" if conditions.causal else "bidirectional"

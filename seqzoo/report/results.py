@@ -94,7 +94,7 @@ def read_result(folder: Path) -> Result:
         seed=_field(record, "seed", int),
         params=_field(record, "params", int),
         metric="bits_per_character" if in_bits else "accuracy",
-        score=_positive(record, "test.bits_per_character") if in_bits else _share(record, "test.accuracy"),
+        score=_amount(record, "test.bits_per_character") if in_bits else _share(record, "test.accuracy"),
         n_test=_field(record, "n_test", int),
         majority=_share(record, "majority"),
         task_note=_field(record, "task_note", str),
@@ -145,7 +145,7 @@ def _share(record: Any, key: str) -> float:
     return float(value)
 
 
-def _positive(record: Any, key: str) -> float:
+def _amount(record: Any, key: str) -> float:
     value = _field(record, key, float, int)
     if not 0 <= value < math.inf:
         raise ValueError(f"result.json: {key} is {value}, not a number of 0 or more")

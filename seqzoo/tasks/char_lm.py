@@ -43,11 +43,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
             f"task {config.name}: val_fraction {settings['val_fraction']} and test_fraction "
             f"{settings['test_fraction']} leave nothing to train on; valid: less than 1 together"
         )
-    path = _find(settings.pop("text"), data_dir)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    path, content = read_text(settings.pop("text"), data_dir)
     request = {"max_length": config.max_length, **settings, "sha256": hashlib.sha256(content).hexdigest()}
     stored = cached(
         cache_dir, config.name, request, lambda work: _prepare(path, content, config.max_length, **settings)
@@ -69,13 +65,21 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     return assemble(spec, stored.arrays, note=note, symbols=symbols)
 
 
-def _find(text: str | None, data_dir: Path | None) -> Path:
+def read_text(text: str | None, data_dir: Path | None) -> tuple[Path, bytes]:
+    """The file that `task.text` names, and what it holds.
+
+    Raises:
+        DataError: none is named, or it cannot be read.
+    """
     if text is None:
         raise DataError("char_lm has no text of its own; give it one: task.text=<a UTF-8 file>")
     path = (data_dir or Path()) / Path(text).expanduser()  # an absolute path stays what it is
     if not path.is_file():
         raise DataError(f"{path} is no file; task.text takes a UTF-8 file, its path absolute or relative to data_dir")
-    return path
+    try:
+        return path, path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _prepare(

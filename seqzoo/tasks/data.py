@@ -27,9 +27,7 @@ class Split:
     values: Tensor  # integer, flat: all positions of all sequences, each position's channels together
     offsets: Tensor  # int64 [N * num_inputs + 1], in positions
     labels: Tensor  # int64 [N]; zeros where no class is asked for
-    targets: Tensor | None = (
-        None  # of answer "positions": integer, flat, one a position, IGNORED where nothing is asked
-    )
+    targets: Tensor | None = None  # of answer "positions": integer, one a position, IGNORED where nothing is asked
 
     def __post_init__(self) -> None:
         sequences = len(self.labels) * self.spec.num_inputs

@@ -18,6 +18,7 @@ from seqzoo.tasks import Task, TaskConfig, build_task
 from seqzoo.training import TrainingError, evaluate_run, run
 from seqzoo.training import search as search_module
 from seqzoo.training.cli import _report
+from seqzoo.training.run_folder import run_name
 
 HEADS = TaskConfig(
     name="induction_heads",
@@ -59,7 +60,7 @@ def config(folder: Path, task: TaskConfig, **changes):
 def test_answers_at_positions_are_learnt(objective, recall, tmp_path):
     settings = {"pretrain": objective is not None, "objective": objective or "masked", "causal": True}
     settings["model"] = {"block": {"name": "lru"}}  # which knows what came before what
-    result = run(config(tmp_path, HEADS, **settings, finetuning={"tokens": 24_000, "batch_size": 16, "lr": 1e-2}))
+    result = run(config(tmp_path, HEADS, **settings, finetuning={"tokens": 40_000, "batch_size": 16, "lr": 1e-2}))
     assert result["test"].keys() == {"accuracy", "loss"}
     assert result["test"]["accuracy"] > 0.6 > 1.5 * result["majority"]
     assert result["majority"] == recall.majority
@@ -122,6 +123,18 @@ def test_text_is_measured_in_bits(text, tmp_path, capsys):
     assert "bits per character" in capsys.readouterr().err
     _report(result)
     assert f"test {test['bits_per_character']:.4f} bits per character, accuracy" in capsys.readouterr().out
+
+
+def test_a_run_is_named_by_what_its_text_says(text, tmp_path):
+    for folder, words in (("a", "one two"), ("b", "one two"), ("c", "two one")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(words)
+    names = [
+        run_name(replace(config(tmp_path, replace(text, text="text.txt")), data_dir=str(tmp_path / folder)))
+        for folder in "abc"
+    ]
+    assert names[0] == names[1] != names[2]
+    assert run_name(config(tmp_path, replace(text, text=str(tmp_path / "a" / "text.txt")))) == names[0]
 
 
 @pytest.mark.parametrize(
