@@ -92,7 +92,7 @@ class TimedStage(Stage):
 def measure(config: Config, task: Task, name: str, steps: int) -> dict[str, float]:
     """Milliseconds of a step of stage `name` and of its parts, means over `steps` steps, and the model's share."""
     pretrain = name == "pretrain"
-    objective_name = config.objective if pretrain else "classification"
+    objective_name = config.objective if pretrain else "task"
     objective = build_objective(objective_name, task.spec, pixel_loss=config.pixel_loss)
     stage = config.pretraining if pretrain else config.finetuning
     tokens = (WARMUP + steps) * stage.batch_size * task.spec.max_length

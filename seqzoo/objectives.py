@@ -3,10 +3,13 @@
 Masked self-pretraining hides positions drawn independently with the task's ratio, always behind <mask> (tokens) or a
 zero and a flag (pixels), and asks for what stood there (Amos, Berant and Gupta 2024; no 80/10/10 split, loss on hidden
 positions only). Causal self-pretraining asks every position for the next one. Padding is never asked for.
+
+What a task itself asks for is a class, an answer at some positions, or the next position.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from .kernels.common import valid_positions
 from .messages import unknown
-from .spec import Batch, TaskSpec
+from .spec import IGNORED, Batch, TaskSpec
 
 
 class Measure(NamedTuple):
@@ -40,6 +43,19 @@ class Classification:
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         return _cross_entropy(model(batch.inputs, batch.lengths), batch.labels)
+
+
+class Positions:
+    """Cross entropy of the answers at the positions that are asked."""
+
+    head = "per_position"
+    monitor = "accuracy"
+    maximise = True
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        assert batch.targets is not None
+        asked = batch.targets != IGNORED
+        return _cross_entropy(model(batch.inputs, batch.lengths)[asked], batch.targets[asked])
 
 
 class _SelfPretraining:
@@ -81,11 +97,22 @@ class Causal(_SelfPretraining):
         return self.measure(model(inputs, lengths)[:, :-1][asked], inputs[:, 1:][asked])
 
 
+class LanguageModelling(Causal):
+    """The next position as the task itself, measured in bits too."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec, regress=False)
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        loss, totals = super().__call__(model, batch, seed=seed)
+        return Measure(loss, {**totals, "bits_per_character": totals["loss"] / math.log(2)})
+
+
 def build_objective(name: str, spec: TaskSpec, *, pixel_loss: str = "cross_entropy") -> Objective:
     """An objective by name.
 
     Args:
-        name: "classification", "masked" or "causal".
+        name: "task" for what the task asks, by its `answer`; "masked" or "causal" for self-pretraining.
         spec: the task's description.
         pixel_loss: of pretraining on pixels, "cross_entropy" over their levels or "l1" of normalised values.
 
@@ -93,8 +120,10 @@ def build_objective(name: str, spec: TaskSpec, *, pixel_loss: str = "cross_entro
         ValueError: an unknown name, masking a task that has no mask id, or cross entropy over the levels of sound.
     """
     regress = spec.kind == "pixels" and pixel_loss == "l1"
-    if name == "classification":
-        return Classification()
+    if name == "task":
+        if spec.answer == "class":
+            return Classification()
+        return Positions() if spec.answer == "positions" else LanguageModelling(spec)
     if spec.kind == "pixels" and spec.vocab_size > 256 and not regress:
         raise ValueError(
             f"{spec.name} has {spec.vocab_size:,} levels, too many to score one by one; valid: pixel_loss=l1"
@@ -105,7 +134,7 @@ def build_objective(name: str, spec: TaskSpec, *, pixel_loss: str = "cross_entro
         if spec.kind == "tokens" and spec.mask_id is None:
             raise ValueError(f"{spec.name} has no mask_id, so it cannot be masked; valid: objective=causal")
         return Masked(spec, regress=regress)
-    raise ValueError(unknown("objective", name, ("classification", "masked", "causal")))
+    raise ValueError(unknown("objective", name, ("task", "masked", "causal")))
 
 
 def _sequences(batch: Batch, spec: TaskSpec) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+IGNORED = -100  # the target where nothing is asked
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
@@ -15,6 +17,10 @@ class TaskSpec:
     `kind="tokens"` are ids in `[0, vocab_size)`; `kind="pixels"` are intensities in `[0, vocab_size)`, `channels` of
     them per position, which the model normalises to `(x / (vocab_size - 1) - mean) / std`, channel by channel. They are
     uint8; samples of sound, with `vocab_size=65_536`, are int16 as recorded, of either sign.
+
+    `answer` is what is asked for. "class": one of `num_classes`, once for an example. "positions": an id of the
+    vocabulary, at the positions that `Batch.targets` names. "next": at every position the id of the next, so that the
+    model must be causal. The last two are of tokens in single sequences, and their `num_classes` is `vocab_size`.
     """
 
     name: str
@@ -22,6 +28,7 @@ class TaskSpec:
     vocab_size: int
     max_length: int
     num_classes: int
+    answer: Literal["class", "positions", "next"] = "class"
     channels: int = 1
     pad_id: int = 0
     mask_id: int | None = None  # tokens only: the id of <mask>
@@ -39,5 +46,6 @@ class Batch(NamedTuple):
 
     inputs: Tensor  # tokens: int64 [B, T]; pixels: uint8 or int16 [B, T, channels]
     lengths: Tensor  # int64 [B]; what lies past them is padding
-    labels: Tensor  # int64 [B]
+    labels: Tensor  # int64 [B]; zeros where no class is asked for
     index: Tensor  # type: ignore[assignment]  # int64 [B], positions in the split
+    targets: Tensor | None = None  # of answer "positions": int64 [B, T], IGNORED where nothing is asked

@@ -1,11 +1,14 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqzoo.models import ModelConfig, build_model
+from seqzoo.models import ModelConfig, build_model, task_head
 from seqzoo.objectives import build_objective
-from seqzoo.spec import Batch, TaskSpec
+from seqzoo.spec import IGNORED, Batch, TaskSpec
 
 TOKENS = TaskSpec(
     name="tokens", kind="tokens", vocab_size=12, max_length=32, num_classes=3, pad_id=1, mask_id=0, mask_ratio=0.3
@@ -39,10 +42,39 @@ def batch(spec, B=5, T=32):
 
 def test_classification():
     data, scores = batch(TOKENS), torch.randn(5, 3)
-    measure = build_objective("classification", TOKENS)(Recorder(scores), data, seed=0)
+    measure = build_objective("task", TOKENS)(Recorder(scores), data, seed=0)
     torch.testing.assert_close(measure.loss, F.cross_entropy(scores, data.labels))
     assert measure.totals["count"] == 5
     assert measure.totals["correct"] == (scores.argmax(-1) == data.labels).sum()
+
+
+def test_answers_at_positions():
+    data, scores = batch(TOKENS), torch.randn(5, 32, 12)
+    targets = torch.full((5, 32), IGNORED)
+    targets[0, 3], targets[1, 0], targets[1, 7] = 4, 5, scores[1, 7].argmax()
+    objective = build_objective("task", replace(TOKENS, answer="positions"))
+    measure = objective(Recorder(scores), data._replace(targets=targets), seed=0)
+    asked = torch.stack((scores[0, 3], scores[1, 0], scores[1, 7]))
+    torch.testing.assert_close(measure.loss, F.cross_entropy(asked, torch.tensor([4, 5, targets[1, 7]])))
+    assert measure.totals["count"] == 3
+    assert measure.totals["correct"] >= 1
+
+
+def test_language_modelling_is_causal_pretraining_in_bits():
+    data, scores = batch(TOKENS), torch.randn(5, 32, 12)
+    task, causal = (
+        build_objective(name, replace(TOKENS, answer="next"))(Recorder(scores), data, seed=0)
+        for name in ("task", "causal")
+    )
+    assert task.loss == causal.loss
+    nats = task.totals["loss"] / task.totals["count"]
+    assert task.totals["bits_per_character"] / task.totals["count"] == pytest.approx(nats.item() / math.log(2))
+
+
+@pytest.mark.parametrize("answer", ["class", "positions", "next"])
+def test_the_head_suits_the_answer(answer):
+    spec = replace(TOKENS, answer=answer)
+    assert build_objective("task", spec).head == task_head(spec)
 
 
 def test_masked_tokens():
@@ -130,7 +162,7 @@ def test_a_model_learns_from_it(objective, spec):
 
 
 def test_errors_say_what_is_valid():
-    with pytest.raises(ValueError, match="valid: classification, masked, causal"):
+    with pytest.raises(ValueError, match="valid: task, masked, causal"):
         build_objective("mask", TOKENS)
     unmasked = TaskSpec(name="plain", kind="tokens", vocab_size=5, max_length=8, num_classes=2)
     with pytest.raises(ValueError, match="valid: objective=causal"):

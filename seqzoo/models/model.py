@@ -120,6 +120,11 @@ def build_model(config: ModelConfig, spec: TaskSpec, *, head: str, causal: bool)
     return SequenceModel(backbone, classifier, spec)
 
 
+def task_head(spec: TaskSpec) -> str:
+    """The head that gives the answers a task asks for, as `build_model` names it."""
+    return "classify" if spec.answer == "class" else "per_position"
+
+
 def _blocks(config: ModelConfig) -> list[dict[str, Any]]:
     """The name and options of each layer's block."""
     listed = config.layers or [config.block] * config.num_layers

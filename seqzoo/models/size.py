@@ -9,16 +9,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..spec import TaskSpec
-from .model import ModelConfig, build_model
+from .model import ModelConfig, build_model, task_head
 
 WIDEST = 1 << 14
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def count_parameters(config: ModelConfig, spec: TaskSpec, *, causal: bool) -> int:
-    """Parameters of the classifier, embedding and head included; nothing is allocated."""
+    """Parameters of the fine-tuned model, embedding and head included; nothing is allocated."""
     with torch.device("meta"):
-        model = build_model(config, spec, head="classify", causal=causal)
+        model = build_model(config, spec, head=task_head(spec), causal=causal)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -30,7 +30,7 @@ def flops_per_token(config: ModelConfig, spec: TaskSpec, *, causal: bool) -> flo
     T = spec.max_length
     shape = (1,) if spec.num_inputs == 1 else (1, spec.num_inputs)
     with torch.device("meta"):
-        model = build_model(config, spec, head="classify", causal=causal).eval()
+        model = build_model(config, spec, head=task_head(spec), causal=causal).eval()
         lengths = torch.full(shape, T)
         tail = (spec.channels,) if spec.kind == "pixels" else ()
         inputs = torch.zeros(*shape, T, *tail, dtype=torch.uint8 if spec.kind == "pixels" else torch.int64)

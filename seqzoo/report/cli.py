@@ -63,6 +63,7 @@ def _evaluate(folder: Path) -> int:
     except (OSError, ValueError, DataError, TrainingError) as error:
         print(f"{folder} cannot be evaluated: {error}", file=sys.stderr)
         return 1
+    width = max(map(len, metrics))
     for name, value in metrics.items():
-        print(f"{name:<12} {value:.4f}" if isinstance(value, float) else f"{name:<12} {value}")
+        print(f"{name:<{width}} {value:.4f}" if isinstance(value, float) else f"{name:<{width}} {value}")
     return 0

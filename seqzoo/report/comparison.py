@@ -22,22 +22,23 @@ class Conditions(NamedTuple):
     n_test: int
     majority: float
     task_note: str
+    metric: str
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs of one model under one set of conditions, one run a seed. Accuracies are in [0, 1]."""
+    """Runs of one model under one set of conditions, one run a seed. Their scores are of one metric."""
 
     results: tuple[Result, ...]
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(result.accuracy for result in self.results)
+        return statistics.fmean(result.score for result in self.results)
 
     @property
     def std(self) -> float | None:
         """Sample standard deviation over seeds; None for a single one."""
-        return statistics.stdev(result.accuracy for result in self.results) if len(self.results) > 1 else None
+        return statistics.stdev(result.score for result in self.results) if len(self.results) > 1 else None
 
     @property
     def num_seeds(self) -> int:
@@ -60,7 +61,7 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """What pretraining adds to the mean accuracy; None unless both cells are there."""
+        """What pretraining adds to the mean score; None unless both cells are there."""
         return self.pretrained.mean - self.scratch.mean if self.scratch and self.pretrained else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ class Result:
     recipe: str
     seed: int
     params: int
-    accuracy: float  # on the test set, in [0, 1]
+    metric: str  # "accuracy" or, of language modelling, "bits_per_character"
+    score: float  # on the test set; accuracies are in [0, 1]
     n_test: int
     majority: float  # share of the most frequent class, in [0, 1]
     task_note: str  # how the task was shortened; empty: it was not
@@ -79,6 +81,8 @@ def read_result(folder: Path) -> Result:
     objective = _field(record, "objective", str)
     if objective not in ("masked", "causal"):
         raise ValueError(f"result.json: objective is {objective!r}; valid: 'masked', 'causal'")
+    tested = record.get("test")
+    in_bits = isinstance(tested, dict) and "bits_per_character" in tested
     return Result(
         folder=folder,
         model=_field(record, "model", str),
@@ -89,7 +93,8 @@ def read_result(folder: Path) -> Result:
         recipe=_field(record, "recipe", str),
         seed=_field(record, "seed", int),
         params=_field(record, "params", int),
-        accuracy=_share(record, "test.accuracy"),
+        metric="bits_per_character" if in_bits else "accuracy",
+        score=_amount(record, "test.bits_per_character") if in_bits else _share(record, "test.accuracy"),
         n_test=_field(record, "n_test", int),
         majority=_share(record, "majority"),
         task_note=_field(record, "task_note", str),
@@ -137,4 +142,11 @@ def _share(record: Any, key: str) -> float:
     value = _field(record, key, float, int)
     if not 0 <= value <= 1:
         raise ValueError(f"result.json: {key} is {value}, outside [0, 1]")
+    return float(value)
+
+
+def _amount(record: Any, key: str) -> float:
+    value = _field(record, key, float, int)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"result.json: {key} is {value}, not a number of 0 or more")
     return float(value)

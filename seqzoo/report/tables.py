@@ -1,4 +1,7 @@
-"""A comparison as a table: on the terminal, in Markdown, in CSV. Percent where people read, fractions in the CSV."""
+"""A comparison as a table: on the terminal, in Markdown, in CSV. Percent where people read, fractions in the CSV.
+
+Language modelling has bits per character instead, and neither pretraining nor published figures beside it.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,36 @@ from .published import Figure, published
 from .results import LeftOut
 
 ABSENT = "-"
-HEADER = ("model", "params (M)", "scratch", "pretrained", "difference", "published scratch", "published pretrained")
-LEGEND = (
-    "Test accuracy in percent: mean ± sample standard deviation over seeds (number of seeds); differences in points.",
-    "Published figures were reached with other budgets, sizes, position encodings and tuning than the runs beside "
-    "them, and are left out where the task was shortened. x: reported as no better than chance.",
-)
+HEADERS = {
+    "accuracy": (
+        "model",
+        "params (M)",
+        "scratch",
+        "pretrained",
+        "difference",
+        "published scratch",
+        "published pretrained",
+    ),
+    "bits_per_character": ("model", "params (M)", "bits per character"),
+}
+LEGENDS = {
+    "accuracy": (
+        "Test accuracy in percent: mean ± sample standard deviation over seeds (number of seeds); differences in "
+        "points.",
+        "Published figures were reached with other budgets, sizes, position encodings and tuning than the runs beside "
+        "them, and are left out where the task was shortened. x: reported as no better than chance.",
+    ),
+    "bits_per_character": (
+        "Bits per character of the test text, fewer are better: mean ± sample standard deviation over seeds (number of "
+        "seeds).",
+    ),
+}
 
 
 class Table(NamedTuple):
     title: str
-    rows: list[tuple[str, ...]]  # under HEADER
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
 
 
 class Report(NamedTuple):
@@ -46,12 +68,17 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
         caution = " recalled" if figure.recalled else ""
         return f"{name}{figure.percent}{caution} [{sources.index(figure.reference) + 1}]"
 
-    tables = []
+    tables, legend = [], []
     for comparison in comparisons:
-        rows = [(*_text_row(row), *map(cite, _published(comparison, row))) for row in comparison.rows]
-        tables.append(Table(title(comparison), rows))
+        metric = comparison.conditions.metric
+        if metric == "accuracy":
+            rows = [(*_text_row(row), *map(cite, _published(comparison, row))) for row in comparison.rows]
+        else:
+            rows = [(row.model, _millions(row), _bits(row.scratch)) for row in comparison.rows]
+        tables.append(Table(title(comparison), HEADERS[metric], rows))
+        legend += [line for line in LEGENDS[metric] if line not in legend]
     cited = [f"[{number}] {source}." for number, source in enumerate(sources, start=1)]
-    return Report(tables, [*LEGEND, *cited], [f"{run.folder}: {run.reason}" for run in left_out])
+    return Report(tables, [*legend, *cited], [f"{run.folder}: {run.reason}" for run in left_out])
 
 
 def title(comparison: Comparison) -> str:
@@ -63,7 +90,7 @@ def title(comparison: Comparison) -> str:
         f"{pretraining.objective} pretraining on {pretraining.budget:,} tokens" if pretraining else "no pretraining",
         f"fine-tuning on {conditions.finetune_budget:,} tokens",
         f"{conditions.n_test:,} test examples",
-        f"majority class {100 * conditions.majority:.2f}",
+        f"majority class {100 * conditions.majority:.2f}" if conditions.metric == "accuracy" else "",
         conditions.task_note,
         ", ".join(comparison.hardware),
     ]
@@ -82,7 +109,7 @@ def print_report(report: Report) -> None:
     for table in report.tables:
         console.print(table.title, soft_wrap=True, style="bold")
         grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False)
-        for place, column in enumerate(HEADER):
+        for place, column in enumerate(table.header):
             grid.add_column(column, justify="right" if place else "left", no_wrap=place == 0, overflow="fold")
         for row in table.rows:
             grid.add_row(*row)
@@ -100,8 +127,8 @@ def to_markdown(report: Report) -> str:
     """The report as Markdown."""
     blocks = []
     for table in report.tables:
-        rule = ("---", *["---:"] * (len(HEADER) - 1))
-        lines = (f"| {' | '.join(cells)} |" for cells in (HEADER, rule, *table.rows))
+        rule = ("---", *["---:"] * (len(table.header) - 1))
+        lines = (f"| {' | '.join(cells)} |" for cells in (table.header, rule, *table.rows))
         blocks += [table.title, "\n".join(lines)]
     blocks.append("\n".join(f"- {note}" for note in report.notes))
     if report.left_out:
@@ -110,7 +137,7 @@ def to_markdown(report: Report) -> str:
 
 
 def to_csv(comparisons: Iterable[Comparison]) -> str:
-    """One line for each row of each table, accuracies in [0, 1] at full precision, empty where there is nothing."""
+    """One line for each row of each table, scores at full precision, accuracies in [0, 1]; empty where none is."""
     lines = [_csv_line(comparison, row) for comparison in comparisons for row in comparison.rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
@@ -138,8 +165,7 @@ def _csv_line(comparison: Comparison, row: Row) -> dict[str, object]:
 
 def _text_row(row: Row) -> tuple[str, ...]:
     difference = ABSENT if row.difference is None else f"{100 * row.difference:+.2f}"
-    millions = _join(f"{count / 1e6:.2f}" for count in row.params)
-    return row.model, millions, _accuracy(row.scratch), _accuracy(row.pretrained), difference
+    return row.model, _millions(row), _accuracy(row.scratch), _accuracy(row.pretrained), difference
 
 
 def _accuracy(cell: Cell | None) -> str:
@@ -147,6 +173,17 @@ def _accuracy(cell: Cell | None) -> str:
         return ABSENT
     spread = "" if cell.std is None else f" ± {100 * cell.std:.2f}"
     return f"{100 * cell.mean:.2f}{spread} ({cell.num_seeds})"
+
+
+def _bits(cell: Cell | None) -> str:
+    if cell is None:
+        return ABSENT
+    spread = "" if cell.std is None else f" ± {cell.std:.3f}"
+    return f"{cell.mean:.3f}{spread} ({cell.num_seeds})"
+
+
+def _millions(row: Row) -> str:
+    return _join(f"{count / 1e6:.2f}" for count in row.params)
 
 
 def _published(comparison: Comparison, row: Row) -> tuple[Figure | None, Figure | None]:

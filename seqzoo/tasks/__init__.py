@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from . import acl_retrieval, fsdd, lra_image, lra_listops, lra_retrieval, lra_text, scifar, smnist, speech_commands
+from . import (
+    acl_retrieval,
+    char_lm,
+    fsdd,
+    lra_image,
+    lra_listops,
+    lra_retrieval,
+    lra_text,
+    recall_tasks,
+    scifar,
+    smnist,
+    speech_commands,
+)
 from .arrays import from_arrays
 from .cache import default_folder
 from .config import TaskConfig
@@ -27,12 +39,16 @@ __all__ = [
 
 TASKS: dict[str, Callable[..., Task]] = {
     "acl_retrieval": acl_retrieval.build,
+    "associative_recall": recall_tasks.build,
+    "char_lm": char_lm.build,
     "fsdd": fsdd.build,
+    "induction_heads": recall_tasks.build,
     "lra_image": lra_image.build,
     "lra_listops": lra_listops.build,
     "lra_retrieval": lra_retrieval.build,
     "lra_text": lra_text.build,
     "scifar": scifar.build,
+    "selective_copying": recall_tasks.build,
     "smnist": smnist.build,
     "speech_commands": speech_commands.build,
 }

@@ -44,6 +44,10 @@ class Alphabet:
         self._ids = np.full(len(counts), UNK, self.dtype)
         self._ids[characters] = np.arange(len(SPECIALS), len(self.symbols))
 
+    def ids(self, text: np.ndarray) -> np.ndarray:
+        """Code points [T] as ids [T]."""
+        return self._ids[text]
+
     def tokens(self, text: np.ndarray) -> np.ndarray:
         """Code points [T] as ids [T + 1], closed by <eos>."""
         return np.append(self._ids[text], self.dtype(EOS))

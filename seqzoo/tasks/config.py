@@ -32,6 +32,15 @@ class TaskConfig:
     generator_seed: int | None = None  # also of the pairs that are drawn for acl_retrieval
     workers: int | None = None  # threads that generate, None for one a core; does not change the data
 
+    # recall, see `seqzoo.tasks.recall`; with num_train, num_val, num_test and generator_seed
+    num_pairs: int | None = None
+    num_queries: int | None = None
+    num_tokens: int | None = None
+    num_symbols: int | None = None
+
+    # character language modelling
+    text: str | None = None  # a UTF-8 file, its path absolute or relative to data_dir
+
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"task {self.name}: max_length is {self.max_length}; valid: 2 and more")

@@ -11,23 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import Batch, TaskSpec
+from ..spec import IGNORED, Batch, TaskSpec
 
 BUCKETS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of max_length that batches are padded to
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """N examples as three tensors: the sequences one after another, where each begins, and the labels.
+    """N examples as a few tensors: the sequences one after another, where each begins, and what is asked of them.
 
-    `values` moves to the device that trains (`to`); the small tensors stay on the CPU, so that choosing a batch's
-    padding never waits for a GPU.
+    `values` and `targets` move to the device that trains (`to`); the small tensors stay on the CPU, so that choosing a
+    batch's padding never waits for a GPU.
     """
 
     spec: TaskSpec
     values: Tensor  # integer, flat: all positions of all sequences, each position's channels together
     offsets: Tensor  # int64 [N * num_inputs + 1], in positions
-    labels: Tensor  # int64 [N]
+    labels: Tensor  # int64 [N]; zeros where no class is asked for
+    targets: Tensor | None = None  # of answer "positions": integer, one a position, IGNORED where nothing is asked
 
     def __post_init__(self) -> None:
         sequences = len(self.labels) * self.spec.num_inputs
@@ -40,6 +41,12 @@ class Split:
             raise ValueError(
                 f"{self.spec.name}: sequences of {int(lengths.min())} to {int(lengths.max())} positions; "
                 f"valid: 1 to max_length {self.spec.max_length}"
+            )
+        wanted = int(self.offsets[-1]) if self.spec.answer == "positions" else None
+        given = None if self.targets is None else len(self.targets)
+        if given != wanted:
+            raise ValueError(
+                f"{self.spec.name}: answer {self.spec.answer!r} takes {wanted or 'no'} targets, got {given or 'none'}"
             )
 
     def __len__(self) -> int:
@@ -55,6 +62,18 @@ class Split:
     def mean_length(self) -> float:
         """Positions per sequence."""
         return self.offsets[-1].item() / (len(self.offsets) - 1)
+
+    @property
+    def majority(self) -> float:
+        """The share of the most frequent answer: the accuracy of a constant one. The values must lie on the CPU."""
+        answers = self.labels
+        if self.targets is not None:
+            answers = self.targets[self.targets != IGNORED].long()
+        elif self.spec.answer == "next":
+            asked = torch.ones(len(self.values), dtype=torch.bool)
+            asked[self.offsets[:-1]] = False  # the first of a sequence is next to nothing
+            answers = self.values[asked].long()
+        return answers.bincount().max().item() / len(answers)
 
     def batch(self, index: Tensor) -> Batch:
         """The examples `index` (int64 [B], on the CPU), padded to the smallest bucket that holds them.
@@ -84,7 +103,10 @@ class Split:
             inputs = torch.where(valid[..., None], pixels, 0)
         if self.spec.num_inputs > 1:
             inputs, lengths = (t.unflatten(0, (-1, self.spec.num_inputs)) for t in (inputs, lengths))
-        return Batch(inputs, lengths, labels, index)
+        targets = None
+        if self.targets is not None:
+            targets = torch.where(valid, self.targets[positions].long(), IGNORED)
+        return Batch(inputs, lengths, labels, index, targets)
 
     def subset(self, index: Tensor) -> Split:
         """A split of the examples `index` (int64 [n], on the CPU), in that order.
@@ -96,12 +118,15 @@ class Split:
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         positions = torch.arange(int(offsets[-1])) + (self.offsets[rows] - offsets[:-1]).repeat_interleave(lengths)
-        values = self.values.view(-1, self.spec.channels)[positions.to(self.values.device)].flatten()
-        return replace(self, values=values, offsets=offsets, labels=self.labels[index])
+        positions = positions.to(self.values.device)
+        values = self.values.view(-1, self.spec.channels)[positions].flatten()
+        targets = None if self.targets is None else self.targets[positions]
+        return replace(self, values=values, offsets=offsets, labels=self.labels[index], targets=targets)
 
     def to(self, device: torch.device | str) -> Split:
-        """The same split with its values on `device`."""
-        return replace(self, values=self.values.to(device))
+        """The same split with its values and targets on `device`."""
+        targets = None if self.targets is None else self.targets.to(device)
+        return replace(self, values=self.values.to(device), targets=targets)
 
     def _rows(self, index: Tensor) -> Tensor:
         """Which sequences make up the examples: [B] -> [B * num_inputs]."""
@@ -124,20 +149,21 @@ class Task:
 
     @property
     def majority(self) -> float:
-        """The share of the most frequent class in the test split: the accuracy of a constant answer."""
-        return self.test.labels.bincount().max().item() / len(self.test)
+        """The share of the most frequent answer in the test split: the accuracy of a constant one."""
+        return self.test.majority
 
 
 def assemble(spec: TaskSpec, arrays: Mapping[str, np.ndarray], *, note: str = "", symbols: Iterable[str] = ()) -> Task:
-    """A task of arrays named `train_values`, `train_offsets`, `train_labels` and so on, shared, not copied."""
+    """A task of arrays named `train_values`, `train_offsets`, `train_labels` and so on, shared, not copied.
+
+    There is a `train_targets` too where the answers are at positions.
+    """
     mapped = arrays["train_values"]
     folder = Path(mapped.filename).parent if isinstance(mapped, np.memmap) and mapped.filename else None
+    parts = ("values", "offsets", "labels", *(("targets",) if spec.answer == "positions" else ()))
 
     def split(name: str) -> Split:
-        values, offsets, labels = (
-            torch.from_numpy(arrays[f"{name}_{part}"]) for part in ("values", "offsets", "labels")
-        )
-        return Split(spec=spec, values=values, offsets=offsets, labels=labels)
+        return Split(spec=spec, **{part: torch.from_numpy(arrays[f"{name}_{part}"]) for part in parts})
 
     return Task(
         spec=spec,

@@ -1,7 +1,6 @@
 """Synthetic sequences that ask a model for what it has read, where an answer can only come from its memory.
 
-Batches are drawn without end: nothing can be learned by heart, and every accuracy is one on fresh sequences. The model
-reads `tokens` and is asked at every position whose target is not `IGNORED`.
+Batches are drawn without end. The model reads `tokens` and is asked at every position whose target is not `IGNORED`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-IGNORED = -100  # the target where nothing is asked, `ignore_index` of PyTorch's cross entropy
+from ..spec import IGNORED
 
 
 def selective_copying(
@@ -29,12 +28,14 @@ def selective_copying(
         Tokens and targets, int64 [batch_size, T] each.
 
     Raises:
-        ValueError: the tokens and their markers do not fit.
+        ValueError: the tokens and their markers do not fit, or there is no symbol.
 
     Source: Gu and Dao, "Mamba" (2023), section 4.1.1: 16 data tokens, of 16 ids in all.
     """
     if not 1 <= num_tokens <= length // 2:
         raise ValueError(f"num_tokens={num_tokens} in length={length}; valid: 1 to {length // 2}, half the length")
+    if num_symbols < 1:
+        raise ValueError(f"num_symbols={num_symbols}; valid: 1 and more")
     noise, marker = num_symbols, num_symbols + 1
     context = length - num_tokens
     data = torch.randint(num_symbols, (batch_size, num_tokens), generator=generator)
@@ -93,6 +94,40 @@ def associative_recall(
     return tokens, targets
 
 
+def induction_heads(
+    batch_size: int, *, length: int, num_symbols: int = 15, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Random symbols, in which one place follows a trigger; at the end the trigger again, asked for what followed it.
+
+    The first trigger stands anywhere with the same probability, up to two positions before the second, so that a symbol
+    always lies between them.
+
+    Args:
+        length: positions in all, T.
+        num_symbols: different symbols, ids from 0; the trigger is `num_symbols`.
+
+    Returns:
+        Tokens and targets, int64 [batch_size, T] each.
+
+    Raises:
+        ValueError: two triggers and a symbol do not fit, or there is no symbol.
+
+    Source: what Olsson et al., "In-context Learning and Induction Heads" (2022), find that attention does, in the form
+    of Gu and Dao, "Mamba" (2023), section 4.1.2: one trigger, 16 ids in all.
+    """
+    if length < 3:
+        raise ValueError(f"length={length}; valid: 3 and more, two triggers and a symbol")
+    if num_symbols < 1:
+        raise ValueError(f"num_symbols={num_symbols}; valid: 1 and more")
+    tokens = torch.randint(num_symbols, (batch_size, length), generator=generator)
+    place = torch.randint(length - 2, (batch_size, 1), generator=generator)
+    targets = torch.full((batch_size, length), IGNORED)
+    targets[:, -1:] = tokens.gather(1, place + 1)
+    tokens.scatter_(1, place, num_symbols)
+    tokens[:, -1] = num_symbols
+    return tokens, targets
+
+
 def _places(batch_size: int, n: int, k: int, generator: Generator) -> Tensor:
     """`k` different numbers below `n`, in random order: int64 [batch_size, k]."""
-    return torch.rand(batch_size, n, generator=generator).argsort(1)[:, :k]
+    return torch.rand(batch_size, n, generator=generator).topk(k, largest=False).indices

@@ -126,9 +126,10 @@ def _run(overrides: list[str]) -> int:
 
 def _report(result: dict[str, Any]) -> None:
     test = result["test"]
+    bits = f"{test['bits_per_character']:.4f} bits per character, " if "bits_per_character" in test else ""
     _say(
-        f"{result['model']} on {result['task']}: test accuracy {test['accuracy']:.4f} on {result['n_test']} examples"
-        f" (majority class {result['majority']:.4f})"
+        f"{result['model']} on {result['task']}: test {bits}accuracy {test['accuracy']:.4f} on {result['n_test']} "
+        f"examples (majority class {result['majority']:.4f})"
     )
     if result["task_note"]:
         _say(f"note: {result['task_note']}")

@@ -42,7 +42,7 @@ class ProgressBar:
             self.bar.update(self.bar_task, completed=done)
 
     def train(self, metrics: dict[str, float]) -> None:
-        """The means since the last call, "loss" and "accuracy" among them, and "tokens_per_second"."""
+        """The means since the last call, "loss" among them, and "tokens_per_second"."""
         if self.bar:
             self.bar.update(self.bar_task, numbers=_line(metrics))
 
@@ -88,7 +88,8 @@ def duration(seconds: float) -> str:
 
 
 def _line(metrics: dict[str, float]) -> str:
-    shown = [f"{name} {metrics[name]:.4f}" for name in ("loss", "accuracy") if name in metrics]
+    names = ("loss", "bits_per_character", "accuracy")
+    shown = [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in names if name in metrics]
     if "tokens_per_second" in metrics:
         shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     return " · ".join(shown)

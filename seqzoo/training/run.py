@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
-from ..models import ModelConfig, build_model
+from ..models import ModelConfig, build_model, task_head
 from ..models.size import count_parameters, fit_width, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
@@ -75,6 +75,7 @@ def run(config: Config, *, task: Task | None = None) -> dict[str, Any]:
         keep_freed_memory()
     if task is None:
         task = _build_task(config, fabric)
+    _check_answer(config, task.spec)
     tracker = None
     if fabric.is_global_zero:
         write_description(folder, config, task.spec)
@@ -101,7 +102,8 @@ def load(run_folder: str | Path) -> nn.Module:
         TrainingError: its weights are missing or damaged.
     """
     folder = Path(run_folder)
-    model = _build_model(read_config(folder), read_spec(folder), "classify")
+    spec = read_spec(folder)
+    model = _build_model(read_config(folder), spec, task_head(spec))
     model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
     return model.eval()
 
@@ -109,7 +111,8 @@ def load(run_folder: str | Path) -> nn.Module:
 def evaluate_run(
     run_folder: str | Path, *, data_dir: str | Path | None = None, task: Task | None = None
 ) -> dict[str, Any]:
-    """Test metrics of a run's best weights: {"model", "task", "accuracy", "loss", "n_test", "folder"}.
+    """Test metrics of a run's best weights: {"model", "task", "accuracy", "loss", "n_test", "folder"}, of text also
+    "bits_per_character".
 
     Args:
         run_folder: its folder.
@@ -135,7 +138,7 @@ def evaluate_run(
     test = _subset(task.test, config.n_test)
     metrics = evaluate(
         model.to(fabric.device),
-        build_objective("classification", spec),
+        build_objective("task", spec),
         test.to(fabric.device),
         batch_size=config.finetuning.batch_size,
         fabric=fabric,
@@ -229,12 +232,12 @@ def _train_and_test(
             if fabric.is_global_zero:
                 write_json(folder / "pretrain" / "summary.json", pretraining)
 
-    model = _build_model(config, spec, "classify")
+    objective = build_objective("task", spec)
+    model = _build_model(config, spec, objective.head)
     if pretraining is not None:  # also when fine-tuning continues: its checkpoint is loaded over it
         transfer = transfer_backbone(model, source / "pretrain" / "best.safetensors")
         if fabric.is_global_zero:
             print(f"hand-over from {source}: {transfer}", file=sys.stderr)
-    objective = build_objective("classification", spec)
     finetuning = train(model, objective, config.finetuning, "finetune")
     tested = evaluate(model, objective, test.to(fabric.device), batch_size=config.finetuning.batch_size, fabric=fabric)
 
@@ -259,7 +262,7 @@ def _train_and_test(
         "val": finetuning["val"],
         "test": tested,
         "n_test": len(test),
-        "majority": test.labels.bincount().max().item() / len(test),
+        "majority": test.majority,
         "task_note": task.note,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "tokens_per_second": {name: stage["tokens_per_second"] for name, stage in stages.items()},
@@ -280,6 +283,18 @@ def _build_task(config: Config, fabric: Fabric) -> Task:
     # One process downloads and generates, the others read.
     with fabric.rank_zero_first(), _blaming(f"task={config.task.name}"):
         return build_task(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir)
+
+
+def _check_answer(config: Config, spec: TaskSpec) -> None:
+    """Raises ConfigError where every position is asked for the next and the run would be of something else."""
+    if spec.answer != "next":
+        return
+    if not config.causal:
+        raise ConfigError(f"causal=false: {spec.name} asks each position for the next one; valid: causal=true")
+    if config.pretrain:
+        raise ConfigError(
+            f"pretrain={config.pretrain}: {spec.name} is itself what causal pretraining is; valid: pretrain=false"
+        )
 
 
 def _sized(config: Config, spec: TaskSpec) -> ModelConfig:

@@ -18,6 +18,7 @@ from typing import Any
 from ..config import Config, ConfigError, from_dict, to_dict
 from ..spec import TaskSpec
 from ..tasks import Task
+from ..tasks.char_lm import read_text
 from .checkpoint import replacing
 
 # Where a run reads, writes and computes, which is not what it computes.
@@ -33,6 +34,9 @@ def run_name(config: Config, task: Task | None = None) -> str:
     Args:
         config: its configuration.
         task: the user's own, if it is not the one that `config` names.
+
+    Raises:
+        DataError: the task reads a text of the user's that is not there.
     """
     shaping = to_dict(config)
     dropped = WITHOUT_EFFECT if config.pretrain is True else (*WITHOUT_EFFECT, *OF_PRETRAINING)
@@ -44,6 +48,9 @@ def run_name(config: Config, task: Task | None = None) -> str:
     if task is not None:
         name = task.spec.name
         shaping["task"] = {"spec": asdict(task.spec), "data": _fingerprint(task)}
+    elif config.task.text is not None:  # what it says, not where it is: data_dir has no effect
+        data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
+        shaping["task"]["text"] = hashlib.sha256(read_text(config.task.text, data_dir)[1]).hexdigest()
     # A key that is not set counts as one that is not there: adding an option leaves the names of old runs as they are.
     shaping = _without_none(shaping)
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
@@ -144,6 +151,7 @@ def _without_none(values: Any) -> Any:
 def _fingerprint(task: Task) -> str:
     digest = hashlib.sha256()
     for split in (task.train, task.val, task.test):
-        for tensor in (split.values, split.lengths, split.labels):
-            digest.update(tensor.cpu().numpy().tobytes())
+        for tensor in (split.values, split.lengths, split.labels, split.targets):
+            if tensor is not None:
+                digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from seqzoo.config import available, compose
@@ -36,6 +38,17 @@ def test_flops_of_a_transformer():
     d, layers, T = 64, 2, TOKENS.max_length
     flops = flops_per_token(tiny("transformer"), TOKENS, causal=False)
     assert flops == pytest.approx(2 * layers * (12 * d * d + 2 * T * d), rel=1e-2)
+
+
+def test_a_model_that_answers_at_positions_has_another_head():
+    """Scores of the whole vocabulary, at every position."""
+    config = tiny("lru")
+    spec = replace(TOKENS, answer="positions", num_classes=50)
+    more = config.d_model * (50 - 3) + (50 - 3)
+    assert count_parameters(config, spec, causal=True) == count_parameters(config, TOKENS, causal=True) + more
+    assert flops_per_token(config, spec, causal=True) > flops_per_token(config, TOKENS, causal=True) + 2 * 49 * 64
+    fitted = fit_width(config, spec, "params:60k", causal=True)
+    assert abs(count_parameters(fitted, spec, causal=True) - 60_000) < 12_000
 
 
 def test_sizes_are_read():

@@ -39,14 +39,16 @@ def record():
 
 @pytest.fixture
 def write_run(tmp_path, record):
-    """Writes a run folder under tmp_path/runs and returns it; keywords as for `record`, `accuracy` on the test set."""
+    """Writes a run folder under tmp_path/runs and returns it; keywords as for `record`, `accuracy` on the test
+    set, or `bits` per character."""
     numbers = itertools.count()
 
-    def write(*, accuracy=0.6, **changes):
+    def write(*, accuracy=0.6, bits=None, **changes):
         folder = tmp_path / "runs" / f"run-{next(numbers):02d}"
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text("")
-        content = record(test={"accuracy": accuracy, "loss": 1.0}, **changes)
+        test = {"accuracy": accuracy, "loss": 1.0} | ({} if bits is None else {"bits_per_character": bits})
+        content = record(test=test, **changes)
         (folder / "result.json").write_text(json.dumps(content))
         return folder
 

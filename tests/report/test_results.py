@@ -9,7 +9,13 @@ def test_reads_every_field(write_run):
     result = read_result(write_run(accuracy=0.75, pretrain=True, seed=3, task_note="cut"))
     assert (result.model, result.task, result.recipe, result.seed) == ("transformer", "lra_text", "short", 3)
     assert (result.pretraining, result.finetune_budget) == (("masked", 2000), 5000)
-    assert (result.accuracy, result.majority, result.n_test, result.task_note) == (0.75, 0.5, 400, "cut")
+    assert (result.score, result.majority, result.n_test, result.task_note) == (0.75, 0.5, 400, "cut")
+
+
+def test_language_modelling_is_scored_in_bits(write_run):
+    result = read_result(write_run(accuracy=0.4, bits=2.5))
+    assert (result.metric, result.score) == ("bits_per_character", 2.5)
+    assert read_result(write_run()).metric == "accuracy"
 
 
 def test_a_scratch_run_has_no_pretraining(write_run):
@@ -34,6 +40,7 @@ def test_a_budget_in_epochs_is_what_was_seen_to_two_digits(write_run):
         ({"test": None}, "no test.accuracy"),
         ({"test": {"accuracy": 61.2}}, "test.accuracy is 61.2, outside"),
         ({"test": {"accuracy": float("nan")}}, "test.accuracy is nan, outside"),
+        ({"test": {"bits_per_character": float("nan")}}, "bits_per_character is nan, not a number of 0 or more"),
         ({"token_budget": {"finetune": 1.5}}, "token_budget.finetune is 1.5, not int or null"),
     ],
 )

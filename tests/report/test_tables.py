@@ -36,6 +36,52 @@ def test_text_of_a_table(comparisons):
     assert third.startswith("[3] Amos")
 
 
+@pytest.fixture
+def mixed(write_run, tmp_path):
+    """A classification, and a language model on two seeds."""
+    write_run(accuracy=0.8)
+    for seed, bits in enumerate((2.0, 2.2)):
+        write_run(task="char_lm", bits=bits, seed=seed, causal=True, task_note="text.txt")
+    return compare(load_results([tmp_path])[0])[0]
+
+
+def test_bits_have_a_table_of_their_own(mixed):
+    report = build_report(mixed, [])
+    first, second = report.tables
+    assert second.title == (
+        "char_lm: recipe short; causal; no pretraining; fine-tuning on 5,000 tokens; 400 test examples; text.txt; "
+        "2 CPU cores"
+    )
+    assert second.header == ("model", "params (M)", "bits per character")
+    assert second.rows == [("transformer", "1.00", "2.100 ± 0.141 (2)")]
+    assert len(first.rows[0]) == len(first.header) == 7
+    assert any("fewer are better" in note for note in report.notes)
+    assert "| model | params (M) | bits per character |\n| --- | ---: | ---: |\n" in to_markdown(report)
+    accuracy, bits = csv.DictReader(io.StringIO(to_csv(mixed)))
+    assert (accuracy["metric"], bits["metric"]) == ("accuracy", "bits_per_character")
+    assert float(bits["scratch_mean"]) == pytest.approx(2.1)
+    assert not any("fewer are better" in note for note in build_report(mixed[:1], []).notes)
+
+
+def test_bits_have_a_panel_of_their_own(mixed, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: saved.append(self))
+    save_figure([mixed[1], mixed[0]], tmp_path / "figure.png")
+    bits, accuracy = saved[0].axes
+    assert "bits per character" in bits.get_ylabel()
+    assert bits.patches[0].get_height() == pytest.approx(2.1)
+    assert 2.2 < bits.get_ylim()[1] < 3
+    assert not bits.lines or all(line.get_label() != "majority class" for line in bits.lines)
+    assert accuracy.get_ylim() == (0, 108)
+    assert [text.get_text() for text in saved[0].legends[0].get_texts()] == [
+        "from scratch",
+        "self-pretrained",
+        "majority class",
+    ]
+
+
 def test_a_shortened_task_has_no_published_figure(write_run, tmp_path):
     write_run(task_note="text cut to 512 characters")
     report = build_report(compare(load_results([tmp_path])[0])[0], [])

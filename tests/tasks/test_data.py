@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from seqzoo.spec import TaskSpec
+from seqzoo.spec import IGNORED, TaskSpec
 from seqzoo.tasks import Split, Task, epoch_order, stratified
 
 
@@ -108,6 +108,43 @@ def test_a_split_refuses_lengths_it_cannot_hold():
 def test_majority():
     split, _ = make_split([1] * 7)  # labels 0 1 2 0 1 2 0
     assert Task(spec=split.spec, train=split, val=split, test=split).majority == 3 / 7
+
+
+def asking(answer: str, lengths: list[int], targets: torch.Tensor | None = None) -> Split:
+    """A split whose values count up from 0 over all sequences."""
+    spec = TaskSpec(name="toy", kind="tokens", vocab_size=200, max_length=8, num_classes=200, answer=answer, pad_id=199)
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    values, labels = torch.arange(sum(lengths)), torch.zeros(len(lengths), dtype=torch.int64)
+    return Split(spec=spec, values=values, offsets=offsets, labels=labels, targets=targets)
+
+
+def test_targets_go_with_their_positions():
+    targets = torch.tensor([IGNORED, 7, 7, IGNORED, 5, 6], dtype=torch.int16)
+    split = asking("positions", [2, 3, 1], targets)
+    batch = split.batch(torch.tensor([1, 0]))
+    assert batch.inputs.tolist() == [[2, 3, 4, 199], [0, 1, 199, 199]]
+    assert batch.targets.dtype == torch.int64
+    assert batch.targets.tolist() == [[7, IGNORED, 5, IGNORED], [IGNORED, 7, IGNORED, IGNORED]]
+    subset = split.subset(torch.tensor([2, 1])).to("cpu")
+    assert subset.targets.tolist() == [6, 7, IGNORED, 5]
+    assert subset.batch(torch.tensor([0])).targets.tolist() == [[6]]
+    assert split.majority == 2 / 4, "of what is asked"
+
+
+def test_majority_of_next_positions():
+    split = asking("next", [3, 2, 1])
+    split.values[:] = torch.tensor([1, 1, 2, 1, 1, 1])
+    assert split.majority == 2 / 3, "the first of a sequence is not asked for"
+    assert split.batch(torch.tensor([0])).targets is None
+
+
+def test_a_split_refuses_targets_that_do_not_suit_it():
+    with pytest.raises(ValueError, match="answer 'positions' takes 3 targets, got none"):
+        asking("positions", [1, 2])
+    with pytest.raises(ValueError, match="answer 'positions' takes 3 targets, got 2"):
+        asking("positions", [1, 2], torch.zeros(2))
+    with pytest.raises(ValueError, match="answer 'next' takes no targets, got 3"):
+        asking("next", [1, 2], torch.zeros(3))
 
 
 def test_stratified_keeps_shares():

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from seqzoo.tasks.recall import IGNORED, associative_recall, selective_copying
+from seqzoo.spec import IGNORED
+from seqzoo.tasks.recall import associative_recall, induction_heads, selective_copying
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -54,7 +55,28 @@ def test_associative_recall_asks_anywhere_for_any_pair():
     torch.testing.assert_close(share, torch.full_like(share, 1 / 4), atol=4 * (1 / 4 / (6 * n)) ** 0.5, rtol=0)
 
 
-@pytest.mark.parametrize("task", [selective_copying, associative_recall])
+def test_induction_heads_ask_for_what_followed_the_trigger():
+    tokens, targets = induction_heads(200, length=12, num_symbols=4, generator=generator())
+    assert tokens.shape == targets.shape == (200, 12)
+    assert tokens.dtype == targets.dtype == torch.int64
+    for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+        first, second = (place for place, token in enumerate(row) if token == 4)
+        assert second == 11
+        assert max(row[:first] + row[first + 1 : second]) < 4
+        assert answers == [IGNORED] * 11 + [row[first + 1]]
+
+
+def test_induction_heads_put_the_trigger_anywhere():
+    n = 20_000
+    tokens, targets = induction_heads(n, length=12, num_symbols=4, generator=generator())
+    share = (tokens[:, :-1] == 4).double().mean(0)
+    assert share[-1] == 0
+    torch.testing.assert_close(share[:-1], torch.full((10,), 0.1).double(), atol=4 * (0.09 / n) ** 0.5, rtol=0)
+    frequency = targets[:, -1].bincount() / n
+    torch.testing.assert_close(frequency, torch.full((4,), 0.25), atol=4 * (0.1875 / n) ** 0.5, rtol=0)
+
+
+@pytest.mark.parametrize("task", [selective_copying, associative_recall, induction_heads])
 def test_a_seed_gives_the_same_batches(task):
     stream, again, other = generator(1), generator(1), generator(2)
     first, second = (task(8, length=128, generator=stream) for _ in range(2))
@@ -72,3 +94,8 @@ def test_errors_say_what_is_valid():
         associative_recall(1, length=40, generator=generator())
     with pytest.raises(ValueError, match=r"num_pairs=8 .* valid: 1 to 6"):
         associative_recall(1, length=128, num_symbols=6, generator=generator())
+    with pytest.raises(ValueError, match=r"length=2; valid: 3 and more"):
+        induction_heads(1, length=2, generator=generator())
+    for task in (selective_copying, induction_heads):
+        with pytest.raises(ValueError, match=r"num_symbols=0; valid: 1 and more"):
+            task(1, length=128, num_symbols=0, generator=generator())

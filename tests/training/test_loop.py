@@ -30,7 +30,7 @@ def build_stage(task, folder, *, objective=None, tracked=False, seed=0, dropout=
     folder.mkdir(exist_ok=True)
     return Stage(
         build_model(config.model, task.spec, head="classify", causal=False),
-        objective or build_objective("classification", task.spec),
+        objective or build_objective("task", task.spec),
         task.train,
         task.val,
         config.finetuning,
@@ -107,7 +107,7 @@ def test_resuming_is_bitwise_exact(task, tmp_path, number, at):
     whole = build_stage(task, tmp_path / "whole", tracked=True)
     expected = whole.run()
 
-    classification = build_objective("classification", task.spec)
+    classification = build_objective("task", task.spec)
     interrupted = build_stage(task, tmp_path / "cut", tracked=True, objective=Signalling(classification, at, number))
     handler = signal.getsignal(number)
     with pytest.raises(Interrupted, match="resume="):
