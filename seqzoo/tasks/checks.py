@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..spec import TaskSpec
+from ..spec import IGNORED, TaskSpec
 from . import lra_listops
 from .cache import check
 from .data import Split, Task
@@ -74,6 +74,14 @@ def _faults(split: Split) -> list[str]:
     if outside.any():
         first = int(outside.int().argmax())
         faults.append(f"label {int(split.labels[first])} of example {first}; valid: 0 to {spec.num_classes - 1}")
+    if split.targets is not None:
+        targets = split.targets
+        outside = (targets != IGNORED) & ((targets < 0) | (targets >= spec.vocab_size))
+        if outside.any():
+            at = int(outside.int().argmax())
+            example = int(torch.searchsorted(offsets, at, right=True)) - 1
+            valid = f"0 to {spec.vocab_size - 1}, or {IGNORED} where nothing is asked"
+            faults.append(f"answer {int(targets[at])} in example {example}; valid: {valid}")
     reserved = [spec.mask_id, spec.pad_id] if spec.kind == "tokens" else []
     limits = torch.iinfo(split.values.dtype)
     every_value_is_valid = limits.max - limits.min + 1 == spec.vocab_size  # and sound has either sign

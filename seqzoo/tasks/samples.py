@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..spec import IGNORED
 from .data import Split, Task, epoch_order
 
 LONGEST = 600  # characters of a sequence that are shown
@@ -20,13 +21,24 @@ def pick(split: Split, n: int) -> list[int]:
 
 
 def as_text(task: Task, split: Split, example: int) -> str:
-    """An example's number, label and sequences, each on a line of its own, cut where they are long."""
-    lines = [f"example {example}, label {int(split.labels[example])}"]
+    """An example's number, label and sequences, each on a line of its own, cut where they are long.
+
+    Of answers at positions, a line with what is asked: `position:answer`.
+    """
+    labelled = f", label {int(split.labels[example])}" if split.spec.answer == "class" else ""
+    lines = [f"example {example}{labelled}"]
     for sequence in sequences(split, example):
-        text = decode(sequence, task.symbols)
-        length = f"{len(sequence):,} positions"
-        lines.append(f"  {length}: {text}" if len(text) <= LONGEST else f"  {length}: {text[:LONGEST]} ...")
+        lines.append(f"  {len(sequence):,} positions: {_cut(decode(sequence, task.symbols))}")
+    if split.targets is not None:
+        start, end = split.offsets[example : example + 2].tolist()
+        targets = split.targets[start:end].numpy()
+        asked = [f"{at}:{decode(targets[at : at + 1], task.symbols)}" for at in np.flatnonzero(targets != IGNORED)]
+        lines.append(f"  {len(asked):,} answers: {_cut(' '.join(asked))}")
     return "\n".join(lines)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def decode(tokens: np.ndarray, symbols: Sequence[str]) -> str:

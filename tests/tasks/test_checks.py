@@ -7,7 +7,7 @@ import pytest
 import torch
 from task_configs import small_listops
 
-from seqzoo.tasks import DataError, Task, build_task, from_arrays
+from seqzoo.tasks import DataError, Task, TaskConfig, build_task, from_arrays
 from seqzoo.tasks.checks import verify
 from seqzoo.tasks.listops_grammar import MASK, PAD
 
@@ -46,6 +46,15 @@ def test_a_task_as_it_should_be(listops):
 def test_what_is_out_of_range_is_named(listops, name, part, at, value, fault):
     (found,) = verify(changed(listops, name, part, at, value)).faults
     assert found.startswith(fault)
+
+
+def test_answers_out_of_range(tmp_path):
+    options = {"max_length": 8, "num_symbols": 4, "num_train": 3, "num_val": 3, "num_test": 3, "generator_seed": 0}
+    task = build_task(TaskConfig(name="induction_heads", mask_ratio=0.1, **options), data_dir=None, cache_dir=tmp_path)
+    assert verify(task).faults == []
+    top = task.spec.vocab_size
+    (fault,) = verify(changed(task, "val", "targets", 15, top)).faults
+    assert fault == f"val: answer {top} in example 1; valid: 0 to {top - 1}, or -100 where nothing is asked"
 
 
 def test_labels_are_worked_out_anew(listops):

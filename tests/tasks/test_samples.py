@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from task_configs import small_listops
 
-from seqzoo.tasks import build_task, from_arrays, samples
+from seqzoo.tasks import TaskConfig, build_task, from_arrays, samples
 from seqzoo.tasks.listops_grammar import SYMBOLS
 from seqzoo.tasks.samples import as_text, decode, pick, save_sheet, sequences
 
@@ -35,6 +35,14 @@ def test_both_sequences_of_a_pair():
     )
     lines = as_text(task, task.train, 0).splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == ["  2 positions", "  1 positions"]
+
+
+def test_answers_at_positions(tmp_path):
+    options = {"max_length": 8, "num_symbols": 4, "num_train": 3, "num_val": 3, "num_test": 3, "generator_seed": 0}
+    task = build_task(TaskConfig(name="induction_heads", mask_ratio=0.1, **options), data_dir=None, cache_dir=tmp_path)
+    first, _, answers = as_text(task, task.val, 1).splitlines()
+    assert first == "example 1"
+    assert answers == f"  1 answers: 7:{task.symbols[int(task.val.targets[15])]}"
 
 
 def test_pick_is_the_same_each_time_and_no_more_than_there_are(tmp_path):
