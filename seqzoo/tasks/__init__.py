@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from . import lra_image, lra_listops, lra_text
+from . import lra_image, lra_listops, lra_pathfinder, lra_text
 from .arrays import from_arrays
 from .config import TaskConfig
 from .data import Split, Task, epoch_order, stratified
@@ -26,6 +26,9 @@ __all__ = [
 TASKS: dict[str, Callable[..., Task]] = {
     "lra_image": lra_image.build,
     "lra_listops": lra_listops.build,
+    "lra_pathfinder": lra_pathfinder.build,
+    "lra_pathx": lra_pathfinder.build,
+    "lra_pathx256": lra_pathfinder.build,
     "lra_text": lra_text.build,
 }
 

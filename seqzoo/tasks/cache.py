@@ -43,7 +43,7 @@ def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callab
         request: everything that shapes the data, as JSON values.
         build: makes the arrays; runs in one process at a time. It is given a folder for work that takes long, made
             when first used: what a build that was stopped left there is there for the next, and goes when the entry is
-            whole.
+            whole. An array that is a whole memory-mapped `.npy` file in it is not copied.
 
     Returns:
         The arrays memory-mapped; writing to them changes memory only, never the files.
@@ -64,21 +64,21 @@ def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callab
             log.warning("%s is damaged and will be built again: %s", entry, damage)
         if stored is None:
             work = cache_dir / f".{entry.name}.work"
-            _save(entry, request, build(work))
+            _save(entry, request, build(work), work)
             shutil.rmtree(work, ignore_errors=True)
             stored = _load(entry)
     assert stored is not None
     return stored
 
 
-def _save(entry: Path, request: Mapping[str, Any], stored: Stored) -> None:
+def _save(entry: Path, request: Mapping[str, Any], stored: Stored, work: Path) -> None:
     partial = entry.with_name(f".{entry.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     files = {}
     for name, array in stored.arrays.items():
         path = partial / f"{name}.npy"
-        np.save(path, array)
+        _write(path, array, work)
         files[path.name] = {
             "bytes": path.stat().st_size,
             "sha256": _sha256(path),
@@ -89,6 +89,16 @@ def _save(entry: Path, request: Mapping[str, Any], stored: Stored) -> None:
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     shutil.rmtree(entry, ignore_errors=True)
     partial.rename(entry)
+
+
+def _write(path: Path, array: np.ndarray, work: Path) -> None:
+    if isinstance(array, np.memmap) and isinstance(array.filename, Path) and array.filename.parent == work:
+        array.flush()
+        if array.offset + array.nbytes == array.filename.stat().st_size:
+            with suppress(OSError):  # of a disk that has no links
+                path.hardlink_to(array.filename)
+                return
+    np.save(path, array)
 
 
 def _load(entry: Path) -> Stored | None:
