@@ -24,7 +24,7 @@ import numpy as np
 from numba import njit
 
 from .pathfinder_parameters import Parameters
-from .pathfinder_strokes import DEGREES, marker, strokes
+from .pathfinder_strokes import DEGREES, markers, strokes
 from .random_stream import below, stream, uniform
 from .shards import fill, num_shards
 
@@ -59,7 +59,7 @@ def generate(
         finished: called with the number of new images whenever there are some.
     """
     tables = tuple(strokes(parameters, margin) for margin in parameters.paddle_margins)
-    disc = marker(parameters)
+    discs = markers(parameters)
 
     def write(shard: int, rows: slice) -> None:
         drawn = np.empty(images[rows].shape, np.uint8)
@@ -67,14 +67,12 @@ def generate(
             stream(*seed, shard),
             drawn,
             tables,
-            disc,
+            discs,
             parameters.contour_length,
             parameters.distractor_length,
             parameters.num_distractors,
             parameters.seed_distance,
             parameters.padding,
-            parameters.target_contrast,
-            parameters.distractor_contrast,
         )
         images[rows] = drawn
 
@@ -87,21 +85,19 @@ def _draw_shard(
     state,
     images,
     tables,
-    disc,
+    discs,
     contour_length,
     distractor_length,
     num_distractors,
     seed_distance,
     padding,
-    target_contrast,
-    distractor_contrast,
 ):
     """Fill `images` and return their labels, int64 [N]."""
     size = images.shape[1]
     labels = np.empty(len(images), np.int64)
     mask = np.empty((size, size), np.uint8)
     before = np.empty_like(mask)
-    brightness = np.empty((size, size), np.float32)
+    brightness = np.empty((size, size))
     targets = np.empty((2, contour_length, 3), np.int64)
     distractor = np.empty((distractor_length, 3), np.int64)
     pivots = np.empty((2, 2), np.int64)
@@ -112,24 +108,24 @@ def _draw_shard(
             pass
         brightness[:] = 0
         for contour in targets:
-            _draw_contour(brightness, table, contour, target_contrast)
+            _draw_contour(brightness, table.targets, contour)
 
         for _ in range(num_distractors):
             for _ in range(DISTRACTOR_TRIALS):
                 before[:] = mask
                 if _grow_distractor(state, table, mask, distractor, pivots[0]):
-                    _draw_contour(brightness, table, distractor, distractor_contrast)
+                    _draw_contour(brightness, table.distractors, distractor)
                     break
                 mask[:] = before
 
         first = below(state, 2)
         second = first if labels[i] == 1 else 1 - first
         for tip in (targets[first, 0], targets[second, -1]):
-            _lighten(brightness, disc, tip[1], tip[2], np.float32(1))
-        stretch = np.float32(_FULL) / brightness.max()
+            _draw_marker(brightness, discs, tip[1], tip[2])
+        stretch = _FULL / brightness.max()
         for y in range(size):
             for x in range(size):
-                images[i, y, x] = np.uint8(brightness[y, x] * stretch + np.float32(0.5))
+                images[i, y, x] = np.uint8(brightness[y, x] * stretch + 0.5)
     return labels
 
 
@@ -156,7 +152,7 @@ def _grow_targets(state, table, mask, contours, pivots, seed_distance, padding):
             if not _extend(state, table, mask, contours[c], n, pivots[c]):
                 return False
     last = contours[1, -1]
-    _lighten(mask, table.masks[last[0]], last[1], last[2], np.uint8(1))
+    _lighten(mask, table.masks[last[0]], last[1], last[2])
     return True
 
 
@@ -171,7 +167,7 @@ def _grow_distractor(state, table, mask, contour, pivot):
         if not _extend(state, table, mask, contour, n, pivot):
             return False
     last = contour[-1]
-    _lighten(mask, table.masks[last[0]], last[1], last[2], np.uint8(1))
+    _lighten(mask, table.masks[last[0]], last[1], last[2])
     return True
 
 
@@ -243,7 +239,7 @@ def _extend(state, table, mask, contour, n, pivot):
             k += 1
         head_y, head_x = pivot[0] + circle[k, 0], pivot[1] + circle[k, 1]
         if not _overlaps(mask, table.masks[DEGREES + k], head_y, head_x):
-            _lighten(mask, table.masks[stroke], y, x, np.uint8(1))
+            _lighten(mask, table.masks[stroke], y, x)
             contour[n, 0], contour[n, 1], contour[n, 2] = DEGREES + k, head_y, head_x
             return True
     return False
@@ -276,18 +272,25 @@ def _overlaps(mask, patch, y, x):
 
 
 @njit(nogil=True)
-def _draw_contour(brightness, table, contour, contrast):
+def _draw_contour(brightness, lines, contour):
     for i in range(len(contour)):
-        _lighten(brightness, table.lines[contour[i, 0]], contour[i, 1], contour[i, 2], np.float32(contrast))
+        _lighten(brightness, lines[contour[i, 0]], contour[i, 1], contour[i, 2])
 
 
 @njit(nogil=True)
-def _lighten(image, patch, y, x, contrast):
-    """Make `image` at least as bright as `patch`, centred on (y, x), times `contrast`, of the image's own type."""
+def _draw_marker(brightness, discs, y, x):
+    size, reach = len(brightness), len(discs) // 2
+    row, column = max(min(y, reach), 2 * reach + 1 - size + y), max(min(x, reach), 2 * reach + 1 - size + x)
+    _lighten(brightness, discs[row, column], y - row + reach, x - column + reach)
+
+
+@njit(nogil=True)
+def _lighten(image, patch, y, x):
+    """Make `image` at least as bright as `patch`, centred on (y, x)."""
     under, patch = _overlay(image, patch, y, x)
     for row in range(under.shape[0]):
         for column in range(under.shape[1]):
-            under[row, column] = max(under[row, column], patch[row, column] * contrast)
+            under[row, column] = max(under[row, column], patch[row, column])
 
 
 @njit(nogil=True)

@@ -1,7 +1,7 @@
 """Pathfinder images as Long Range Arena and the original generator store them.
 
-A folder such as `curv_contour_length_14` has `imgs/<batch>/sample_<number>.png` and `metadata/<batch>.npy`. Metadata has
-a row for each image, of which these columns are read: 0 its folder, 1 its name, 3 its label. The released files are
+A folder such as `curv_contour_length_14` has `imgs/<batch>/sample_<number>.png` and `metadata/<batch>.npy`. Metadata
+has a row for each image, of which these columns are read: 0 its folder, 1 its name, 3 its label. The released files are
 text, in spite of their name; those of the generator are NumPy arrays of strings.
 """
 

@@ -23,7 +23,8 @@ class Strokes(NamedTuple):
     A stroke's patch is centred on the tip it is placed by: the tail of a first paddle, the head of any other.
     """
 
-    lines: np.ndarray  # uint8 [O, P, P], brightness
+    targets: np.ndarray  # float32 [O, P, P], brightness of a target's paddle, where a marker's is 1
+    distractors: np.ndarray  # float32 [O, P, P], of a distractor's
     masks: np.ndarray  # uint8 [O, P, P], what is taken: the line and a margin around it
     core: np.ndarray  # int64 [360, C, 2], displacements from the tail that a first paddle needs free, padded ...
     core_sizes: np.ndarray  # int64 [360], ... and how many there are
@@ -44,6 +45,7 @@ def strokes(parameters: Parameters, margin: int) -> Strokes:
     directions = np.concatenate([degrees, np.arctan2(circle[:, 0], circle[:, 1])])
     drawn = np.concatenate([degrees, directions[DEGREES:] + np.pi])  # away from the tip a stroke is placed by
     patches = [_paddle(parameters, margin, direction) for direction in drawn]
+    lines = np.stack([line for line, _ in patches]) / 255
     masks = np.stack([mask for _, mask in patches])
     cores = [_core(mask, length + margin) for mask in masks[:DEGREES]]
     core = np.zeros((DEGREES, max(map(len, cores)), 2), np.int64)
@@ -53,7 +55,8 @@ def strokes(parameters: Parameters, margin: int) -> Strokes:
     turn = np.abs(directions[:, None] - directions[DEGREES:])
     turn = np.minimum(turn, 2 * np.pi - turn) * parameters.continuity
     return Strokes(
-        lines=np.stack([line for line, _ in patches]),
+        targets=(lines * parameters.target_contrast).astype(np.float32),
+        distractors=(lines * parameters.distractor_contrast).astype(np.float32),
         masks=masks,
         core=core,
         core_sizes=np.array([len(displacements) for displacements in cores]),
@@ -67,14 +70,20 @@ def strokes(parameters: Parameters, margin: int) -> Strokes:
     )
 
 
-def marker(parameters: Parameters) -> np.ndarray:
-    """Brightness of a marker, uint8 [P, P], the tip it marks in the centre pixel."""
+def markers(parameters: Parameters) -> np.ndarray:
+    """Brightness of a marker, float64 [P, P, P, P]: by the row and the column of the tip, patches of P x P pixels.
+
+    P = 2 R + 1, and a tip in row R and column R is away from every border. Near one the Lanczos filter has fewer pixels.
+    """
     scale = parameters.antialias_scale
-    half = math.ceil(parameters.marker_radius) + 4  # the Lanczos filter reaches three pixels
-    side = 2 * half + 1
+    reach = math.ceil(parameters.marker_radius) + 4  # the filter's is three pixels
+    side = 2 * reach + 1
     y, x = np.ogrid[: side * scale, : side * scale]
-    inside = (y - half * scale) ** 2 + (x - half * scale) ** 2 <= (parameters.marker_radius * scale) ** 2
-    return _scaled_down(np.where(inside, np.uint8(255), np.uint8(0)), side)
+    patches = np.empty((side, side, side, side))
+    for row, column in np.ndindex(side, side):
+        inside = (y - row * scale) ** 2 + (x - column * scale) ** 2 <= (parameters.marker_radius * scale) ** 2
+        patches[row, column] = _scaled_down(np.where(inside, np.uint8(255), np.uint8(0)), side)
+    return patches / 255
 
 
 def _paddle(parameters: Parameters, margin: int, direction: float) -> tuple[np.ndarray, np.ndarray]:
