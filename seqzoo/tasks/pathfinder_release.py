@@ -125,7 +125,7 @@ def _table(path: Path) -> list[list[str]]:
         if table.ndim != 2 or table.dtype.kind not in "SU":
             raise ValueError(f"expected strings [rows, {COLUMNS}], got {table.dtype} {list(table.shape)}")
         return table.astype(str).tolist()
-    except (ValueError, EOFError, MemoryError, OverflowError) as error:
+    except Exception as error:  # NumPy's reader has many ways to stumble over a damaged header
         raise DataError(f"{path} cannot be read: {error}\n{REPAIR}") from error
 
 
@@ -133,15 +133,19 @@ def _pixels(path: Path, size: int, where: str) -> np.ndarray:
     from PIL import Image
 
     try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty ({where}).\n{REPAIR}")
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.size != (size, size):
-                raise DataError(f"{path} has {image.width} x {image.height} pixels, expected {size} x {size} ({where})")
-            return np.asarray(image.convert("L"))
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing ({where}).\n{REPAIR}") from error
-    except DataError:
-        raise
+    if not content:
+        raise DataError(f"{path} is empty ({where}).\n{REPAIR}")
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            width, height = image.size
+            image.verify()  # checksums, which decoding does not look at; nothing can be read from the image after it
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            pixels = np.asarray(image.convert("L")) if (width, height) == (size, size) else None
     except Exception as error:  # a decoder has many ways to stumble over a damaged file
         raise DataError(f"{path} is damaged ({where}): {error}\n{REPAIR}") from error
+    if pixels is None:
+        raise DataError(f"{path} has {width} x {height} pixels, expected {size} x {size} ({where})")
+    return pixels

@@ -73,7 +73,7 @@ def strokes(parameters: Parameters, margin: int) -> Strokes:
 def markers(parameters: Parameters) -> np.ndarray:
     """Brightness of a marker, float64 [P, P, P, P]: by the row and the column of the tip, patches of P x P pixels.
 
-    P = 2 R + 1, and a tip in row R and column R is away from every border. Near one the Lanczos filter has fewer pixels.
+    P = 2 R + 1, and a tip in row and column R is away from every border. Near one the Lanczos filter has fewer pixels.
     """
     scale = parameters.antialias_scale
     reach = math.ceil(parameters.marker_radius) + 4  # the filter's is three pixels

@@ -20,13 +20,20 @@ def load(name: str, **changes) -> TaskConfig:
 
 def test_unknown_task(tmp_path):
     config = TaskConfig(name="lra_txt", max_length=10, mask_ratio=0.1)
-    with pytest.raises(ValueError, match="no task 'lra_txt'; valid: lra_image, lra_listops, lra_text"):
+    with pytest.raises(ValueError, match="no task 'lra_txt'; valid: lra_image, lra_listops, lra_pathfinder, "):
         build_task(config, data_dir=None, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "max_length", "mask_ratio"),
-    [("lra_listops", 2048, 0.1), ("lra_text", 4096, 0.15), ("lra_image", 1024, 0.5)],
+    [
+        ("lra_listops", 2048, 0.1),
+        ("lra_text", 4096, 0.15),
+        ("lra_image", 1024, 0.5),
+        ("lra_pathfinder", 1024, 0.5),
+        ("lra_pathx", 16_384, 0.5),
+        ("lra_pathx256", 65_536, 0.5),
+    ],
 )
 def test_every_task_has_a_typed_configuration_file(name, max_length, mask_ratio):
     config = load(name)
