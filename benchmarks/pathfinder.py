@@ -3,8 +3,8 @@
     python benchmarks/pathfinder.py --samples upstream_generator_pf32_hard_1000.npz
     python benchmarks/pathfinder.py --samples <file> --out results/pathfinder --picture docs/pathfinder.png
 
-The samples are 32 x 32 images of contours of 14 paddles: arrays `images`, uint8 [N, 32, 32], and `labels`, [N]. Rates are
-images a second of processor time, on one thread. A few minutes.
+The samples are 32 x 32 images of contours of 14 paddles: arrays `images`, uint8 [N, 32, 32], and `labels`, [N]. Rates
+are images a second of processor time, on one thread. A few minutes.
 """
 
 from __future__ import annotations
@@ -80,9 +80,11 @@ def picture(path: Path, theirs: np.ndarray, ours: np.ndarray, larger: list[np.nd
     plots = [("ink", "mean brightness"), ("lit_pixels", "lit pixels"), ("components", "components")]
     for i, (name, label) in enumerate(plots):
         axis = figure.add_subplot(grid[4, 2 * i : 2 * i + 2])
-        bins = np.linspace(min(a[name].min(), b[name].min()), max(a[name].max(), b[name].max()), 25)
-        for values, legend in ((a, "original"), (b, "ours")):
-            axis.hist(values[name], bins=bins, density=True, histtype="step", label=legend)
+        values = np.concatenate([a[name], b[name]])
+        width = max(1, round((values.max() - values.min()) / 25)) if name != "ink" else 0.5
+        bins = np.arange(values.min() - width / 2, values.max() + width, width)
+        for measured, legend in ((a, "original"), (b, "ours")):
+            axis.hist(measured[name], bins=bins, density=True, histtype="step", label=legend)
         axis.set_xlabel(label)
         axis.set_yticks([])
         axis.legend(fontsize="small")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from seqzoo.tasks.cache import Stored, cached
+from seqzoo.tasks.shards import array_file
 
 
 def entry_of(cache_dir: Path) -> Path:
@@ -128,6 +129,7 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from seqzoo.tasks.cache import Stored, cached
+from seqzoo.tasks.shards import array_file
 
 folder, me = Path(sys.argv[1]), sys.argv[2]
 
@@ -150,3 +152,23 @@ def test_processes_that_ask_at_once_build_once(tmp_path):
     ]
     outputs = sorted(process.communicate(timeout=60)[0].split() for process in processes)
     assert outputs == [["45"], ["built", "45"]]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_in_the_work_folder_becomes_the_entrys(tmp_path, monkeypatch, links):
+    """Without a copy where the disk has links, and part of one is never taken for the whole."""
+    inodes = []
+
+    def build(work: Path) -> Stored:
+        whole = array_file(work / "whole.npy", (1000,), np.int64)
+        whole[:] = np.arange(1000)
+        inodes.append((work / "whole.npy").stat().st_ino)
+        return Stored({"whole": whole, "part": whole[:10]}, {}, "generated")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda *paths: (_ for _ in ()).throw(OSError(95, "not supported")))
+    stored = cached(tmp_path, "toy", {}, build)
+    assert stored.arrays["whole"].tolist() == list(range(1000))
+    assert stored.arrays["part"].tolist() == list(range(10))
+    assert ((entry_of(tmp_path) / "whole.npy").stat().st_ino in inodes) == links
+    assert not list(tmp_path.glob(".*.work"))
