@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE")
     options = parser.parse_args()
 
+    made = provenance.of_benchmark({"samples": options.samples.name, "images": options.images})
     with np.load(options.samples) as stored:
         theirs, their_labels = stored["images"], stored["labels"].astype(np.int64)
     rates, traced = [], [{"set": "samples", "size": 32, **agreement(theirs, their_labels, 32)}]
@@ -132,7 +133,7 @@ def main() -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         record = {
-            **provenance.of_benchmark({"samples": options.samples.name, "images": options.images}),
+            **made,
             "rates": rates,
             "labels": {"samples": float(their_labels.mean()), "ours": float(our_labels.mean())},
             "tracer": traced,
