@@ -26,5 +26,5 @@ def test_the_commands_name_what_exists():
     for group in ("model", "task", "recipe"):
         for values in re.findall(rf"^    python train.py.*\b{group}=([\w,]+)", README, re.MULTILINE):
             assert set(values.split(",")) <= set(available(group))
-        listed = next(line for line in README.splitlines() if line.startswith(f"| `{group}=`"))
+        listed = "".join(line for line in README.splitlines() if line.startswith(f"| `{group}=`"))
         assert all(f"`{name}`" in listed for name in available(group))

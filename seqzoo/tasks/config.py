@@ -21,11 +21,15 @@ class TaskConfig:
 
     min_frequency: int | None = None  # text: rarer characters are <unk>
 
+    difficulty: str | None = None  # Pathfinder, see `seqzoo.tasks.pathfinder_parameters.DIFFICULTIES`
+
     # ListOps, see `seqzoo.tasks.listops_grammar.Grammar`; the bounds on generated lengths are excluded
     max_depth: int | None = None
     max_args: int | None = None
     min_length: int | None = None
     length_bound: int | None = None
+
+    # what is generated
     num_train: int | None = None
     num_val: int | None = None
     num_test: int | None = None

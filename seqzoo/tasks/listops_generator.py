@@ -1,8 +1,8 @@
 """ListOps expressions drawn from the published grammar, straight into arrays and evaluated on the way.
 
-The work is cut into shards of a fixed number of draws, each with a random stream of its own (SplitMix64, Steele et al.
-2014), and shards are taken in order: a seed gives the same rows on any machine, with any number of workers. Workers are
-threads: the compiled loop holds no interpreter lock, so processes would only compile it once more each.
+The work is cut into shards of a fixed number of draws, each with a random stream of its own, and shards are taken in
+order: a seed gives the same rows on any machine, with any number of workers. Workers are threads: the compiled loop
+holds no interpreter lock, so processes would only compile it once more each.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ import numpy as np
 from numba import njit
 
 from .listops_grammar import CLOSE, DIGIT, MAX, MED, MIN, Grammar
+from .random_stream import below, stream
 
 DRAWS_PER_SHARD = 4096
 FRUITLESS_SHARDS = 64  # so many in a row without a new row, and there are no more to be had
-
-_INCREMENT, _MULTIPLY_1, _MULTIPLY_2 = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_27, _30, _31, _32 = map(np.uint64, (27, 30, 31, 32))  # Numba makes a float of a uint64 and an int
 
 
 def generate(
@@ -72,7 +70,7 @@ def _shards(grammar: Grammar, seed: int, workers: int) -> Generator[tuple[list[n
     """Shard 0, 1, 2, ... without end, a few of them under way at a time."""
 
     def draw(shard: int) -> tuple[list[np.ndarray], list[int]]:
-        state = np.random.SeedSequence([seed, shard]).generate_state(1, np.uint64)
+        state = stream(seed, shard)
         tokens, ends, values = _draw_shard(
             state, DRAWS_PER_SHARD, grammar.max_depth, grammar.max_args, grammar.min_length, grammar.length_bound
         )
@@ -83,17 +81,6 @@ def _shards(grammar: Grammar, seed: int, workers: int) -> Generator[tuple[list[n
         for shard in count(len(pending)):
             yield pending.popleft().result()
             pending.append(pool.submit(draw, shard))
-
-
-@njit(nogil=True)
-def _below(state, n):
-    """A uniform integer in [0, n), up to a bias of n / 2^32; advances `state` (uint64 [1])."""
-    state[0] += _INCREMENT
-    bits = state[0]
-    bits = (bits ^ (bits >> _30)) * _MULTIPLY_1
-    bits = (bits ^ (bits >> _27)) * _MULTIPLY_2
-    bits = bits ^ (bits >> _31)
-    return np.int64(((bits >> _32) * np.uint64(n)) >> _32)
 
 
 @njit(nogil=True)
@@ -119,14 +106,14 @@ def _draw(state, row, max_depth, max_args, operators, missing, values):
     length = 0
     depth = 0  # of the innermost open operator; 0 is above the root
     while length < row.size:
-        if depth + 1 < max_depth and _below(state, 4) == 0:
+        if depth + 1 < max_depth and below(state, 4) == 0:
             depth += 1
-            operators[depth] = MIN + _below(state, 4)
-            missing[depth, 1] = missing[depth, 0] = 2 + _below(state, max_args - 1)
+            operators[depth] = MIN + below(state, 4)
+            missing[depth, 1] = missing[depth, 0] = 2 + below(state, max_args - 1)
             row[length] = operators[depth]
             length += 1
             continue
-        value = _below(state, 10)
+        value = below(state, 10)
         row[length] = DIGIT + value
         length += 1
         while depth > 0:

@@ -10,6 +10,7 @@ Labels are not uniform: 0 and 9 are about twice as frequent as the others, and a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     return assemble(spec, stored.arrays, note=", ".join(notes), symbols=SYMBOLS)
 
 
-def answer(tokens: np.ndarray, spec: TaskSpec) -> int | None:
+def answer(tokens: np.ndarray, spec: TaskSpec, request: Mapping[str, Any]) -> int | None:
     """What an expression is worth, as ids with <eos>; None where it may have been cut.
 
     Raises:

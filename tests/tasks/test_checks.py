@@ -48,6 +48,17 @@ def test_what_is_out_of_range_is_named(listops, name, part, at, value, fault):
     assert found.startswith(fault)
 
 
+def test_a_tracer_looks_at_pathfinder_labels(tmp_path):
+    counts = {"num_train": 40, "num_val": 1, "num_test": 1}
+    options = {"difficulty": "curv_contour_length_14", **counts, "generator_seed": 0}
+    config = TaskConfig(name="lra_pathfinder", max_length=1024, mask_ratio=0.5, **options)
+    task = build_task(config, data_dir=None, cache_dir=tmp_path)
+    assert verify(task).faults == []
+    swapped = replace(task, train=replace(task.train, labels=1 - task.train.labels))
+    (fault,) = verify(swapped).faults
+    assert fault.startswith("train: label ")
+
+
 def test_answers_out_of_range(tmp_path):
     options = {"max_length": 8, "num_symbols": 4, "num_train": 3, "num_val": 3, "num_test": 3, "generator_seed": 0}
     task = build_task(TaskConfig(name="induction_heads", mask_ratio=0.1, **options), data_dir=None, cache_dir=tmp_path)
