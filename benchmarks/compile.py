@@ -296,20 +296,26 @@ def gated_attentions() -> Iterator[Callable[[], Any]]:
     """Both passes of gated attention, few sequences and many, narrow and wide, with and without each option."""
     from seqzoo.kernels.gated_attention import fused
 
-    def both(B: int, T: int, S: int, E: int, C: int, dtype: torch.dtype, causal: bool, options: bool) -> None:
+    def both(
+        B: int, T: int, S: int, E: int, C: int, dtype: torch.dtype, causal: bool, options: bool, state: bool = False
+    ) -> None:
         u, v = (meta(B, T, E, dtype=dtype) for _ in range(2))
         q_quad, k_quad, q_lin, k_lin = (meta(B, T, S, dtype=dtype) for _ in range(4))
         bias = meta(C if causal else 2 * C - 1) if options else None
-        inputs = (u, q_quad, k_quad, q_lin, k_lin, v, bias, meta(B, dtype=torch.int64) if options else None)
-        o, memory = fused._gated_attention._init_fn(*inputs, C, causal, 0.5)
-        fused._gated_attention_backward._init_fn(o, *inputs, memory, C, causal, 0.5, options)
+        initial, earlier = (meta(B, S, E), meta(B, dtype=torch.int64)) if state else (None, None)
+        lengths = meta(B, dtype=torch.int64) if options else None
+        inputs, where = (u, q_quad, k_quad, q_lin, k_lin, v, bias), (earlier, lengths)
+        o, memory = fused._gated_attention._init_fn(*inputs, initial, *where, C, causal, 0.5)
+        fused._gated_attention_backward._init_fn(o, *inputs, *where, memory, C, causal, 0.5, options, state)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield lambda d=dtype: both(64, 1024, 128, 256, 256, d, True, True)
         yield lambda d=dtype: both(64, 1024, 64, 512, 200, d, False, True)
+        yield lambda d=dtype: both(64, 1024, 128, 256, 256, d, True, True, True)
     yield lambda: both(2, 16384, 128, 1536, 256, torch.bfloat16, True, False)
     yield lambda: both(64, 200, 128, 256, 256, torch.bfloat16, True, True)
     yield lambda: both(2, 16384, 256, 512, 256, torch.bfloat16, True, True)
+    yield lambda: both(2, 16384, 256, 512, 256, torch.bfloat16, True, True, True)
     yield lambda: both(4, 4096, 32, 64, 64, torch.bfloat16, True, False)
 
 

@@ -96,6 +96,17 @@ def gated_attention_cases() -> Iterator[Case]:
                 return kernels.gated_attention(*inputs[:6], bias=inputs[6], **options, backend=backend)
 
             yield Case(f"S={S} E={E} {'causal' if causal else 'both ways'}", make, call)
+            if causal:
+                yield Case(f"S={S} E={E} causal, in two calls", make, gated_attention_resumed)
+
+
+def gated_attention_resumed(*inputs: Tensor, backend: str) -> Tensor:
+    """The second call starts inside a chunk, from the state of the first."""
+    first, second = ([x[:, part] for x in inputs[:6]] for part in (slice(300), slice(300, None)))
+    options = {"chunk_len": 200, "bias": inputs[6], "causal": True, "backend": backend}
+    o, state = kernels.gated_attention(*first, **options, output_final_state=True)
+    rest = {"initial_state": state, "lengths": lengths(o, 400, 111)}
+    return torch.cat([o, kernels.gated_attention(*second, **options, **rest)], 1)
 
 
 def favor_attention_cases() -> Iterator[Case]:

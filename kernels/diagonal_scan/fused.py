@@ -40,7 +40,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-CONFIGS = {80: Config(8, 64, 1, 4), 90: Config(8, 64, 1, 4), 100: Config(8, 64, 1, 4)}
+CONFIGS = {80: Config(8, 64, 1, 4), 90: Config(8, 64, 1, 3), 100: Config(8, 64, 1, 4)}
 
 
 @triton.jit

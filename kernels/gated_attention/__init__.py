@@ -19,7 +19,7 @@ __all__ = ["GatedAttentionState", "gated_attention"]
 MAX_CHANNELS = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}  # of keys, in the fused form
 
 
-def _fused(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
+def _fused(*arguments: Any, **options: Any) -> tuple[Tensor, GatedAttentionState | None]:
     from .fused import gated_attention_fused  # imports Triton
 
     return gated_attention_fused(*arguments, **options)
@@ -73,7 +73,7 @@ def gated_attention(
         output_final_state: return the state after `lengths` (or T) positions too (causal only); gradients flow through
             both.
         lengths: int64 [B], the valid positions of each sequence in this call; all T by default.
-        backend: "auto", "fused" (without a state), "chunked" or "reference".
+        backend: "auto", "fused" (but for a single step with a state), "chunked" or "reference".
 
     Returns:
         o [B, T, E] in v's dtype, zero past `lengths`, and the `GatedAttentionState`, float32 at least, if asked for.
@@ -86,8 +86,8 @@ def gated_attention(
     """
     _check(u, q_quad, k_quad, q_lin, k_lin, v, chunk_len, bias, causal, initial_state, output_final_state)
     check_lengths("gated_attention", lengths, u.shape[0])
-    stateful = initial_state is not None or output_final_state
-    refused = _refused(u, v, q_quad, k_quad, q_lin, k_lin, stateful=stateful)
+    single = u.shape[1] == 1 and (initial_state is not None or output_final_state)
+    refused = _refused(u, v, q_quad, k_quad, q_lin, k_lin, single=single)
     run = choose("gated_attention", backend, FORMS, v.device, refused)
     o, state = run(
         u,
@@ -107,8 +107,8 @@ def gated_attention(
     return (o, state) if output_final_state else o
 
 
-def _refused(u: Tensor, v: Tensor, *keys: Tensor, stateful: bool) -> str | None:
-    also = "no kernel starts from a state or ends in one" if stateful else None
+def _refused(u: Tensor, v: Tensor, *keys: Tensor, single: bool) -> str | None:
+    also = "no kernel makes a single step with a state" if single else None
     return refusal(u[..., :1], v[..., :1], *keys, channels=MAX_CHANNELS, also=also)  # u and v may be of any width
 
 

@@ -1,7 +1,6 @@
 """Gated attention in PyTorch: one product of all chunks at once, and a state that enters each.
 
-N chunks of C rows. A sequence that goes on from a state starts in the row where it stopped, in a first chunk whose
-earlier rows the state holds.
+N chunks of C rows.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..common import accumulation_dtype, without_autocast, zero_padding
 from ..diagonal_scan import diagonal_scan
+from .resume import Resumed
 from .state import GatedAttentionState
 
 
@@ -146,33 +146,22 @@ def _resume(
     past: GatedAttentionState,
     lengths: Tensor | None,
 ) -> tuple[Tensor, GatedAttentionState]:  # [B, T, E]
-    T, C = v.shape[1], past.v.shape[1]
-    N = -(-(C - 1 + T) // C)  # enough wherever in a chunk a sequence stands
-    chunk = torch.arange(N, device=v.device)
-    offset = past.position % C  # [B]
-    row = (offset[:, None] + torch.arange(T, device=v.device))[..., None]  # [B, T, 1]
-
-    def behind(old: Tensor, new: Tensor) -> Tensor:  # [B, C, D], [B, T, D] -> [B, N, C, D]
-        rows = F.pad(zero_padding(old.to(new.dtype), offset), (0, 0, 0, (N - 1) * C))
-        return rows.scatter(1, row.expand_as(new), new).unflatten(1, (N, C))
-
-    k_quad, k_lin, v = behind(past.k_quad, k_quad), behind(past.k_lin, k_lin), behind(past.v, v)
+    T = v.shape[1]
+    resumed = Resumed(past, T, lengths)
+    C = resumed.C
+    rows = [
+        resumed.rows(new, old) for new, old in ((k_quad, past.k_quad), (k_lin, past.k_lin), (v, past.v))
+    ]  # [B, N C, S or E]
+    k_quad, k_lin, v = (_chunks(x, C) for x in rows)
     if T == 1:
         q_quad, q_lin = q_quad[:, None], q_lin[:, None]
-        bias = None if bias is None else bias[offset][:, None, None]
+        bias = None if bias is None else bias[resumed.held][:, None, None]
     else:
-        nothing = torch.zeros_like(past.k_quad)
-        q_quad, q_lin = behind(nothing, q_quad), behind(nothing, q_lin)
-    start = (past.position - offset)[:, None] + chunk * C  # [B, N]
-    memory = past.memory.to(v.dtype)
-    o, updates = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start, memory)
+        q_quad, q_lin = (_chunks(resumed.rows(q), C) for q in (q_quad, q_lin))
+    chunk = torch.arange(resumed.N, device=v.device)
+    start = resumed.earlier()[:, None] + chunk * C  # [B, N]
+    o, updates = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start, past.memory.to(v.dtype))
     o = o.flatten(1, 2)
-    if T > 1:
-        o = o.gather(1, row.expand(-1, -1, o.shape[-1]))
-
-    steps = T if lengths is None else lengths
-    last = ((offset + steps) // C)[:, None]  # [B, 1], the chunk that is not full; N if it has no row yet
-    full, partial = (chunk < last).to(v.dtype), (chunk == last).to(v.dtype)  # [B, N]
-    memory = memory + torch.einsum("bn,bnse->bse", full, updates)
-    k_quad, k_lin, v = (torch.einsum("bn,bncd->bcd", partial, x) for x in (k_quad, k_lin, v))
-    return o, GatedAttentionState(memory, k_quad, k_lin, v, past.position + steps)
+    full = (chunk < resumed.full[:, None]).to(v.dtype)  # [B, N]
+    added = torch.einsum("bn,bnse->bse", full, updates)
+    return o if T == 1 else resumed.of_steps(o), resumed.state(added, *rows)

@@ -7,15 +7,17 @@ chunk's queries see (over earlier chunks if causal, over all if not) and m the n
 
 A program has a block of rows of one chunk and a block of channels of v, and goes through the chunk's keys block by
 block. M is made before, by programs that go through the chunks and hold a block of it; where these would not fill the
-GPU, time is cut into segments, as in linear attention.
+GPU, time is cut into segments, as in linear attention. From a state, M begins as the state's, and PyTorch lays the
+steps behind those rows of a chunk that the state holds.
 
 Backward makes y and the weights again. With dy = do ∘ u and W the sum of q_lin dyᵀ / m over the queries that see a
-chunk,
+chunk, or the state,
 
     du_i = do_i ∘ y_i
     dv_j = sum_i relu²(s_ij) dy_i + Wᵀ k_lin_j                       the same kernel, rows are keys
     dq_i = scale sum_j 2 relu(s_ij) (dy_i·v_j) k_j, and M dy_i / m_i
     dk_j = scale sum_i 2 relu(s_ij) (v_j·dy_i) q_i, and W v_j        the same kernel again, rows are keys
+    dM = W                                                           of the state's M
 
 The bias has a gradient for each offset, a sum over all chunks of all sequences. Square blocks along one diagonal of a
 chunk hold the same offsets: a program adds up such blocks, of many chunks, and PyTorch the diagonals of what it writes.
@@ -37,9 +39,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backends
-from ..common import pad_channels
+from ..common import pad_channels, without_autocast, zero_padding
 from ..linear_attention.fused import State, carry
 from ..tiles import dot
+from .resume import Resumed
+from .state import GatedAttentionState
 
 PROGRAMS = 2  # wanted for each multiprocessor, before work is cut smaller
 STEPS = 256  # that a sum over all of time is cut at
@@ -71,7 +75,7 @@ CONFIGS = {
     80: {
         "bf16": (
             _configs_of((64, 32, 128, 4, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 2), (32, 64, 128, 4, 2)),
-            _configs_of((64, 32, 64, 8, 2), (32, 32, 64, 4, 2), (64, 64, 32, 8, 2), (32, 64, 128, 4, 2)),
+            _configs_of((64, 32, 64, 8, 2), (32, 32, 64, 8, 2), (64, 64, 32, 8, 2), (32, 64, 128, 4, 2)),
         ),
         "tf32": (_configs_of((32, 32, 64, 4, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 2), (32, 32, 64, 4, 2)),),
         "tf32x3": FLOAT32,
@@ -87,7 +91,7 @@ CONFIGS = {
     100: {
         "bf16": (
             _configs_of((64, 64, 128, 4, 2), (64, 32, 32, 8, 2), (64, 64, 64, 8, 2), (64, 64, 128, 4, 2)),
-            _configs_of((64, 32, 128, 4, 2), (64, 32, 32, 8, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
+            _configs_of((64, 32, 128, 4, 2), (64, 32, 64, 8, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
         ),
         "tf32": (_configs_of((64, 32, 64, 8, 2), (64, 32, 32, 8, 2), (64, 64, 32, 4, 2), (32, 64, 64, 4, 2)),),
         "tf32x3": FLOAT32,
@@ -109,11 +113,13 @@ def _block(item, lengths, T, C, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _share(n, chunk, C, CAUSAL: tl.constexpr):
+def _share(b, n, chunk, earlier, C, CAUSAL: tl.constexpr):
     """1 / m: of each term of the sum that the queries of a chunk see."""
     terms = n
     if CAUSAL:
         terms = chunk * C
+        if earlier is not None:
+            terms += tl.load(earlier + b)
     return 1.0 / tl.maximum(terms, 1).to(tl.float32)
 
 
@@ -167,6 +173,7 @@ def _values_kernel(
     out,  # [B, T, E]: u ∘ y; with `do`, do ∘ y; without a gate, y
     dy,  # [B, T, E]: do ∘ u, or None
     lengths,  # [B] or None
+    earlier,  # [B], positions before the first chunk, or None: 0
     scale,
     middle,  # where the bias of offset 0 stands
     key_row,  # numbers from one row of q, k and q_lin to the next; of v; of u. All else is contiguous
@@ -201,7 +208,7 @@ def _values_kernel(
             q_t = _tile(q_lin, begin + first, down, key_row, part, S, row < live)
             sums += dot(q_t, _tile(memory, seen * S + low, across, E, channel, E, part < S), PRECISION)
         if not MIRRORED:
-            sums *= _share(n, chunk, C, CAUSAL)
+            sums *= _share(b, n, chunk, earlier, C, CAUSAL)
 
     if bias is not None:
         bias += middle
@@ -255,6 +262,7 @@ def _scores_kernel(
     dq,  # [B, T, S]
     dq_lin,  # [B, T, S]
     lengths,
+    earlier,
     scale,
     middle,
     key_row,  # of q and k
@@ -291,7 +299,7 @@ def _scores_kernel(
             m_t = _tile(memory, seen * S, key, E, channel, E, key < S)
             sums += dot(x_t, tl.trans(m_t), PRECISION)
         if not MIRRORED:
-            sums *= _share(n, chunk, C, CAUSAL)
+            sums *= _share(b, n, chunk, earlier, C, CAUSAL)
     tl.store(dq_lin + at, sums.to(dq_lin.dtype.element_ty), mask=inside)
 
     if bias is not None:
@@ -368,6 +376,7 @@ def _memory_kernel(
     before,  # [B, N, S, E]: the sum before each chunk, or None: not wanted
     after,  # [B, segments, S, E], float32: the sum behind each segment, or None
     lengths,
+    earlier,
     k_row,
     v_row,
     T,
@@ -414,7 +423,7 @@ def _memory_kernel(
             v_t = _tile(v, begin + first, index, v_row, channel, E, first + index < live)
             added += dot(tl.trans(k_t), v_t, PRECISION)
         if SHARED:
-            added *= _share(n, chunk, C, CAUSAL)
+            added *= _share(b, n, chunk, earlier, C, CAUSAL)
         sums += added
     if after is not None:
         tl.store(after + item.to(tl.int64) * S * E + at, sums, mask=inside)
@@ -432,14 +441,34 @@ def gated_attention_fused(
     bias: Tensor | None,  # [C] or [2 C - 1]
     causal: bool,
     scale: float,
+    initial_state: GatedAttentionState | None,
+    output_final_state: bool,
     lengths: Tensor | None,
-    **without_a_state: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, GatedAttentionState | None]:
     inputs = (u, q_quad, k_quad, q_lin, k_lin, v)
     dtype = reduce(torch.promote_types, (x.dtype for x in inputs))
     bias = None if bias is None else bias.float()
-    o, _ = _gated_attention(*(pad_channels(x.to(dtype)) for x in inputs), bias, lengths, chunk_len, causal, scale)
-    return o[..., : v.shape[-1]].to(v.dtype), None
+    options = (chunk_len, causal, scale)
+    if initial_state is None and not output_final_state:
+        o, _ = _gated_attention(*(pad_channels(x.to(dtype)) for x in inputs), bias, None, None, lengths, *options)
+        return o[..., : v.shape[-1]].to(v.dtype), None
+
+    B, T, E = v.shape
+    S = q_quad.shape[-1]
+    past = initial_state or GatedAttentionState.empty(B, S, E, chunk_len, device=v.device, dtype=torch.float32)
+    resumed = Resumed(past, T, lengths)
+    held = (None, None, past.k_quad, None, past.k_lin, past.v)
+    rows = [resumed.rows(new.to(dtype), old) for new, old in zip(inputs, held, strict=True)]  # [B, N C, S or E]
+    memory = pad_channels(pad_channels(past.memory.float()).mT).mT
+    o, _ = _gated_attention(*map(pad_channels, rows), bias, memory, resumed.earlier(), resumed.end, *options)
+    o = resumed.of_steps(o)[..., :E].to(v.dtype)
+    if not output_final_state:
+        return o, None
+    _, _, k_quad, _, k_lin, v = rows
+    with without_autocast(v.device):
+        full = resumed.full * resumed.C
+        added = zero_padding(k_lin, full).float().mT @ zero_padding(v, full).float()
+        return o, resumed.state(added, k_quad, k_lin, v)
 
 
 @torch.library.custom_op("seqzoo::gated_attention_fused", mutates_args=())
@@ -451,25 +480,27 @@ def _gated_attention(
     k_lin: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    initial: Tensor | None,  # [B, S, E], float32, the sum M before the first chunk
+    earlier: Tensor | None,  # int64 [B], positions before the first chunk
     lengths: Tensor | None,
     chunk_len: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """o, and the sum M that each chunk's queries see: [B, N, S, E] if causal, empty if N is 1, or else [B, S, E]."""
+    """o, and the sum M that each chunk's queries see: [B, N, S, E] if causal, or else [B, S, E]; empty if it is 0."""
     (q_quad, k_quad, q_lin, k_lin), u, v = _alike(q_quad, k_quad, q_lin, k_lin), *_alike(u), *_alike(v)
-    call = _call(v, bias, lengths, chunk_len, causal, scale)
-    memory = _memory(call, k_lin, v)
+    call = _call(v, bias, earlier, lengths, chunk_len, causal, scale)
+    memory, _ = _memory(call, k_lin, v, initial)
     o = v.new_empty(v.shape)
     _values(call, q_quad, k_quad, q_lin, memory, v, o, u=u)
     return o, v.new_empty(0, dtype=_wide(v.dtype)) if memory is None else memory
 
 
 @_gated_attention.register_fake
-def _(u, q_quad, k_quad, q_lin, k_lin, v, bias, lengths, chunk_len, causal, scale):
+def _(u, q_quad, k_quad, q_lin, k_lin, v, bias, initial, earlier, lengths, chunk_len, causal, scale):
     (B, T, S), E = q_quad.shape, v.shape[-1]
     N = -(-T // min(chunk_len, T))
-    shape = (B, S, E) if not causal else (B, N, S, E) if N > 1 else (0,)
+    shape = (B, S, E) if not causal else (B, N, S, E) if N > 1 or initial is not None else (0,)
     return v.new_empty(v.shape), v.new_empty(shape, dtype=_wide(v.dtype))
 
 
@@ -483,43 +514,50 @@ def _gated_attention_backward(
     k_lin: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    earlier: Tensor | None,
     lengths: Tensor | None,
     memory: Tensor,
     chunk_len: int,
     causal: bool,
     scale: float,
     bias_needs_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first six inputs and of the bias, the last empty where it is not wanted."""
+    initial_needs_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the first eight inputs, the last two empty where they are not wanted."""
     (q_quad, k_quad, q_lin, k_lin), u, v = _alike(q_quad, k_quad, q_lin, k_lin), *_alike(u), *_alike(v)
-    call = _call(v, bias, lengths, chunk_len, causal, scale)
+    call = _call(v, bias, earlier, lengths, chunk_len, causal, scale)
     seen = memory if memory.numel() else None
     du, dv, dy = (v.new_empty(v.shape, dtype=dtype) for dtype in (u.dtype, v.dtype, _wide(v.dtype)))
     _values(call, q_quad, k_quad, q_lin, seen, v, du, u=u, do=do.contiguous(), dy=dy)
-    seeing = _memory(call, q_lin, dy, mirrored=True)
+    seeing, d_initial = _memory(call, q_lin, dy, mirrored=True, want_end=initial_needs_gradient)
     _values(call, k_quad, q_quad, k_lin, seeing, dy, dv, mirrored=True)
     dq_quad, dq_lin = _scores(call, q_quad, k_quad, seen, dy, v)
     dk_quad, dk_lin = _scores(call, k_quad, q_quad, seeing, v, dy, mirrored=True)
     d_bias = _bias_gradient(call, q_quad, k_quad, dy, v) if bias_needs_gradient else v.new_empty(0, dtype=torch.float32)
-    return du, dq_quad, dk_quad, dq_lin, dk_lin, dv, d_bias
+    d_initial = v.new_empty(0, dtype=torch.float32) if d_initial is None else d_initial
+    return du, dq_quad, dk_quad, dq_lin, dk_lin, dv, d_bias, d_initial
 
 
 @_gated_attention_backward.register_fake
-def _(do, u, q_quad, k_quad, q_lin, k_lin, v, bias, lengths, memory, chunk_len, causal, scale, bias_needs_gradient):
+def _(
+    do, u, q_quad, k_quad, q_lin, k_lin, v, bias, earlier, lengths, memory, chunk_len, causal, scale, d_bias, d_initial
+):  # fmt: skip
+    (B, _, S), E = q_quad.shape, v.shape[-1]
     d_inputs = [x.new_empty(x.shape) for x in (u, q_quad, k_quad, q_lin, k_lin, v)]
-    return *d_inputs, v.new_empty(bias.shape if bias_needs_gradient else (0,), dtype=torch.float32)
+    shapes = (bias.shape if d_bias else (0,), (B, S, E) if d_initial else (0,))
+    return *d_inputs, *(v.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, chunk_len, causal, scale = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    *tensors, _, earlier, lengths, chunk_len, causal, scale = inputs
+    ctx.save_for_backward(*tensors, earlier, lengths, output[1])
     ctx.options = chunk_len, causal, scale
 
 
 def _gradient(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    biased = ctx.needs_input_grad[6]
-    *gradients, d_bias = _gated_attention_backward(do, *ctx.saved_tensors, *ctx.options, biased)
-    return *gradients, d_bias if biased else None, *(None,) * 4
+    wanted = ctx.needs_input_grad[6:8]
+    *gradients, d_bias, d_initial = _gated_attention_backward(do, *ctx.saved_tensors, *ctx.options, *wanted)
+    return *gradients, d_bias if wanted[0] else None, d_initial if wanted[1] else None, *(None,) * 5
 
 
 _gated_attention.register_autograd(_gradient, setup_context=_setup_context)
@@ -529,6 +567,7 @@ class Call(NamedTuple):
     """What all kernels of a call are told."""
 
     bias: Tensor | None  # [offsets]
+    earlier: Tensor | None  # [B], positions before the first chunk
     lengths: Tensor | None  # [B]
     C: int  # positions in a chunk
     middle: int  # where the bias of offset 0 stands
@@ -536,9 +575,17 @@ class Call(NamedTuple):
     scale: float
 
 
-def _call(v: Tensor, bias: Tensor | None, lengths: Tensor | None, chunk_len: int, causal: bool, scale: float) -> Call:
+def _call(
+    v: Tensor,
+    bias: Tensor | None,
+    earlier: Tensor | None,
+    lengths: Tensor | None,
+    chunk_len: int,
+    causal: bool,
+    scale: float,
+) -> Call:
     bias = None if bias is None else bias.contiguous()
-    return Call(bias, lengths, min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
+    return Call(bias, earlier, lengths, min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
 
 
 def _values(
@@ -561,8 +608,8 @@ def _values(
     blocks = B * triton.cdiv(T, call.C) * triton.cdiv(call.C, config.rows)
     _values_kernel[(blocks * triton.cdiv(E, DV),)](
         *(q, k, q_lin, call.bias, memory, v, u, do, out, dy),
-        *(call.lengths, call.scale, call.middle, q.stride(1), v.stride(1), v.stride(1) if u is None else u.stride(1)),
-        *(T, call.C, S, E),
+        *(call.lengths, call.earlier, call.scale, call.middle),
+        *(q.stride(1), v.stride(1), v.stride(1) if u is None else u.stride(1), T, call.C, S, E),
         MIRRORED=mirrored,
         COLUMNS=config.columns,
         DS=_channels(S),
@@ -580,7 +627,8 @@ def _scores(
     config = _configs(q).scores
     _scores_kernel[(B * triton.cdiv(T, call.C) * triton.cdiv(call.C, config.rows),)](
         *(q, k, call.bias, memory, x, v, dq, dq_lin),
-        *(call.lengths, call.scale, call.middle, q.stride(1), x.stride(1), v.stride(1), T, call.C, S, E),
+        *(call.lengths, call.earlier, call.scale, call.middle),
+        *(q.stride(1), x.stride(1), v.stride(1), T, call.C, S, E),
         MIRRORED=mirrored,
         DS=_channels(S),
         COLUMNS=config.columns,
@@ -616,17 +664,25 @@ def _bias_gradient(call: Call, q: Tensor, k: Tensor, dy: Tensor, v: Tensor) -> T
     return F.pad(by_offset, (missing, call.bias.numel() - missing - by_offset.numel()))
 
 
-def _memory(call: Call, k: Tensor, v: Tensor, *, mirrored: bool = False) -> Tensor | None:
-    """The sum of k vᵀ over the chunks that each chunk sees, None if there is one chunk, which sees none.
+def _memory(
+    call: Call,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None = None,  # [B, S, E], float32, what the first chunk sees
+    *,
+    mirrored: bool = False,
+    want_end: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The sum of k vᵀ over the chunks that each chunk sees, None if no chunk sees any; and over all, if wanted.
 
-    Mirrored, over those that see it, of q dyᵀ / m.
+    Mirrored, over those that see it, of q dyᵀ / m; and over all, which see the state.
     """
     (B, T, S), E = k.shape, v.shape[-1]
     config = _configs(k).memory
     C = call.C if call.causal else STEPS
     N = triton.cdiv(T, C)
-    if call.causal and N == 1:
-        return None
+    if call.causal and N == 1 and initial is None and not want_end:
+        return None, None
     DS, DV = _at_most(config.columns, S), _at_most(config.channels, E)
     programs = B * triton.cdiv(S, DS) * triton.cdiv(E, DV)
     chunks = triton.cdiv(N, _pieces(programs, N, k.device))
@@ -634,7 +690,8 @@ def _memory(call: Call, k: Tensor, v: Tensor, *, mirrored: bool = False) -> Tens
 
     def launch(start: Tensor | None, before: Tensor | None, after: Tensor | None) -> None:
         _memory_kernel[(programs * segments,)](
-            *(k, v, start, before, after, call.lengths, k.stride(1), v.stride(1), T, C, S, E, chunks, segments),
+            *(k, v, start, before, after, call.lengths, call.earlier),
+            *(k.stride(1), v.stride(1), T, C, S, E, chunks, segments),
             SHARED=mirrored,
             DOWN=mirrored,
             DS=DS,
@@ -642,16 +699,20 @@ def _memory(call: Call, k: Tensor, v: Tensor, *, mirrored: bool = False) -> Tens
             **_meta(call, k, config),
         )
 
-    start = None
+    def sums() -> Tensor:
+        return k.new_empty(B, segments, S, E, dtype=torch.float32)
+
+    start = None if initial is None else initial.contiguous()
     if segments > 1 or not call.causal:
-        after = k.new_empty(B, segments, S, E, dtype=torch.float32)
-        launch(None, None, after)
+        added = sums()
+        launch(None, None, added)
         if not call.causal:
-            return after.sum(1).to(_wide(k.dtype))
-        start = carry(None, State(after), None).memory
+            return added.sum(1).to(_wide(k.dtype)), None
+        start = carry(None if start is None else State(start), State(added), None).memory
     before = k.new_empty(B, N, S, E, dtype=_wide(k.dtype))
-    launch(start, before, None)
-    return before
+    end = sums() if want_end else None
+    launch(start, before, end)
+    return before, None if end is None else end[:, -1].contiguous()
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
