@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from .cache import Stored
-from .data import hold_out, split_arrays
-from .sources import Archive, DataError, check_md5
+from ..spec import TaskSpec
+from .cache import Stored, cached
+from .config import TaskConfig
+from .data import Task, assemble, hold_out, split_arrays
+from .sources import Archive, DataError, check_md5, provide
 
 ARCHIVE = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
@@ -34,18 +36,52 @@ PIXELS = 32 * 32
 NUM_CLASSES = 10
 
 
-def prepare(
-    folder: Path, convert: Callable[[np.ndarray], np.ndarray], *, val_fraction: float, split_seed: int
-) -> Stored:
-    """The arrays of the three splits, validation a stratified part of training.
+Convert = Callable[[np.ndarray], np.ndarray]
+
+
+def build(
+    config: TaskConfig,
+    convert: Convert,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    data_dir: Path | None,
+    cache_dir: Path,
+) -> Task:
+    """A task of the pictures, one pixel a position; validation is a stratified part of training.
 
     Args:
         convert: makes pixels, uint8 [N, 1024] or [N, 1024, channels], of red, green and blue planes one after another,
             uint8 [N, 3 * 1024].
+        mean, std: of each channel, of 1.
 
     Raises:
-        DataError: a file is missing, truncated or damaged.
+        DataError: the pictures are missing, incomplete or damaged.
+        ValueError: a key of `config` is missing, does not belong to this task, or asks for other than 1,024 pixels.
     """
+    settings = config.settings("val_fraction", "split_seed")
+    if config.max_length != PIXELS:
+        raise ValueError(f"task {config.name}: max_length is {config.max_length}; a picture has {PIXELS} pixels, uncut")
+
+    def prepare(work: Path) -> Stored:
+        return _prepare(provide(ARCHIVE, data_dir, cache_dir / "downloads"), convert, **settings)
+
+    stored = cached(cache_dir, config.name, settings, prepare)
+    spec = TaskSpec(
+        name=config.name,
+        kind="pixels",
+        vocab_size=256,
+        max_length=PIXELS,
+        num_classes=NUM_CLASSES,
+        channels=len(mean),
+        mean=mean,
+        std=std,
+        mask_ratio=config.mask_ratio,
+    )
+    return assemble(spec, stored.arrays)
+
+
+def _prepare(folder: Path, convert: Convert, *, val_fraction: float, split_seed: int) -> Stored:
     pictures, labels = _read(folder, TRAIN_FILES, convert)
     test_pictures, test_labels = _read(folder, TEST_FILES, convert)
     train, val = hold_out(labels, val_fraction, split_seed)
@@ -57,9 +93,7 @@ def prepare(
     return Stored(arrays, {}, ARCHIVE.folder)
 
 
-def _read(
-    folder: Path, files: dict[str, str], convert: Callable[[np.ndarray], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def _read(folder: Path, files: dict[str, str], convert: Convert) -> tuple[np.ndarray, np.ndarray]:
     """Pictures and labels, int64 [N], of files that match their MD5 sums."""
     pictures, labels = [], []
     for filename, md5 in files.items():

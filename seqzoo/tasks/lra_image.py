@@ -12,40 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..spec import TaskSpec
-from .cache import Stored, cached
-from .cifar10 import ARCHIVE, NUM_CLASSES, PIXELS, prepare
+from . import cifar10
 from .config import TaskConfig
-from .data import Task, assemble
-from .sources import provide
+from .data import Task
 
 
 def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task:
-    """The task as `config` describes it, from the cache where it has been built before.
-
-    Raises:
-        DataError: the pictures are missing, incomplete or damaged.
-        ValueError: a key of `config` is missing, does not belong to this task, or asks for other than 1,024 pixels.
-    """
-    settings = config.settings("val_fraction", "split_seed")
-    if config.max_length != PIXELS:
-        raise ValueError(f"task {config.name}: max_length is {config.max_length}; a picture has {PIXELS} pixels, uncut")
-
-    def read(work: Path) -> Stored:
-        return prepare(provide(ARCHIVE, data_dir, cache_dir / "downloads"), grey, **settings)
-
-    stored = cached(cache_dir, config.name, settings, read)
-    spec = TaskSpec(
-        name=config.name,
-        kind="pixels",
-        vocab_size=256,
-        max_length=PIXELS,
-        num_classes=NUM_CLASSES,
-        mean=(122.6 / 255,),
-        std=(61 / 255,),
-        mask_ratio=config.mask_ratio,
-    )
-    return assemble(spec, stored.arrays)
+    """The task as `config` describes it, from the cache where it has been built before; raises as `cifar10.build`."""
+    return cifar10.build(config, grey, mean=(122.6 / 255,), std=(61 / 255,), data_dir=data_dir, cache_dir=cache_dir)
 
 
 def grey(planes: np.ndarray) -> np.ndarray:

@@ -6,25 +6,25 @@ import pickle
 
 import pytest
 
-from seqzoo.tasks import DataError, cifar10
+from seqzoo.tasks import DataError, TaskConfig, build_task, cifar10
 
 
-def prepare(data_dir):
-    folder = data_dir / "cifar-10-batches-py"
-    return cifar10.prepare(folder, lambda planes: planes[:, :1024], val_fraction=0.1, split_seed=42)
+def build(data_dir):
+    config = TaskConfig(name="lra_image", max_length=1024, mask_ratio=0.5, val_fraction=0.1, split_seed=42)
+    return build_task(config, data_dir=data_dir, cache_dir=data_dir / "cache")
 
 
 def test_a_damaged_file(cifar):
     path = cifar[0] / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match="data_batch_2 is truncated or damaged"):
-        prepare(cifar[0])
+        build(cifar[0])
 
 
 def test_a_missing_file(cifar):
     (cifar[0] / "cifar-10-batches-py" / "test_batch").unlink()
     with pytest.raises(DataError, match="test_batch is missing"):
-        prepare(cifar[0])
+        build(cifar[0])
 
 
 class Malicious:
