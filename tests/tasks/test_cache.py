@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -254,18 +256,22 @@ def test_a_folder_that_cannot_be(tmp_path):
         cached(tmp_path / "file" / "cache", "toy", {}, Builder())
 
 
-@pytest.fixture
-def small_files():
-    """No file may grow beyond 4 kB: writing fails half-way, as on a full disk."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 4 kB: writing fails half-way, as on a full disk. Also where a test's outcome is written,
+    so not to be left on for longer than a call."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_no_room_leaves_nothing_behind(tmp_path, small_files):
+def test_no_room_leaves_nothing_behind(tmp_path):
     (tmp_path / "other").write_text("kept")
-    with pytest.raises(DataError, match=r"0\.8 MB are to be written, and [\d.,]+ MB are free there\.\nMake room"):
+    message = r"0\.8 MB are to be written, and [\d.,]+ MB are free there\.\nMake room"
+    with pytest.raises(DataError, match=message), small_files():
         cached(tmp_path, "toy", {}, lambda work: Stored({"x": np.arange(100_000)}, {}, "generated"))
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")) == ["other"]
 
