@@ -119,7 +119,7 @@ def _row(task: Task, seconds: float) -> tuple[str, ...]:
         size = f"{sum(file['bytes'] for file in manifest['files'].values()) / 1e6:,.1f}"
     return (
         task.spec.name,
-        source + (f" ({task.note})" if task.note else ""),
+        task.note if task.note.startswith(source) else source + (f" ({task.note})" if task.note else ""),
         *(f"{len(split):,}" for split in splits),
         f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}, mean {mean:,.0f}",
         f"{task.spec.num_classes:,}",
