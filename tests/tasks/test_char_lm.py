@@ -137,6 +137,6 @@ def test_real_text(real_data, tmp_path):
     task = build(tmp_path, None, text=str(path), test_fraction=0.05, max_length=256)
     text = path.read_text(encoding="utf-8")
     assert len(text) == 1_115_394
-    assert task.spec.vocab_size == 65 + 2
+    assert task.spec.vocab_size == 65 + len(SPECIALS)
     assert asked(task, "test") == text[-55_770:]
     assert "<unk>" not in task.note

@@ -119,7 +119,7 @@ def test_text_is_measured_in_bits(text, tmp_path, capsys):
     assert result["val"]["loss"] == min(losses)
     again = evaluate_run(result["folder"])
     assert again["bits_per_character"] == pytest.approx(test["bits_per_character"])
-    assert load(result["folder"])(torch.ones(1, 4, dtype=torch.int64), torch.tensor([4])).shape == (1, 4, 30)
+    assert load(result["folder"])(torch.ones(1, 4, dtype=torch.int64), torch.tensor([4])).shape == (1, 4, 32)
     assert "bits per character" in capsys.readouterr().err
     _report(result)
     assert f"test {test['bits_per_character']:.4f} bits per character, accuracy" in capsys.readouterr().out
