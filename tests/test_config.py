@@ -45,7 +45,7 @@ def test_causal_pretraining_makes_the_model_causal():
             r"no model 'transformr' \(did you mean 'transformer'\?\); valid: flash, linear_transformer, lru",
         ),
         ("task=lra_txt", r"no task 'lra_txt' \(did you mean 'lra_text'\?\); valid: .*lra_image"),
-        ("recipe=large", "no recipe 'large'; valid: paper, short, tiny"),
+        ("recipe=large", "no recipe 'large'; valid: paper, short, small, tiny"),
         ("sed=1", r"no key 'sed' \(did you mean 'seed'\?\); valid: model, task"),
         ("finetuning.lrr=1", r"did you mean 'finetuning.lr'\?\); valid: finetuning.tokens"),
         ("model.d=3", "no key 'model.d'.*valid: model.name, model.d_model"),
