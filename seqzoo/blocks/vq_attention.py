@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import VQState, vq_attention
-from ..kernels.common import accumulation_dtype
+from ..kernels.common import accumulation_dtype, valid_positions
 from .base import Block, head_dim
 from .quantizers import FiniteScalarQuantizer, VectorQuantizer
 
@@ -25,9 +27,13 @@ class VQAttention(Block):
         block_len: positions in a block; those of a query's own and neighbouring blocks are attended one by one.
         quantizer: "vq", see `VectorQuantizer`, or "fsq", see `FiniteScalarQuantizer`.
         ema, commitment, codebook_start, restart: of "vq".
+        exact_steps: for so many steps training attends to the keys themselves, in time and memory quadratic in the
+            length, while the codes already follow them: what a look-up grows from is small at first, and codes hide it.
+            Evaluation and `extend` always use codes.
     """
 
     undecayed = ("content_bias", "distance_bias")
+    exact_left: Tensor  # training steps
     quantizer: VectorQuantizer | FiniteScalarQuantizer
 
     def __init__(
@@ -44,6 +50,7 @@ class VQAttention(Block):
         commitment: float = 1e-4,
         codebook_start: str = "random",
         restart: float = 0.0,
+        exact_steps: int = 0,
     ) -> None:
         super().__init__(d_model, causal=causal)
         D, H, S = head_dim("VQAttention", d_model, num_heads), num_heads, codebook_size
@@ -65,6 +72,11 @@ class VQAttention(Block):
             self.quantizer = FiniteScalarQuantizer(H, S, D, length=D**0.25)
         else:
             raise ValueError(f"VQAttention: quantizer={quantizer!r}; valid: vq, fsq")
+        if exact_steps < 0:
+            raise ValueError(f"VQAttention: exact_steps={exact_steps}; valid: 0 or more")
+        self._exact = exact_steps > 0  # the buffer's answer, so that a GPU is not asked in each pass
+        if self._exact:
+            self.register_buffer("exact_left", torch.tensor(exact_steps))
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> VQState:
         self._require_causal("initial_state")
@@ -82,13 +94,18 @@ class VQAttention(Block):
         keys, codebook, codes, loss = self.quantizer(k, lengths, record=record)
         if record:
             self._auxiliary = loss
-        y = vq_attention(  # in v's precision: that of the products, under autocast
-            (q + self.content_bias).to(v.dtype),
+        bias = torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(wide))
+        q = (q + self.content_bias).to(v.dtype)  # in v's precision: that of the products, under autocast
+        if self._exact and self.training and torch.is_grad_enabled() and state is None:
+            y = exact_attention(q, keys.to(v.dtype), v, bias.to(v.dtype), causal=self.causal, lengths=lengths)
+            return self.out_proj((y * gate).flatten(2)), None
+        y = vq_attention(
+            q,
             keys.to(v.dtype),
             v,
             codebook,
             codes=codes,
-            bias=torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(wide)),
+            bias=bias,
             block_len=self.block_len,
             causal=self.causal,
             initial_state=state,
@@ -112,7 +129,40 @@ class VQAttention(Block):
     def after_step(self) -> None:
         """Lets the quantizer learn from the passes since the last call."""
         self.quantizer.after_step()
+        if self._exact:
+            self.exact_left -= 1
+            self._exact = bool(self.exact_left > 0)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if "exact_left" in self._buffers:
+            self._exact = bool(self.exact_left > 0)
 
     def metrics(self) -> dict[str, float]:
         """The quantizer's health."""
         return self.quantizer.health()
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, causal: bool, lengths: Tensor | None) -> Tensor:
+    """softmax(q kᵀ + bias) v, what `vq_attention` computes where every key is its own code, in quadratic time.
+
+    Args:
+        q, k: [B, T, H, D].
+        v: [B, T, H, Dv].
+        bias: as in `vq_attention`, one per query: [B, T, H, n].
+        causal, lengths: as there.
+
+    Returns:
+        [B, T, H, Dv].
+    """
+    (B, T, H, _), n = q.shape, bias.shape[-1]
+    step = torch.arange(T, device=q.device)
+    entry = step - step[:, None] + (n - 1 if causal else n // 2)  # of key j in the terms of query i
+    terms = bias.transpose(1, 2).gather(-1, entry.clamp(0, n - 1).expand(B, H, T, T))
+    mask = torch.where((entry >= 0) & (entry < n), terms, 0)
+    hidden = (step > step[:, None]) if causal else torch.zeros(T, T, dtype=torch.bool, device=q.device)
+    if lengths is not None:
+        hidden = hidden | ~valid_positions(lengths, T)[:, None, None]
+    mask = mask.masked_fill(hidden, -torch.inf)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2)

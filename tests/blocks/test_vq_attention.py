@@ -6,7 +6,8 @@ from agreement import assert_close
 
 from seqzoo import after_step, auxiliary_loss, build_block
 from seqzoo.blocks.quantizers import FiniteScalarQuantizer, VectorQuantizer, kmeans
-from seqzoo.kernels import nearest_code
+from seqzoo.blocks.vq_attention import exact_attention
+from seqzoo.kernels import nearest_code, vq_attention
 
 
 def quantizer(**changes):
@@ -167,3 +168,44 @@ def test_finite_scalars():
 def test_errors_say_what_is_valid(options, message):
     with pytest.raises(ValueError, match=message):
         build_block("vq_attention", 16, **options)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([21, 7])])
+def test_exact_attention_is_that_of_keys_that_are_codes(causal, lengths):
+    generator = torch.Generator().manual_seed(0)
+    B, T, H, D, L = 2, 21, 2, 4, 5
+    q, v = torch.randn(2, B, T, H, D, generator=generator, dtype=torch.float64)
+    codebook = torch.randn(H, T, D, generator=generator, dtype=torch.float64)
+    k = codebook.transpose(0, 1).expand(B, T, H, D)
+    bias = torch.randn(B, T, H, L + 1 if causal else 2 * L + 1, generator=generator, dtype=torch.float64)
+    exact = exact_attention(q, k, v, bias, causal=causal, lengths=lengths)
+    by_code = vq_attention(q, k, v, codebook, block_len=L, bias=bias, causal=causal, lengths=lengths)
+    for b, length in enumerate([T, T] if lengths is None else lengths.tolist()):
+        assert_close(exact[b, :length], by_code[b, :length], 1e-13)
+
+
+def test_exact_steps_are_of_training_alone_and_end():
+    torch.manual_seed(0)
+    options = {"causal": True, "block_len": 4, "codebook_size": 3}
+    block, plain = build_block("vq_attention", 16, exact_steps=2, **options), build_block("vq_attention", 16, **options)
+    plain.load_state_dict({name: value for name, value in block.state_dict().items() if name != "exact_left"})
+    x = torch.randn(2, 20, 16)
+
+    def same() -> bool:
+        return torch.allclose(block(x), plain(x))
+
+    assert not same()
+    with torch.no_grad():
+        assert same(), "what is not learned from is what evaluation computes"
+    after_step(block)
+    resumed = build_block("vq_attention", 16, exact_steps=2, **options)
+    resumed.load_state_dict(block.state_dict())
+    for model in (block, resumed):
+        assert model.exact_left == 1
+        after_step(model)
+        model.load_state_dict(plain.state_dict(), strict=False)  # the codes have moved
+    assert same()
+    assert torch.equal(resumed(x), block(x))
+    with pytest.raises(ValueError, match="exact_steps=-1; valid: 0 or more"):
+        build_block("vq_attention", 16, exact_steps=-1)
