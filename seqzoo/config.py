@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from .models.size import parse_size
 from .tasks import TaskConfig
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-GROUPS = ("model", "task", "recipe")
+GROUPS = ("model", "task", "recipe", "launcher")
 CHOICES = {
     "objective": ("masked", "causal"),
     "pixel_loss": ("cross_entropy", "l1"),
@@ -22,6 +23,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "pretraining.schedule": ("constant", "cosine"),
     "finetuning.schedule": ("constant", "cosine"),
+    "launcher.cluster": (None, "local", "slurm"),
     "wandb.mode": (None, "online", "offline", "disabled"),
 }
 
@@ -55,6 +57,15 @@ class WandbConfig:
 
 
 @dataclass(kw_only=True)
+class LauncherConfig:
+    """Where the runs of a sweep are computed."""
+
+    cluster: str | None = None  # null: this process, one run after another; local or slurm: submitit's, a job a run
+    parallel: int = 1  # jobs at a time
+    options: dict[str, Any] = field(default_factory=dict)  # of submitit's AutoExecutor.update_parameters
+
+
+@dataclass(kw_only=True)
 class Config:
     """Everything a run depends on. `configs/train.yaml` says what each key is for."""
 
@@ -79,6 +90,8 @@ class Config:
     cache_dir: str | None = None
     runs_dir: str = "runs"
     resume: str | None = None
+    budget: str | None = None
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
@@ -97,8 +110,10 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
     _check_choices_of_groups(overrides)
     ConfigStore.instance().store(name="schema", node=Config)
-    # A block's options are its class's, not the configuration's: any may be added, and the block names the valid ones.
-    overrides = [f"++{override}" if override.startswith("model.block.") else override for override in overrides]
+    # A block's options are its class's, a launcher's are submitit's, neither the configuration's: any may be added, and
+    # they name the valid ones.
+    free = ("model.block.", "launcher.options.")
+    overrides = [f"++{override}" if override.startswith(free) else override for override in overrides]
     try:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
             raw = hydra_compose("train", overrides=overrides)
@@ -132,6 +147,18 @@ def to_dict(config: Config) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(config)
+
+
+def seconds(duration: str) -> float:
+    """The seconds of a duration like "45s", "9m", "1.5h" or "2d".
+
+    Raises:
+        ConfigError: it is not of that form, or is 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", duration)
+    if not found or float(found[1]) == 0:
+        raise ConfigError(f"budget={duration}: valid: a number above 0 and s, m, h or d, such as 9m")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def available(group: str) -> list[str]:
@@ -175,6 +202,14 @@ def _validate(config: Config) -> None:
         raise ConfigError(f"pretrain={config.pretrain}: valid: true, false, or the folder of a run")
     if config.seed < 0:
         raise ConfigError(f"seed={config.seed}: valid: 0 or more")
+    if config.launcher.parallel < 1:
+        raise ConfigError(f"launcher.parallel={config.launcher.parallel}: valid: 1 or more")
+    if config.budget is not None:
+        seconds(config.budget)
+        if config.launcher.cluster is not None:
+            raise ConfigError(
+                f"budget={config.budget}: jobs have a limit of their own; valid: launcher.options.timeout_min=<minutes>"
+            )
     if config.size is not None:
         try:
             parse_size(config.size)

@@ -15,3 +15,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, folder: Path):
         super().__init__(f"stopped and saved; resume={folder} continues")
         self.folder = folder
+
+
+class Busy(TrainingError):
+    """What another process has in hand; it can be had when that process has ended."""

@@ -81,11 +81,13 @@ class Stage:
         fabric: Fabric,
         tracker: Tracker | None = None,
         advice: str = "",
+        deadline: float | None = None,
     ):
         if stage.batch_size % fabric.world_size:
             raise ConfigError(f"batch_size={stage.batch_size}: valid: a multiple of the {fabric.world_size} processes")
         self.objective, self.config, self.name, self.seed = objective, stage, name, seed
         self.folder, self.fabric, self.tracker, self.advice = folder, fabric, tracker, advice
+        self.deadline = math.inf if deadline is None else deadline
         self.model = model.to(fabric.device)
         self.train, self.val = train.to(fabric.device), val.to(fabric.device)
         self.lengths = train.lengths.reshape(len(train), -1).sum(1)  # int64 [N], of all inputs of an example
@@ -176,7 +178,12 @@ class Stage:
         norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
 
         # One small tensor is read before the optimiser moves: a step on non-finite gradients destroys the weights.
-        flags = torch.stack((~torch.isfinite(loss + norm), torch.tensor(self.interrupted(), device=loss.device)))
+        flags = torch.stack(
+            (
+                ~torch.isfinite(loss + norm),
+                torch.tensor(self.interrupted() or time.monotonic() >= self.deadline, device=loss.device),
+            )
+        )
         failed, interrupted = cast(Tensor, self.fabric.all_reduce(flags.float(), reduce_op="sum")).tolist()
         if failed:
             raise TrainingError(self.explain_failure(loss.item()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,14 @@ from .loop import Stage
 from .memory import keep_freed_memory
 from .run_folder import (
     cell_name,
+    in_hand,
+    pretraining_key,
     read_config,
     read_json,
     read_spec,
     reusable_pretraining,
     run_name,
+    shared_pretraining,
     write_description,
     write_json,
 )
@@ -44,20 +47,23 @@ if TYPE_CHECKING:
 SUBSET_SEED = 0  # of the examples that n_val and n_test keep: the same in every run
 
 
-def run(config: Config, *, task: Task | None = None) -> dict[str, Any]:
+def run(config: Config, *, task: Task | None = None, deadline: float | None = None) -> dict[str, Any]:
     """Trains what `config` asks for, or continues it, and returns its result with the run's "folder".
 
-    A finished run is not repeated: its result is returned.
+    A finished run is not repeated: its result is returned. Nor is a finished pretraining that another run beside it,
+    in the same `runs_dir`, shares: fine-tuning starts from that.
 
     Args:
         config: from `seqzoo.config.compose`.
         task: data of one's own, from `seqzoo.tasks.from_arrays`, in place of the task that `config` names.
+        deadline: of `time.monotonic()`, after which training stops as if interrupted.
 
     Raises:
         ConfigError: `config` cannot be run.
         DataError: the task's data are missing or damaged.
         TrainingError: training failed; what had been saved is kept.
-        Interrupted: by a signal, with everything saved.
+        Busy: another process has this run, or its pretraining, in hand.
+        Interrupted: by a signal or the deadline, with everything saved.
     """
     if config.resume is not None:
         folder = Path(config.resume)
@@ -74,22 +80,26 @@ def run(config: Config, *, task: Task | None = None) -> dict[str, Any]:
     if fabric.device.type == "cpu":
         keep_freed_memory()
     if task is None:
-        task = _build_task(config, fabric)
+        task, key = _build_task(config, fabric), pretraining_key(config)
+    else:
+        key = pretraining_key(config, task)
     _check_answer(config, task.spec)
-    tracker = None
-    if fabric.is_global_zero:
-        write_description(folder, config, task.spec)
-        tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
-    fabric.barrier()
-    try:
-        result = _train_and_test(config, task, folder, fabric, tracker)
-    except BaseException:
+    with ExitStack() as held:
+        tracker = None
+        if fabric.is_global_zero:
+            held.enter_context(in_hand(folder.parent, folder.name))
+            write_description(folder, config, task.spec)
+            tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
+        fabric.barrier()
+        try:
+            result = _train_and_test(config, task, folder, key, fabric, tracker, deadline)
+        except BaseException:
+            if tracker:
+                tracker.finish(None)
+            raise
         if tracker:
-            tracker.finish(None)
-        raise
-    if tracker:
-        write_json(folder / "result.json", result)
-        tracker.finish(result)
+            write_json(folder / "result.json", result)
+            tracker.finish(result)
     fabric.barrier()
     return {**result, "folder": str(folder)}
 
@@ -175,7 +185,13 @@ def build_fabric(config: Config) -> Fabric:
 
 
 def _train_and_test(
-    config: Config, task: Task, folder: Path, fabric: Fabric, tracker: Tracker | None
+    config: Config,
+    task: Task,
+    folder: Path,
+    key: str,
+    fabric: Fabric,
+    tracker: Tracker | None,
+    deadline: float | None,
 ) -> dict[str, Any]:
     """Both stages and the test; the content of `result.json`."""
     spec, pretraining = task.spec, None
@@ -195,7 +211,7 @@ def _train_and_test(
             model.compile()
         fitting = "short" if fabric.device.type == "cuda" else "tiny"
         fits = f"recipe={fitting} is made for it"
-        shared: dict[str, Any] = {"name": name, "seed": config.seed, "fabric": fabric}
+        shared: dict[str, Any] = {"name": name, "seed": config.seed, "fabric": fabric, "deadline": deadline}
         if config.lr == "search":
             trials = folder / name / "search"
             stage = replace(stage, lr=search_lr(model, objective, task.train, val, stage, folder=trials, **shared))
@@ -225,12 +241,17 @@ def _train_and_test(
         source = Path(config.pretrain)
         pretraining = reusable_pretraining(config, spec)
     elif config.pretrain:
-        pretraining = read_json(folder / "pretrain" / "summary.json")
-        if pretraining is None:
-            objective = _build_objective(config, spec)
-            pretraining = train(_build_model(config, spec, objective.head), objective, config.pretraining, "pretrain")
-            if fabric.is_global_zero:
-                write_json(folder / "pretrain" / "summary.json", pretraining)
+        with in_hand(folder.parent, f"pretraining-{key}") if fabric.is_global_zero else nullcontext():
+            if found := shared_pretraining(config, folder, key):
+                source = found
+            else:
+                objective = _build_objective(config, spec)
+                model = _build_model(config, spec, objective.head)
+                summary = {**train(model, objective, config.pretraining, "pretrain"), "key": key}
+                if fabric.is_global_zero:
+                    write_json(folder / "pretrain" / "summary.json", summary)
+            fabric.barrier()
+        pretraining = read_json(source / "pretrain" / "summary.json")
 
     objective = build_objective("task", spec)
     model = _build_model(config, spec, objective.head)

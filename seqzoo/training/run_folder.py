@@ -4,6 +4,7 @@
     config.yaml  task.json  metrics.jsonl  result.json
     pretrain/    summary.json  best.safetensors  last/
     finetune/    best.safetensors  last/
+<runs_dir>/.locks/                                of runs and pretrainings that a process has in hand
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,15 @@ from ..spec import TaskSpec
 from ..tasks import Task
 from ..tasks.char_lm import read_text
 from .checkpoint import replacing
+from .errors import Busy
 
 # Where a run reads, writes and computes, which is not what it computes.
-WITHOUT_EFFECT = ("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers")
+WITHOUT_EFFECT = (
+    *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),
+    *("budget", "launcher"),
+)
 OF_PRETRAINING = ("objective", "pixel_loss", "pretraining")
+OF_FINE_TUNING = ("finetuning", "pretrain", "recipe", "n_test", "model.pooling", "model.head")
 # The head of a classifier and dropout are fine-tuning's own business.
 MAY_DIFFER = ("model.pooling", "model.head", "model.dropout", "task.workers")
 
@@ -38,23 +45,43 @@ def run_name(config: Config, task: Task | None = None) -> str:
     Raises:
         DataError: the task reads a text of the user's that is not there.
     """
-    shaping = to_dict(config)
-    dropped = WITHOUT_EFFECT if config.pretrain is True else (*WITHOUT_EFFECT, *OF_PRETRAINING)
-    for key in dropped:
-        _drop(shaping, key)
-    if isinstance(config.pretrain, str):
-        shaping["pretrain"] = Path(config.pretrain).name
-    name = config.task.name
-    if task is not None:
-        name = task.spec.name
-        shaping["task"] = {"spec": asdict(task.spec), "data": _fingerprint(task)}
-    elif config.task.text is not None:  # what it says, not where it is: data_dir has no effect
-        data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
-        shaping["task"]["text"] = hashlib.sha256(read_text(config.task.text, data_dir)[1]).hexdigest()
-    # A key that is not set counts as one that is not there: adding an option leaves the names of old runs as they are.
-    shaping = _without_none(shaping)
-    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{cell_name(config, name)}-s{config.seed}-{digest}"
+    dropped = () if config.pretrain is True else OF_PRETRAINING
+    name = config.task.name if task is None else task.spec.name
+    return f"{cell_name(config, name)}-s{config.seed}-{_digest(config, task, without=dropped)}"
+
+
+def pretraining_key(config: Config, task: Task | None = None) -> str:
+    """Equal for two runs, of `pretrain=true`, if and only if their pretraining is the same; see `run_name`."""
+    return _digest(config, task, without=OF_FINE_TUNING)
+
+
+def shared_pretraining(config: Config, folder: Path, key: str) -> Path | None:
+    """The run folder whose finished pretraining has this key: `folder` itself, or another one beside it, or None."""
+    beside = sorted(folder.parent.glob(f"*-{config.model.name}-*-s{config.seed}-*"))
+    for candidate in (folder, *beside):
+        summary = read_json(candidate / "pretrain" / "summary.json")
+        if summary is not None and summary.get("key", key if candidate == folder else None) == key:
+            return candidate
+    return None
+
+
+@contextmanager
+def in_hand(runs_dir: Path, name: str) -> Iterator[None]:
+    """Keeps every other process from `name`, a run or a pretraining in `runs_dir`, while it lasts.
+
+    Raises:
+        Busy: another process has it.
+    """
+    import fcntl  # POSIX only, so not where the module is imported
+
+    path = runs_dir / ".locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"another process is at work on {name} in {runs_dir}; the same command later goes on") from None
+        yield
 
 
 def cell_name(config: Config, task: str) -> str:
@@ -133,6 +160,22 @@ def _differences(prefix: str, there: Any, here: Any) -> Iterator[tuple[str, tupl
     for key in theirs:
         if theirs[key] != ours[key]:
             yield f"{prefix}.{key}", (theirs[key], ours[key])
+
+
+def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> str:
+    """Of everything that shapes what `config` computes but the keys `without`."""
+    shaping = to_dict(config)
+    if isinstance(config.pretrain, str):
+        shaping["pretrain"] = Path(config.pretrain).name
+    for key in (*WITHOUT_EFFECT, *without):
+        _drop(shaping, key)
+    if task is not None:
+        shaping["task"] = {"spec": asdict(task.spec), "data": _fingerprint(task)}
+    elif config.task.text is not None:  # what it says, not where it is: data_dir has no effect
+        data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
+        shaping["task"]["text"] = hashlib.sha256(read_text(config.task.text, data_dir)[1]).hexdigest()
+    # A key that is not set counts as one that is not there: adding an option leaves the names of old runs as they are.
+    return hashlib.sha256(json.dumps(_without_none(shaping), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _drop(values: dict[str, Any], key: str) -> None:

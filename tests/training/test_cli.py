@@ -89,7 +89,7 @@ def test_exit_status_of_a_failing_run(error, status, tiny, monkeypatch, capsys):
     def fail(config):
         raise error
 
-    monkeypatch.setattr("seqzoo.training.cli.run", fail)
+    monkeypatch.setattr("seqzoo.training.attempt.run", fail)
     assert main(tiny) == status
     said = capsys.readouterr().err
     assert ("resume=runs/some" if status == 130 else str(error)) in said
@@ -99,7 +99,7 @@ def test_unforeseen_errors_keep_their_traceback(tiny, monkeypatch):
     def fail(config):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("seqzoo.training.cli.run", fail)
+    monkeypatch.setattr("seqzoo.training.attempt.run", fail)
     with pytest.raises(ValueError, match="a bug"):
         main(tiny)
 
@@ -118,7 +118,7 @@ def test_sweeps_go_on_after_a_bug(tiny, monkeypatch, capsys):
     def fail(config):
         raise RuntimeError(f"no memory for seed {config.seed}")
 
-    monkeypatch.setattr("seqzoo.training.cli.run", fail)
+    monkeypatch.setattr("seqzoo.training.attempt.run", fail)
     assert main(["-m", *tiny, "seed=0,1"]) == 1
     said = capsys.readouterr()
     assert "no memory for seed 0" in said.err

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import tiny_config, toy_task
+
+from seqzoo.config import ConfigError, compose
+from seqzoo.training import run
+from seqzoo.training.campaign import expand, plan
+from seqzoo.training.cli import main
+from seqzoo.training.errors import Busy, Interrupted
+from seqzoo.training.run_folder import in_hand
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
+LISTOPS = [
+    *("task=lra_listops", "recipe=tiny", "task.max_length=32", "task.min_length=4", "task.length_bound=24"),
+    *("task.max_depth=3", "task.num_train=400", "task.num_val=50", "task.num_test=50", "task.workers=1"),
+    *("model.d_model=16", "model.num_layers=1", "device=cpu", "wandb.mode=disabled"),
+    *("pretraining.tokens=20000", "pretraining.batch_size=8", "finetuning.tokens=20000", "finetuning.batch_size=8"),
+]
+
+
+@pytest.fixture(scope="module")
+def task():
+    return toy_task()
+
+
+@pytest.fixture
+def listops(tmp_path) -> list[str]:
+    return [*LISTOPS, f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
+
+
+def results(runs: Path) -> dict[str, dict]:
+    return {path.parent.name: json.loads(path.read_text()) for path in runs.glob("*/result.json")}
+
+
+def test_the_order_makes_the_table_useful_early():
+    cells, failed = plan(
+        expand(
+            [
+                "model=vq_transformer,lru,transformer",
+                "task=smnist,lra_text,lra_image",
+                "pretrain=true,false",
+                "seed=1,0",
+                "recipe=tiny",
+            ]
+        )
+    )
+    assert not failed
+    order = [(c.config.seed, c.config.model.name, c.config.task.name, c.config.pretrain) for c in cells]
+    assert len(order) == 36
+    assert order[:5] == [
+        (0, "transformer", "lra_image", False),
+        (0, "transformer", "lra_image", True),
+        (0, "lru", "lra_image", False),
+        (0, "lru", "lra_image", True),
+        (0, "transformer", "lra_text", False),
+    ]
+    assert order[12][1:3] == ("vq_transformer", "lra_image")
+    assert [seed for seed, *_ in order] == [0] * 18 + [1] * 18
+
+
+def test_runs_that_are_the_same_are_one():
+    cells, _ = plan(expand(["objective=masked,causal", "pretrain=false,true", "recipe=tiny", "model=lru"]))
+    assert [(cell.config.pretrain, cell.config.objective) for cell in cells] == [
+        (False, "masked"),
+        (True, "masked"),
+        (True, "causal"),
+    ]
+
+
+def test_a_pretraining_is_shared(task, tmp_path, monkeypatch):
+    first = run(tiny_config(tmp_path, pretrain=True), task=task)
+    trained = []
+    stage = sys.modules["seqzoo.training.loop"].Stage
+    monkeypatch.setattr(stage, "run", lambda self, old=stage.run: trained.append(self.name) or old(self))
+    second = run(tiny_config(tmp_path, pretrain=True, finetuning={"lr": 1e-3}), task=task)
+    assert trained == ["finetune"]
+    assert second["pretrain_run"] == Path(first["folder"]).name
+    assert second["tokens_seen"]["pretrain"] == first["tokens_seen"]["pretrain"]
+    assert not (Path(second["folder"]) / "pretrain").exists()
+    named = run(tiny_config(tmp_path, pretrain=first["folder"], finetuning={"lr": 1e-3}), task=task)
+    assert named["test"] == second["test"]
+    for change in ({"seed": 1}, {"pretraining": {"lr": 1e-3}}, {"model": {"d_model": 8}}, {"objective": "causal"}):
+        trained.clear()
+        assert run(tiny_config(tmp_path, pretrain=True, **change), task=task)["pretrain_run"] is None, change
+        assert trained == ["pretrain", "finetune"], change
+
+
+def test_what_another_process_has_in_hand_is_left_to_it(task, tmp_path):
+    config = tiny_config(tmp_path, pretrain=True)
+    done = run(config, task=task)
+    folder = Path(done["folder"])
+    (folder / "result.json").unlink()
+    with in_hand(tmp_path, folder.name), pytest.raises(Busy, match=f"at work on {folder.name}"):
+        run(config, task=task)
+    assert run(config, task=task)["test"] == done["test"]
+
+
+def test_the_deadline_stops_a_run_that_then_continues(task, tmp_path):
+    whole = run(tiny_config(tmp_path / "whole"), task=task)
+    config = tiny_config(tmp_path / "parts")
+    with pytest.raises(Interrupted):
+        run(config, task=task, deadline=time.monotonic())
+    (folder,) = (tmp_path / "parts").glob("toy-*")
+    assert (folder / "finetune" / "last" / "state.pt").exists()
+    assert run(config, task=task)["test"] == whole["test"]
+
+
+def test_a_campaign_stops_when_its_time_is_up_and_goes_on(listops, tmp_path, capsys):
+    sweep = ["-m", *listops, "model=lru", "pretrain=false,true", "seed=0"]
+    assert main([*sweep, "budget=1s"]) == 3
+    said = capsys.readouterr()
+    assert "unfinished: " in said.out
+    assert main(sweep) == 0
+    assert "2 of 2 runs finished" in capsys.readouterr().out
+    whole = [argument.replace("/runs", "/whole") for argument in sweep]
+    assert main(whole) == 0
+    parts, at_once = results(tmp_path / "runs"), results(tmp_path / "whole")
+    assert parts.keys() == at_once.keys()
+    assert all(parts[name]["test"] == at_once[name]["test"] for name in parts)
+    capsys.readouterr()
+    assert main(sweep) == 0
+    assert "2 runs: 2 finished, 0 begun, 0 to begin" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("budget", ["9", "0m", "m", "9 minutes", "-1s"])
+def test_a_budget_is_a_duration(budget):
+    with pytest.raises(ConfigError, match=f"budget={budget}: valid: a number above 0 and s, m, h or d"):
+        compose([f"budget='{budget}'"])
+
+
+def test_jobs_have_no_budget():
+    with pytest.raises(ConfigError, match=r"valid: launcher.options.timeout_min"):
+        compose(["budget=9m", "launcher=slurm"])
+    with pytest.raises(ConfigError, match=r"launcher.parallel=0: valid: 1 or more"):
+        compose(["launcher=local", "launcher.parallel=0"])
+
+
+def test_studies_stand_for_sweeps(tmp_path, monkeypatch):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "sizes.yaml").write_text("size: params:50k,params:100k\npretrain: false,true\n")
+    monkeypatch.setattr("seqzoo.training.campaign.CONFIGS", tmp_path)
+    sweep = ["size=params:50k,params:100k", "pretrain=false,true"]
+    assert expand(["study=sizes", "model=lru"]) == expand([*sweep, "model=lru"])
+    assert expand(["study=sizes", "size=params:70k"]) == expand([sweep[1], "size=params:70k"])
+    with pytest.raises(ConfigError, match=r"no study 'size'.*valid: sizes"):
+        expand(["study=size"])
+
+
+@pytest.mark.slow
+def test_a_killed_campaign_goes_on_where_it_was(listops, tmp_path):
+    sweep = ["-m", *listops, "model=lru,transformer", "pretrain=false,true"]
+    assert main(sweep) == 0
+    whole = results(tmp_path / "runs")
+    killed = [argument.replace("/runs", "/killed") for argument in sweep]
+    command = [sys.executable, str(SCRIPT), *killed]
+    kills = 0
+    for seconds in (6, 7.3, 8.1, 9.4, 11, 13):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "4 of 4 runs finished" in done.stdout
+    again = results(tmp_path / "killed")
+    assert again.keys() == whole.keys()
+    for name, result in again.items():
+        assert result["test"] == whole[name]["test"], name
+        assert result["tokens_seen"] == whole[name]["tokens_seen"], name
+
+
+def test_jobs_of_this_machine(listops, tmp_path, capsys):
+    sweep = [*listops, "model=lru", "pretrain=false,true", "finetuning.lr=1e-3,2e-3"]
+    assert main(["-m", *sweep, "launcher=local", "launcher.parallel=2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("job ") == 4
+    assert "4 of 4 runs finished" in said
+    pretrained = [result for result in results(tmp_path / "runs").values() if result["pretrain"]]
+    assert [result["pretrain_run"] is None for result in pretrained].count(True) == 1, "one pretraining for both"
+    assert main(["-m", *sweep]) == 0
+    assert "4 runs: 4 finished" in capsys.readouterr().out
+
+
+def test_a_launcher_that_is_not_here_is_explained(listops, capsys):
+    assert main(["-m", *listops, "seed=0,1", "launcher=slurm"]) == 2
+    assert "launcher: " in capsys.readouterr().err
+    assert main(["-m", *listops, "seed=0,1", "launcher=local", "launcher.options.walltime=5"]) == 2
+    assert "walltime" in capsys.readouterr().err
