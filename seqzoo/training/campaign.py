@@ -15,7 +15,7 @@ from pathlib import Path
 from ..config import CONFIGS, Config, ConfigError, compose, seconds
 from ..messages import unknown
 from .attempt import BUSY, DONE, FAILED, INTERRUPTED, MISUSED, UNFINISHED, attempt, fail, say
-from .run_folder import pretraining_key, run_name, shared_pretraining
+from .run_folder import pretraining_key, run_name
 
 TASKS_FIRST = ("lra_image", "lra_pathfinder", "lra_listops", "lra_text")
 MODELS_FIRST = ("transformer", "lru")
@@ -40,9 +40,9 @@ class Cell:
         return (self.folder / "config.yaml").exists()
 
     @property
-    def has_pretraining(self) -> bool:
-        """Whether it could begin to fine-tune at once."""
-        return self.key is None or shared_pretraining(self.config, self.folder, self.key) is not None
+    def pretrained(self) -> bool:
+        """Whether its own pretraining has ended; one that it shares is in another folder."""
+        return (self.folder / "pretrain" / "summary.json").exists()
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:

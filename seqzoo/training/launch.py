@@ -54,8 +54,8 @@ def launch(cells: Sequence[Cell], launcher: LauncherConfig, folder: Path) -> Ite
         while waiting or running:
             for cell in [cell for cell, job in running.items() if job.done()]:
                 yield cell, _status(cell, running.pop(cell))
-            under_way = {cell.key for cell in running}
-            ready = [cell for cell in waiting if cell.has_pretraining or cell.key not in under_way]
+            under_way = {cell.key for cell in running if not cell.pretrained}
+            ready = [cell for cell in waiting if cell.key is None or cell.key not in under_way]
             if ready and len(running) < launcher.parallel:
                 cell = ready[0]
                 waiting.remove(cell)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from .run_folder import (
     shared_pretraining,
     write_description,
     write_json,
+    write_text,
 )
 from .search import search_lr
 from .tracker import Tracker
@@ -87,7 +88,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     with ExitStack() as held:
         tracker = None
         if fabric.is_global_zero:
-            held.enter_context(in_hand(folder.parent, folder.name))
+            held.enter_context(in_hand(folder))
             write_description(folder, config, task.spec)
             tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
         fabric.barrier()
@@ -241,17 +242,16 @@ def _train_and_test(
         source = Path(config.pretrain)
         pretraining = reusable_pretraining(config, spec)
     elif config.pretrain:
-        with in_hand(folder.parent, f"pretraining-{key}") if fabric.is_global_zero else nullcontext():
-            if found := shared_pretraining(config, folder, key):
-                source = found
-            else:
-                objective = _build_objective(config, spec)
-                model = _build_model(config, spec, objective.head)
-                summary = {**train(model, objective, config.pretraining, "pretrain"), "key": key}
-                if fabric.is_global_zero:
-                    write_json(folder / "pretrain" / "summary.json", summary)
-            fabric.barrier()
+        source = shared_pretraining(config, folder, key) or folder
         pretraining = read_json(source / "pretrain" / "summary.json")
+        if pretraining is None:
+            fabric.barrier()  # all ranks have looked
+            if fabric.is_global_zero:
+                write_text(folder / "pretrain" / "key", key)
+            objective = _build_objective(config, spec)
+            pretraining = train(_build_model(config, spec, objective.head), objective, config.pretraining, "pretrain")
+            if fabric.is_global_zero:
+                write_json(folder / "pretrain" / "summary.json", pretraining)
 
     objective = build_objective("task", spec)
     model = _build_model(config, spec, objective.head)

@@ -1,10 +1,9 @@
 """Run folders: their names, what lies in them, and when one run's pretraining may serve another.
 
 <runs_dir>/<task>-<model>-<recipe>-<none|masked|causal>-s<seed>-<hash>/
-    config.yaml  task.json  metrics.jsonl  result.json
-    pretrain/    summary.json  best.safetensors  last/
+    config.yaml  task.json  metrics.jsonl  result.json  lock
+    pretrain/    key  summary.json  best.safetensors  last/
     finetune/    best.safetensors  last/
-<runs_dir>/.locks/                                of runs and pretrainings that a process has in hand
 """
 
 from __future__ import annotations
@@ -56,31 +55,39 @@ def pretraining_key(config: Config, task: Task | None = None) -> str:
 
 
 def shared_pretraining(config: Config, folder: Path, key: str) -> Path | None:
-    """The run folder whose finished pretraining has this key: `folder` itself, or another one beside it, or None."""
-    beside = sorted(folder.parent.glob(f"*-{config.model.name}-*-s{config.seed}-*"))
-    for candidate in (folder, *beside):
-        summary = read_json(candidate / "pretrain" / "summary.json")
-        if summary is not None and summary.get("key", key if candidate == folder else None) == key:
-            return candidate
+    """The run folder whose finished pretraining has this key: `folder` itself, or another one beside it, or None.
+
+    Raises:
+        Busy: it is not finished, and another process is at work on it.
+    """
+    if (folder / "pretrain" / "summary.json").exists():
+        return folder
+    beside = folder.parent.glob(f"*-{config.model.name}-*-s{config.seed}-*/pretrain/key")
+    same = [path.parent for path in sorted(beside) if path.read_text() == key and path.parents[1] != folder]
+    for pretraining in same:
+        if (pretraining / "summary.json").exists():
+            return pretraining.parent
+    for pretraining in same:
+        with in_hand(pretraining.parent):
+            pass
     return None
 
 
 @contextmanager
-def in_hand(runs_dir: Path, name: str) -> Iterator[None]:
-    """Keeps every other process from `name`, a run or a pretraining in `runs_dir`, while it lasts.
+def in_hand(folder: Path) -> Iterator[None]:
+    """Keeps every other process from a run while it lasts.
 
     Raises:
         Busy: another process has it.
     """
     import fcntl  # POSIX only, so not where the module is imported
 
-    path = runs_dir / ".locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy(f"another process is at work on {name} in {runs_dir}; the same command later goes on") from None
+            raise Busy(f"another process is at work on {folder}; the same command later goes on") from None
         yield
 
 
@@ -126,8 +133,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON file that is there as a whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is there as a whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+        temporary.write_text(text)
 
 
 def reusable_pretraining(config: Config, spec: TaskSpec) -> dict[str, Any]:

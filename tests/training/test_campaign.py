@@ -99,8 +99,14 @@ def test_what_another_process_has_in_hand_is_left_to_it(task, tmp_path):
     done = run(config, task=task)
     folder = Path(done["folder"])
     (folder / "result.json").unlink()
-    with in_hand(tmp_path, folder.name), pytest.raises(Busy, match=f"at work on {folder.name}"):
-        run(config, task=task)
+    with in_hand(folder):
+        with pytest.raises(Busy, match=f"at work on {folder}"):
+            run(config, task=task)
+        other = tiny_config(tmp_path, pretrain=True, finetuning={"lr": 1e-3})
+        assert run(other, task=task)["pretrain_run"] == folder.name, "its pretraining is finished"
+        (folder / "pretrain" / "summary.json").unlink()
+        with pytest.raises(Busy, match=f"at work on {folder}"):
+            run(tiny_config(tmp_path, pretrain=True, finetuning={"lr": 1e-4}), task=task)
     assert run(config, task=task)["test"] == done["test"]
 
 

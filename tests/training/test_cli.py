@@ -86,7 +86,7 @@ def test_mistakes_are_explained_in_a_line(arguments, status, message, tiny, tmp_
     ],
 )
 def test_exit_status_of_a_failing_run(error, status, tiny, monkeypatch, capsys):
-    def fail(config):
+    def fail(config, deadline):
         raise error
 
     monkeypatch.setattr("seqzoo.training.attempt.run", fail)
@@ -96,7 +96,7 @@ def test_exit_status_of_a_failing_run(error, status, tiny, monkeypatch, capsys):
 
 
 def test_unforeseen_errors_keep_their_traceback(tiny, monkeypatch):
-    def fail(config):
+    def fail(config, deadline):
         raise ValueError("a bug")
 
     monkeypatch.setattr("seqzoo.training.attempt.run", fail)
@@ -115,7 +115,7 @@ def test_sweeps_go_on_after_a_bad_cell(tiny, tmp_path, capsys):
 
 
 def test_sweeps_go_on_after_a_bug(tiny, monkeypatch, capsys):
-    def fail(config):
+    def fail(config, deadline):
         raise RuntimeError(f"no memory for seed {config.seed}")
 
     monkeypatch.setattr("seqzoo.training.attempt.run", fail)
