@@ -32,6 +32,7 @@ import seqzoo
 from seqzoo.config import Config, compose
 from seqzoo.tasks import TASKS, MissingData, Task, build_task, epoch_order
 from seqzoo.tasks.cache import manifest_of
+from seqzoo.tasks.config import COUNTS
 from seqzoo.training import provenance
 
 OPENINGS = 5
@@ -60,7 +61,7 @@ def configured(name: str, options: argparse.Namespace, cache_dir: str) -> Config
     config = compose([*names, *common, *own])
     config.task = compose([f"task={name}", *own]).task
     most = max(1, options.positions // config.task.max_length)
-    for key in ("num_train", "num_val", "num_test"):
+    for key in COUNTS.values():
         if (given := getattr(config.task, key)) is not None:
             setattr(config.task, key, min(given, most))
     config.cache_dir = cache_dir
