@@ -31,7 +31,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py does
 import seqzoo
 from seqzoo.config import Config, compose
 from seqzoo.tasks import TASKS, MissingData, Task, build_task, epoch_order
-from seqzoo.tasks.cache import manifest_of
+from seqzoo.tasks.cache import origin
+from seqzoo.tasks.config import COUNTS
 from seqzoo.training import provenance
 
 OPENINGS = 5
@@ -60,7 +61,7 @@ def configured(name: str, options: argparse.Namespace, cache_dir: str) -> Config
     config = compose([*names, *common, *own])
     config.task = compose([f"task={name}", *own]).task
     most = max(1, options.positions // config.task.max_length)
-    for key in ("num_train", "num_val", "num_test"):
+    for key in COUNTS.values():
         if (given := getattr(config.task, key)) is not None:
             setattr(config.task, key, min(given, most))
     config.cache_dir = cache_dir
@@ -74,10 +75,7 @@ def make(config: Config) -> dict[str, Any]:
     task = build_task(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir)
     seconds = time.perf_counter() - start
     examples = sum(map(len, (task.train, task.val, task.test)))
-    size, source = 0, "made on the fly"
-    if task.folder is not None:
-        manifest = manifest_of(task.folder)
-        size, source = sum(file["bytes"] for file in manifest["files"].values()), manifest["source"]
+    source, size = origin(task.folder)
     return {
         "source": source,
         "note": task.note,

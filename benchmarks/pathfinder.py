@@ -25,6 +25,8 @@ from seqzoo.training import provenance
 
 SHOWN = 8  # images of each set
 
+Measures = dict[str, np.ndarray]  # of a set, as `measure` returns them
+
 
 def draw(size: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
     """Images, labels, and seconds of processor time."""
@@ -45,20 +47,22 @@ def agreement(images: np.ndarray, labels: np.ndarray, size: int) -> dict[str, fl
     }
 
 
-def compare(theirs: np.ndarray, ours: np.ndarray) -> list[dict[str, Any]]:
+def compare(theirs: Measures, ours: Measures) -> list[dict[str, Any]]:
     """A row for each measure: means, their distance in standard errors, and whether the distributions could be one."""
-    a, b = (measure(images, published(32)) for images in (theirs, ours))
     rows = []
-    for name in a:
-        error = np.sqrt(a[name].var() / len(theirs) + b[name].var() / len(ours))
-        gap, probability = largest_gap(a[name], b[name])
-        row = {"measure": name, "samples": a[name].mean(), "ours": b[name].mean()}
-        row |= {"z": (b[name].mean() - a[name].mean()) / error, "ks": gap, "ks_p": probability}
+    for name in theirs:
+        a, b = theirs[name], ours[name]
+        error = np.sqrt(a.var() / len(a) + b.var() / len(b))
+        gap, probability = largest_gap(a, b)
+        row = {"measure": name, "samples": a.mean(), "ours": b.mean()}
+        row |= {"z": (b.mean() - a.mean()) / error, "ks": gap, "ks_p": probability}
         rows.append({key: value if isinstance(value, str) else float(value) for key, value in row.items()})
     return rows
 
 
-def picture(path: Path, theirs: np.ndarray, ours: np.ndarray, larger: list[np.ndarray]) -> None:
+def picture(
+    path: Path, theirs: np.ndarray, ours: np.ndarray, measured: tuple[Measures, Measures], larger: list[np.ndarray]
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,15 +80,14 @@ def picture(path: Path, theirs: np.ndarray, ours: np.ndarray, larger: list[np.nd
     grid = axes[0, 0].get_gridspec()
     for axis in axes[4]:
         axis.remove()
-    a, b = (measure(images, published(32)) for images in (theirs, ours))
     plots = [("ink", "mean brightness"), ("lit_pixels", "lit pixels"), ("components", "components")]
     for i, (name, label) in enumerate(plots):
         axis = figure.add_subplot(grid[4, 2 * i : 2 * i + 2])
-        values = np.concatenate([a[name], b[name]])
+        values = np.concatenate([measures[name] for measures in measured])
         width = max(1, round((values.max() - values.min()) / 25)) if name != "ink" else 0.5
         bins = np.arange(values.min() - width / 2, values.max() + width, width)
-        for measured, legend in ((a, "original"), (b, "ours")):
-            axis.hist(measured[name], bins=bins, density=True, histtype="step", label=legend)
+        for measures, legend in zip(measured, ("original", "ours"), strict=True):
+            axis.hist(measures[name], bins=bins, density=True, histtype="step", label=legend)
         axis.set_xlabel(label)
         axis.set_yticks([])
         axis.legend(fontsize="small")
@@ -122,14 +125,15 @@ def main() -> None:
             ours, our_labels = images, labels
         elif size != 64:
             larger.append(images[:SHOWN])
-    rows = compare(theirs, ours)
+    measured = measure(theirs, published(32)), measure(ours, published(32))
+    rows = compare(*measured)
     print("samples", traced[0])
     for row in rows:
         print("  ".join(f"{value:<18}" if isinstance(value, str) else f"{value:8.3f}" for value in row.values()))
     distance = float(np.abs(histogram(theirs) - histogram(ours)).sum() / 2)
     print(f"brightness: total variation {distance:.4f}")
     if options.picture is not None:
-        picture(options.picture, theirs, ours, larger)
+        picture(options.picture, theirs, ours, measured, larger)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         record = {

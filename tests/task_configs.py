@@ -1,8 +1,14 @@
-"""Configurations of tasks that take no time, shared by tests."""
+"""Configurations of tasks shared by tests."""
 
 from __future__ import annotations
 
 from seqzoo.tasks import TaskConfig
+
+
+def cifar_pictures(name: str, **changes) -> TaskConfig:
+    """CIFAR-10 as the task `name`, whole."""
+    settings = {"max_length": 1024, "mask_ratio": 0.5, "val_fraction": 0.1, "split_seed": 42}
+    return TaskConfig(name=name, **(settings | changes))
 
 
 def small_listops(**changes) -> TaskConfig:

@@ -114,18 +114,24 @@ def _positions(block, tile, L, T, begin, end, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _by_offset(bias, bias_stride, b, start, T, h, H, offsets):
-    """Where the biases of the query at `start` lie: of its own, or of its head if all queries have the same."""
-    at = h * offsets + (b * T + start) * bias_stride
-    return bias + at
-
-
-@triton.jit
 def _entry(row, query, key, seen, stride, offsets, CAUSAL: tl.constexpr):
     """Where the bias of a pair lies, and whether it has one. `row` counts from the first query of the tile."""
     reach = offsets - 1 if CAUSAL else offsets // 2
     entry = key - query + reach
     return row * stride + entry, seen & (entry >= 0) & (entry < offsets)
+
+
+@triton.jit
+def _of_pairs(scores, bias, bias_stride, b, h, start, row, query, live, key, known, T, offsets, CAUSAL: tl.constexpr):
+    """The scores with their biases, and which pairs there are. Queries, from `start` on, and keys have an axis each."""
+    seen = live & known
+    if CAUSAL:
+        seen = seen & (key <= query)
+    if bias is not None:
+        at, has = _entry(row, query, key, seen, bias_stride, offsets, CAUSAL)
+        bias += h * offsets + (b * T + start) * bias_stride  # those of a head, where all queries have the same
+        scores += tl.load(bias + at, mask=has, other=0.0).to(tl.float32)
+    return scores, seen
 
 
 @triton.jit
@@ -136,13 +142,10 @@ def _window_scores(
     """Logits, to base 2, of the queries at `start` and the keys at `low` in their window, and which pairs there are."""
     keys_t = head_rows(keys, b, low, T, h, H, D)
     scores = _product(q, row, H * D, live, keys_t, column, H * D, known, D, PRECISION, CHANNELS, STAGES)
-    seen = live[:, None] & known[None, :]
-    if CAUSAL:
-        seen = seen & (key[None, :] <= query[:, None])
-    if bias is not None:
-        at, has = _entry(row[:, None], query[:, None], key[None, :], seen, bias_stride, offsets, CAUSAL)
-        of_query = _by_offset(bias, bias_stride, b, start, T, h, H, offsets)
-        scores += tl.load(of_query + at, mask=has, other=0.0).to(tl.float32)
+    scores, seen = _of_pairs(
+        scores, bias, bias_stride, b, h, start, row[:, None], query[:, None], live[:, None], key[None, :],
+        known[None, :], T, offsets, CAUSAL,
+    )  # fmt: skip
     return tl.where(seen, scores * LOG2_E, float("-inf")), seen
 
 
@@ -313,13 +316,10 @@ def _weights_of_keys(
     """What some queries, from position `low` on, give to keys in their window: [keys, queries]."""
     q_t = head_rows(q, b, low, T, h, H, D)
     scores = _product(keys, column, H * D, known, q_t, row, H * D, live, D, PRECISION, CHANNELS, STAGES)
-    seen = known[:, None] & live[None, :]
-    if CAUSAL:
-        seen = seen & (key[:, None] <= query[None, :])
-    if bias is not None:
-        at, has = _entry(row[None, :], query[None, :], key[:, None], seen, bias_stride, offsets, CAUSAL)
-        of_query = _by_offset(bias, bias_stride, b, low, T, h, H, offsets)
-        scores += tl.load(of_query + at, mask=has, other=0.0).to(tl.float32)
+    scores, seen = _of_pairs(
+        scores, bias, bias_stride, b, h, low, row[None, :], query[None, :], live[None, :], key[:, None],
+        known[:, None], T, offsets, CAUSAL,
+    )  # fmt: skip
     log = tl.load(head_rows(log_sum, b, low, T, h, H, 1) + row * H, mask=live, other=float("inf"))
     return tl.where(seen, tl.exp2(scores * LOG2_E - log[None, :]), 0.0)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..config import Config, ConfigError, compose
 from ..messages import unknown
 from . import TASKS, DataError, MissingData, Split, Task, build_task
-from .cache import manifest_of
+from .cache import origin
 from .checks import verify
 from .samples import as_text, pick, save_sheet
 
@@ -112,20 +112,16 @@ def _row(task: Task, seconds: float) -> tuple[str, ...]:
     lengths = [split.lengths for split in splits]
     shortest, longest = min(int(t.min()) for t in lengths), max(int(t.max()) for t in lengths)
     mean = sum(int(t.sum()) for t in lengths) / sum(t.numel() for t in lengths)
-    source, size, folder = "made on the fly", "", ""
-    if task.folder is not None:
-        manifest = manifest_of(task.folder)
-        source, folder = manifest["source"], str(task.folder)
-        size = f"{sum(file['bytes'] for file in manifest['files'].values()) / 1e6:,.1f}"
+    source, size = origin(task.folder)
     return (
         task.spec.name,
         task.note if task.note.startswith(source) else source + (f" ({task.note})" if task.note else ""),
         *(f"{len(split):,}" for split in splits),
         f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}, mean {mean:,.0f}",
         f"{task.spec.num_classes:,}",
-        size,
+        f"{size / 1e6:,.1f}" if size else "",
         f"{seconds:.1f}",
-        folder,
+        str(task.folder or ""),
     )
 
 

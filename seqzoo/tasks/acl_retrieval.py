@@ -31,9 +31,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..spec import TaskSpec
 from .cache import Stored, cached
-from .characters import MASK, PAD, Alphabet, code_points
+from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
 from .sources import DataError, given_folder
@@ -76,17 +75,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
 
     stored = cached(cache_dir, config.name, request, prepare)
     symbols = stored.facts["symbols"]
-    spec = TaskSpec(
-        name=config.name,
-        kind="tokens",
-        vocab_size=len(symbols),
-        max_length=config.max_length,
-        num_classes=2,
-        pad_id=PAD,
-        mask_id=MASK,
-        num_inputs=2,
-        mask_ratio=config.mask_ratio,
-    )
+    spec = text_spec(config, symbols, num_classes=2, num_inputs=2)
     return assemble(spec, stored.arrays, symbols=symbols)
 
 

@@ -109,6 +109,18 @@ def manifest_of(entry: Path) -> dict[str, Any]:
         raise _broken(entry, damage) from damage
 
 
+def origin(entry: Path | None) -> tuple[str, int]:
+    """Where a task's data come from, in words, and the bytes they take in its entry; None is a task that has none.
+
+    Raises:
+        DataError: as `manifest_of` does.
+    """
+    if entry is None:
+        return "made on the fly", 0
+    manifest = manifest_of(entry)
+    return manifest["source"], sum(file["bytes"] for file in manifest["files"].values())
+
+
 def check(entry: Path) -> dict[str, Any]:
     """Hash every file of an entry, whatever its date, and return the manifest.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ..spec import TaskSpec
+from .config import TaskConfig
 from .data import token_dtype
 
 SPECIALS = ("<mask>", "<pad>", "<unk>", "<eos>")
@@ -19,6 +21,21 @@ def code_points(text: str) -> np.ndarray:
         UnicodeEncodeError: half of a surrogate pair, which is no character.
     """
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
+def text_spec(config: TaskConfig, symbols: Sequence[str], *, num_classes: int, num_inputs: int = 1) -> TaskSpec:
+    """What a model is told of texts to classify, alone or in pairs, whose ids stand for an alphabet's `symbols`."""
+    return TaskSpec(
+        name=config.name,
+        kind="tokens",
+        vocab_size=len(symbols),
+        max_length=config.max_length,
+        num_classes=num_classes,
+        pad_id=PAD,
+        mask_id=MASK,
+        num_inputs=num_inputs,
+        mask_ratio=config.mask_ratio,
+    )
 
 
 class Alphabet:

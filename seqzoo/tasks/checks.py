@@ -11,7 +11,7 @@ import torch
 
 from ..spec import IGNORED, TaskSpec
 from . import lra_listops, lra_pathfinder
-from .cache import check
+from .cache import check, origin
 from .data import Split, Task
 
 CHUNK = 1 << 24  # values looked at together
@@ -48,13 +48,12 @@ def verify(task: Task) -> Verdict:
     """
     faults: list[str] = []
     notes: list[str] = []
-    source = "made on the fly"
+    source, size = origin(task.folder)
     request: dict[str, Any] = {}
     examples: dict[str, int] = {}
     if task.folder is not None:
         manifest = check(task.folder)
-        source, request, examples = manifest["source"], manifest["request"], manifest["examples"]
-        size = sum(file["bytes"] for file in manifest["files"].values())
+        request, examples = manifest["request"], manifest["examples"]
         notes.append(f"{len(manifest['files'])} files, {size:,} bytes, as they were written")
     splits = {"train": task.train, "val": task.val, "test": task.test}
     for name, split in splits.items():

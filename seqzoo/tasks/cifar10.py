@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..spec import TaskSpec
-from .cache import Stored, cached
+from . import pictures
 from .config import TaskConfig
-from .data import Task, assemble, hold_out, split_arrays
+from .data import Task
+from .pictures import Pictures
 from .sources import Archive, DataError, check_md5, provide
 
 ARCHIVE = Archive(
@@ -59,43 +59,26 @@ def build(
         DataError: the pictures are missing, incomplete or damaged.
         ValueError: a key of `config` is missing, does not belong to this task, or asks for other than 1,024 pixels.
     """
-    settings = config.settings("val_fraction", "split_seed")
-    if config.max_length != PIXELS:
-        raise ValueError(f"task {config.name}: max_length is {config.max_length}; a picture has {PIXELS} pixels, uncut")
 
-    def prepare(work: Path) -> Stored:
-        return _prepare(provide(ARCHIVE, data_dir, cache_dir / "downloads"), convert, **settings)
+    def read() -> tuple[Pictures, Pictures]:
+        folder = provide(ARCHIVE, data_dir, cache_dir / "downloads")
+        return _read(folder, TRAIN_FILES, convert), _read(folder, TEST_FILES, convert)
 
-    stored = cached(cache_dir, config.name, settings, prepare)
-    spec = TaskSpec(
-        name=config.name,
-        kind="pixels",
-        vocab_size=256,
-        max_length=PIXELS,
+    return pictures.build(
+        config,
+        read,
+        num_pixels=PIXELS,
         num_classes=NUM_CLASSES,
-        channels=len(mean),
         mean=mean,
         std=std,
-        mask_ratio=config.mask_ratio,
+        source=ARCHIVE.folder,
+        cache_dir=cache_dir,
     )
-    return assemble(spec, stored.arrays)
 
 
-def _prepare(folder: Path, convert: Convert, *, val_fraction: float, split_seed: int) -> Stored:
-    pictures, labels = _read(folder, TRAIN_FILES, convert)
-    test_pictures, test_labels = _read(folder, TEST_FILES, convert)
-    train, val = hold_out(labels, val_fraction, split_seed)
-    arrays = {
-        **split_arrays("train", pictures[train], labels[train], np.uint8),
-        **split_arrays("val", pictures[val], labels[val], np.uint8),
-        **split_arrays("test", test_pictures, test_labels, np.uint8),
-    }
-    return Stored(arrays, {}, ARCHIVE.folder)
-
-
-def _read(folder: Path, files: dict[str, str], convert: Convert) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures and labels, int64 [N], of files that match their MD5 sums."""
-    pictures, labels = [], []
+def _read(folder: Path, files: dict[str, str], convert: Convert) -> Pictures:
+    """What is in files that match their MD5 sums."""
+    pixels, labels = [], []
     for filename, md5 in files.items():
         path = folder / filename
         if not path.is_file():
@@ -103,9 +86,9 @@ def _read(folder: Path, files: dict[str, str], convert: Convert) -> tuple[np.nda
         check_md5(path, md5)
         with path.open("rb") as file:
             batch = _ArrayUnpickler(file, encoding="bytes").load()
-        pictures.append(convert(batch[b"data"]))
+        pixels.append(convert(batch[b"data"]))
         labels.append(np.array(batch[b"labels"], dtype=np.int64))
-    return np.concatenate(pictures), np.concatenate(labels)
+    return Pictures(np.concatenate(pixels), np.concatenate(labels))
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+COUNTS = {"train": "num_train", "val": "num_val", "test": "num_test"}  # the key of each split's size
+
 
 @dataclass(kw_only=True)
 class TaskConfig:
@@ -47,11 +49,19 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
-            raise ValueError(f"task {self.name}: max_length is {self.max_length}; valid: 2 and more")
+            raise ValueError(f"task={self.name}: max_length is {self.max_length}; valid: 2 and more")
         for key in ("mask_ratio", "val_fraction", "test_fraction"):
             share = getattr(self, key)
             if share is not None and not 0 < share < 1:
-                raise ValueError(f"task {self.name}: {key} is {share}; valid: between 0 and 1, both excluded")
+                raise ValueError(f"task={self.name}: {key} is {share}; valid: between 0 and 1, both excluded")
+        for key in COUNTS.values():
+            count = getattr(self, key)
+            if count is not None and count < 1:
+                raise ValueError(
+                    f"task={self.name}: {key} is {count}; valid: 1 and more, each split needs at least one"
+                )
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"task={self.name}: workers is {self.workers}; valid: 1 and more, or null for one a core")
 
     def settings(self, *names: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
         """The keys that a task reads besides the common ones.

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..spec import TaskSpec
-from .cache import Stored, cached
+from . import sound
 from .config import TaskConfig
-from .data import Task, assemble, hold_out
-from .sound import LEVELS, mean_and_std, read_recordings
+from .data import Task, hold_out
 from .sources import DataError, given_folder
 
 FOLDER = "fsdd"
@@ -36,35 +34,20 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     """
     settings = config.settings("val_fraction", "split_seed")
 
-    def prepare(work: Path) -> Stored:
-        return _prepare(given_folder(FOLDER, data_dir, ADVICE) / "recordings", config.max_length, **settings)
+    def find() -> dict[str, list[Path]]:
+        trained, tested = find_recordings(given_folder(FOLDER, data_dir, ADVICE) / "recordings")
+        digits = np.array([_digit(path) for path in trained], np.int64)
+        train, val = hold_out(digits, settings["val_fraction"], settings["split_seed"])
+        return {"train": [trained[i] for i in train], "val": [trained[i] for i in val], "test": tested}
 
-    stored = cached(cache_dir, config.name, {"max_length": config.max_length, **settings}, prepare)
-    spec = TaskSpec(
-        name=config.name,
-        kind="pixels",
-        vocab_size=LEVELS,
-        max_length=config.max_length,
-        num_classes=NUM_CLASSES,
-        mean=(stored.facts["mean"],),
-        std=(stored.facts["std"],),
-        mask_ratio=config.mask_ratio,
+    return sound.build(
+        config, settings, find, _digit, rate=RATE, num_classes=NUM_CLASSES, source=FOLDER, cache_dir=cache_dir
     )
-    return assemble(spec, stored.arrays)
 
 
-def _prepare(folder: Path, max_length: int, *, val_fraction: float, split_seed: int) -> Stored:
-    trained, tested = find_recordings(folder)
-    digits = np.array([int(path.name[0]) for path in trained], np.int64)
-    train, val = hold_out(digits, val_fraction, split_seed)
-    splits = {"train": [trained[i] for i in train], "val": [trained[i] for i in val], "test": tested}
-    arrays: dict[str, np.ndarray] = {}
-    for split, paths in splits.items():
-        values, offsets = read_recordings(paths, rate=RATE, max_length=max_length)
-        labels = np.array([int(path.name[0]) for path in paths], np.int64)
-        arrays |= {f"{split}_values": values, f"{split}_offsets": offsets, f"{split}_labels": labels}
-    mean, std = mean_and_std(arrays["train_values"])
-    return Stored(arrays, {"mean": mean, "std": std}, FOLDER)
+def _digit(recording: Path) -> int:
+    """What is spoken in a file that is named as the published ones."""
+    return int(recording.name[0])
 
 
 def find_recordings(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..spec import TaskSpec
 from .cache import Stored, cached
-from .config import TaskConfig
+from .config import COUNTS, TaskConfig
 from .data import Task, assemble, split_arrays
 from .listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, evaluate, tokenise
 from .lra_release import released_folder
@@ -27,7 +27,6 @@ from .sources import DataError
 FOLDER = "listops-1000"
 FILES = {"train": "basic_train.tsv", "val": "basic_val.tsv", "test": "basic_test.tsv"}
 GRAMMAR = ("max_depth", "max_args", "min_length", "length_bound")
-COUNTS = {"train": "num_train", "val": "num_val", "test": "num_test"}
 PUBLISHED = {
     "max_depth": 10,
     "max_args": 10,
@@ -48,12 +47,8 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     """
     settings = config.settings(*GRAMMAR, *COUNTS.values(), "generator_seed", optional=("workers",))
     workers = settings.pop("workers")
-    if workers is not None and workers < 1:
-        raise ValueError(f"task {config.name}: workers is {workers}; valid: 1 and more, or null for one a core")
     grammar = Grammar(**{name: settings[name] for name in GRAMMAR})
     counts = {split: settings[name] for split, name in COUNTS.items()}
-    if min(counts.values()) < 1:
-        raise ValueError(f"task {config.name}: {counts} rows; each split needs at least one")
     changed = {name: settings[name] for name, published in PUBLISHED.items() if settings[name] != published}
 
     released = None if changed else _released(data_dir, cache_dir)
@@ -70,7 +65,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         arrays: dict[str, np.ndarray] = {}
         for split, (expressions, labels) in rows.items():
             arrays |= split_arrays(split, (_close(e, config.max_length) for e in expressions), labels, np.uint8)
-        return Stored(arrays, {}, "generated" if released is None else "lra_release/listops-1000")
+        return Stored(arrays, {}, "generated" if released is None else f"lra_release/{FOLDER}")
 
     notes = ["released rows"] if released is not None else [f"{name} {value:,}" for name, value in changed.items()]
     if config.max_length < grammar.length_bound:

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..spec import TaskSpec
 from .cache import Stored, cached
-from .characters import MASK, PAD, Alphabet, code_points
+from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
 from .lra_release import not_released, released_folder
@@ -51,17 +50,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
 
     stored = cached(cache_dir, config.name, {"max_length": config.max_length, **settings}, prepare)
     symbols = stored.facts["symbols"]
-    spec = TaskSpec(
-        name=config.name,
-        kind="tokens",
-        vocab_size=len(symbols),
-        max_length=config.max_length,
-        num_classes=len(LABELS),
-        pad_id=PAD,
-        mask_id=MASK,
-        num_inputs=2,
-        mask_ratio=config.mask_ratio,
-    )
+    spec = text_spec(config, symbols, num_classes=len(LABELS), num_inputs=2)
     note = "" if config.max_length == PUBLISHED_LENGTH else f"texts cut to {config.max_length:,} characters"
     return assemble(spec, stored.arrays, note=note, symbols=symbols)
 

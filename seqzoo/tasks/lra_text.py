@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..spec import TaskSpec
 from .cache import Stored, cached
-from .characters import MASK, PAD, Alphabet, code_points
+from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
 from .data import Task, assemble, hold_out, split_arrays
 from .sources import Archive, DataError, provide
@@ -50,16 +49,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
 
     stored = cached(cache_dir, config.name, {"max_length": config.max_length, **settings}, prepare)
     symbols = stored.facts["symbols"]
-    spec = TaskSpec(
-        name=config.name,
-        kind="tokens",
-        vocab_size=len(symbols),
-        max_length=config.max_length,
-        num_classes=len(CLASSES),
-        pad_id=PAD,
-        mask_id=MASK,
-        mask_ratio=config.mask_ratio,
-    )
+    spec = text_spec(config, symbols, num_classes=len(CLASSES))
     note = "" if config.max_length == PUBLISHED_LENGTH else f"text cut to {config.max_length:,} characters"
     return assemble(spec, stored.arrays, note=note, symbols=symbols)
 

@@ -24,7 +24,7 @@ import numpy as np
 from numba import njit
 
 from .pathfinder_parameters import Parameters
-from .pathfinder_strokes import DEGREES, markers, strokes
+from .pathfinder_strokes import DEGREES, markers, moved, strokes
 from .random_stream import below, stream, uniform
 from .shards import fill, num_shards
 
@@ -209,8 +209,8 @@ def _is_free(mask, core, y, x, border):
 @njit(nogil=True)
 def _fits(table, size, stroke, y, x, contour, pivot):
     """Begin `contour` with a stroke whose tail is (y, x), if its head and its pivot are in the image."""
-    head_y, head_x = _moved(y, x, table.heads[stroke])
-    pivot[0], pivot[1] = _moved(head_y, head_x, table.back[stroke])
+    head_y, head_x = moved(y, x, table.heads[stroke])
+    pivot[0], pivot[1] = moved(head_y, head_x, table.back[stroke])
     contour[0, 0], contour[0, 1], contour[0, 2] = stroke, y, x
     return 0 <= head_y < size and 0 <= head_x < size and 0 <= pivot[0] < size and 0 <= pivot[1] < size
 
@@ -221,7 +221,7 @@ def _extend(state, table, mask, contour, n, pivot):
     size = len(mask)
     circle, preference, disc = table.circle, table.weights, table.disc
     stroke, y, x = contour[n - 1]
-    pivot[0], pivot[1] = _moved(pivot[0], pivot[1], table.onward[stroke])
+    pivot[0], pivot[1] = moved(pivot[0], pivot[1], table.onward[stroke])
     ladder = np.empty(len(circle))  # cumulative weights
     total = 0.0
     for k in range(len(circle)):
@@ -243,11 +243,6 @@ def _extend(state, table, mask, contour, n, pivot):
             contour[n, 0], contour[n, 1], contour[n, 2] = DEGREES + k, head_y, head_x
             return True
     return False
-
-
-@njit(nogil=True)
-def _moved(y, x, displacement):
-    return np.int64(np.ceil(y + displacement[0])), np.int64(np.ceil(x + displacement[1]))
 
 
 @njit(nogil=True)

@@ -16,7 +16,8 @@ changes of it for each size, in the docstrings of `lra_benchmarks/data/pathfinde
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 DIFFICULTIES = {"curv_baseline": 6, "curv_contour_length_9": 9, "curv_contour_length_14": 14}  # paddles in a contour
 
@@ -37,8 +38,8 @@ class Parameters:
     paddle_margins: tuple[int, ...]  # half the gap between paddles; one is drawn for each image
     continuity: float  # how straight contours are: a turn of 90 degrees / continuity and more is impossible
     num_distractors: int  # fewer where there is no room
-    contour_length: int = 14  # paddles in a target
-    distractor_length: int = 4  # paddles in a distractor
+    contour_length: int  # paddles in a target
+    distractor_length: int  # paddles in a distractor
     padding: int = 1  # width of the border that is kept free
     antialias_scale: int = 2  # how much larger strokes are drawn before they are scaled down
     target_contrast: float = 1.0  # brightness where a marker's is 1
@@ -77,62 +78,55 @@ class Parameters:
             )
 
 
-_PUBLISHED = {  # size: parameters of contours of 14 paddles, and how many paddles the distractors have in all
+# size: parameters of contours of any length, and how many paddles the distractors have in all
+_PUBLISHED: dict[int, tuple[dict[str, Any], int]] = {
     32: (
-        Parameters(
-            size=32,
+        dict(
             seed_distance=7,
             marker_radius=1.5,
             paddle_length=2,
             paddle_thickness=0.5,
             paddle_margins=(1,),
             continuity=1.0,
-            num_distractors=5,
             target_contrast=2 * 0.75,
             distractor_contrast=2.0,
         ),
         20,
     ),
     64: (
-        Parameters(
-            size=64,
+        dict(
             seed_distance=12,
             marker_radius=2.5,
             paddle_length=5,
             paddle_thickness=1.0,
             paddle_margins=(1,),
             continuity=1.8,
-            num_distractors=5,
             target_contrast=0.8,
             distractor_contrast=0.8,
         ),
         22,
     ),
     128: (
-        Parameters(
-            size=128,
+        dict(
             seed_distance=20,
             marker_radius=3.0,
             paddle_length=5,
             paddle_thickness=1.5,
             paddle_margins=(2, 3),
             continuity=1.8,
-            num_distractors=8,
             target_contrast=0.9,
             distractor_contrast=0.9,
         ),
         35,
     ),
     256: (
-        Parameters(
-            size=256,
+        dict(
             seed_distance=27,
             marker_radius=5.0,
             paddle_length=5,
             paddle_thickness=2.0,
             paddle_margins=(3,),
             continuity=1.8,
-            num_distractors=7,
             padding=22,
         ),
         30,
@@ -154,9 +148,10 @@ def published(size: int, difficulty: str = "curv_contour_length_14") -> Paramete
     parameters, distractor_paddles = _PUBLISHED[size]
     contour_length = DIFFICULTIES[difficulty]
     distractor_length = contour_length // 3
-    return replace(
-        parameters,
+    return Parameters(
+        size=size,
         contour_length=contour_length,
         distractor_length=distractor_length,
         num_distractors=distractor_paddles // distractor_length,
+        **parameters,
     )

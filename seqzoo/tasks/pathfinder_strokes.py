@@ -12,6 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 
 from .pathfinder_parameters import Parameters
 
@@ -87,6 +88,12 @@ def markers(parameters: Parameters) -> np.ndarray:
         inside = (y - row * scale) ** 2 + (x - column * scale) ** 2 <= (parameters.marker_radius * scale) ** 2
         patches[row, column] = _scaled_down(np.where(inside, np.uint8(255), np.uint8(0)), side)
     return patches / 255
+
+
+@njit(nogil=True)
+def moved(y, x, displacement):
+    """The pixel, (y, x), that a displacement [2] leads to from a pixel: coordinates are rounded up."""
+    return np.int64(np.ceil(y + displacement[0])), np.int64(np.ceil(x + displacement[1]))
 
 
 def _paddle(parameters: Parameters, margin: int, direction: float) -> tuple[np.ndarray, np.ndarray]:

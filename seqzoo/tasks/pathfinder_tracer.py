@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from .pathfinder_parameters import Parameters
-from .pathfinder_strokes import DEGREES, markers, strokes
+from .pathfinder_strokes import DEGREES, markers, moved, strokes
 
 _BRIGHT = 0.4  # of a marker's pixels, those that tell it from its surroundings
 _ROUNDING = 1.5  # of a pixel, and of the brightness of the whole image as the markers show it
@@ -71,18 +71,15 @@ def _leads(image, table, start, end, length, brightness):
     count = 0
     for stroke in range(DEGREES):
         if _shows(image, table.targets[stroke], start[0], start[1], brightness):
-            head_y = np.int64(np.ceil(start[0] + table.heads[stroke, 0]))
-            head_x = np.int64(np.ceil(start[1] + table.heads[stroke, 1]))
+            head_y, head_x = moved(start[0], start[1], table.heads[stroke])
             chains[count, 0] = stroke
-            chains[count, 1] = np.int64(np.ceil(head_y + table.back[stroke, 0]))
-            chains[count, 2] = np.int64(np.ceil(head_x + table.back[stroke, 1]))
+            chains[count, 1], chains[count, 2] = moved(head_y, head_x, table.back[stroke])
             count += 1
     for n in range(1, length):
         extended = 0
         for i in range(count):
             stroke = chains[i, 0]
-            y = np.int64(np.ceil(chains[i, 1] + table.onward[stroke, 0]))
-            x = np.int64(np.ceil(chains[i, 2] + table.onward[stroke, 1]))
+            y, x = moved(chains[i, 1], chains[i, 2], table.onward[stroke])
             for k in range(len(table.circle)):
                 head_y, head_x = y + table.circle[k, 0], x + table.circle[k, 1]
                 if table.weights[stroke, k] == 0 or not (0 <= head_y < len(image) and 0 <= head_x < len(image)):

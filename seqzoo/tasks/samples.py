@@ -69,9 +69,8 @@ def save_sheet(task: Task, name: str, examples: Sequence[int], path: Path) -> No
     for panel, example in zip(panels, examples, strict=False):
         (sequence,) = sequences(split, example)
         side = math.isqrt(len(sequence))
-        if (
-            side * side == len(sequence) == task.spec.max_length and task.spec.vocab_size <= 256
-        ):  # sound has more levels
+        square = side * side == len(sequence) == task.spec.max_length
+        if square and task.spec.vocab_size <= 256:  # sound has more levels
             picture = sequence.reshape(side, side, -1)
             picture = picture[..., 0] if picture.shape[-1] == 1 else picture
             panel.imshow(picture, cmap="gray", vmin=0, vmax=task.spec.vocab_size - 1, interpolation="nearest")

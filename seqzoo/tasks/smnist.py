@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..spec import TaskSpec
-from .cache import Stored, cached
+from . import pictures
 from .config import TaskConfig
-from .data import Task, assemble, hold_out, split_arrays
+from .data import Task
+from .pictures import Pictures
 from .sources import DataError, given_folder
 
 FOLDER = "mnist"
@@ -43,45 +43,28 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         DataError: the pictures are missing, incomplete or damaged.
         ValueError: a key of `config` is missing, does not belong to this task, or asks for other than 784 pixels.
     """
-    settings = config.settings("val_fraction", "split_seed")
-    if config.max_length != PIXELS:
-        raise ValueError(f"task {config.name}: max_length is {config.max_length}; a picture has {PIXELS} pixels, uncut")
 
-    def prepare(work: Path) -> Stored:
-        return _prepare(given_folder(FOLDER, data_dir, ADVICE), **settings)
+    def read() -> tuple[Pictures, Pictures]:
+        folder = given_folder(FOLDER, data_dir, ADVICE)
+        return _read(folder, "train"), _read(folder, "t10k")
 
-    stored = cached(cache_dir, config.name, settings, prepare)
-    spec = TaskSpec(
-        name=config.name,
-        kind="pixels",
-        vocab_size=256,
-        max_length=PIXELS,
+    return pictures.build(
+        config,
+        read,
+        num_pixels=PIXELS,
         num_classes=NUM_CLASSES,
         mean=(0.1307,),
         std=(0.3081,),
-        mask_ratio=config.mask_ratio,
+        source=FOLDER,
+        cache_dir=cache_dir,
     )
-    return assemble(spec, stored.arrays)
 
 
-def _prepare(folder: Path, *, val_fraction: float, split_seed: int) -> Stored:
-    pictures, labels = _read(folder, "train")
-    test_pictures, test_labels = _read(folder, "t10k")
-    train, val = hold_out(labels, val_fraction, split_seed)
-    arrays = {
-        **split_arrays("train", pictures[train], labels[train], np.uint8),
-        **split_arrays("val", pictures[val], labels[val], np.uint8),
-        **split_arrays("test", test_pictures, test_labels, np.uint8),
-    }
-    return Stored(arrays, {}, FOLDER)
-
-
-def _read(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures, uint8 [N, 784], and labels, int64 [N]."""
+def _read(folder: Path, part: str) -> Pictures:
     # A header says what the checked content is known to be: 4 bytes, and 4 for each dimension.
-    pictures = np.frombuffer(_content(folder, f"{part}-images-idx3-ubyte"), np.uint8, offset=16)
+    pixels = np.frombuffer(_content(folder, f"{part}-images-idx3-ubyte"), np.uint8, offset=16)
     labels = np.frombuffer(_content(folder, f"{part}-labels-idx1-ubyte"), np.uint8, offset=8)
-    return pictures.reshape(-1, PIXELS), labels.astype(np.int64)
+    return Pictures(pixels.reshape(-1, PIXELS), labels.astype(np.int64))
 
 
 def _content(folder: Path, filename: str) -> bytes:

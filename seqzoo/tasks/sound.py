@@ -8,14 +8,67 @@ from __future__ import annotations
 
 import io
 import wave
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..spec import TaskSpec
+from .cache import Stored, cached
+from .config import TaskConfig
+from .data import Task, assemble
 from .sources import DataError
 
 LEVELS = 2**16
+
+
+def build(
+    config: TaskConfig,
+    settings: Mapping[str, Any],
+    find: Callable[[], Mapping[str, Sequence[Path]]],
+    label: Callable[[Path], int],
+    *,
+    rate: int,
+    num_classes: int,
+    source: str,
+    note: str = "",
+    cache_dir: Path,
+) -> Task:
+    """A task of recordings, normalised by mean and deviation of the training samples.
+
+    Args:
+        settings: what `find` depends on; part of the request.
+        find: gives the recordings of each split; not called where the task is in the cache.
+        label: the class of a recording, by its path.
+        rate: samples a second.
+        source: what `find` finds, for the manifest.
+
+    Raises:
+        DataError: as `find` and `read_recordings` do.
+    """
+
+    def prepare(work: Path) -> Stored:
+        arrays: dict[str, np.ndarray] = {}
+        for split, paths in find().items():
+            values, offsets = read_recordings(paths, rate=rate, max_length=config.max_length)
+            labels = np.array([label(path) for path in paths], np.int64)
+            arrays |= {f"{split}_values": values, f"{split}_offsets": offsets, f"{split}_labels": labels}
+        mean, std = mean_and_std(arrays["train_values"])
+        return Stored(arrays, {"mean": mean, "std": std}, source)
+
+    stored = cached(cache_dir, config.name, {"max_length": config.max_length, **settings}, prepare)
+    spec = TaskSpec(
+        name=config.name,
+        kind="pixels",
+        vocab_size=LEVELS,
+        max_length=config.max_length,
+        num_classes=num_classes,
+        mean=(stored.facts["mean"],),
+        std=(stored.facts["std"],),
+        mask_ratio=config.mask_ratio,
+    )
+    return assemble(spec, stored.arrays, note=note)
 
 
 def read_recordings(paths: Sequence[Path], *, rate: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from ..spec import TaskSpec
-from .cache import Stored, cached
+from . import sound
 from .config import TaskConfig
-from .data import Task, assemble
-from .sound import LEVELS, mean_and_std, read_recordings
+from .data import Task
 from .sources import DataError, given_folder
 
 FOLDER = "speech_commands_v0.02"
@@ -43,34 +39,23 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         DataError: the recordings or lists are missing, incomplete or damaged.
         ValueError: a key of `config` does not belong to this task.
     """
-    config.settings()
+    settings = config.settings()
 
-    def prepare(work: Path) -> Stored:
-        return _prepare(given_folder(FOLDER, data_dir, ADVICE), config.max_length)
+    def find() -> dict[str, list[Path]]:
+        folder = given_folder(FOLDER, data_dir, ADVICE)
+        return {split: [folder / name for name in names] for split, names in split_recordings(folder).items()}
 
-    stored = cached(cache_dir, config.name, {"max_length": config.max_length}, prepare)
-    spec = TaskSpec(
-        name=config.name,
-        kind="pixels",
-        vocab_size=LEVELS,
-        max_length=config.max_length,
+    return sound.build(
+        config,
+        settings,
+        find,
+        lambda recording: WORDS.index(recording.parent.name),
+        rate=RATE,
         num_classes=len(WORDS),
-        mean=(stored.facts["mean"],),
-        std=(stored.facts["std"],),
-        mask_ratio=config.mask_ratio,
+        source=FOLDER,
+        note="" if config.max_length >= PUBLISHED_LENGTH else f"recordings cut to {config.max_length:,} samples",
+        cache_dir=cache_dir,
     )
-    note = "" if config.max_length >= PUBLISHED_LENGTH else f"recordings cut to {config.max_length:,} samples"
-    return assemble(spec, stored.arrays, note=note)
-
-
-def _prepare(folder: Path, max_length: int) -> Stored:
-    arrays: dict[str, np.ndarray] = {}
-    for split, names in split_recordings(folder).items():
-        values, offsets = read_recordings([folder / name for name in names], rate=RATE, max_length=max_length)
-        labels = np.array([WORDS.index(name.partition("/")[0]) for name in names], np.int64)
-        arrays |= {f"{split}_values": values, f"{split}_offsets": offsets, f"{split}_labels": labels}
-    mean, std = mean_and_std(arrays["train_values"])
-    return Stored(arrays, {"mean": mean, "std": std}, FOLDER)
 
 
 def split_recordings(folder: Path) -> dict[str, list[str]]:

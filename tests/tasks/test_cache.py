@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from seqzoo import __version__
 from seqzoo.tasks import DataError, cache
-from seqzoo.tasks.cache import Stored, cached, check, manifest_of
+from seqzoo.tasks.cache import Stored, cached, check, manifest_of, origin
 
 
 def entry_of(cache_dir: Path) -> Path:
@@ -64,6 +64,12 @@ def test_the_manifest_says_what_and_whence(tmp_path):
         "dtype": "int64",
         "shape": [7],
     }
+
+
+def test_the_origin_is_the_source_and_what_it_takes(tmp_path):
+    cached(tmp_path, "toy", {}, Builder())
+    assert origin(entry_of(tmp_path)) == ("generated", (entry_of(tmp_path) / "x.npy").stat().st_size)
+    assert origin(None) == ("made on the fly", 0)
 
 
 def test_another_request_is_another_entry(tmp_path):

@@ -5,13 +5,13 @@ import os
 import pickle
 
 import pytest
+from task_configs import cifar_pictures
 
-from seqzoo.tasks import DataError, TaskConfig, build_task, cifar10
+from seqzoo.tasks import DataError, build_task, cifar10
 
 
 def build(data_dir):
-    config = TaskConfig(name="lra_image", max_length=1024, mask_ratio=0.5, val_fraction=0.1, split_seed=42)
-    return build_task(config, data_dir=data_dir, cache_dir=data_dir / "cache")
+    return build_task(cifar_pictures("lra_image"), data_dir=data_dir, cache_dir=data_dir / "cache")
 
 
 def test_a_damaged_file(cifar):

@@ -3,18 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from task_configs import cifar_pictures
 
-from seqzoo.tasks import TaskConfig, build_task, lra_image
-
-
-def config(**changes) -> TaskConfig:
-    settings = {"name": "lra_image", "max_length": 1024, "mask_ratio": 0.5, "val_fraction": 0.1, "split_seed": 42}
-    return TaskConfig(**(settings | changes))
+from seqzoo.tasks import build_task, lra_image
 
 
 def test_the_task(cifar, tmp_path):
     data_dir, data = cifar
-    task = build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
+    task = build_task(cifar_pictures("lra_image"), data_dir=data_dir, cache_dir=tmp_path / "cache")
     assert [len(split) for split in (task.train, task.val, task.test)] == [180, 20, 20]
     assert task.train.labels.bincount().tolist() == [18] * 10
     assert task.val.labels.bincount().tolist() == [2] * 10
@@ -46,11 +42,11 @@ def test_grey_levels():
 
 def test_pictures_are_not_cut(tmp_path):
     with pytest.raises(ValueError, match="max_length is 512; a picture has 1024 pixels"):
-        build_task(config(max_length=512), data_dir=None, cache_dir=tmp_path)
+        build_task(cifar_pictures("lra_image", max_length=512), data_dir=None, cache_dir=tmp_path)
 
 
 def test_the_published_pictures(real_data, tmp_path):
-    task = build_task(config(), data_dir=real_data("cifar-10-batches-py"), cache_dir=tmp_path)
+    task = build_task(cifar_pictures("lra_image"), data_dir=real_data("cifar-10-batches-py"), cache_dir=tmp_path)
     assert [len(split) for split in (task.train, task.val, task.test)] == [45_000, 5_000, 10_000]
     for split in (task.train, task.val, task.test):
         assert split.labels.bincount().tolist() == [len(split) // 10] * 10

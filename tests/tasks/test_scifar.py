@@ -3,18 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from task_configs import cifar_pictures
 
-from seqzoo.tasks import TaskConfig, build_task, scifar
-
-
-def config(**changes) -> TaskConfig:
-    settings = {"name": "scifar", "max_length": 1024, "mask_ratio": 0.5, "val_fraction": 0.1, "split_seed": 42}
-    return TaskConfig(**(settings | changes))
+from seqzoo.tasks import build_task, scifar
 
 
 def test_the_task(cifar, tmp_path):
     data_dir, data = cifar
-    task = build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
+    task = build_task(cifar_pictures("scifar"), data_dir=data_dir, cache_dir=tmp_path / "cache")
     assert [len(split) for split in (task.train, task.val, task.test)] == [180, 20, 20]
     assert (task.spec.kind, task.spec.channels, len(task.spec.mean), len(task.spec.std)) == ("pixels", 3, 3, 3)
     batch = task.test.batch(torch.arange(20))
@@ -30,11 +26,11 @@ def test_colours_of_a_pixel_stand_together():
 
 def test_pictures_are_not_cut(tmp_path):
     with pytest.raises(ValueError, match="max_length is 512; a picture has 1024 pixels"):
-        build_task(config(max_length=512), data_dir=None, cache_dir=tmp_path)
+        build_task(cifar_pictures("scifar", max_length=512), data_dir=None, cache_dir=tmp_path)
 
 
 def test_the_published_pictures(real_data, tmp_path):
-    task = build_task(config(), data_dir=real_data("cifar-10-batches-py"), cache_dir=tmp_path)
+    task = build_task(cifar_pictures("scifar"), data_dir=real_data("cifar-10-batches-py"), cache_dir=tmp_path)
     assert [len(split) for split in (task.train, task.val, task.test)] == [45_000, 5_000, 10_000]
     pixels = task.train.values[: 3 * 1024 * 10_000].view(-1, 3).double() / 255
     normalised = (pixels - torch.tensor(task.spec.mean)) / torch.tensor(task.spec.std)
