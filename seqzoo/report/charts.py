@@ -46,6 +46,10 @@ class Panel:
     level: tuple[float, str] | None = None  # a y to draw a line at, and what it is
     narrow: bool = False  # one of many
 
+    @property
+    def in_percent(self) -> bool:
+        return "%" in self.y_label
+
 
 @dataclass(frozen=True)
 class Chart:

@@ -45,6 +45,13 @@ def to_png(chart: Chart) -> bytes:
 
 def draw(chart: Chart) -> Figure:
     """The chart, its panels in rows, under one legend."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        return _draw(chart)
+
+
+def _draw(chart: Chart) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -130,7 +137,7 @@ def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
         for place, point in zip(places, series.points, strict=True):
             top = point.interval.high if point.interval else point.y
             highest = max(highest, top)
-            text = f"{point.y:.1f}" if "%" in panel.y_label else f"{point.y:.2f}"
+            text = f"{point.y:.1f}" if panel.in_percent else f"{point.y:.2f}"
             axes.annotate(
                 f"{text}\n{point.note}" if point.note else text,
                 (place, top),
@@ -147,7 +154,7 @@ def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
         ha="right" if slanted else "center",
         rotation_mode="anchor",
     )
-    if "%" in panel.y_label:
+    if panel.in_percent:
         axes.set_ylim(0, 112)
         axes.set_yticks(range(0, 101, 20))
     else:

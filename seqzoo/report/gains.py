@@ -109,6 +109,8 @@ def _begins(points: tuple[Point, ...]) -> str:
     for point in points:
         if point.interval and point.interval.low > 0:
             low, high, _ = point.interval
-            return f"a clear gain from {point.x:g} million tokens ({point.y:+.2f} points, {low:.2f} to {high:.2f})."
+            return (
+                f"the first clear gain at {point.x:g} million tokens ({point.y:+.2f} points, {low:.2f} to {high:.2f})."
+            )
     best = max(points, key=lambda point: point.y)
     return f"no clear gain at any budget measured; the largest is {best.y:+.2f} points at {best.x:g} million tokens."

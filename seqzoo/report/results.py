@@ -110,9 +110,12 @@ def read_result(folder: Path) -> Result:
     if objective not in ("masked", "causal"):
         raise ValueError(f"result.json: objective is {objective!r}; valid: 'masked', 'causal'")
     stages = ("pretrain", "finetune") if pretrain else ("finetune",)
-    params = _field(record, "params", int)
+    params = _positive(record, "params")
     tested = record.get("test")
     in_bits = isinstance(tested, dict) and "bits_per_character" in tested
+    train_fraction = _share(record, "train_fraction", 1.0)
+    if train_fraction == 0:
+        raise ValueError("result.json: train_fraction is 0, outside (0, 1]")
     return Result(
         folder=folder,
         model=_field(record, "model", str),
@@ -127,11 +130,11 @@ def read_result(folder: Path) -> Result:
         params=params,
         metric="bits_per_character" if in_bits else "accuracy",
         score=_amount(record, "test.bits_per_character") if in_bits else _share(record, "test.accuracy"),
-        n_test=_field(record, "n_test", int),
+        n_test=_positive(record, "n_test"),
         majority=_share(record, "majority"),
         task_note=_field(record, "task_note", str),
         hardware=_field(record, "hardware", str),
-        train_fraction=_share(record, "train_fraction", 1.0),
+        train_fraction=train_fraction,
         tuning=_optional(record, "tuning", "full", str),
         init=_optional(record, "init", "structured", str),
         trained_params=_optional(record, "trained_params", params, int),
@@ -198,6 +201,13 @@ def _share(record: Any, key: str, default: float | None = None) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"result.json: {key} is {value}, outside [0, 1]")
     return float(value)
+
+
+def _positive(record: Any, key: str) -> int:
+    value = _field(record, key, int)
+    if value < 1:
+        raise ValueError(f"result.json: {key} is {value}, not 1 or more")
+    return value
 
 
 def _amount(record: Any, key: str) -> float:

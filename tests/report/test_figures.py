@@ -68,5 +68,10 @@ def test_a_legend_is_no_wider_than_the_figure():
     assert legend.x1 <= box.x1
 
 
+def test_a_dollar_is_no_formula():
+    points = (Point("$\\frac{$", 2.0, ()),)
+    assert to_png(chart(Panel("$\\frac{$", "x", "y", (Series("$x^$", points, "a"),), kind="bars")))
+
+
 def test_equal_charts_give_equal_bytes():
     assert to_png(chart(bars(2))) == to_png(chart(bars(2)))

@@ -42,6 +42,8 @@ def test_a_budget_in_epochs_is_what_was_seen_to_two_digits(write_run):
         ({"test": {"accuracy": float("nan")}}, "test.accuracy is nan, outside"),
         ({"test": {"bits_per_character": float("nan")}}, "bits_per_character is nan, not a number of 0 or more"),
         ({"train_fraction": 5}, "train_fraction is 5, outside"),
+        ({"train_fraction": 0}, "train_fraction is 0, outside"),
+        ({"n_test": 0}, "n_test is 0, not 1 or more"),
         ({"tuning": None}, "tuning is None, not str"),
         ({"mfu": {"finetune": "fast"}}, "mfu.finetune is 'fast', not float or int or null"),
         ({"token_budget": {"finetune": 1.5}}, "token_budget.finetune is 1.5, not int or null"),

@@ -34,7 +34,7 @@ def test_the_budget_at_which_pretraining_begins_to_help(write_run, cells):
     chart = gain_over_budget(compare(cells()))
     assert lines(chart) == {"transformer, short, 50% masked pretraining": [(0.002, -5), (0.004, 1), (0.008, 20)]}
     (finding,) = chart.findings
-    assert "a clear gain from 0.008 million tokens (+20.00 points" in finding
+    assert "the first clear gain at 0.008 million tokens (+20.00 points" in finding
 
 
 def test_a_gain_within_its_interval_is_not_clear(write_run, cells):
