@@ -1,7 +1,8 @@
 """Tables and figures from run folders."""
 
-from .comparison import Cell, Comparison, Conditions, Row, compare
+from .comparison import Cell, Comparison, Conditions, Row, cells_of, compare
 from .figures import save_figure
+from .page import write_page
 from .published import published
 from .results import LeftOut, Pretraining, Result, load_results, read_result
 from .tables import build_report, print_report, to_csv, to_markdown
@@ -15,6 +16,7 @@ __all__ = [
     "Result",
     "Row",
     "build_report",
+    "cells_of",
     "compare",
     "load_results",
     "print_report",
@@ -23,4 +25,5 @@ __all__ = [
     "save_figure",
     "to_csv",
     "to_markdown",
+    "write_page",
 ]

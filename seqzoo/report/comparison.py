@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .intervals import Interval, of_difference, over_examples, over_seeds
 from .published import TASKS
 from .results import LeftOut, Pretraining, Result
 
@@ -23,6 +25,21 @@ class Conditions(NamedTuple):
     majority: float
     task_note: str
     metric: str
+    train_fraction: float
+    tuning: str
+    init: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether these are the conditions of the comparison itself, and not a variant that another study is about."""
+        return (self.train_fraction, self.tuning, self.init) == (1.0, "full", "structured")
+
+
+class Size(NamedTuple):
+    """A model, and how large it is."""
+
+    model: str
+    params: int
 
 
 @dataclass(frozen=True)
@@ -32,13 +49,42 @@ class Cell:
     results: tuple[Result, ...]
 
     @property
+    def size(self) -> Size:
+        return Size(self.results[0].model, self.results[0].params)
+
+    @property
+    def conditions(self) -> Conditions:
+        return Conditions(*(getattr(self.results[0], name) for name in Conditions._fields))
+
+    @property
+    def pretraining(self) -> Pretraining | None:
+        return self.results[0].pretraining
+
+    @property
+    def total_budget(self) -> int:
+        """Tokens of both stages together."""
+        return self.results[0].total_budget
+
+    @property
+    def scores(self) -> list[float]:
+        return [result.score for result in self.results]
+
+    @property
     def mean(self) -> float:
-        return statistics.fmean(result.score for result in self.results)
+        return statistics.fmean(self.scores)
 
     @property
     def std(self) -> float | None:
         """Sample standard deviation over seeds; None for a single one."""
-        return statistics.stdev(result.score for result in self.results) if len(self.results) > 1 else None
+        return statistics.stdev(self.scores) if len(self.results) > 1 else None
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 %, over seeds; of a single one over test examples, or None where its score is no accuracy."""
+        is_share = self.conditions.metric == "accuracy"
+        if len(self.results) > 1:
+            return over_seeds(self.scores, largest=1.0 if is_share else math.inf)
+        return over_examples(self.mean, self.conditions.n_test) if is_share else None
 
     @property
     def num_seeds(self) -> int:
@@ -47,22 +93,37 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    model: str
+    """One model: from scratch with the fine-tuning budget of the table, self-pretrained, and from scratch with the
+    budget of both stages of the pretrained one."""
+
+    size: Size
     scratch: Cell | None
     pretrained: Cell | None
+    matched: Cell | None = None
 
     @property
     def cells(self) -> list[Cell]:
-        return [cell for cell in (self.scratch, self.pretrained) if cell]
-
-    @property
-    def params(self) -> list[int]:
-        return sorted({result.params for cell in self.cells for result in cell.results})
+        return [cell for cell in (self.scratch, self.pretrained, self.matched) if cell]
 
     @property
     def difference(self) -> float | None:
         """What pretraining adds to the mean score; None unless both cells are there."""
         return self.pretrained.mean - self.scratch.mean if self.scratch and self.pretrained else None
+
+    @property
+    def gain(self) -> float | None:
+        """What pretraining adds to the mean score at equal total budget; None unless both cells are there."""
+        return self.pretrained.mean - self.matched.mean if self.matched and self.pretrained else None
+
+    @property
+    def difference_interval(self) -> Interval | None:
+        """95 %, of `difference`."""
+        return _difference_interval(self.pretrained, self.scratch)
+
+    @property
+    def gain_interval(self) -> Interval | None:
+        """95 %, of `gain`."""
+        return _difference_interval(self.pretrained, self.matched)
 
 
 @dataclass(frozen=True)
@@ -78,59 +139,77 @@ class Comparison:
         return sorted({result.hardware for row in self.rows for cell in row.cells for result in cell.results})
 
 
-def compare(results: Iterable[Result]) -> tuple[list[Comparison], list[LeftOut]]:
-    """One comparison for each (conditions, pretraining objective and budget), and the runs that no cell can hold.
+def cells_of(results: Iterable[Result]) -> tuple[list[Cell], list[LeftOut]]:
+    """The cells, in reading order, and the runs that no cell can hold.
 
-    A scratch cell stands beside every pretraining that was fine-tuned under its conditions. Runs of a cell must be
-    repetitions: where two have the same seed, or not all have the same size, they differ in a setting the cell does
-    not name, their mean would mean nothing, and all of that cell's runs are left out.
+    Runs of a cell must be repetitions: where two have the same seed they differ in a setting the cell does not name,
+    their mean would mean nothing, and all of that cell's runs are left out.
     """
-    runs: dict[Conditions, dict[Pretraining | None, dict[str, list[Result]]]]
-    runs = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    repetitions: dict[tuple, list[Result]] = defaultdict(list)
     for result in results:
-        runs[_conditions(result)][result.pretraining][result.model].append(result)
+        cell = Cell((result,))
+        repetitions[cell.conditions, cell.size, cell.pretraining].append(result)
 
-    comparisons: list[Comparison] = []
+    cells: list[Cell] = []
     left_out: list[LeftOut] = []
-    for conditions in sorted(runs, key=_reading_order):
-        cells = {pretraining: _cells(by_model, left_out) for pretraining, by_model in runs[conditions].items()}
-        scratch = cells.pop(None, {})
-        pretrainings = sorted(pretraining for pretraining in cells if pretraining and cells[pretraining])
-        for pretraining in pretrainings:
-            comparisons.append(Comparison(conditions, pretraining, _rows(scratch, cells[pretraining])))
-        if scratch and not pretrainings:
-            comparisons.append(Comparison(conditions, None, _rows(scratch, {})))
-    return comparisons, left_out
-
-
-def _cells(by_model: dict[str, list[Result]], left_out: list[LeftOut]) -> dict[str, Cell]:
-    cells = {}
-    for model, results in by_model.items():
-        if reason := _not_repetitions(results):
-            left_out += [LeftOut(result.folder, reason) for result in results]
+    for runs in repetitions.values():
+        seeds = [run.seed for run in runs]
+        if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+            text = ", ".join(map(str, repeated))
+            reason = f"several runs of its cell have the same seed ({text}): their settings differ"
+            left_out += [LeftOut(run.folder, reason) for run in runs]
         else:
-            cells[model] = Cell(tuple(sorted(results, key=lambda result: result.seed)))
-    return cells
+            cells.append(Cell(tuple(sorted(runs, key=lambda run: run.seed))))
+    return sorted(cells, key=_reading_order), left_out
 
 
-def _rows(scratch: dict[str, Cell], pretrained: dict[str, Cell]) -> tuple[Row, ...]:
-    return tuple(Row(model, scratch.get(model), pretrained.get(model)) for model in sorted({*scratch, *pretrained}))
+def compare(cells: Iterable[Cell]) -> list[Comparison]:
+    """One comparison for each (conditions, pretraining objective and budget).
+
+    A scratch cell stands beside every pretraining that was fine-tuned under its conditions, and beside every pretrained
+    cell of its size whose total budget it has; one that stands beside none is in a comparison without pretraining.
+    """
+    by_conditions: dict[Conditions, dict[Pretraining | None, dict[Size, Cell]]]
+    by_conditions = defaultdict(lambda: defaultdict(dict))
+    for cell in cells:
+        by_conditions[cell.conditions][cell.pretraining][cell.size] = cell
+
+    def matched(cell: Cell | None) -> Cell | None:
+        if cell is None:
+            return None
+        same_total = cell.conditions._replace(finetune_budget=cell.total_budget)
+        return by_conditions.get(same_total, {}).get(None, {}).get(cell.size)
+
+    comparisons = []
+    for conditions, groups in by_conditions.items():
+        scratch = groups.get(None, {})
+        for pretraining in sorted(pretraining for pretraining in groups if pretraining):
+            pretrained = groups[pretraining]
+            rows = tuple(
+                Row(size, scratch.get(size), pretrained.get(size), matched(pretrained.get(size)))
+                for size in sorted({*scratch, *pretrained})
+            )
+            comparisons.append(Comparison(conditions, pretraining, rows))
+    beside = {id(cell) for comparison in comparisons for row in comparison.rows for cell in row.cells}
+    for conditions, groups in by_conditions.items():
+        alone = [cell for cell in groups.get(None, {}).values() if id(cell) not in beside]
+        if alone:
+            rows = tuple(Row(cell.size, cell, None) for cell in sorted(alone, key=lambda cell: cell.size))
+            comparisons.append(Comparison(conditions, None, rows))
+    return sorted(comparisons, key=lambda comparison: _conditions_order(comparison.conditions))
 
 
-def _conditions(result: Result) -> Conditions:
-    return Conditions(*(getattr(result, name) for name in Conditions._fields))
+def _difference_interval(after: Cell | None, before: Cell | None) -> Interval | None:
+    if after is None or before is None or after.conditions.metric != "accuracy":
+        return None
+    return of_difference(after.scores, before.scores, after.conditions.n_test)
 
 
-def _not_repetitions(results: list[Result]) -> str:
-    """Why `results` are not repetitions of one experiment; empty if they are."""
-    seeds, sizes = [result.seed for result in results], {result.params for result in results}
-    if len(sizes) > 1:
-        return f"the runs of its cell have different sizes ({', '.join(map(str, sorted(sizes)))} parameters)"
-    if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        return f"several runs of its cell have the same seed ({', '.join(map(str, repeated))}): their settings differ"
-    return ""
+def _reading_order(cell: Cell) -> tuple:
+    return *_conditions_order(cell.conditions), cell.pretraining or (), cell.size
 
 
-def _reading_order(conditions: Conditions) -> tuple[int, Conditions]:
-    """The benchmark's own order of tasks, others after it."""
-    return TASKS.index(conditions.task) if conditions.task in TASKS else len(TASKS), conditions
+def _conditions_order(conditions: Conditions) -> tuple[int, bool, Conditions]:
+    """The benchmark's own order of tasks, others after it; variants after what they vary."""
+    place = TASKS.index(conditions.task) if conditions.task in TASKS else len(TASKS)
+    return place, not conditions.plain, conditions

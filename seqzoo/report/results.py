@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 SCHEMA = 1
+FIGURES = "_files"  # after the name of a report page: the folder of its figures
 
 
 class Pretraining(NamedTuple):
@@ -20,7 +21,10 @@ class Pretraining(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a comparison needs of one finished run. Budgets are in tokens; see `_budget` for one set in epochs."""
+    """What a report needs of one finished run. Budgets are in tokens; see `_budget` for one set in epochs.
+
+    The values below the blank line may be missing from the file, which is then older than they are.
+    """
 
     folder: Path
     model: str
@@ -28,6 +32,8 @@ class Result:
     causal: bool
     pretraining: Pretraining | None  # None: trained from scratch
     finetune_budget: int
+    total_budget: int  # of both stages together
+    in_epochs: bool  # a budget was set in epochs, so that it depends on how much data there is
     recipe: str
     seed: int
     params: int
@@ -37,6 +43,18 @@ class Result:
     majority: float  # share of the most frequent class, in [0, 1]
     task_note: str  # how the task was shortened; empty: it was not
     hardware: str
+
+    train_fraction: float  # part of the train split that both stages saw, in (0, 1]
+    tuning: str  # what fine-tuning moved: "full", "head", "lora" or "ladder"
+    init: str  # what training began from: "structured" or "random"
+    trained_params: int  # parameters that fine-tuning moved
+    pretrain_run: str | None  # the run folder, beside this one, whose pretraining it reused
+    pretrain_tokens: int  # seen in pretraining; 0 from scratch
+    speed: float | None  # tokens per second of fine-tuning
+    utilisation: float | None  # of fine-tuning: its model-flops over those of a large matrix product, in [0, 1]
+    seconds: float | None  # both stages
+    commit: str
+    versions: dict[str, str]
 
 
 class LeftOut(NamedTuple):
@@ -51,13 +69,23 @@ def run_folders(folder: Path) -> Iterator[Path]:
 
     A run is not searched for further runs. A folder with nothing below it counts as a run that left no result.
     """
-    inside = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    inside = sorted(
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith(".") and not _is_of_page(child)
+    )
     is_run = any((folder / name).exists() for name in ("config.yaml", "result.json"))
     if is_run or not inside:
         yield folder
     else:
         for child in inside:
             yield from run_folders(child)
+
+
+def _is_of_page(folder: Path) -> bool:
+    """Whether these are the figures of a report page that was written among the runs."""
+    stem = folder.name.removesuffix(FIGURES)
+    return stem != folder.name and folder.with_name(f"{stem}.html").exists()
 
 
 def read_result(folder: Path) -> Result:
@@ -81,8 +109,13 @@ def read_result(folder: Path) -> Result:
     objective = _field(record, "objective", str)
     if objective not in ("masked", "causal"):
         raise ValueError(f"result.json: objective is {objective!r}; valid: 'masked', 'causal'")
+    stages = ("pretrain", "finetune") if pretrain else ("finetune",)
+    params = _positive(record, "params")
     tested = record.get("test")
     in_bits = isinstance(tested, dict) and "bits_per_character" in tested
+    train_fraction = _share(record, "train_fraction", 1.0)
+    if train_fraction == 0:
+        raise ValueError("result.json: train_fraction is 0, outside (0, 1]")
     return Result(
         folder=folder,
         model=_field(record, "model", str),
@@ -90,15 +123,28 @@ def read_result(folder: Path) -> Result:
         causal=_field(record, "causal", bool),
         pretraining=Pretraining(objective, _budget(record, "pretrain")) if pretrain else None,
         finetune_budget=_budget(record, "finetune"),
+        total_budget=_budget(record, *stages),
+        in_epochs=any(_field(record, f"token_budget.{stage}", int, NoneType) is None for stage in stages),
         recipe=_field(record, "recipe", str),
         seed=_field(record, "seed", int),
-        params=_field(record, "params", int),
+        params=params,
         metric="bits_per_character" if in_bits else "accuracy",
         score=_amount(record, "test.bits_per_character") if in_bits else _share(record, "test.accuracy"),
-        n_test=_field(record, "n_test", int),
+        n_test=_positive(record, "n_test"),
         majority=_share(record, "majority"),
         task_note=_field(record, "task_note", str),
         hardware=_field(record, "hardware", str),
+        train_fraction=train_fraction,
+        tuning=_optional(record, "tuning", "full", str),
+        init=_optional(record, "init", "structured", str),
+        trained_params=_optional(record, "trained_params", params, int),
+        pretrain_run=_optional(record, "pretrain_run", None, str, NoneType),
+        pretrain_tokens=_field(record, "tokens_seen.pretrain", int) if pretrain else 0,
+        speed=_optional(record, "tokens_per_second.finetune", None, float, int, NoneType),
+        utilisation=_optional(record, "mfu.finetune", None, float, int, NoneType),
+        seconds=_optional(record, "seconds.total", None, float, int, NoneType),
+        commit=_optional(record, "commit", "unknown", str),
+        versions=_optional(record, "versions", {}, dict),
     )
 
 
@@ -131,18 +177,37 @@ def _field(record: Any, key: str, *types: type) -> Any:
     return value
 
 
-def _budget(record: Any, stage: str) -> int:
-    """The tokens a stage was given. Where its budget was in epochs, the tokens it saw, to two digits: a little less
-    or more fits into an epoch from one seed to the next."""
-    budget = _field(record, f"token_budget.{stage}", int, NoneType)
-    return int(float(f"{_field(record, f'tokens_seen.{stage}', int):.1e}")) if budget is None else budget
+def _optional(record: Any, key: str, default: Any, *types: type) -> Any:
+    """The value under a dotted key, or `default` where an older file does not have it."""
+    value = record
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return default
+        value = value[part]
+    return _field(record, key, *types)
 
 
-def _share(record: Any, key: str) -> float:
-    value = _field(record, key, float, int)
+def _budget(record: Any, *stages: str) -> int:
+    """The tokens that `stages` were given together. Where a budget was in epochs, the tokens they saw, to two digits: a
+    little less or more fits into an epoch from one seed to the next."""
+    budgets = [_field(record, f"token_budget.{stage}", int, NoneType) for stage in stages]
+    if None not in budgets:
+        return sum(budgets)
+    return int(float(f"{sum(_field(record, f'tokens_seen.{stage}', int) for stage in stages):.1e}"))
+
+
+def _share(record: Any, key: str, default: float | None = None) -> float:
+    value = _field(record, key, float, int) if default is None else _optional(record, key, default, float, int)
     if not 0 <= value <= 1:
         raise ValueError(f"result.json: {key} is {value}, outside [0, 1]")
     return float(value)
+
+
+def _positive(record: Any, key: str) -> int:
+    value = _field(record, key, int)
+    if value < 1:
+        raise ValueError(f"result.json: {key} is {value}, not 1 or more")
+    return value
 
 
 def _amount(record: Any, key: str) -> float:

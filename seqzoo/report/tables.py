@@ -10,23 +10,16 @@ import io
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .comparison import Cell, Comparison, Row
+from .comparison import Cell, Comparison, Conditions, Row
+from .intervals import Interval
 from .published import Figure, published
 from .results import LeftOut
 
 ABSENT = "-"
-HEADERS = {
-    "accuracy": (
-        "model",
-        "params (M)",
-        "scratch",
-        "pretrained",
-        "difference",
-        "published scratch",
-        "published pretrained",
-    ),
-    "bits_per_character": ("model", "params (M)", "bits per character"),
-}
+MEASURED = ("model", "params (M)", "scratch", "pretrained", "difference")
+MATCHED = ("scratch, same total", "difference, same total")
+PUBLISHED = ("published scratch", "published pretrained")
+IN_BITS = ("model", "params (M)", "bits per character")
 LEGENDS = {
     "accuracy": (
         "Test accuracy in percent: mean ± sample standard deviation over seeds (number of seeds); differences in "
@@ -39,6 +32,7 @@ LEGENDS = {
         "seeds).",
     ),
 }
+SAME_TOTAL = "Same total: from scratch on as many tokens as both stages of the pretrained run together."
 
 
 class Table(NamedTuple):
@@ -57,28 +51,46 @@ class Report(NamedTuple):
 
 def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut]) -> Report:
     """The tables, with sources numbered in the order they are met."""
-    sources: list[str] = []
-
-    def cite(figure: Figure | None) -> str:
-        if figure is None:
-            return ABSENT
-        if figure.reference not in sources:
-            sources.append(figure.reference)
-        name = f"{figure.label}: " if figure.label else ""
-        caution = " recalled" if figure.recalled else ""
-        return f"{name}{figure.percent}{caution} [{sources.index(figure.reference) + 1}]"
-
+    sources = Sources()
     tables, legend = [], []
     for comparison in comparisons:
         metric = comparison.conditions.metric
+        notes = LEGENDS[metric]
         if metric == "accuracy":
-            rows = [(*_text_row(row), *map(cite, _published(comparison, row))) for row in comparison.rows]
+            with_matched = any(row.matched for row in comparison.rows)
+            header = (*MEASURED, *(MATCHED if with_matched else ()), *PUBLISHED)
+            notes += (SAME_TOTAL,) if with_matched else ()
+            rows = [
+                (*_text_row(row, with_matched), *map(sources.cite, published_beside(comparison, row)))
+                for row in comparison.rows
+            ]
         else:
-            rows = [(row.model, _millions(row), _bits(row.scratch)) for row in comparison.rows]
-        tables.append(Table(title(comparison), HEADERS[metric], rows))
-        legend += [line for line in LEGENDS[metric] if line not in legend]
-    cited = [f"[{number}] {source}." for number, source in enumerate(sources, start=1)]
-    return Report(tables, [*legend, *cited], [f"{run.folder}: {run.reason}" for run in left_out])
+            header = IN_BITS
+            rows = [(row.size.model, millions(row.size.params), score(row.scratch)) for row in comparison.rows]
+        tables.append(Table(title(comparison), header, rows))
+        legend += [line for line in notes if line not in legend]
+    return Report(tables, [*legend, *sources.notes], [f"{run.folder}: {run.reason}" for run in left_out])
+
+
+class Sources:
+    """Where published figures come from, numbered in the order they are cited."""
+
+    def __init__(self) -> None:
+        self._cited: list[str] = []
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"[{number}] {source}." for number, source in enumerate(self._cited, start=1)]
+
+    def cite(self, figure: Figure | None) -> str:
+        """A published figure with the number of its source."""
+        if figure is None:
+            return ABSENT
+        if figure.reference not in self._cited:
+            self._cited.append(figure.reference)
+        name = f"{figure.label}: " if figure.label else ""
+        caution = " recalled" if figure.recalled else ""
+        return f"{name}{figure.percent}{caution} [{self._cited.index(figure.reference) + 1}]"
 
 
 def title(comparison: Comparison) -> str:
@@ -92,9 +104,20 @@ def title(comparison: Comparison) -> str:
         f"{conditions.n_test:,} test examples",
         f"majority class {100 * conditions.majority:.2f}" if conditions.metric == "accuracy" else "",
         conditions.task_note,
+        variant(conditions),
         ", ".join(comparison.hardware),
     ]
     return "; ".join(part for part in parts if part)
+
+
+def variant(conditions: Conditions) -> str:
+    """How the conditions differ from those of the comparison itself; empty if they do not."""
+    parts = [
+        f"{100 * conditions.train_fraction:g} % of the train split" if conditions.train_fraction != 1 else "",
+        f"{conditions.tuning} tuning" if conditions.tuning != "full" else "",
+        f"{conditions.init} initialisation" if conditions.init != "structured" else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def print_report(report: Report) -> None:
@@ -147,53 +170,60 @@ def to_csv(comparisons: Iterable[Comparison]) -> str:
 
 
 def _csv_line(comparison: Comparison, row: Row) -> dict[str, object]:
-    line: dict[str, object] = {"model": row.model, "params": _join(row.params), **comparison.conditions._asdict()}
+    line: dict[str, object] = {**row.size._asdict(), **comparison.conditions._asdict()}
     line["objective"] = comparison.pretraining and comparison.pretraining.objective
     line["pretrain_budget"] = comparison.pretraining and comparison.pretraining.budget
-    for name, cell in (("scratch", row.scratch), ("pretrained", row.pretrained)):
+    for name, cell in (("scratch", row.scratch), ("pretrained", row.pretrained), ("scratch_same_total", row.matched)):
         line[f"{name}_mean"] = cell and cell.mean
         line[f"{name}_std"] = cell and cell.std
-        line[f"{name}_seeds"] = cell and _join(result.seed for result in cell.results)
+        line |= _csv_interval(name, cell.interval if cell else None)
+        line[f"{name}_seeds"] = cell and " / ".join(str(result.seed) for result in cell.results)
     line["difference"] = row.difference
-    for name, figure in zip(("scratch", "pretrained"), _published(comparison, row), strict=True):
+    line |= _csv_interval("difference", row.difference_interval)
+    line["difference_same_total"] = row.gain
+    line |= _csv_interval("difference_same_total", row.gain_interval)
+    for name, figure in zip(("scratch", "pretrained"), published_beside(comparison, row), strict=True):
         percent = figure and figure.percent
         line[f"published_{name}"] = f"{percent / 100:.6g}" if isinstance(percent, float) else percent
         line[f"published_{name}_source"] = figure and figure.reference
-    line["hardware"] = _join(comparison.hardware)
+    line["hardware"] = " / ".join(comparison.hardware)
     return line
 
 
-def _text_row(row: Row) -> tuple[str, ...]:
-    difference = ABSENT if row.difference is None else f"{100 * row.difference:+.2f}"
-    return row.model, _millions(row), _accuracy(row.scratch), _accuracy(row.pretrained), difference
+def _csv_interval(name: str, interval: Interval | None) -> dict[str, object]:
+    low, high, kind = interval or (None, None, None)
+    return {f"{name}_low": low, f"{name}_high": high, f"{name}_interval": kind}
 
 
-def _accuracy(cell: Cell | None) -> str:
+def _text_row(row: Row, with_matched: bool) -> tuple[str, ...]:
+    measured = (row.size.model, millions(row.size.params), score(row.scratch), score(row.pretrained))
+    matched = (score(row.matched), points(row.gain)) if with_matched else ()
+    return *measured, points(row.difference), *matched
+
+
+def score(cell: Cell | None) -> str:
+    """Mean, spread and number of seeds: of accuracies in percent, else in bits per character."""
     if cell is None:
         return ABSENT
-    spread = "" if cell.std is None else f" ± {100 * cell.std:.2f}"
-    return f"{100 * cell.mean:.2f}{spread} ({cell.num_seeds})"
+    scale, digits = (100, 2) if cell.conditions.metric == "accuracy" else (1, 3)
+    spread = "" if cell.std is None else f" ± {scale * cell.std:.{digits}f}"
+    return f"{scale * cell.mean:.{digits}f}{spread} ({cell.num_seeds})"
 
 
-def _bits(cell: Cell | None) -> str:
-    if cell is None:
-        return ABSENT
-    spread = "" if cell.std is None else f" ± {cell.std:.3f}"
-    return f"{cell.mean:.3f}{spread} ({cell.num_seeds})"
+def points(difference: float | None) -> str:
+    """A difference of two accuracies, in points."""
+    return ABSENT if difference is None else f"{100 * difference:+.2f}"
 
 
-def _millions(row: Row) -> str:
-    return _join(f"{count / 1e6:.2f}" for count in row.params)
+def millions(count: int) -> str:
+    return f"{count / 1e6:.2f}"
 
 
-def _published(comparison: Comparison, row: Row) -> tuple[Figure | None, Figure | None]:
+def published_beside(comparison: Comparison, row: Row) -> tuple[Figure | None, Figure | None]:
     """The figures that belong beside a row: from scratch, and after the same kind of pretraining."""
-    task, causal, pretraining = comparison.conditions.task, comparison.conditions.causal, comparison.pretraining
-    if comparison.conditions.task_note:
+    conditions, pretraining = comparison.conditions, comparison.pretraining
+    if conditions.task_note or not conditions.plain:
         return None, None
-    pretrained = published(row.model, task, pretraining.objective, causal=causal) if pretraining else None
-    return published(row.model, task, None, causal=causal), pretrained
-
-
-def _join(values: Iterable[object]) -> str:
-    return " / ".join(map(str, values))
+    model, task, causal = row.size.model, conditions.task, conditions.causal
+    pretrained = published(model, task, pretraining.objective, causal=causal) if pretraining else None
+    return published(model, task, None, causal=causal), pretrained

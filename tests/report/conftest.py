@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from seqzoo.report import cells_of, load_results
+
 
 @pytest.fixture
 def record():
@@ -40,16 +42,34 @@ def record():
 @pytest.fixture
 def write_run(tmp_path, record):
     """Writes a run folder under tmp_path/runs and returns it; keywords as for `record`, `accuracy` on the test
-    set, or `bits` per character."""
+    set, or `bits` per character, `budgets` of (pretraining, fine-tuning) in tokens, and lines of `metrics`."""
     numbers = itertools.count()
 
-    def write(*, accuracy=0.6, bits=None, **changes):
+    def write(*, accuracy=0.6, bits=None, budgets=None, metrics=None, **changes):
+        if budgets is not None:
+            tokens = dict(zip(("pretrain", "finetune"), budgets, strict=True))
+            changes |= {"pretrain": budgets[0] > 0, "token_budget": tokens, "tokens_seen": tokens}
         folder = tmp_path / "runs" / f"run-{next(numbers):02d}"
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text("")
         test = {"accuracy": accuracy, "loss": 1.0} | ({} if bits is None else {"bits_per_character": bits})
         content = record(test=test, **changes)
         (folder / "result.json").write_text(json.dumps(content))
+        if metrics is not None:
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
         return folder
 
     return write
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Reads every run under tmp_path/runs and returns its cells; none may be left out."""
+
+    def read():
+        results, unreadable = load_results([tmp_path / "runs"])
+        found, left_out = cells_of(results)
+        assert unreadable + left_out == []
+        return found
+
+    return read

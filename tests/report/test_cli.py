@@ -32,6 +32,23 @@ def test_writes_beside_the_runs_unless_told(write_run):
     assert main([str(runs)]) == 0
 
 
+def test_writes_a_page(write_run, tmp_path, capsys):
+    runs = write_run().parent
+    page = tmp_path / "new" / "report.html"
+    assert main([str(runs), "--report", str(page)]) == 0
+    assert sorted(path.name for path in page.parent.iterdir()) == ["report.html", "report_files"]
+    assert (runs / "table.md").exists()
+    assert f"{page}, and its figures to {page.parent / 'report_files'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", "report", "report.pdf"])
+def test_a_page_is_a_file_of_html(write_run, tmp_path, name, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([str(write_run().parent), "--report", str(tmp_path / name)])
+    assert error.value.code == 2
+    assert "valid: a file whose name ends in .html" in capsys.readouterr().err
+
+
 def test_nothing_to_report(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert f"No finished run to report in {tmp_path}" in capsys.readouterr().err
@@ -55,9 +72,10 @@ def test_the_script_passes_its_exit_status_on(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_checkpoint_stands_alone(tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--out"], ["--report"]])
+def test_a_checkpoint_stands_alone(tmp_path, capsys, more):
     with pytest.raises(SystemExit) as error:
-        main([f"checkpoint={tmp_path}", str(tmp_path)])
+        main([f"checkpoint={tmp_path}", *more, str(tmp_path)])
     assert error.value.code == 2
     assert "stands alone" in capsys.readouterr().err
 

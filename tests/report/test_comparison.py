@@ -1,12 +1,13 @@
 import pytest
 
-from seqzoo.report import Pretraining, compare, load_results
+from seqzoo.report import Pretraining, cells_of, compare, load_results
 
 
 def compared(folder):
     results, unreadable = load_results([folder])
     assert unreadable == []
-    return compare(results)
+    cells, left_out = cells_of(results)
+    return compare(cells), left_out
 
 
 def test_mean_spread_and_difference(write_run, tmp_path):
@@ -68,18 +69,57 @@ def test_a_scratch_cell_stands_beside_every_pretraining(write_run, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"), [({"seed": 0}, "same seed (0)"), ({"seed": 1, "params": 2_000_000}, "different sizes")]
-)
-def test_runs_that_are_no_repetitions_are_not_averaged(write_run, tmp_path, change, reason):
-    first, second = write_run(seed=0), write_run(**change)
+def test_runs_that_are_no_repetitions_are_not_averaged(write_run, tmp_path):
+    first, second = write_run(seed=0), write_run(seed=0)
     kept = write_run(accuracy=0.7, seed=0, pretrain=True)
     (comparison,), left_out = compared(tmp_path)
     (row,) = comparison.rows
     assert row.scratch is None
     assert [result.folder for result in row.pretrained.results] == [kept]
     assert [run.folder for run in left_out] == [first, second]
-    assert all(reason in run.reason for run in left_out)
+    assert all("same seed (0)" in run.reason for run in left_out)
+
+
+def test_sizes_do_not_mix(write_run, tmp_path):
+    for params, accuracy in ((1_000_000, 0.6), (2_000_000, 0.8)):
+        write_run(params=params, accuracy=accuracy)
+    write_run(params=2_000_000, accuracy=0.9, pretrain=True)
+    (comparison,), left_out = compared(tmp_path)
+    assert left_out == []
+    assert [(row.size.params, row.scratch.mean, row.pretrained is None) for row in comparison.rows] == [
+        (1_000_000, 0.6, True),
+        (2_000_000, 0.8, False),
+    ]
+
+
+@pytest.mark.parametrize("variant", [{"train_fraction": 0.1}, {"tuning": "head"}, {"init": "random"}])
+def test_variants_stand_alone_and_last(write_run, tmp_path, variant):
+    write_run(accuracy=0.6)
+    write_run(accuracy=0.7, pretrain=True, **variant)
+    plain, varied = compared(tmp_path)[0]
+    assert (plain.conditions.plain, varied.conditions.plain) == (True, False)
+    assert (plain.rows[0].pretrained, varied.rows[0].scratch) == (None, None)
+
+
+def test_scratch_of_the_same_total_stands_beside_the_pretrained(write_run, tmp_path):
+    write_run(budgets=(2000, 5000), accuracy=0.7)
+    write_run(budgets=(0, 5000), accuracy=0.6)
+    write_run(budgets=(0, 7000), accuracy=0.65)
+    write_run(budgets=(0, 7000), accuracy=0.1, recipe="tiny")
+    short, tiny = compared(tmp_path)[0]
+    (row,) = short.rows
+    assert (row.scratch.mean, row.matched.mean, row.pretrained.mean) == (0.6, 0.65, 0.7)
+    assert (row.difference, row.gain) == pytest.approx((0.1, 0.05))
+    assert row.gain_interval.low < 0.05 < row.gain_interval.high
+    assert [row.matched for row in tiny.rows] == [None]
+
+
+def test_totals_of_budgets_in_epochs_match_by_what_was_seen(write_run, tmp_path):
+    none = {"pretrain": None, "finetune": None}
+    write_run(pretrain=True, token_budget=none, tokens_seen={"pretrain": 2_304_000, "finetune": 9_216_000})
+    write_run(token_budget={**none, "pretrain": 0}, tokens_seen={"pretrain": 0, "finetune": 11_520_000})
+    (comparison,) = compared(tmp_path)[0]
+    assert comparison.rows[0].matched.total_budget == 12_000_000
 
 
 def test_order_is_the_benchmarks_then_alphabetical(write_run, tmp_path):
@@ -88,7 +128,9 @@ def test_order_is_the_benchmarks_then_alphabetical(write_run, tmp_path):
         write_run(task=task, model="gau", token_budget={"pretrain": None, "finetune": 900})
         write_run(task=task, model="gau")
     comparisons, _ = compared(tmp_path)
-    assert [(c.conditions.task, c.conditions.finetune_budget, [row.model for row in c.rows]) for c in comparisons] == [
+    assert [
+        (c.conditions.task, c.conditions.finetune_budget, [row.size.model for row in c.rows]) for c in comparisons
+    ] == [
         (task, budget, models)
         for task in ("lra_listops", "lra_image", "lra_pathx", "own_task")
         for budget, models in ((900, ["gau"]), (5000, ["gau", "lru"]))

@@ -41,6 +41,11 @@ def test_a_budget_in_epochs_is_what_was_seen_to_two_digits(write_run):
         ({"test": {"accuracy": 61.2}}, "test.accuracy is 61.2, outside"),
         ({"test": {"accuracy": float("nan")}}, "test.accuracy is nan, outside"),
         ({"test": {"bits_per_character": float("nan")}}, "bits_per_character is nan, not a number of 0 or more"),
+        ({"train_fraction": 5}, "train_fraction is 5, outside"),
+        ({"train_fraction": 0}, "train_fraction is 0, outside"),
+        ({"n_test": 0}, "n_test is 0, not 1 or more"),
+        ({"tuning": None}, "tuning is None, not str"),
+        ({"mfu": {"finetune": "fast"}}, "mfu.finetune is 'fast', not float or int or null"),
         ({"token_budget": {"finetune": 1.5}}, "token_budget.finetune is 1.5, not int or null"),
     ],
 )
@@ -72,6 +77,29 @@ def test_one_bad_run_does_not_cost_the_others(tmp_path, write_run):
         ("empty", "no result.json"),
         ("unfinished", "no result.json"),
     ]
+
+
+def test_an_older_file_is_of_the_plain_variant(write_run):
+    result = read_result(write_run())
+    assert (result.train_fraction, result.tuning, result.init) == (1.0, "full", "structured")
+    assert (result.trained_params, result.speed, result.utilisation) == (result.params, None, None)
+
+
+def test_reads_what_newer_files_have(write_run):
+    result = read_result(
+        write_run(
+            train_fraction=0.05,
+            tuning="lora",
+            init="random",
+            trained_params=900,
+            mfu={"pretrain": None, "finetune": 0.25},
+            tokens_per_second={"pretrain": 0.0, "finetune": 1234.5},
+            budgets=(3000, 5000),
+        )
+    )
+    assert (result.train_fraction, result.tuning, result.init) == (0.05, "lora", "random")
+    assert (result.trained_params, result.speed, result.utilisation) == (900, 1234.5, 0.25)
+    assert (result.total_budget, result.pretrain_tokens, result.in_epochs) == (8000, 3000, False)
 
 
 def test_a_run_given_twice_counts_once(write_run):

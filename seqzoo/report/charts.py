@@ -1,0 +1,163 @@
+"""A figure as data: what is drawn is what its CSV holds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from .comparison import Cell, Conditions
+from .intervals import Interval
+
+SCRATCH, PRETRAINED, MATCHED = "from scratch", "self-pretrained", "from scratch, same total"
+Kind = Literal["bars", "lines", "scatter"]
+
+
+class Point(NamedTuple):
+    x: float | str  # a category where the panel has bars
+    y: float
+    runs: tuple[Path, ...]  # the run folders it was computed from
+    interval: Interval | None = None
+    note: str = ""  # written beside it
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that belong together. Series of one label are one entry of the legend."""
+
+    label: str
+    points: tuple[Point, ...]
+    hue: str  # what its colour stands for
+    filled: bool = True  # else dashed lines, hollow markers
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    kind: Kind = "lines"
+    log_x: bool = False
+    level: tuple[float, str] | None = None  # a y to draw a line at, and what it is
+    narrow: bool = False  # one of many
+
+    @property
+    def in_percent(self) -> bool:
+        return "%" in self.y_label
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of one or more panels."""
+
+    name: str  # of its files
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+    findings: tuple[str, ...] = ()  # what can be read off it, in sentences
+
+    @property
+    def alt(self) -> str:
+        """What the picture shows, for who does not see it."""
+        panels = "; ".join(f"{one_line(panel.title)}: {panel.y_label} over {panel.x_label}" for panel in self.panels)
+        labels = dict.fromkeys(series.label for panel in self.panels for series in panel.series)
+        return f"{self.title}. {panels}. Series: {', '.join(labels)}. The values are in {self.name}.csv."
+
+
+def chart_of(name: str, title: str, caption: str, panels: list[Panel], findings: Iterable[str] = ()) -> Chart | None:
+    """The chart, or None where it would be empty."""
+    return Chart(name, title, caption, tuple(panels), tuple(findings)) if panels else None
+
+
+def to_csv(chart: Chart, base: Path) -> str:
+    """One line a point, as drawn; run folders relative to `base`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["panel", "series", "x_label", "x", "y_label", "y", "low", "high", "interval", "note", "runs"])
+    for panel in chart.panels:
+        for series in panel.series:
+            for point in series.points:
+                low, high, kind = point.interval or (None, None, None)
+                runs = " ".join(relative(run, base) for run in point.runs)
+                place = one_line(panel.title), series.label, panel.x_label, point.x, panel.y_label, point.y
+                writer.writerow([*place, low, high, kind, point.note, runs])
+    return text.getvalue()
+
+
+def relative(path: Path, base: Path) -> str:
+    """`path` as seen from the folder `base`, with forward slashes."""
+    return Path(os.path.relpath(path, base)).as_posix()
+
+
+def score_label(conditions: Conditions) -> str:
+    """What the scores of these conditions are, as the label of an axis."""
+    return "test accuracy (%)" if conditions.metric == "accuracy" else "test bits per character\n(fewer are better)"
+
+
+def score_point(x: float | str, cell: Cell, note: str = "") -> Point:
+    """A cell's mean score with its interval, accuracies in percent."""
+    scale = 100 if cell.conditions.metric == "accuracy" else 1
+    return Point(x, scale * cell.mean, folders(cell), scaled(cell.interval, scale), note)
+
+
+def scaled(interval: Interval | None, scale: float) -> Interval | None:
+    return interval and Interval(scale * interval.low, scale * interval.high, interval.kind)
+
+
+def folders(*cells: Cell) -> tuple[Path, ...]:
+    return tuple(result.folder for cell in cells for result in cell.results)
+
+
+def panel_title(conditions: Conditions) -> str:
+    """The task, and under it what else the runs of a panel share but their budgets."""
+    shared = f"{conditions.recipe}, {direction(conditions)}, {conditions.n_test:,} test examples"
+    return "\n".join(line for line in (conditions.task, shared, conditions.task_note) if line)
+
+
+def direction(conditions: Conditions) -> str:
+    return "causal" if conditions.causal else "bidirectional"
+
+
+def majority_level(conditions: Conditions) -> tuple[float, str] | None:
+    return (100 * conditions.majority, "majority class") if conditions.metric == "accuracy" else None
+
+
+def short(count: float) -> str:
+    """A number as short as it is read: 24M, 1.5M, 900k."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return f"{count:g}"
+
+
+def stages(cell: Cell) -> str:
+    """How a cell was trained, with its budgets."""
+    finetuning = short(cell.conditions.finetune_budget)
+    if cell.pretraining is None:
+        return f"{SCRATCH} {finetuning}"
+    return f"{cell.pretraining.objective} {short(cell.pretraining.budget)} + {finetuning}"
+
+
+def namer(cells: Iterable[Cell]) -> Callable[[Cell], str]:
+    """What to call the model of each cell: with its number of parameters where it comes in several on one task."""
+    sizes = {(cell.conditions.task, cell.size) for cell in cells}
+
+    def name(cell: Cell) -> str:
+        several = sum((task, size.model) == (cell.conditions.task, cell.size.model) for task, size in sizes) > 1
+        return f"{cell.size.model} {short(cell.size.params)}" if several else cell.size.model
+
+    return name
+
+
+def family(conditions: Conditions) -> Conditions:
+    """The conditions but their budget: what the runs of a panel share."""
+    return conditions._replace(finetune_budget=0)
+
+
+def one_line(text: str) -> str:
+    return ", ".join(text.splitlines())

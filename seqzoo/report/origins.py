@@ -1,0 +1,105 @@
+"""Where the numbers of the page come from: what was run in total, and run by run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .charts import relative, short
+from .results import Pretraining, Result
+
+SHORT_COMMIT = 7
+RUN_HEADER = (
+    "number",
+    "run folder",
+    "model",
+    "parameters",
+    "task",
+    "recipe",
+    "training",
+    "variant",
+    "seed",
+    "test score",
+    "tokens per second",
+    "model-flops utilisation",
+    "minutes",
+    "hardware",
+    "commit",
+)
+
+
+def overview(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
+    """(what, its values) of all runs together: models, tasks, budgets, seeds, hardware, commits, versions."""
+    pretrained = [result for result in results if result.pretraining]
+    seconds = sum(result.seconds or 0 for result in results)
+    finished = f"{len(results)}: {len(results) - len(pretrained)} from scratch, {len(pretrained)} self-pretrained"
+    versions = Counter(f"{name} {version}" for result in results for name, version in result.versions.items())
+    return [
+        ("Finished runs", [finished]),
+        ("Training", [f"{seconds / 3600:.1f} hours in all"]),
+        ("Models", _counted(result.model for result in results)),
+        ("Tasks", _counted(result.task for result in results)),
+        ("Recipes", _counted(result.recipe for result in results)),
+        ("Seeds", _counted(result.seed for result in results)),
+        ("Pretraining", _counted((result.pretraining for result in pretrained), _pretraining)),
+        ("Fine-tuning", _counted((result.finetune_budget for result in results), lambda n: f"{short(n)} tokens")),
+        ("Hardware", _counted(result.hardware for result in results)),
+        ("Commits", _counted(_short(result.commit) for result in results)),
+        ("Versions", sorted(versions)),
+    ]
+
+
+def run_lines(results: Iterable[Result], base: Path) -> list[list[str]]:
+    """What stands under `RUN_HEADER`, a line for each run; folders relative to `base`."""
+    return [
+        [
+            str(number),
+            relative(result.folder, base),
+            result.model,
+            f"{result.params:,}",
+            result.task,
+            result.recipe,
+            _training(result),
+            _variant(result),
+            str(result.seed),
+            f"{100 * result.score:.2f} %" if result.metric == "accuracy" else f"{result.score:.3f} bits",
+            "" if result.speed is None else f"{result.speed:,.0f}",
+            "" if result.utilisation is None else f"{100 * result.utilisation:.1f} %",
+            "" if result.seconds is None else f"{result.seconds / 60:.1f}",
+            result.hardware,
+            _short(result.commit),
+        ]
+        for number, result in enumerate(results, start=1)
+    ]
+
+
+def _counted(values: Iterable[Any], say: Callable[[Any], object] = str) -> list[str]:
+    """Each value with the number of runs that have it."""
+    return [f"{say(value)} ({count})" for value, count in sorted(Counter(values).items())]
+
+
+def _pretraining(pretraining: Pretraining | None) -> str:
+    return f"{pretraining.objective}, {short(pretraining.budget)} tokens" if pretraining else ""
+
+
+def _training(result: Result) -> str:
+    direction = "causal" if result.causal else "bidirectional"
+    finetuning = f"fine-tuned on {short(result.finetune_budget)}"
+    return ", ".join(part for part in (direction, _pretraining(result.pretraining), finetuning) if part)
+
+
+def _variant(result: Result) -> str:
+    parts = [
+        f"{100 * result.train_fraction:g} % of the data" if result.train_fraction != 1 else "",
+        f"{result.tuning} tuning of {result.trained_params:,} parameters" if result.tuning != "full" else "",
+        f"{result.init} initialisation" if result.init != "structured" else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _short(commit: str) -> str:
+    """The commit as it is usually written, still with its "+dirty"."""
+    revision, plus, state = commit.partition("+")
+    return revision[:SHORT_COMMIT] + plus + state

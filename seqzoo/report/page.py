@@ -1,0 +1,148 @@
+"""The report as one page of HTML that needs nothing beside it: tables, and figures as embedded pictures."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+from . import studies
+from .charts import Chart, relative, to_csv
+from .comparison import Cell, Comparison, compare
+from .curves import learning_curves, pretraining_losses
+from .figures import DPI, to_png
+from .gains import gain_over_budget, scratch_against_pretrained
+from .headline import main_tables
+from .origins import RUN_HEADER, overview, run_lines
+from .results import FIGURES, LeftOut, Result
+from .tables import Sources
+from .tables import to_csv as table_csv
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+CSS_PIXELS_PER_INCH = 96
+PNG_START = b"\x89PNG\r\n\x1a\n"
+
+
+class Picture(NamedTuple):
+    alt: str
+    caption: str
+    data: str  # PNG, base64
+    width: int  # CSS pixels
+    links: list[tuple[str, str]]  # (text, relative address)
+    findings: Sequence[str] = ()
+
+
+class Section(NamedTuple):
+    name: str
+    title: str
+    pictures: list[Picture]
+
+
+def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut]) -> Path:
+    """Writes the page, and beside it `<stem>_files/` with each figure as PNG and CSV and the main table as CSV.
+
+    Args:
+        path: of the page.
+        cells: what there is to report, in reading order.
+        left_out: runs that no cell holds.
+
+    Returns:
+        The folder beside the page.
+    """
+    files = path.parent / f"{path.stem}{FIGURES}"
+    files.mkdir(parents=True, exist_ok=True)
+    results = [result for cell in cells for result in cell.results]
+    numbers = {result.folder: number for number, result in enumerate(results, start=1)}
+    plain = [comparison for comparison in compare(cells) if comparison.conditions.plain]
+    (files / "main.csv").write_text(table_csv(plain), encoding="utf-8")
+    sources = Sources()
+    sections = [_section(charts, files) for charts in _charts(cells, plain) if charts]
+    page = _template().render(
+        overview=overview(results),
+        tables=main_tables(plain, numbers, sources),
+        table_file=_address(files / "main.csv", path.parent),
+        sources=sources.notes,
+        sections=sections,
+        mixing=_mixing(results, path.parent),
+        run_header=RUN_HEADER,
+        runs=run_lines(results, path.parent),
+        left_out=[(relative(run.folder, path.parent), run.reason) for run in left_out],
+    )
+    path.write_text(page, encoding="utf-8")
+    return files
+
+
+def _charts(cells: Sequence[Cell], plain: Sequence[Comparison]) -> list[list[Chart]]:
+    """The charts of each section, in the order of the page; a section without data is empty."""
+    cells = list(cells)
+    single = [
+        scratch_against_pretrained(plain),
+        gain_over_budget(plain),
+        studies.share_of_pretraining(cells),
+        studies.data_scale(cells),
+        studies.model_size(cells),
+        studies.objectives(cells),
+        studies.tunings(cells),
+        studies.inits(cells),
+        studies.speed(cells),
+    ]
+    sections = [[chart] if chart else [] for chart in single]
+    losses = pretraining_losses(cells)
+    curves = [*learning_curves(cells), *([losses] if losses else [])]
+    return [sections[0], curves, *sections[1:]]
+
+
+def _section(charts: Sequence[Chart], files: Path) -> Section:
+    pictures = []
+    for chart in charts:
+        picture = to_png(chart)
+        (files / f"{chart.name}.png").write_bytes(picture)
+        (files / f"{chart.name}.csv").write_text(to_csv(chart, files.parent), encoding="utf-8")
+        links = [(kind.upper(), _address(files / f"{chart.name}.{kind}", files.parent)) for kind in ("png", "csv")]
+        heading = f"{chart.title}. " if len(charts) > 1 else ""
+        pictures.append(_picture(picture, chart.alt, heading + chart.caption, links, chart.findings))
+    return Section(charts[0].name, "Learning curves" if len(charts) > 1 else charts[0].title, pictures)
+
+
+def _mixing(results: Iterable[Result], base: Path) -> list[Picture]:
+    """The pictures of `python -m seqzoo.analysis`, of the runs that have one."""
+    pictures = []
+    for result in results:
+        path = result.folder / "mixing.png"
+        if not path.is_file() or not (content := path.read_bytes()).startswith(PNG_START):
+            continue
+        files = [path, path.with_suffix(".json")]
+        links = [(file.name, _address(file, base)) for file in files if file.is_file()]
+        alt = f"What each position of {result.model} attends to on {result.task}, run {result.folder.name}"
+        pictures.append(_picture(content, alt, result.folder.name, links))
+    return pictures
+
+
+def _picture(
+    content: bytes, alt: str, caption: str, links: list[tuple[str, str]], findings: Sequence[str] = ()
+) -> Picture:
+    pixels = int.from_bytes(content[16:20], "big")  # the width, in a PNG's first chunk
+    width = round(pixels * CSS_PIXELS_PER_INCH / DPI)
+    return Picture(alt, caption, base64.b64encode(content).decode("ascii"), width, links, findings)
+
+
+def _address(path: Path, base: Path) -> str:
+    return quote(relative(path, base))
+
+
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html.jinja")

@@ -1,0 +1,150 @@
+import pytest
+
+from seqzoo.report import compare, studies
+from seqzoo.report.gains import gain_over_budget, scratch_against_pretrained
+
+
+def lines(chart):
+    """{label: [(x, y)]} of a chart of one panel."""
+    (panel,) = chart.panels
+    return {
+        series.label: [(point.x, pytest.approx(point.y, rel=1e-9)) for point in series.points]
+        for series in panel.series
+    }
+
+
+def test_bars_of_all_three_cells(write_run, cells):
+    write_run(budgets=(2000, 5000), accuracy=0.7)
+    write_run(budgets=(0, 5000), accuracy=0.6)
+    write_run(budgets=(0, 7000), accuracy=0.65)
+    chart = scratch_against_pretrained(compare(cells()))
+    assert lines(chart) == {
+        "from scratch": [("transformer", 60)],
+        "from scratch, same total": [("transformer", 65)],
+        "self-pretrained": [("transformer", 70)],
+    }
+    assert chart.panels[0].title.endswith("masked pretraining 2k + 5k tokens")
+
+
+def test_the_budget_at_which_pretraining_begins_to_help(write_run, cells):
+    for total, scratch, pretrained in ((2000, 0.6, 0.55), (4000, 0.6, 0.61), (8000, 0.6, 0.8)):
+        write_run(budgets=(total // 2, total // 2), accuracy=pretrained)
+        write_run(budgets=(0, total), accuracy=scratch)
+    write_run(budgets=(2000, 6000), accuracy=0.5)  # another share, at one budget only
+    chart = gain_over_budget(compare(cells()))
+    assert lines(chart) == {"transformer, short, 50% masked pretraining": [(0.002, -5), (0.004, 1), (0.008, 20)]}
+    (finding,) = chart.findings
+    assert "the first clear gain at 0.008 million tokens (+20.00 points" in finding
+
+
+def test_a_gain_within_its_interval_is_not_clear(write_run, cells):
+    write_run(budgets=(2000, 2000), accuracy=0.61)
+    write_run(budgets=(0, 4000), accuracy=0.6)
+    (finding,) = gain_over_budget(compare(cells())).findings
+    assert "no clear gain at any budget measured; the largest is +1.00 points" in finding
+
+
+def test_share_of_pretraining(write_run, cells):
+    for pretraining, accuracy in ((0, 0.6), (2000, 0.7), (4000, 0.65)):
+        write_run(budgets=(pretraining, 8000 - pretraining), accuracy=accuracy)
+    write_run(budgets=(1000, 1000))  # another total
+    assert lines(studies.share_of_pretraining(cells())) == {
+        "transformer, masked, 8k tokens": [(0, 60), (25, 70), (50, 65)]
+    }
+
+
+def test_one_share_is_no_study(write_run, cells):
+    write_run(budgets=(2000, 6000))
+    write_run(budgets=(0, 8000))
+    assert studies.share_of_pretraining(cells()) is None
+
+
+def test_data_scale(write_run, cells):
+    for fraction, accuracy in ((0.01, 0.5), (0.1, 0.6), (1.0, 0.7)):
+        write_run(train_fraction=fraction, accuracy=accuracy)
+        write_run(train_fraction=fraction, accuracy=accuracy + 0.1, pretrain=True)
+    write_run(train_fraction=0.1, tuning="head")
+    chart = studies.data_scale(cells())
+    assert chart.panels[0].log_x
+    assert lines(chart) == {
+        "transformer, from scratch 5k": [(1, 50), (10, 60), (100, 70)],
+        "transformer, masked 2k + 5k": [(1, 60), (10, 70), (100, 80)],
+    }
+
+
+def test_data_scale_in_epochs_is_one_line_though_tokens_differ(write_run, cells):
+    for fraction in (0.1, 1.0):
+        seen = {"pretrain": 0, "finetune": int(50_000 * fraction)}
+        write_run(train_fraction=fraction, token_budget={"finetune": None}, tokens_seen=seen)
+    assert lines(studies.data_scale(cells())) == {"transformer, from scratch": [(10, 60), (100, 60)]}
+
+
+def test_a_line_never_mixes_settings(write_run, cells):
+    for fraction, tokens in ((0.1, 5000), (1.0, 50_000), (1.0, 90_000)):  # two numbers of epochs on the whole split
+        seen = {"pretrain": 0, "finetune": tokens}
+        write_run(train_fraction=fraction, token_budget={"finetune": None}, tokens_seen=seen)
+    assert studies.data_scale(cells()) is None
+
+
+def test_model_size(write_run, cells):
+    for params, accuracy in ((100_000, 0.6), (1_000_000, 0.7)):
+        write_run(params=params, accuracy=accuracy)
+    write_run(model="lru")
+    assert lines(studies.model_size(cells())) == {"transformer, from scratch 5k": [(100_000, 60), (1_000_000, 70)]}
+
+
+def test_speed_has_a_panel_for_each_hardware(write_run, cells):
+    for hardware, speed in (("2 CPU cores", 1000.0), ("1 x GPU", 9000.0)):
+        write_run(model=f"on {hardware}", hardware=hardware, tokens_per_second={"pretrain": 0.0, "finetune": speed})
+    write_run(model="not measured")
+    panels = studies.speed(cells()).panels
+    assert {panel.title.splitlines()[-1]: [point.x for point in panel.series[0].points] for panel in panels} == {
+        "2 CPU cores": [1000],
+        "1 x GPU": [9000],
+    }
+
+
+def test_objectives(write_run, cells):
+    write_run(pretrain=True, accuracy=0.7)
+    write_run(accuracy=0.6)
+    write_run(pretrain=True, objective="causal", causal=True, accuracy=0.8)
+    write_run(model="lru", pretrain=True)  # of one objective only
+    chart = studies.objectives(cells())
+    assert lines(chart) == {
+        "bidirectional, from scratch 5k": [("transformer", 60)],
+        "bidirectional, masked 2k + 5k": [("transformer", 70)],
+        "causal, causal 2k + 5k": [("transformer", 80)],
+    }
+    assert "bidirectional" not in chart.panels[0].title
+
+
+def test_tunings_show_what_moved(write_run, cells):
+    write_run(pretrain=True, accuracy=0.7)
+    write_run(pretrain=True, accuracy=0.6, tuning="head", trained_params=130)
+    write_run(accuracy=0.5)  # no other tuning from scratch
+    chart = studies.tunings(cells())
+    assert lines(chart) == {"transformer, masked 2k + 5k": [("full", 70), ("head", 60)]}
+    assert [point.note for point in chart.panels[0].series[0].points] == ["1M", "130"]
+
+
+def test_inits(write_run, cells):
+    write_run(model="lru", accuracy=0.7)
+    write_run(model="lru", accuracy=0.6, init="random")
+    assert lines(studies.inits(cells())) == {"from scratch 5k": [("lru, structured", 70), ("lru, random", 60)]}
+
+
+def test_a_plain_comparison_is_no_study(write_run, cells):
+    write_run()
+    write_run(pretrain=True)
+    found = cells()
+    assert gain_over_budget(compare(found)) is None
+    for study in (
+        studies.share_of_pretraining,
+        studies.data_scale,
+        studies.model_size,
+        studies.speed,
+        studies.objectives,
+        studies.tunings,
+        studies.inits,
+    ):
+        assert study(found) is None
