@@ -39,7 +39,13 @@ def run_name(config: Config, task: Task | None = None) -> str:
         DataError: the task reads a text of the user's that is not there.
     """
     shaping = to_dict(config)
-    dropped = WITHOUT_EFFECT if config.pretrain is True else (*WITHOUT_EFFECT, *OF_PRETRAINING)
+    dropped = [*WITHOUT_EFFECT, *(name for name in ("lora", "ladder") if name != config.tuning)]
+    if config.pretrain is not True:
+        dropped += OF_PRETRAINING
+    if config.tuning == "full":
+        dropped += ["tuning"]
+    if config.model.init == "structured":
+        dropped += ["model.init"]
     for key in dropped:
         _drop(shaping, key)
     if isinstance(config.pretrain, str):
@@ -52,6 +58,7 @@ def run_name(config: Config, task: Task | None = None) -> str:
         data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
         shaping["task"]["text"] = hashlib.sha256(read_text(config.task.text, data_dir)[1]).hexdigest()
     # A key that is not set counts as one that is not there: adding an option leaves the names of old runs as they are.
+    # So do `tuning` and `model.init` above at what they were before there was a choice.
     shaping = _without_none(shaping)
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
     return f"{cell_name(config, name)}-s{config.seed}-{digest}"
@@ -112,7 +119,7 @@ def reusable_pretraining(config: Config, spec: TaskSpec) -> dict[str, Any]:
     """
     folder = Path(config.pretrain)
     there, here = read_config(folder), config
-    for key in ("causal", "objective", "size", "model", "task"):
+    for key in ("causal", "objective", "size", "train_fraction", "model", "task"):
         for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):
             if name not in MAY_DIFFER:
                 raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
