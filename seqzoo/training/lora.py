@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from ..config import ConfigError, LoraConfig
@@ -27,7 +29,7 @@ class LowRankLinear(Linear):
     @property
     def weight(self) -> Tensor:
         """W + alpha / rank · B A, [out, in]."""
-        return super().weight + self.get_delta_weight(ADAPTER)
+        return cast(nn.Linear, self.get_base_layer()).weight + self.get_delta_weight(ADAPTER)
 
 
 def add_lora(backbone: Backbone, config: LoraConfig) -> None:

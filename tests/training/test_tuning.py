@@ -117,6 +117,16 @@ def test_reading_a_weight_reads_its_low_rank_change(task, tmp_path):
         torch.testing.assert_close(projection(x), x @ projection.weight.T)
 
 
+@pytest.mark.parametrize("tuning", LITTLE)
+@pytest.mark.parametrize("block", ["lru", "vq_attention"])
+def test_what_is_tuned_is_compiled_as_a_whole(task, tmp_path, tuning, block):
+    settings = config(tmp_path, tuning, block)
+    model = tune(build_model(settings.model, task.spec, head="classify", causal=False), settings).eval()
+    batch = task.test.batch(torch.arange(4))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(batch.inputs, batch.lengths), model(batch.inputs, batch.lengths))
+
+
 def test_b_learns_faster_than_a(task, tmp_path):
     settings = config(tmp_path, "lora")
     settings.lora.lr_ratio = 4
