@@ -19,6 +19,7 @@ CHOICES = {
     "objective": ("masked", "causal"),
     "pixel_loss": ("cross_entropy", "l1"),
     "lr": (None, "search"),
+    "tuning": ("full", "head", "lora", "ladder"),
     "precision": ("fp32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
     "pretraining.schedule": ("constant", "cosine"),
@@ -47,6 +48,22 @@ class StageConfig:
     schedule: str = "cosine"  # after the warmup: cosine to zero, or constant
     clip: float | None = None  # largest global gradient norm
     evaluations: int = 10  # validations in the stage; the best one's weights are kept
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Of `tuning=lora`; see `seqzoo.training.lora`."""
+
+    rank: int = 8
+    alpha: int = 16  # the product of the low-rank factors counts alpha / rank times
+    lr_ratio: float = 16.0  # learning rate of the second factor, which starts at zero, over that of the first
+
+
+@dataclass(kw_only=True)
+class LadderConfig:
+    """Of `tuning=ladder`; see `seqzoo.models.ladder`."""
+
+    reduction: int = 8  # d_model over the width of the side network
 
 
 @dataclass(kw_only=True)
@@ -80,6 +97,11 @@ class Config:
     pixel_loss: str = "cross_entropy"
     pretraining: StageConfig = field(default_factory=StageConfig)
     finetuning: StageConfig = field(default_factory=StageConfig)
+    share: float | None = None  # of both budgets together, for pretraining; None once the budgets say it
+    train_fraction: float | None = None  # of the train split, for both stages; None: all of it
+    tuning: str = "full"  # what fine-tuning moves
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    ladder: LadderConfig = field(default_factory=LadderConfig)
     seed: int = 0
     n_val: int | None = None
     n_test: int | None = None
@@ -215,8 +237,18 @@ def _validate(config: Config) -> None:
             parse_size(config.size)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    if config.objective == "causal" and config.pretrain:
-        config.causal = True
+    for key, value in (
+        ("lora.rank", config.lora.rank),
+        ("lora.alpha", config.lora.alpha),
+        ("lora.lr_ratio", config.lora.lr_ratio),
+        ("ladder.reduction", config.ladder.reduction),
+    ):
+        if value <= 0:
+            raise ConfigError(f"{key}={value}: valid: above 0")
+    if config.train_fraction is not None and not 0 < config.train_fraction <= 1:
+        raise ConfigError(f"train_fraction={config.train_fraction}: valid: null, or above 0 and up to 1")
+    if config.train_fraction == 1:  # the same run as without it, in the same folder
+        config.train_fraction = None
     for name in ("pretraining", "finetuning"):
         stage: StageConfig = getattr(config, name)
         if (stage.tokens is None) == (stage.epochs is None):
@@ -226,3 +258,35 @@ def _validate(config: Config) -> None:
         for key, lowest in (("batch_size", 1), ("accumulate", 1), ("evaluations", 1), ("warmup_steps", 0)):
             if getattr(stage, key) < lowest:
                 raise ConfigError(f"{name}.{key}={getattr(stage, key)}: valid: {lowest} or more")
+    if config.share is not None:
+        _split_budget(config, config.share)
+    if config.objective == "causal" and config.pretrain:
+        config.causal = True
+
+
+def _split_budget(config: Config, share: float) -> None:
+    """Gives pretraining its share of both stages' budgets together, and fine-tuning the rest.
+
+    What is left is the plain configuration of that run, so that it has the same run folder however it was asked for.
+    """
+    pretraining, finetuning = config.pretraining, config.finetuning
+    if not 0 <= share < 1:
+        raise ConfigError(f"share={share}: valid: null, or 0 and more and below 1")
+    if isinstance(config.pretrain, str):
+        raise ConfigError(f"share={share}: pretrain={config.pretrain} has had its budget; valid: pretrain=true")
+    if share > 0 and not config.pretrain:
+        raise ConfigError(f"share={share}: nothing is pretrained; valid: pretrain=true, or share=0")
+    if pretraining.tokens is not None and finetuning.tokens is not None:
+        tokens = pretraining.tokens + finetuning.tokens
+        pretraining.tokens = round(share * tokens)
+        finetuning.tokens = tokens - pretraining.tokens
+    elif pretraining.epochs is not None and finetuning.epochs is not None:
+        epochs = pretraining.epochs + finetuning.epochs
+        pretraining.epochs = share * epochs
+        finetuning.epochs = epochs - pretraining.epochs
+    else:
+        raise ConfigError(
+            f"share={share}: pretraining has tokens={pretraining.tokens} epochs={pretraining.epochs}, finetuning "
+            f"tokens={finetuning.tokens} epochs={finetuning.epochs}; valid: both in tokens, or both in epochs"
+        )
+    config.pretrain, config.share = share > 0, None

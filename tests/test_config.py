@@ -1,8 +1,9 @@
 import itertools
 
 import pytest
+import yaml
 
-from seqzoo.config import ConfigError, available, compose, from_dict, to_dict
+from seqzoo.config import CONFIGS, ConfigError, available, compose, from_dict, to_dict
 
 
 @pytest.mark.parametrize(
@@ -58,9 +59,66 @@ def test_causal_pretraining_makes_the_model_causal():
         ("seed=-1", "seed=-1: valid: 0 or more"),
         ("device=tpu", "device=tpu: valid: auto, cpu, cuda"),
         ("pretrain=3", "pretrain=3: valid: true, false, or the folder of a run"),
+        ("tuning=adapter", "tuning=adapter: valid: full, head, lora, ladder"),
+        ("lora.rank=0", "lora.rank=0: valid: above 0"),
+        ("lora.lr_ratio=-1", r"lora.lr_ratio=-1.0: valid: above 0"),
+        ("ladder.reduction=0", "ladder.reduction=0: valid: above 0"),
+        ("model.init=zeros", "model.init=zeros: valid: structured, random"),
+        ("train_fraction=0", r"train_fraction=0.0: valid: null, or above 0 and up to 1"),
+        ("train_fraction=1.5", r"train_fraction=1.5: valid: null"),
+        ("share=1", r"share=1.0: valid: null, or 0 and more and below 1"),
+        ("share=-0.1", r"share=-0.1: valid: null"),
+        ("share=0.4", r"share=0.4: nothing is pretrained; valid: pretrain=true, or share=0"),
     ],
 )
 def test_a_wrong_override_is_named_with_what_is_valid(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         compose([override])
     assert "\n" not in str(caught.value)
+
+
+SPLIT = ["recipe=tiny", "pretraining.tokens=2000", "finetuning.tokens=4000"]
+
+
+def test_a_share_of_both_budgets_goes_to_pretraining():
+    config = compose([*SPLIT, "pretrain=true", "share=0.25"])
+    assert (config.pretraining.tokens, config.finetuning.tokens) == (1500, 4500)
+    assert from_dict(to_dict(config)) == config, "it is not split again"
+    epochs = ["pretraining.tokens=null", "finetuning.tokens=null", "pretraining.epochs=10", "finetuning.epochs=20"]
+    config = compose(["recipe=tiny", *epochs, "pretrain=true", "share=0.6"])
+    assert (config.pretraining.epochs, config.finetuning.epochs) == (18, 12)
+
+
+def test_no_share_is_training_from_scratch_on_both_budgets():
+    config = compose([*SPLIT, "pretrain=true", "share=0"])
+    assert not config.pretrain
+    assert (config.finetuning.tokens, config.share) == (6000, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["pretrain=true", "finetuning.tokens=null", "finetuning.epochs=3"],
+            r"finetuning tokens=None epochs=3.0; valid: both in",
+        ),
+        (["pretrain=runs/there"], "pretrain=runs/there has had its budget; valid: pretrain=true"),
+    ],
+)
+def test_budgets_that_cannot_be_split_are_explained(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        compose([*SPLIT, "share=0.5", *overrides])
+
+
+def test_the_whole_train_split_is_no_fraction_of_it():
+    assert compose(["train_fraction=1"]) == compose()
+    assert compose(["train_fraction=0.05"]).train_fraction == 0.05
+
+
+@pytest.mark.parametrize("name", available("study"))
+def test_every_run_of_a_study_composes(name):
+    text = (CONFIGS / "study" / f"{name}.yaml").read_text()
+    assert text.startswith(f"# python train.py -m study={name} ")
+    study = {key: str(values).split(",") for key, values in yaml.safe_load(text).items()}
+    cells = list(itertools.product(*([f"{key}={value}" for value in values] for key, values in study.items())))
+    assert len({repr(compose(["recipe=tiny", *cell])) for cell in cells}) == len(cells) > 1

@@ -149,8 +149,9 @@ def auxiliary_loss(module: nn.Module) -> Tensor:
 def after_step(module: nn.Module) -> None:
     """Lets every block inside `module` apply what it gathered since the last optimiser step (codebooks, features).
 
-    Call it after each `optimizer.step()`; under torch.distributed on every rank.
+    A block none of whose parameters is trained stays as it is. Call it after each `optimizer.step()`; under
+    torch.distributed on every rank.
     """
     for block in module.modules():
-        if isinstance(block, Block):
+        if isinstance(block, Block) and any(parameter.requires_grad for parameter in block.parameters()):
             block.after_step()

@@ -1,5 +1,6 @@
 """Models: an embedding, residual layers of blocks, pooling and a head, built from a `TaskSpec`."""
 
-from .model import ModelConfig, SequenceModel, build_model, task_head
+from .ladder import LadderModel
+from .model import Backbone, ModelConfig, SequenceModel, build_model, task_head
 
-__all__ = ["ModelConfig", "SequenceModel", "build_model", "task_head"]
+__all__ = ["Backbone", "LadderModel", "ModelConfig", "SequenceModel", "build_model", "task_head"]

@@ -12,6 +12,8 @@ from .embedding import Embedding
 from .heads import ClassificationHead, PairHead, PositionHead
 
 HEADS = ("classify", "per_position", "regress")
+INITS = ("structured", "random")
+RANDOM_STD = 0.1
 
 
 @dataclass(kw_only=True)
@@ -30,6 +32,11 @@ class ModelConfig:
     pooling: str = "mean"  # mean, max, last or first
     head: str = "linear"  # linear or mlp
     dropout: float = 0.0  # of residual branches
+    init: str = "structured"  # of parameters: what each module was designed with, or all of them N(0, 0.1²)
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise ValueError(f"model.init={self.init}: valid: {', '.join(INITS)}")
 
 
 class Residual(nn.Module):
@@ -48,8 +55,15 @@ class Residual(nn.Module):
         return x + self.dropout(y)
 
 
+def mlp(d_model: int, hidden: int) -> nn.Sequential:
+    """[..., d_model] -> [..., d_model], one hidden layer."""
+    return nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Linear(hidden, d_model))
+
+
 class Backbone(nn.Module):
     """Embedding, residual layers and a last norm; what pretraining hands over to fine-tuning."""
+
+    frozen = False
 
     def __init__(self, config: ModelConfig, spec: TaskSpec, *, causal: bool) -> None:
         super().__init__()
@@ -61,9 +75,7 @@ class Backbone(nn.Module):
                 block = build_block(d_model=D, causal=causal, **options)
                 self.layers.append(Residual(block, D, config.dropout, mixes=True))
             if config.mlp_ratio:
-                hidden = round(config.mlp_ratio * D)
-                mlp = nn.Sequential(nn.Linear(D, hidden), nn.GELU(), nn.Linear(hidden, D))
-                self.layers.append(Residual(mlp, D, config.dropout, mixes=False))
+                self.layers.append(Residual(mlp(D, round(config.mlp_ratio * D)), D, config.dropout, mixes=False))
         self.norm = nn.LayerNorm(D)
 
     def forward(self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -71,6 +83,25 @@ class Backbone(nn.Module):
         for layer in self.layers:
             x = layer(x, lengths)
         return self.norm(x)
+
+    def layer_outputs(self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None = None) -> list[Tensor]:
+        """What the embedding and then each layer puts out, [B, T, d_model] each, before the last norm."""
+        outputs = [self.embedding(inputs, mask)]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1], lengths))
+        return outputs
+
+    def freeze(self) -> None:
+        """From now on nothing in here moves: no parameter, no codebook or feature (it stays in eval mode), no dropout.
+
+        As inputs are integers, autograd has nothing to record in here either.
+        """
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As of any module, but a frozen one stays in eval mode."""
+        return super().train(mode and not self.frozen)
 
 
 class SequenceModel(nn.Module):
@@ -84,17 +115,21 @@ class SequenceModel(nn.Module):
     Returns: [B, classes], or a score for every position (of 2B sequences, if pairs).
     """
 
-    def __init__(self, backbone: Backbone, head: nn.Module, spec: TaskSpec) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module, *, num_inputs: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.num_inputs = spec.num_inputs
+        self.num_inputs = num_inputs
 
     def forward(self, inputs: Tensor, lengths: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.num_inputs == 2 and lengths.dim() == 2:
             inputs, lengths = inputs.flatten(0, 1), lengths.flatten()
             mask = None if mask is None else mask.flatten(0, 1)
-        return self.head(self.backbone(inputs, lengths, mask), lengths)
+        return self.head(self.features(inputs, lengths, mask), lengths)
+
+    def features(self, inputs: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
+        """What the head reads of sequences: [B, T, d_model]."""
+        return self.backbone(inputs, lengths, mask)
 
 
 def build_model(config: ModelConfig, spec: TaskSpec, *, head: str, causal: bool) -> SequenceModel:
@@ -112,17 +147,25 @@ def build_model(config: ModelConfig, spec: TaskSpec, *, head: str, causal: bool)
     if head not in HEADS:
         raise ValueError(f"head={head!r}; valid: {', '.join(HEADS)}")
     backbone = Backbone(config, spec, causal=causal)
-    if head != "classify":
-        return SequenceModel(backbone, PositionHead(config.d_model, spec, regress=head == "regress"), spec)
-    if spec.num_inputs == 2:
-        return SequenceModel(backbone, PairHead(config.d_model, spec.num_classes, pooling=config.pooling), spec)
-    classifier = ClassificationHead(config.d_model, spec.num_classes, pooling=config.pooling, kind=config.head)
-    return SequenceModel(backbone, classifier, spec)
+    model = SequenceModel(backbone, _head(config, spec, head), num_inputs=spec.num_inputs)
+    if config.init == "random":
+        # Amos, Berant and Gupta 2024, section 3.3; norms too, as in the authors' code.
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=RANDOM_STD)
+    return model
 
 
 def task_head(spec: TaskSpec) -> str:
     """The head that gives the answers a task asks for, as `build_model` names it."""
     return "classify" if spec.answer == "class" else "per_position"
+
+
+def _head(config: ModelConfig, spec: TaskSpec, head: str) -> nn.Module:
+    if head != "classify":
+        return PositionHead(config.d_model, spec, regress=head == "regress")
+    if spec.num_inputs == 2:
+        return PairHead(config.d_model, spec.num_classes, pooling=config.pooling)
+    return ClassificationHead(config.d_model, spec.num_classes, pooling=config.pooling, kind=config.head)
 
 
 def _blocks(config: ModelConfig) -> list[dict[str, Any]]:

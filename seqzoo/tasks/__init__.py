@@ -22,7 +22,7 @@ from . import (
 from .arrays import from_arrays
 from .cache import default_folder
 from .config import TaskConfig
-from .data import Split, Task, epoch_order, stratified
+from .data import Split, Task, epoch_order, nested, stratified
 from .sources import DataError, MissingData
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "build_task",
     "epoch_order",
     "from_arrays",
+    "nested",
     "stratified",
 ]
 

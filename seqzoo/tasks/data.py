@@ -209,9 +209,30 @@ def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
     quota = counts * n // max(N, 1)
     remainder = counts * n - quota * N
     quota[remainder.argsort(descending=True, stable=True)[: n - int(quota.sum())]] += 1
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+    return _first_of_classes(classes, quota, seed)
+
+
+def nested(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Indices of that fraction of each class of `labels` (int64 [N]), at least one; ascending.
+
+    The first of one permutation for each class: what a fraction holds, every larger one holds too. (The shares of
+    `stratified` are exact instead, and a class may lose an example when `n` grows.)
+
+    Raises:
+        ValueError: `fraction` is not above 0 and up to 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"cannot take a fraction of {fraction}; valid: above 0 and up to 1")
+    classes = labels.unique(return_inverse=True)[1]
+    takes = (classes.bincount().double() * fraction).round().clamp(min=1).long()
+    return _first_of_classes(classes, takes, seed)
+
+
+def _first_of_classes(classes: Tensor, takes: Tensor, seed: int) -> Tensor:
+    """The first `takes[c]` examples of each class c in a random order of all (int64 [N] of classes); ascending."""
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
     shuffled = classes[order]
-    chosen = [order[(shuffled == c).nonzero().flatten()[:take]] for c, take in enumerate(quota.tolist())]
+    chosen = [order[(shuffled == c).nonzero().flatten()[:take]] for c, take in enumerate(takes.tolist())]
     return torch.cat(chosen).sort().values
 
 

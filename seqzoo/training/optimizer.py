@@ -1,4 +1,4 @@
-"""AdamW over three groups of parameters: recurrences, those that are never decayed, and the rest."""
+"""AdamW over groups of parameters: recurrences, those never decayed, those with a rate of their own, the rest."""
 
 from __future__ import annotations
 
@@ -18,30 +18,44 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
       "Efficiently Modeling Long Sequences with Structured State Spaces", appendix D).
     - "plain": norms, biases and whatever else has fewer than two dimensions, and what modules name in `undecayed`. No
       decay.
+    - "rate x <factor>": what modules name, with that factor, in their attribute `lr_factors`.
     - "decayed": the rest.
     """
     recurrence, undecayed = (
-        {id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, attribute, ())}
+        {
+            id(parameter)
+            for module in model.modules()
+            for name, parameter in module.named_parameters()
+            if name in getattr(module, attribute, ())
+        }
         for attribute in ("recurrence", "undecayed")
     )
+    own_factors = {
+        id(module.get_parameter(name)): factor
+        for module in model.modules()
+        for name, factor in getattr(module, "lr_factors", {}).items()
+    }
     members: dict[str, list[nn.Parameter]] = {"recurrence": [], "plain": [], "decayed": []}
+    factors = {"recurrence": stage.recurrence_lr_factor}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in recurrence:
             members["recurrence"].append(parameter)
+        elif factor := own_factors.get(id(parameter)):
+            name = f"rate x {factor:g}"
+            factors[name] = factor
+            members.setdefault(name, []).append(parameter)
         else:
             plain = parameter.dim() < 2 or id(parameter) in undecayed
             members["plain" if plain else "decayed"].append(parameter)
-    factors = {"recurrence": stage.recurrence_lr_factor}
-    decays = {"decayed": stage.weight_decay}
     return [
         {
             "name": name,
             "params": params,
             "lr": stage.lr * factors.get(name, 1.0),
             "base_lr": stage.lr * factors.get(name, 1.0),
-            "weight_decay": decays.get(name, 0.0),
+            "weight_decay": 0.0 if name in ("recurrence", "plain") else stage.weight_decay,
         }
         for name, params in members.items()
         if params

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
-from ..models import ModelConfig, build_model, task_head
+from ..models import ModelConfig, SequenceModel, build_model, task_head
 from ..models.size import count_parameters, fit_width, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
-from ..tasks import Split, Task, build_task, stratified
+from ..tasks import Split, Task, build_task, nested, stratified
 from . import provenance
 from .checkpoint import load_weights
 from .evaluation import derive_seed, evaluate
@@ -41,11 +41,12 @@ from .run_folder import (
 from .search import search_lr
 from .tracker import Tracker
 from .transfer import transfer_backbone
+from .tuning import count_trained, tune
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-SUBSET_SEED = 0  # of the examples that n_val and n_test keep: the same in every run
+SUBSET_SEED = 0  # of the examples that n_val, n_test and train_fraction keep: the same in every run
 
 
 def run(config: Config, *, task: Task | None = None, deadline: float | None = None) -> dict[str, Any]:
@@ -114,7 +115,8 @@ def load(run_folder: str | Path) -> nn.Module:
     """
     folder = Path(run_folder)
     spec = read_spec(folder)
-    model = _build_model(read_config(folder), spec, task_head(spec))
+    config = read_config(folder)
+    model = tune(_build_model(config, spec, task_head(spec)), config)
     model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
     return model.eval()
 
@@ -196,16 +198,24 @@ def _train_and_test(
 ) -> dict[str, Any]:
     """Both stages and the test; the content of `result.json`."""
     spec, pretraining = task.spec, None
+    examples = task.train
+    if config.train_fraction is not None:
+        examples = examples.subset(nested(examples.labels, config.train_fraction, SUBSET_SEED))
     val, test = _subset(task.val, config.n_val), _subset(task.test, config.n_test)
     with _blaming(f"model={config.model.name}"):
         sized = _sized(config, spec)
         params = count_parameters(sized, spec, causal=config.causal)
         flops = flops_per_token(sized, spec, causal=config.causal)
+    with _blaming(f"tuning={config.tuning}"):
+        trained = count_trained(sized, spec, config)
     if fabric.is_global_zero:
         print(
             f"{sized.name}: width {sized.d_model}, {params:,} parameters, {flops / 1e6:.3g} MFLOP a token",
             file=sys.stderr,
         )
+        if config.tuning != "full":
+            alone = "" if config.pretrain else "; without pretraining: the backbone stays a random one"
+            print(f"tuning={config.tuning} moves {trained:,} parameters{alone}", file=sys.stderr)
 
     def train(model: nn.Module, objective: Objective, stage: StageConfig, name: str) -> dict[str, Any]:
         if config.compile:
@@ -215,11 +225,11 @@ def _train_and_test(
         shared: dict[str, Any] = {"name": name, "seed": config.seed, "fabric": fabric, "deadline": deadline}
         if config.lr == "search":
             trials = folder / name / "search"
-            stage = replace(stage, lr=search_lr(model, objective, task.train, val, stage, folder=trials, **shared))
+            stage = replace(stage, lr=search_lr(model, objective, examples, val, stage, folder=trials, **shared))
         trainer = Stage(
             model,
             objective,
-            task.train,
+            examples,
             val,
             stage,
             **shared,
@@ -259,6 +269,7 @@ def _train_and_test(
         transfer = transfer_backbone(model, source / "pretrain" / "best.safetensors")
         if fabric.is_global_zero:
             print(f"hand-over from {source}: {transfer}", file=sys.stderr)
+    model = tune(model, config)
     finetuning = train(model, objective, config.finetuning, "finetune")
     tested = evaluate(model, objective, test.to(fabric.device), batch_size=config.finetuning.batch_size, fabric=fabric)
 
@@ -276,6 +287,10 @@ def _train_and_test(
         "recipe": config.recipe,
         "seed": config.seed,
         "params": params,
+        "trained_params": trained,
+        "init": config.model.init,
+        "tuning": config.tuning,
+        "train_fraction": 1.0 if config.train_fraction is None else config.train_fraction,
         "flops_per_token": flops,
         "tokens_seen": {name: stage["tokens_seen"] for name, stage in stages.items()},
         "token_budget": {name: stage["token_budget"] for name, stage in stages.items()},
@@ -325,7 +340,7 @@ def _sized(config: Config, spec: TaskSpec) -> ModelConfig:
     return fit_width(config.model, spec, config.size, causal=config.causal)
 
 
-def _build_model(config: Config, spec: TaskSpec, head: str) -> nn.Module:
+def _build_model(config: Config, spec: TaskSpec, head: str) -> SequenceModel:
     torch.manual_seed(derive_seed(config.seed))
     with _blaming(f"model={config.model.name}"):
         return build_model(_sized(config, spec), spec, head=head, causal=config.causal)

@@ -29,7 +29,10 @@ WITHOUT_EFFECT = (
     *("budget", "launcher"),
 )
 OF_PRETRAINING = ("objective", "pixel_loss", "pretraining")
-OF_FINE_TUNING = ("finetuning", "pretrain", "recipe", "n_test", "model.pooling", "model.head")
+OF_FINE_TUNING = (
+    *("finetuning", "tuning", "lora", "ladder", "pretrain", "recipe", "n_test"),
+    *("model.pooling", "model.head"),
+)
 # The head of a classifier and dropout are fine-tuning's own business.
 MAY_DIFFER = ("model.pooling", "model.head", "model.dropout", "task.workers")
 
@@ -151,7 +154,7 @@ def reusable_pretraining(config: Config, spec: TaskSpec) -> dict[str, Any]:
     """
     folder = Path(config.pretrain)
     there, here = read_config(folder), config
-    for key in ("causal", "objective", "size", "model", "task"):
+    for key in ("causal", "objective", "size", "train_fraction", "model", "task"):
         for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):
             if name not in MAY_DIFFER:
                 raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
@@ -179,7 +182,11 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     shaping = to_dict(config)
     if isinstance(config.pretrain, str):
         shaping["pretrain"] = Path(config.pretrain).name
-    for key in (*WITHOUT_EFFECT, *without):
+    unused = [name for name in ("lora", "ladder") if name != config.tuning]
+    # What they were before there was a choice counts as a key that is not there, see below.
+    unused += ["tuning"] if config.tuning == "full" else []
+    unused += ["model.init"] if config.model.init == "structured" else []
+    for key in (*WITHOUT_EFFECT, *unused, *without):
         _drop(shaping, key)
     if task is not None:
         shaping["task"] = {"spec": asdict(task.spec), "data": _fingerprint(task)}
@@ -194,7 +201,7 @@ def _drop(values: dict[str, Any], key: str) -> None:
     *path, last = key.split(".")
     for part in path:
         values = values[part]
-    values.pop(last)
+    values.pop(last, None)
 
 
 def _without_none(values: Any) -> Any:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from seqzoo.blocks import BLOCKS
 from seqzoo.models import ModelConfig, build_model
 from seqzoo.models.embedding import sinusoids
 from seqzoo.models.heads import pool
@@ -143,3 +144,47 @@ def test_errors_say_what_is_valid():
     positioned = build_model(config(position="learned"), TOKENS, head="classify", causal=False)
     with pytest.raises(ValueError, match="absolute positions are valid up to 32"):
         positioned(torch.full((1, 33), 2), torch.tensor([33]))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_weights_are_normal_in_every_parameter_and_no_buffer(block):
+    models = {}
+    for init in ("structured", "random"):
+        torch.manual_seed(0)
+        models[init] = build_model(
+            config(d_model=64, block={"name": block}, init=init), TOKENS, head="classify", causal=False
+        )
+    everything = torch.cat([parameter.detach().flatten() for parameter in models["random"].parameters()])
+    assert abs(everything.mean()) < 0.003
+    assert everything.std() == pytest.approx(0.1, rel=0.03)
+    norm = models["random"].backbone.norm.weight.detach()
+    assert norm.std() == pytest.approx(0.1, rel=0.3)
+    for (name, ours), designed in zip(models["random"].named_buffers(), models["structured"].buffers(), strict=True):
+        assert torch.equal(ours, designed), name
+    scores = models["random"](inputs(TOKENS), torch.full((4,), 20))
+    assert scores.isfinite().all()
+
+
+def test_unknown_weights_say_what_is_valid():
+    with pytest.raises(ValueError, match=r"model.init=zeros: valid: structured, random"):
+        config(init="zeros")
+
+
+def test_layer_outputs_end_in_what_the_backbone_norms():
+    backbone = build_model(config(mlp_ratio=2), TOKENS, head="classify", causal=False).backbone
+    lengths = torch.tensor([20, 3, 7, 12])
+    outputs = backbone.layer_outputs(inputs(TOKENS), lengths)
+    assert len(outputs) == 1 + len(backbone.layers)
+    assert torch.equal(backbone.norm(outputs[-1]), backbone(inputs(TOKENS), lengths))
+
+
+def test_a_frozen_backbone_stays_in_eval_mode():
+    model = build_model(config(dropout=0.5), TOKENS, head="classify", causal=False)
+    model.backbone.freeze()
+    model.train()
+    assert model.head.training
+    assert not any(module.training for module in model.backbone.modules())
+    x, lengths = inputs(TOKENS), torch.full((4,), 20)
+    features = model.backbone(x, lengths)
+    assert not features.requires_grad
+    assert torch.equal(features, model.backbone(x, lengths))

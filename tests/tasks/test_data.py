@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from seqzoo.spec import IGNORED, TaskSpec
-from seqzoo.tasks import Split, Task, epoch_order, stratified
+from seqzoo.tasks import Split, Task, epoch_order, nested, stratified
 
 
 def make_split(lengths, *, kind="tokens", channels=1, num_inputs=1, max_length=80, pad_id=7) -> tuple[Split, list]:
@@ -168,6 +168,30 @@ def test_stratified_takes_exactly_n(n):
 def test_stratified_cannot_take_more_than_there_are():
     with pytest.raises(ValueError, match="cannot take 4 of 3"):
         stratified(torch.tensor([0, 1, 0]), 4, seed=0)
+
+
+FRACTIONS = [0.005, 0.01, 0.05, 0.1, 0.3, 0.31, 0.32, 0.5, 1]
+
+
+def test_smaller_fractions_lie_inside_larger_ones():
+    labels = torch.arange(1000) % 7 % 4  # uneven classes, in whose largest remainders `stratified` would take turns
+    before: set[int] = set()
+    for fraction in FRACTIONS:
+        chosen = nested(labels, fraction, seed=0)
+        assert torch.equal(chosen, chosen.unique())
+        assert before <= set(chosen.tolist())
+        before = set(chosen.tolist())
+        for size, taken in zip(labels.bincount().tolist(), labels[chosen].bincount().tolist(), strict=True):
+            assert taken == max(1, round(size * fraction))
+    assert len(before) == 1000
+    assert torch.equal(nested(labels, 0.1, seed=0), nested(labels, 0.1, seed=0))
+    assert not torch.equal(nested(labels, 0.1, seed=0), nested(labels, 0.1, seed=1))
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.1])
+def test_a_fraction_is_of_something(fraction):
+    with pytest.raises(ValueError, match=f"a fraction of {fraction}; valid: above 0 and up to 1"):
+        nested(torch.tensor([0, 1]), fraction, seed=0)
 
 
 def test_epoch_order_is_a_function_of_seed_and_epoch():

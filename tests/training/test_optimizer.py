@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -60,6 +61,19 @@ def test_frozen_parameters_are_left_out():
     net = model()
     net[0].requires_grad_(False)
     assert names_by_group(net, StageConfig(epochs=1))["decayed"] == {"3.weight"}
+
+
+class Scaled(nn.Linear):
+    lr_factors: ClassVar = {"weight": 16.0}
+
+
+def test_a_module_may_ask_for_a_rate_of_its_own():
+    net = nn.Sequential(Scaled(3, 3), nn.Linear(3, 2))
+    groups = {group["name"]: group for group in parameter_groups(net, StageConfig(epochs=1, lr=0.01, weight_decay=0.1))}
+    assert groups["rate x 16"]["params"] == [net[0].weight]
+    assert groups["rate x 16"]["lr"] == groups["rate x 16"]["base_lr"] == pytest.approx(0.16)
+    assert groups["rate x 16"]["weight_decay"] == 0.1
+    assert groups["decayed"]["params"] == [net[1].weight]
 
 
 def test_set_lr_scales_base_rates():

@@ -10,8 +10,10 @@ import torch
 from tiny_runs import tiny_config, toy_task
 from wandb_log import read_run
 
-from seqzoo.config import ConfigError, WandbConfig
+from seqzoo.config import ConfigError, LadderConfig, LoraConfig, WandbConfig, compose
+from seqzoo.tasks import nested
 from seqzoo.training import TrainingError, evaluate_run, load, run
+from seqzoo.training.loop import Stage
 from seqzoo.training.run_folder import read_config, run_name
 from seqzoo.training.tracker import Tracker, wandb_mode
 
@@ -39,6 +41,8 @@ def test_the_result_holds_what_a_comparison_needs(pretrained, task):
     }
     assert written["pretrain_run"] is None
     assert (written["recipe"], written["seed"], written["n_test"]) == ("tiny", 0, 10)
+    assert (written["train_fraction"], written["tuning"], written["init"]) == (1.0, "full", "structured")
+    assert written["trained_params"] == written["params"]
     assert written["majority"] == 0.5
     assert written["token_budget"] == {"pretrain": 2400, "finetune": 2400}
     for tokens in written["tokens_seen"].values():
@@ -126,6 +130,8 @@ def test_pretraining_is_reused(pretrained, task, tmp_path):
         ({"objective": "causal"}, "objective is masked there and causal here"),
         ({"causal": True}, "causal is False there and True here"),
         ({"model": {"d_model": 32}}, "model.d_model is 16 there and 32 here"),
+        ({"model": {"init": "random"}}, "model.init is structured there and random here"),
+        ({"train_fraction": 0.5}, "train_fraction is None there and 0.5 here"),
     ],
 )
 def test_pretraining_of_another_kind_is_refused(pretrained, task, tmp_path, changes, key):
@@ -146,8 +152,6 @@ def test_pretraining_needs_a_run_that_has_some(task, tmp_path):
 def test_an_unfinished_run_continues_with_its_second_stage(task, tmp_path, monkeypatch):
     config = tiny_config(tmp_path / "cut", pretrain=True)
     expected = run(replace(config, runs_dir=str(tmp_path / "whole")), task=task)
-    from seqzoo.training.loop import Stage
-
     train = Stage.run
 
     def fail_in_fine_tuning(stage):
@@ -183,6 +187,71 @@ def test_names_say_what_shapes_the_result(task, tmp_path):
     assert run_name(config).startswith("lra_text-transformer-tiny-none-s0-")
     pretraining = tiny_config(tmp_path, pretrain=True)
     assert run_name(pretraining) != run_name(tiny_config(tmp_path, pretrain=True, pretraining={"lr": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("model=lru task=lra_listops recipe=tiny", "lra_listops-lru-tiny-none-s0-2baba7f4"),
+        ("model=lru task=lra_text recipe=small pretrain=true", "lra_text-lru-small-masked-s0-00608e22"),
+        (
+            "model=vq_transformer task=lra_image size=params:1M "
+            "pretrain=runs/lra_image-vq_transformer-paper-masked-s0-01234567",
+            "lra_image-vq_transformer-paper-masked-s0-79088343",
+        ),
+    ],
+)
+def test_names_stay_as_they_were_in_version_0_1(overrides, name):
+    assert run_name(compose(overrides.split())) == name
+
+
+def test_names_tell_studies_apart(tmp_path):
+    plain = run_name(tiny_config(tmp_path, pretrain=True))
+    changes = (
+        {"tuning": "head"},
+        {"tuning": "lora"},
+        {"tuning": "lora", "lora": LoraConfig(rank=4)},
+        {"tuning": "ladder"},
+        {"tuning": "ladder", "ladder": LadderConfig(reduction=4)},
+        {"model": {"init": "random"}},
+        {"train_fraction": 0.1},
+    )
+    names = [run_name(tiny_config(tmp_path, pretrain=True, **change)) for change in changes]
+    assert len({plain, *names}) == 1 + len(changes)
+    unused = {"lora": LoraConfig(rank=4), "ladder": LadderConfig(reduction=4)}
+    assert run_name(tiny_config(tmp_path, pretrain=True, **unused)) == plain
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("pretrain=true share=0", "pretrain=false finetuning.tokens=6000000"),
+        ("pretrain=true share=0.5", "pretrain=true pretraining.tokens=3000000 finetuning.tokens=3000000"),
+        ("train_fraction=1", ""),
+    ],
+)
+def test_the_same_run_has_one_folder_however_it_is_asked_for(one, other):
+    first, second = (compose(["model=lru", "recipe=tiny", *overrides.split()]) for overrides in (one, other))
+    assert run_name(first) == run_name(second)
+
+
+def test_a_fraction_of_the_train_split_serves_both_stages(task, tmp_path, monkeypatch):
+    seen = []
+    train = Stage.run
+    monkeypatch.setattr(Stage, "run", lambda stage: (seen.append((stage.train, stage.val)), train(stage))[1])
+    epochs = {"epochs": 2}
+    result = run(
+        tiny_config(tmp_path, pretrain=True, train_fraction=0.5, pretraining=epochs, finetuning=epochs), task=task
+    )
+    half = task.train.subset(nested(task.train.labels, 0.5, 0))
+    for given, val in seen:
+        assert torch.equal(given.values, half.values)
+        assert torch.equal(given.labels, half.labels)
+        assert len(val) == len(task.val)
+    assert len(half) == pytest.approx(len(task.train) / 2, abs=1)
+    assert result["train_fraction"] == 0.5
+    assert result["n_test"] == len(task.test)
+    assert result["token_budget"] == dict.fromkeys(("pretrain", "finetune"), 2 * int(half.lengths.sum()))
 
 
 def test_the_configuration_comes_back(pretrained):
