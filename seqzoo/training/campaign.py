@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config import CONFIGS, Config, ConfigError, compose, seconds
 from ..messages import unknown
@@ -187,5 +188,5 @@ def _with_study(overrides: Sequence[str]) -> list[str]:
         raise ConfigError(unknown("study", named[-1], sorted(studies)))
     given = [override for override in overrides if not override.startswith(STUDY)]
     keys = {override.partition("=")[0] for override in given}
-    study = OmegaConf.load(studies[named[-1]])
-    return [*(f"{key!s}={value}" for key, value in study.items() if str(key) not in keys), *given]
+    study: Any = OmegaConf.to_container(OmegaConf.load(studies[named[-1]]))
+    return [*(f"{key}={value}" for key, value in study.items() if key not in keys), *given]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import tiny_config, toy_task
 
-from seqzoo.config import ConfigError, compose
+from seqzoo.config import CONFIGS, ConfigError, compose
 from seqzoo.training import run
 from seqzoo.training.campaign import expand, plan
 from seqzoo.training.cli import main
@@ -159,6 +159,21 @@ def test_studies_stand_for_sweeps(tmp_path, monkeypatch):
     assert expand(["study=sizes", "size=params:70k"]) == expand([sweep[1], "size=params:70k"])
     with pytest.raises(ConfigError, match=r"no study 'size'.*valid: sizes"):
         expand(["study=size"])
+
+
+@pytest.mark.parametrize("study", sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml")))
+def test_every_study_can_be_run(study):
+    cells, failed = plan(expand([f"study={study}", "task=lra_text", "recipe=tiny"]))
+    assert not failed
+    assert len(cells) >= 3
+    assert any(cell.config.pretrain for cell in cells)
+
+
+def test_half_of_a_budget_is_its_own_scratch_partner():
+    cells, _ = plan(expand(["study=budget", "task=lra_text", "model=lru", "recipe=tiny"]))
+    budgets = [(cell.config.pretrain, cell.config.finetuning.tokens) for cell in cells]
+    for pretrained, tokens in budgets:
+        assert not pretrained or (False, 2 * tokens) in budgets
 
 
 @pytest.mark.slow
