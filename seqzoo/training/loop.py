@@ -21,6 +21,7 @@ from .compilation import compile_model
 from .diagnosis import first_nonfinite
 from .errors import Interrupted, TrainingError
 from .evaluation import derive_seed, evaluate, means, module_metrics
+from .guard import Guard
 from .interrupt import interruption
 from .optimizer import build_optimizer, set_lr
 from .peak import matmul_flops_per_second
@@ -59,9 +60,9 @@ class Stage:
     from nothing else, so that continuing from a checkpoint is exact. Batches are cut from the endless row of epochs,
     so all are full, and those of one step do not depend on how many devices share them.
 
-    Nothing in a step waits for the device. A loss or a gradient that is not finite keeps the optimiser from moving,
-    then and ever after, and is read when the loop next looks: after every step on a CPU, every `READ_EVERY` on a GPU,
-    and before each line of metrics, validation and checkpoint.
+    Nothing in a step waits for the device. How it fares is read after every step on a CPU, after every `READ_EVERY` on
+    a GPU, and before each line of metrics, validation and checkpoint; till then a `Guard` keeps failures from the
+    weights.
 
     Args:
         name: "pretrain" or "finetune".
@@ -117,8 +118,8 @@ class Stage:
 
         self.state = State()
         self.window: dict[str, Tensor] = {}  # sums of the training metrics since their last line, on the device
-        self.failed = torch.full((), math.inf, dtype=torch.float64, device=fabric.device)  # the first step that did
         optimizer = build_optimizer(self.model, stage)
+        self.guard = Guard(optimizer, fabric.device)
         if checkpoint := load_last(folder / "last"):
             weights, state = checkpoint
             self.model.load_state_dict(weights)
@@ -194,10 +195,7 @@ class Stage:
         loss = self.differentiate()
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-        failing = torch.full_like(self.failed, state.step + 1)
-        self.failed = torch.minimum(self.failed, failing.masked_fill(torch.isfinite(loss + norm), math.inf))
-        # What a scaler of gradients would tell it too: fused optimisers do not move where this is 1.
-        self.optimizer.optimizer.found_inf = torch.isfinite(self.failed).float()
+        self.guard.watch(state.step + 1, torch.isfinite(loss + norm))
         if config.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
         self.optimizer.step()
@@ -226,8 +224,8 @@ class Stage:
             TrainingError: a step failed.
         """
         state = self.state
-        going = torch.full_like(self.failed, 0.0 if self.must_stop() else 1.0)
-        earliest = self.fabric.all_reduce(torch.stack((self.failed, going)), reduce_op="min")
+        going = torch.full_like(self.guard.failed, 0.0 if self.must_stop() else 1.0)
+        earliest = self.fabric.all_reduce(torch.stack((self.guard.failed, going)), reduce_op="min")
         failed, all_going = cast(Tensor, earliest).tolist()
         now = time.monotonic()
         state.training_seconds += now - self.timed
