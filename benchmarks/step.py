@@ -1,20 +1,27 @@
-"""How much of a training step is spent inside the model, at the sizes of the Image task, on this machine.
+"""A training step on this machine: its time, tokens a second, model-flops utilisation, and the model's share of it.
 
-    python benchmarks/step.py                      some ten minutes on two CPU cores: recipes tiny and paper, two models
-    python benchmarks/step.py --recipes tiny       a minute
+    python benchmarks/step.py                      on a GPU: all models at recipe short, in every form; many minutes
+                                                   on a CPU: recipes tiny and paper, two models; some ten minutes
+    python benchmarks/step.py --recipes tiny       a minute on a CPU
     python benchmarks/step.py --out results/step   writes step.json there too
 
-Stages run as `train.py` runs them, on random images of 1,024 pixels: what a batch holds does not change what it costs.
-A metrics line is written after every step, as often as in the shortest of runs. The model's time is its forward pass
-and its backward pass, from the gradient of its output to the last gradient of a parameter; feeding data, loss,
-clipping, checks and metrics are the rest. Recipe paper takes `--paper-batch` examples, so that all but the model weighs
-more than in training. Where other work shares the cores, OMP_NUM_THREADS=1: threads that wait for each other count too.
+Stages run as `train.py` runs them, on random sequences of full length: what a batch holds does not change what it
+costs. A form is a precision and how the model runs: eager, compiled as `compile=true` does it, or compiled in one of
+`torch.compile`'s modes. A form that fails is a line that says so.
+
+The model's time is its forward pass and its backward pass, from the gradient of its output to the last gradient of a
+parameter, by the device's own clock; feeding data, loss, clipping, checks and metrics are the rest. On a CPU a metrics
+line is written after every step, as often as in the shortest of runs. There, recipe paper takes `--paper-batch`
+examples, so that all but the model weighs more than in training. Where other work shares the cores, OMP_NUM_THREADS=1:
+threads that wait for each other count too.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import tempfile
 import time
 from collections import defaultdict
@@ -26,140 +33,214 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seqzoo.config import Config, compose, to_dict
+from seqzoo.config import Config, available, compose, to_dict
 from seqzoo.models import build_model
-from seqzoo.objectives import build_objective
+from seqzoo.models.size import flops_per_token
+from seqzoo.objectives import Measure, Objective, build_objective
+from seqzoo.spec import Batch
 from seqzoo.tasks import Task, from_arrays
 from seqzoo.training import provenance
-from seqzoo.training.loop import Stage
+from seqzoo.training.compilation import compile_model
+from seqzoo.training.loop import READ_EVERY, Stage
 from seqzoo.training.memory import keep_freed_memory
 from seqzoo.training.run import build_fabric
 from seqzoo.training.tracker import Tracker
 
 WARMUP = 3  # steps, in which kernels are compiled and memory is first touched
+IDS = {"lra_listops": 16, "lra_text": 200, "lra_retrieval": 200}  # tasks of tokens; the others are of pixels
+MODES = ("reduce-overhead", "max-autotune-no-cudagraphs")
+FORMS = {"cpu": "fp32-eager", "cuda": "fp32-eager,fp32-compiled,bf16-eager,bf16-compiled,bf16-reduce-overhead"}
+DEFAULTS = {
+    "cpu": {"models": "lru,linear_transformer", "tasks": "lra_image", "recipes": "tiny,paper"},
+    "cuda": {"models": ",".join(available("model")), "tasks": "lra_image,lra_text", "recipes": "short"},
+}
+
+
+class Stopwatch:
+    """Adds up seconds by part, on a GPU those between events in its queue, which nobody has to wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+
+    def now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, part: str, start: Any) -> None:
+        self.spans[part].append((start, self.now()))
+
+    def seconds(self, part: str) -> float:
+        if self.on_gpu:
+            return sum(start.elapsed_time(end) for start, end in self.spans[part]) / 1e3
+        return sum(end - start for start, end in self.spans[part])
+
+
+class TimedObjective:
+    """An objective that notes when its model begins and ends, and when the gradient of its output is there."""
+
+    def __init__(self, objective: Objective, watch: Stopwatch) -> None:
+        self.objective, self.watch = objective, watch
+        self.head, self.monitor, self.maximise = objective.head, objective.monitor, objective.maximise
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        def timed(*inputs: Tensor) -> Tensor:
+            start = self.watch.now()
+            output = model(*inputs)
+            if output.requires_grad:
+                self.watch.add("forward", start)
+                output.register_hook(lambda _: self.begin_backward())
+            return output
+
+        return self.objective(timed, batch, seed=seed)  # type: ignore[arg-type]
+
+    def begin_backward(self) -> None:
+        self.began = self.watch.now()
 
 
 class TimedStage(Stage):
-    """A stage that adds up the seconds of its steps after `WARMUP`, and of the model and the optimiser in them."""
+    """A stage that measures its steps after `WARMUP`, and the model and the optimiser in them."""
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        super().__init__(model, *args, **kwargs)
-        model.register_forward_pre_hook(lambda *_: self.begin())
-        model.register_forward_hook(lambda _, __, output: self.end_forward(output))
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda _: self.note_gradient())
-        self.optimizer.optimizer.register_step_pre_hook(lambda *_: self.begin())
-        self.optimizer.optimizer.register_step_post_hook(lambda *_: self.end("optimiser"))
+    def __init__(self, model: nn.Module, objective: Objective, *args: Any, fabric: Any, **kwargs: Any) -> None:
+        self.watch = Stopwatch(fabric.device)
+        self.timed_objective = TimedObjective(objective, self.watch)
+        super().__init__(model, self.timed_objective, *args, fabric=fabric, **kwargs)
+        self.log_every = READ_EVERY if self.watch.on_gpu else 1
+        self.save_after = math.inf
+        self.optimizer.optimizer.register_step_pre_hook(lambda *_: self.begin_optimiser())
+        self.optimizer.optimizer.register_step_post_hook(lambda *_: self.watch.add("optimiser", self.optimising))
 
-    def begin(self) -> None:
-        self.began = self.noted = time.perf_counter()
+    def begin_optimiser(self) -> None:
+        self.optimising = self.watch.now()
 
-    def end(self, part: str) -> None:
-        self.seconds[part] += time.perf_counter() - self.began
+    def differentiate(self) -> Tensor:
+        loss = super().differentiate()
+        self.watch.add("backward", self.timed_objective.began)
+        return loss
 
-    def end_forward(self, output: Tensor) -> None:
-        self.end("forward")
-        if output.requires_grad:
-            output.register_hook(lambda _: self.begin())
-
-    def note_gradient(self) -> None:
-        now = time.perf_counter()
-        self.seconds["backward"] += now - self.noted
-        self.noted = now
-
-    def take_step(self) -> bool:
+    def take_step(self) -> None:
         if self.state.step == WARMUP:
-            self.seconds.clear()
-        start = time.perf_counter()
-        interrupted = super().take_step()
-        self.seconds["step"] += time.perf_counter() - start
-        return interrupted
-
-    def log_training(self) -> dict[str, float]:
-        start = time.perf_counter()
-        metrics = super().log_training()
-        self.seconds["step"] += time.perf_counter() - start
-        return metrics
+            self.wait()
+            self.watch.spans.clear()
+            self.began = time.perf_counter()
+        super().take_step()
 
     def validate(self) -> dict[str, float]:
-        seconds, self.seconds = self.seconds, defaultdict(float)  # its forward passes are no part of a step
-        metrics = super().validate()
-        self.seconds = seconds
-        return metrics
+        self.wait()
+        self.wall = time.perf_counter() - self.began
+        return super().validate()
 
 
-def measure(config: Config, task: Task, name: str, steps: int) -> dict[str, float]:
-    """Milliseconds of a step of stage `name` and of its parts, means over `steps` steps, and the model's share."""
+def measure(config: Config, task: Task, name: str, form: str, steps: int) -> dict[str, float | None]:
+    """Milliseconds of a step of stage `name` and of its parts, means over `steps` steps; the model's share, tokens a
+    second, and the utilisation that they come to."""
     pretrain = name == "pretrain"
-    objective_name = config.objective if pretrain else "task"
-    objective = build_objective(objective_name, task.spec, pixel_loss=config.pixel_loss)
+    objective = build_objective(config.objective if pretrain else "task", task.spec, pixel_loss=config.pixel_loss)
     stage = config.pretraining if pretrain else config.finetuning
-    tokens = (WARMUP + steps) * stage.batch_size * task.spec.max_length
+    tokens_per_step = stage.batch_size * stage.accumulate * task.spec.max_length * task.spec.num_inputs
     torch.manual_seed(config.seed)
+    model = build_model(config.model, task.spec, head=objective.head, causal=config.causal)
+    if form != "eager":
+        compile_model(model)
+    if form in MODES:
+        model.compile(dynamic=False, mode=form)
     with tempfile.TemporaryDirectory() as folder:
         trainer = TimedStage(
-            build_model(config.model, task.spec, head=objective.head, causal=config.causal),
+            model,
             objective,
             task.train,
             task.val,
-            replace(stage, tokens=tokens, epochs=None, evaluations=1),
+            replace(stage, tokens=(WARMUP + steps) * tokens_per_step, epochs=None, evaluations=1),
             name=name,
             seed=config.seed,
             folder=Path(folder),
             fabric=build_fabric(config),
             tracker=Tracker(Path(folder), to_dict(config), group="", wandb=config.wandb),
+            flops_per_token=flops_per_token(config.model, task.spec, causal=config.causal, head=objective.head),
         )
         trainer.run()
-    ms = {part: 1e3 * seconds / steps for part, seconds in trainer.seconds.items()}
-    model = ms["forward"] + ms["backward"]
-    return {**ms, "rest": ms["step"] - model - ms["optimiser"], "model_share": model / ms["step"]}
+    ms = {part: 1e3 * trainer.watch.seconds(part) / steps for part in ("forward", "backward", "optimiser")}
+    step = 1e3 * trainer.wall / steps
+    busy = ms["forward"] + ms["backward"]
+    speed = 1e3 * tokens_per_step / step
+    return {
+        "step": step,
+        **ms,
+        "rest": step - busy - ms["optimiser"],
+        "model_share": busy / step,
+        "tokens_per_second": speed,
+        "mfu": trainer.utilisation(speed),
+    }
 
 
-def random_images(n: int) -> Task:
-    """What the Image task is to a model, 1,024 grey pixels and ten classes, drawn at random."""
-    images, labels = list(np.random.default_rng(0).integers(0, 256, (n, 1024))), [i % 10 for i in range(n)]
-    examples = (images[:10], labels[:10])
+def random_task(config: Config, n: int) -> Task:
+    """What the configuration's task is to a model, drawn at random: ids or grey pixels, ten classes, full length."""
+    name, T = config.task.name, config.task.max_length
+    num_inputs = 2 if name == "lra_retrieval" else 1
+    drawn = np.random.default_rng(0).integers(0, IDS.get(name, 256), (n, *((2,) if num_inputs == 2 else ()), T))
+    inputs, labels = list(drawn), [i % 10 for i in range(n)]
     return from_arrays(
-        "image", kind="pixels", inputs=images, labels=labels, val=examples, test=examples, mask_ratio=0.5
+        name,
+        kind="tokens" if name in IDS else "pixels",
+        inputs=inputs,
+        labels=labels,
+        val=(inputs[:10], labels[:10]),
+        test=(inputs[:10], labels[:10]),
+        num_inputs=num_inputs,
+        mask_ratio=config.task.mask_ratio,
     )
 
 
 def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="lru,linear_transformer")
-    parser.add_argument("--recipes", default="tiny,paper")
-    parser.add_argument("--steps", type=int, default=10)
+    for option, default in DEFAULTS[device].items():
+        parser.add_argument(f"--{option}", default=default)
+    parser.add_argument("--forms", default=FORMS[device])
+    parser.add_argument("--steps", type=int, default=10 if device == "cpu" else 48)
     parser.add_argument("--paper-batch", type=int, default=8)
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     keep_freed_memory()
-    task = random_images(100)
 
     rows: list[dict[str, Any]] = []
-    for recipe in options.recipes.split(","):
-        for model in options.models.split(","):
-            batch = [f"{stage}.batch_size={options.paper_batch}" for stage in ("pretraining", "finetuning")]
-            config = compose(
-                [f"model={model}", "task=lra_image", f"recipe={recipe}", "device=cpu", "wandb.mode=disabled"]
-                + (batch if recipe == "paper" else [])
-            )
-            for stage in ("pretrain", "finetune"):
-                ms = measure(config, task, stage, options.steps)
-                batch_size = (config.pretraining if stage == "pretrain" else config.finetuning).batch_size
-                rows.append({"recipe": recipe, "model": model, "stage": stage, "batch": batch_size, **ms})
-                print(
-                    f"{recipe:<6}{model:<20}{stage:<9} batch {batch_size:<3}{ms['step']:>9.1f} ms a step: forward "
-                    f"{ms['forward']:.1f}, backward {ms['backward']:.1f}, optimiser {ms['optimiser']:.1f}, "
-                    f"rest {ms['rest']:.1f}; model {ms['model_share']:.1%}",
-                    flush=True,
-                )
+    choices = (options.recipes, options.tasks, options.models, options.forms, "pretrain,finetune")
+    for recipe, task_name, model, form, name in itertools.product(*(choice.split(",") for choice in choices)):
+        precision, _, way = form.partition("-")
+        changes = ["wandb.mode=disabled", f"precision={precision}"]
+        if recipe == "paper" and device == "cpu":
+            changes += [f"{stage}.batch_size={options.paper_batch}" for stage in ("pretraining", "finetuning")]
+        config = compose([f"model={model}", f"task={task_name}", f"recipe={recipe}", *changes])
+        batch_size = (config.pretraining if name == "pretrain" else config.finetuning).batch_size
+        setting = {"recipe": recipe, "task": task_name, "model": model, "form": form, "stage": name}
+        row: dict[str, Any] = {**setting, "batch": batch_size}
+        try:
+            row |= measure(config, random_task(config, 100), name, way, options.steps)
+        except Exception as error:  # such as memory that is not enough: the other forms still count
+            row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        rows.append(row)
+        print(line(row), flush=True)
     if options.out is None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    setting = {"T": 1024, "dtype": "float32", "steps": options.steps, "unit": "ms, mean of a step"}
-    record = {**provenance.of_benchmark(setting), "rows": rows}
+    measured = {"steps": options.steps, "unit": "ms, mean of a step"}
+    record = {**provenance.of_benchmark(measured), **provenance.made_with(torch.device(device), 1), "rows": rows}
     (options.out / "step.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def line(row: dict[str, Any]) -> str:
+    head = f"{row['recipe']:<6}{row['task']:<16}{row['model']:<20}{row['form']:<21}{row['stage']:<9}"
+    head += f"batch {row['batch']:<3}"
+    if "error" in row:
+        return f"{head} {row['error']}"
+    return (
+        f"{head}{row['step']:>9.1f} ms a step: forward {row['forward']:.1f}, backward {row['backward']:.1f}, optimiser "
+        f"{row['optimiser']:.1f}, rest {row['rest']:.1f}; model {row['model_share']:.1%}; "
+        f"{row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.1%}"
+    )
 
 
 if __name__ == "__main__":

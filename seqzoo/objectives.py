@@ -5,11 +5,15 @@ zero and a flag (pixels), and asks for what stood there (Amos, Berant and Gupta 
 positions only). Causal self-pretraining asks every position for the next one. Padding is never asked for.
 
 What a task itself asks for is a class, an answer at some positions, or the next position.
+
+On a CPU the positions that are asked are picked out before they are scored. A GPU would be waited for, to know how many
+they are: there, all are scored, and the others left out of the sums.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -54,8 +58,7 @@ class Positions:
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         assert batch.targets is not None
-        asked = batch.targets != IGNORED
-        return _cross_entropy(model(batch.inputs, batch.lengths)[asked], batch.targets[asked])
+        return _cross_entropy(model(batch.inputs, batch.lengths), batch.targets, batch.targets != IGNORED)
 
 
 class _SelfPretraining:
@@ -68,24 +71,26 @@ class _SelfPretraining:
         self.head = "regress" if regress else "per_position"
         self.spec = spec
 
-    def measure(self, answers: Tensor, truth: Tensor) -> Measure:
-        """Scores or values [n, ...] against the inputs [n] or [n, channels] they are for."""
+    def measure(self, answers: Tensor, truth: Tensor, asked: Tensor) -> Measure:
+        """Scores or values [B, T, ...] against the inputs [B, T] or [B, T, channels] where `asked` [B, T]."""
         if self.head == "regress":
-            return _absolute_error(answers, truth, self.spec)
-        return _cross_entropy(answers, truth.long())
+            return _absolute_error(answers, truth, asked, self.spec)
+        return _cross_entropy(answers, truth, asked)
 
 
 class Masked(_SelfPretraining):
-    """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones."""
+    """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones.
+
+    They are drawn on the device of the batch: CPUs agree with each other, and GPUs do, but not one with the other.
+    """
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
         valid = valid_positions(lengths, inputs.shape[1])
-        draw = torch.rand(valid.shape, generator=torch.Generator().manual_seed(seed)).to(valid.device)
-        mask = valid & (draw < self.spec.mask_ratio)
+        mask = valid & (_uniform(valid.shape, seed, valid.device) < self.spec.mask_ratio)
         # One position at least, whatever was drawn: a mean over none is not a number.
         mask[:, 0] |= ~mask.any()
-        return self.measure(model(inputs, lengths, mask)[mask], inputs[mask])
+        return self.measure(model(inputs, lengths, mask), inputs, mask)
 
 
 class Causal(_SelfPretraining):
@@ -94,7 +99,7 @@ class Causal(_SelfPretraining):
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
         asked = valid_positions(lengths, inputs.shape[1])[:, 1:]
-        return self.measure(model(inputs, lengths)[:, :-1][asked], inputs[:, 1:][asked])
+        return self.measure(model(inputs, lengths)[:, :-1], inputs[:, 1:], asked)
 
 
 class LanguageModelling(Causal):
@@ -144,18 +149,42 @@ def _sequences(batch: Batch, spec: TaskSpec) -> tuple[Tensor, Tensor]:
     return batch.inputs, batch.lengths
 
 
-def _cross_entropy(scores: Tensor, targets: Tensor) -> Measure:
-    """`scores` [..., classes] against `targets` [...]."""
-    scores, targets = scores.flatten(0, -2).float(), targets.flatten()
-    loss = F.cross_entropy(scores, targets)
-    count = torch.tensor(float(len(targets)), dtype=torch.float64, device=scores.device)
+def _uniform(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+
+
+def _cross_entropy(scores: Tensor, targets: Tensor, asked: Tensor | None = None) -> Measure:
+    """`scores` [..., classes] against `targets` [...], where `asked` [...] if it is given; more axes may follow."""
+    if asked is not None and _may_wait_for(asked.device):
+        scores, targets = scores[asked], targets[asked]
+    elif asked is not None:
+        others = ~asked.reshape(asked.shape + (1,) * (targets.dim() - asked.dim()))
+        targets = targets.long().masked_fill(others, IGNORED)
+    scores, targets = scores.flatten(0, -2).float(), targets.flatten().long()
+    loss = F.cross_entropy(scores, targets, ignore_index=IGNORED)
+    count = (targets != IGNORED).sum().double()
     correct = (scores.argmax(-1) == targets).sum().double()
     return Measure(loss, {"count": count, "loss": loss.detach().double() * count, "correct": correct})
 
 
-def _absolute_error(values: Tensor, targets: Tensor, spec: TaskSpec) -> Measure:
-    """Predicted against true values, [..., channels], normalised as the model sees them."""
-    mean, std = (torch.tensor(part, device=values.device) for part in (spec.mean, spec.std))
-    loss = F.l1_loss(values.float(), (targets / (spec.vocab_size - 1) - mean) / std)
-    count = torch.tensor(float(values.numel()), dtype=torch.float64, device=values.device)
+def _absolute_error(values: Tensor, targets: Tensor, asked: Tensor, spec: TaskSpec) -> Measure:
+    """Predicted against true values [B, T, channels], normalised as the model sees them, where `asked` [B, T]."""
+    mean, std = _statistics(spec, values.device)
+    errors = (values.float() - (targets / (spec.vocab_size - 1) - mean) / std).abs()
+    count = asked.sum().double() * spec.channels
+    if _may_wait_for(asked.device):
+        loss = errors[asked].mean()
+    else:
+        loss = errors.masked_fill(~asked[..., None], 0).sum() / count.float()
     return Measure(loss, {"count": count, "loss": loss.detach().double() * count})
+
+
+def _may_wait_for(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+@cache
+def _statistics(spec: TaskSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [channels], copied to `device` once."""
+    return torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)

@@ -141,7 +141,7 @@ def auxiliary_loss(module: nn.Module) -> Tensor:
     total = torch.zeros(())
     for block in module.modules():
         if isinstance(block, Block) and block._auxiliary is not None:
-            total = block._auxiliary + total.to(block._auxiliary.device)
+            total = block._auxiliary + total  # the first is on the CPU; as a scalar it is not copied
             block._auxiliary = None
     return total
 

@@ -73,6 +73,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("new_counts", torch.zeros(num_heads, size, dtype=torch.int64), persistent=False)
         self.register_buffer("new_sums", torch.zeros(num_heads, size, dim), persistent=False)
         self.register_buffer("errors", torch.zeros(2), persistent=False)  # sums of |k - code|² and |k|²
+        self._known_started = False
         self._samples_keys = start == "kmeans" or restart > 0
         self._sample: Tensor | None = None  # [H, n, D]
         self._health: dict[str, Tensor] = {}
@@ -117,7 +118,7 @@ class VectorQuantizer(nn.Module):
         if distributed:
             for part in gathered:
                 torch.distributed.all_reduce(part)
-        if not self.started and self._sample is not None:
+        if self._sample is not None and not self._has_started():
             self.sums.copy_(kmeans(self._sample, self.sums.shape[1]))
             self.started.fill_(True)
         else:
@@ -137,6 +138,15 @@ class VectorQuantizer(nn.Module):
         }
         for part in gathered:
             part.zero_()
+
+    def _has_started(self) -> bool:
+        """`started`, which is true for good once it is: then it is read no more, as a GPU would be waited for."""
+        self._known_started = self._known_started or bool(self.started)
+        return self._known_started
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._known_started = False
 
     def _place_dead_codes(self, sample: Tensor) -> None:
         H, S, _ = self.sums.shape

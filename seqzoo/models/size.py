@@ -22,15 +22,16 @@ def count_parameters(config: ModelConfig, spec: TaskSpec, *, causal: bool) -> in
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_token(config: ModelConfig, spec: TaskSpec, *, causal: bool) -> float:
+def flops_per_token(config: ModelConfig, spec: TaskSpec, *, causal: bool, head: str | None = None) -> float:
     """Floating-point operations of the forward pass for each position of a sequence of `spec.max_length`.
 
     Counts matrix products and attention, 2 for a multiplication and an addition, as `torch.utils.flop_counter` does.
+    The model has the head that the task asks for, or `head`, one of those of `build_model`.
     """
     T = spec.max_length
     shape = (1,) if spec.num_inputs == 1 else (1, spec.num_inputs)
     with torch.device("meta"):
-        model = build_model(config, spec, head=task_head(spec), causal=causal).eval()
+        model = build_model(config, spec, head=head or task_head(spec), causal=causal).eval()
         lengths = torch.full(shape, T)
         tail = (spec.channels,) if spec.kind == "pixels" else ()
         inputs = torch.zeros(*shape, T, *tail, dtype=torch.uint8 if spec.kind == "pixels" else torch.int64)

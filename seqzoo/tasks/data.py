@@ -90,9 +90,7 @@ class Split:
         T = next(bucket for bucket in buckets if bucket >= longest)
 
         device = self.values.device
-        starts, lengths, labels, index = (
-            t.to(device, non_blocking=True) for t in (starts, lengths, self.labels[index], index)
-        )
+        starts, lengths, labels, index = (_copy(t, device) for t in (starts, lengths, self.labels[index], index))
         steps = torch.arange(T, device=device)
         valid = steps < lengths[:, None]
         positions = torch.where(valid, starts[:, None] + steps, 0)  # [B * num_inputs, T]
@@ -151,6 +149,11 @@ class Task:
     def majority(self) -> float:
         """The share of the most frequent answer in the test split: the accuracy of a constant one."""
         return self.test.majority
+
+
+def _copy(x: Tensor, device: torch.device) -> Tensor:
+    """`x` [n] on `device`. From memory that is not pinned, a copy to a GPU waits for what the GPU has yet to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def assemble(spec: TaskSpec, arrays: Mapping[str, np.ndarray], *, note: str = "", symbols: Iterable[str] = ()) -> Task:

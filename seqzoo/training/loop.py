@@ -17,11 +17,14 @@ from ..config import ConfigError, StageConfig
 from ..objectives import Objective
 from ..tasks import Split, epoch_order
 from .checkpoint import load_last, load_weights, save_last, save_weights
+from .compilation import compile_model
 from .diagnosis import first_nonfinite
 from .errors import Interrupted, TrainingError
 from .evaluation import derive_seed, evaluate, means, module_metrics
+from .guard import Guard
 from .interrupt import interruption
 from .optimizer import build_optimizer, set_lr
+from .peak import matmul_flops_per_second
 from .progress import Pace, ProgressBar, duration
 from .schedule import lr_factor
 from .tracker import STAGES, Tracker
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 SAVE_SECONDS = 600.0  # between checkpoints, at most
+SAVE_SHARE = 0.01  # of the time, for checkpoints between validations
+FIRST_SAVE_SECONDS = 1.0  # till the first, which tells how long one takes
+READ_EVERY = 16  # steps, between two looks at how a GPU fares
 CURVE_POINTS = 200  # training lines in metrics.jsonl, per stage
 HOPELESS_SECONDS = 24 * 3600.0  # left; worth a warning
 
@@ -54,6 +60,10 @@ class Stage:
     from nothing else, so that continuing from a checkpoint is exact. Batches are cut from the endless row of epochs,
     so all are full, and those of one step do not depend on how many devices share them.
 
+    Nothing in a step waits for the device. How it fares is read after every step on a CPU, after every `READ_EVERY` on
+    a GPU, and before each line of metrics, validation and checkpoint; till then a `Guard` keeps failures from the
+    weights.
+
     Args:
         name: "pretrain" or "finetune".
         stage: budget, batch and optimiser.
@@ -61,6 +71,9 @@ class Stage:
         fabric: device, precision and ranks, launched.
         tracker: for metrics; None on all ranks but the first.
         advice: what to do if training would take more than a day.
+        compile: compile the model, forward and backward, once for each shape of a batch.
+        flops_per_token: of the forward pass; with it, the model-flops utilisation is measured.
+        deadline: the moment of `time.monotonic()` at which to stop as if interrupted.
 
     Raises:
         ConfigError: the batch cannot be shared equally by the ranks.
@@ -81,13 +94,16 @@ class Stage:
         fabric: Fabric,
         tracker: Tracker | None = None,
         advice: str = "",
+        compile: bool = False,
+        flops_per_token: float | None = None,
         deadline: float | None = None,
     ):
         if stage.batch_size % fabric.world_size:
             raise ConfigError(f"batch_size={stage.batch_size}: valid: a multiple of the {fabric.world_size} processes")
         self.objective, self.config, self.name, self.seed = objective, stage, name, seed
         self.folder, self.fabric, self.tracker, self.advice = folder, fabric, tracker, advice
-        self.deadline = math.inf if deadline is None else deadline
+        self.flops_per_token, self.deadline = flops_per_token, deadline
+        self.peak = None if flops_per_token is None else _peak(fabric)
         self.model = model.to(fabric.device)
         self.train, self.val = train.to(fabric.device), val.to(fabric.device)
         self.lengths = train.lengths.reshape(len(train), -1).sum(1)  # int64 [N], of all inputs of an example
@@ -95,10 +111,15 @@ class Stage:
         self.budget, self.total_steps = budget(stage, len(train), int(self.lengths.sum()))
         self.log_every = max(1, self.total_steps // CURVE_POINTS)
         self.evaluations = {(k + 1) * self.total_steps // stage.evaluations for k in range(stage.evaluations)}
+        self.read_every = 1 if fabric.device.type == "cpu" else READ_EVERY
+        self.save_after = FIRST_SAVE_SECONDS
+        if compile:
+            compile_model(self.model)
 
         self.state = State()
         self.window: dict[str, Tensor] = {}  # sums of the training metrics since their last line, on the device
         optimizer = build_optimizer(self.model, stage)
+        self.guard = Guard(optimizer, fabric.device)
         if checkpoint := load_last(folder / "last"):
             weights, state = checkpoint
             self.model.load_state_dict(weights)
@@ -116,12 +137,12 @@ class Stage:
 
         Raises:
             TrainingError: a loss or gradient is not finite; the last checkpoint stays as it was.
-            Interrupted: by a signal, with everything saved.
+            Interrupted: by a signal or at the deadline, with everything saved.
         """
         state = self.state
         if self.tracker:
             self.tracker.rewind(self.name, state.step)
-        self.started = self.saved = time.monotonic()
+        self.started = self.saved = self.timed = time.monotonic()
         self.seconds_before = state.seconds
         self.logged = (state.tokens, state.training_seconds)
         pace = Pace(self.total_steps)
@@ -136,16 +157,22 @@ class Stage:
                         self.save()
                     if state.step == self.total_steps:
                         break
-                    interrupted = self.take_step()
+                    if self.must_stop_alone() and self.wait():
+                        raise Interrupted(self.folder.parent)
+                    self.take_step()
                     bar.advance(state.step)
-                    if state.step % self.log_every == 0 or state.step == self.total_steps:
-                        bar.train(self.log_training())
                     estimate = pace.observe(state.step)
                     if estimate is not None and estimate > HOPELESS_SECONDS:
                         bar.say(f"{self.name} would take {duration(estimate)} on this machine. {self.advice}")
-                    if interrupted:
+                    logs = state.step % self.log_every == 0 or state.step == self.total_steps
+                    if not logs and state.step % self.read_every:
+                        continue
+                    stopping = self.wait()
+                    if logs:
+                        bar.train(self.log_training())
+                    if stopping:
                         raise Interrupted(self.folder.parent)
-                    if time.monotonic() - self.saved > SAVE_SECONDS:
+                    if time.monotonic() - self.saved > self.save_after:
                         self.save()
             except Interrupted:
                 self.save()
@@ -154,9 +181,8 @@ class Stage:
         self.model.load_state_dict(load_weights(self.folder / "best.safetensors"))
         return state
 
-    def take_step(self) -> bool:
-        """One optimiser step over `accumulate` batches. Returns whether a signal has reached any rank."""
-        started = time.monotonic()
+    def take_step(self) -> None:
+        """One optimiser step over `accumulate` batches."""
         state, config = self.state, self.config
         self.model.train()
         factor = lr_factor(
@@ -166,27 +192,10 @@ class Stage:
             schedule=config.schedule,
         )
         set_lr(self.optimizer, factor)
-        loss = torch.zeros((), device=self.fabric.device)
-        for micro in range(config.accumulate):
-            with self.fabric.no_backward_sync(self.wrapped, enabled=micro < config.accumulate - 1):
-                micro_loss, totals = self.forward(self.wrapped, micro)
-                self.fabric.backward(micro_loss / config.accumulate)
-            loss += micro_loss.detach() / config.accumulate
-            for key, total in totals.items():
-                self.window[key] = self.window.get(key, 0) + total.detach()
+        loss = self.differentiate()
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-
-        # One small tensor is read before the optimiser moves: a step on non-finite gradients destroys the weights.
-        flags = torch.stack(
-            (
-                ~torch.isfinite(loss + norm),
-                torch.tensor(self.interrupted() or time.monotonic() >= self.deadline, device=loss.device),
-            )
-        )
-        failed, interrupted = cast(Tensor, self.fabric.all_reduce(flags.float(), reduce_op="sum")).tolist()
-        if failed:
-            raise TrainingError(self.explain_failure(loss.item()))
+        self.guard.watch(state.step + 1, torch.isfinite(loss + norm))
         if config.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
         self.optimizer.step()
@@ -194,8 +203,45 @@ class Stage:
         after_step(self.model)
         state.tokens += int(self.lengths[self.examples(0, self.examples_per_step)].sum())
         state.step += 1
-        state.training_seconds += time.monotonic() - started
-        return bool(interrupted)
+
+    def differentiate(self) -> Tensor:
+        """Adds the coming step's gradients to those of the parameters; returns its loss."""
+        accumulate = self.config.accumulate
+        loss = torch.zeros((), device=self.fabric.device)
+        for micro in range(accumulate):
+            with self.fabric.no_backward_sync(self.wrapped, enabled=micro < accumulate - 1):
+                micro_loss, totals = self.forward(self.wrapped, micro)
+                self.fabric.backward(micro_loss / accumulate)
+            loss += micro_loss.detach() / accumulate
+            for key, total in totals.items():
+                self.window[key] = self.window.get(key, 0) + total.detach()
+        return loss
+
+    def wait(self) -> bool:
+        """Waits until the device has taken all steps. Returns whether any rank must stop.
+
+        Raises:
+            TrainingError: a step failed.
+        """
+        state = self.state
+        going = torch.full_like(self.guard.failed, 0.0 if self.must_stop() else 1.0)
+        earliest = self.fabric.all_reduce(torch.stack((self.guard.failed, going)), reduce_op="min")
+        failed, all_going = cast(Tensor, earliest).tolist()
+        now = time.monotonic()
+        state.training_seconds += now - self.timed
+        self.timed = now
+        if math.isfinite(failed):
+            state.step = int(failed) - 1
+            raise TrainingError(self.explain_failure())
+        return not all_going
+
+    def must_stop(self) -> bool:
+        """Whether a signal has arrived or the deadline has passed."""
+        return self.interrupted() or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def must_stop_alone(self) -> bool:
+        """Whether to stop at once, with no other rank to agree with."""
+        return self.fabric.world_size == 1 and self.must_stop()
 
     def forward(self, model: nn.Module, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of a step's batch `micro`: the loss, and the sums its metrics are made of."""
@@ -220,13 +266,14 @@ class Stage:
     def validate(self) -> dict[str, float]:
         """Measures the validation split, and keeps the weights if none did better."""
         state = self.state
+        self.wait()
         metrics = evaluate(
             self.model,
             self.objective,
             self.val,
             batch_size=self.config.batch_size,
             fabric=self.fabric,
-            before_batch=self.stop_if_interrupted,
+            before_batch=self.leave_early,
         )
         if not math.isfinite(metrics["loss"]):
             raise TrainingError(f"{self.name} step {state.step}: the validation loss is {metrics['loss']}")
@@ -240,11 +287,12 @@ class Stage:
         if self.tracker:
             named = {f"val/{key}": value for key, value in metrics.items()}
             self.tracker.log(self.name, state.step, state.tokens, named | module_metrics(self.model))
+        self.timed = time.monotonic()
         return metrics
 
-    def stop_if_interrupted(self) -> None:
-        """Leaves a validation early. Several ranks agree to stop in their next step instead."""
-        if self.fabric.world_size == 1 and self.interrupted():
+    def leave_early(self) -> None:
+        """Leaves a validation early. Several ranks agree to stop after a later step instead."""
+        if self.must_stop_alone():
             raise Interrupted(self.folder.parent)
 
     def log_training(self) -> dict[str, float]:
@@ -255,28 +303,44 @@ class Stage:
         tokens, seconds = self.logged
         self.logged = (state.tokens, state.training_seconds)
         metrics["tokens_per_second"] = (state.tokens - tokens) / (state.training_seconds - seconds)
+        mfu = self.utilisation(metrics["tokens_per_second"])
+        if mfu is not None:
+            metrics["mfu"] = mfu
         if self.tracker:
             named = {f"train/{key}": value for key, value in metrics.items()}
             named["train/lr"] = max(group["lr"] for group in self.optimizer.param_groups)
             self.tracker.log(self.name, state.step, state.tokens, named)
         return metrics
 
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        """The share of the devices' measured matrix-product rate that the model's own operations make up.
+
+        A step counts as three forward passes, its backward pass being two. Tokens do not include padding, which costs
+        time and counts for nothing.
+        """
+        if self.flops_per_token is None or self.peak is None:
+            return None
+        return 3 * self.flops_per_token * tokens_per_second / self.peak
+
     def save(self) -> None:
-        """Makes the present state the last checkpoint."""
-        self.saved = time.monotonic()
-        self.state.seconds = self.seconds_before + self.saved - self.started
-        self.state.window = {key: total.item() for key, total in self.window.items()}
+        """Makes the present state the last checkpoint, and puts off the next till this one's time is a small share."""
+        started = time.monotonic()
+        self.state.seconds = self.seconds_before + started - self.started
         if self.fabric.is_global_zero:
+            self.state.window = {key: total.item() for key, total in self.window.items()}
             state = {**asdict(self.state), "optimizer": self.optimizer.state_dict()}
             save_last(self.folder / "last", self.model.state_dict(), state)
+        self.saved = self.timed = time.monotonic()
+        self.save_after = min((self.saved - started) / SAVE_SHARE, SAVE_SECONDS)
 
-    def explain_failure(self, loss: float) -> str:
-        """Which step, and which module was the first to compute something that is not finite."""
+    def explain_failure(self) -> str:
+        """Which step, and which module was the first to compute something that is not finite: the step is repeated."""
 
         def forward() -> None:
             for micro in range(self.config.accumulate):
                 self.forward(self.model, micro)
 
+        loss = self.differentiate().item()
         kept = self.folder / "last" / "state.pt"
         return (
             f"{self.name} step {self.state.step + 1}: loss {loss} or its gradient is not finite; "
@@ -284,6 +348,13 @@ class Stage:
             + (f"The last good checkpoint is {kept.parent}. " if kept.exists() else "There is no checkpoint yet. ")
             + "A smaller learning rate, a longer warmup, a clip or precision=fp32 may help"
         )
+
+
+def _peak(fabric: Fabric) -> float:
+    """Operations per second of matrix products on all devices, in the precision they train in."""
+    with fabric.autocast():
+        precision = "bf16" if torch.is_autocast_enabled(fabric.device.type) else "fp32"
+    return fabric.world_size * matmul_flops_per_second(fabric.device, precision)
 
 
 def budget(stage: StageConfig, n: int, tokens: int) -> tuple[int, int]:

@@ -218,11 +218,15 @@ def _train_and_test(
             print(f"tuning={config.tuning} moves {trained:,} parameters{alone}", file=sys.stderr)
 
     def train(model: nn.Module, objective: Objective, stage: StageConfig, name: str) -> dict[str, Any]:
-        if config.compile:
-            model.compile()
         fitting = "short" if fabric.device.type == "cuda" else "tiny"
         fits = f"recipe={fitting} is made for it"
-        shared: dict[str, Any] = {"name": name, "seed": config.seed, "fabric": fabric, "deadline": deadline}
+        shared: dict[str, Any] = {
+            "name": name,
+            "seed": config.seed,
+            "fabric": fabric,
+            "compile": config.compile,
+            "deadline": deadline,
+        }
         if config.lr == "search":
             trials = folder / name / "search"
             stage = replace(stage, lr=search_lr(model, objective, examples, val, stage, folder=trials, **shared))
@@ -235,14 +239,17 @@ def _train_and_test(
             **shared,
             folder=folder / name,
             tracker=tracker,
+            flops_per_token=flops_per_token(sized, spec, causal=config.causal, head=objective.head),
             advice=fits if config.recipe != fitting else "Fewer tokens or a smaller model would make it shorter",
         )
         state = trainer.run()
+        tokens_per_second = state.tokens / state.training_seconds
         return {
             "tokens_seen": state.tokens,
             "token_budget": trainer.budget,
             "seconds": state.seconds,
-            "tokens_per_second": state.tokens / state.training_seconds,
+            "tokens_per_second": tokens_per_second,
+            "mfu": trainer.utilisation(tokens_per_second),
             "val": state.best,
             "lr": stage.lr,
         }
@@ -275,6 +282,7 @@ def _train_and_test(
 
     none = {"tokens_seen": 0, "token_budget": 0, "seconds": 0.0, "tokens_per_second": 0.0, "lr": None}
     stages = {"pretrain": pretraining or none, "finetune": finetuning}
+    own = pretraining if source == folder else None
     seconds = {name: stage["seconds"] for name, stage in stages.items()}
     return {
         "schema": 1,
@@ -302,6 +310,7 @@ def _train_and_test(
         "task_note": task.note,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "tokens_per_second": {name: stage["tokens_per_second"] for name, stage in stages.items()},
+        "mfu": {"pretrain": own.get("mfu") if own else None, "finetune": finetuning["mfu"]},
         **provenance.made_with(fabric.device, fabric.world_size),
     }
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..config import StageConfig
 from ..objectives import Objective
 from ..tasks import Split
-from .errors import TrainingError
+from .errors import Interrupted, TrainingError
 from .loop import Stage, budget
 from .run_folder import read_json, write_json
 
@@ -61,6 +61,8 @@ def search_lr(
                     .run()
                     .best[objective.monitor]
                 )
+            except Interrupted:
+                raise Interrupted(folder.parents[1]) from None  # the run, of which a trial's folder is a part
             except TrainingError as failure:
                 print(f"lr {lr:g}: {failure}", file=sys.stderr)
                 best = None

@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import tiny_config
@@ -24,12 +25,14 @@ from seqzoo.training.run import build_fabric
 from seqzoo.training.tracker import Tracker
 
 
-def build_stage(task, folder, *, objective=None, tracked=False, seed=0, dropout=0.1, precision="fp32", **changes):
+def build_stage(
+    task, folder, *, objective=None, tracked=False, seed=0, dropout=0.1, precision="fp32", options=None, **changes
+):
     config = tiny_config(folder, precision=precision, finetuning=changes, model={"dropout": dropout})
     torch.manual_seed(seed)
     folder.mkdir(exist_ok=True)
     return Stage(
-        build_model(config.model, task.spec, head="classify", causal=False),
+        build_model(config.model, task.spec, head=objective.head if objective else "classify", causal=False),
         objective or build_objective("task", task.spec),
         task.train,
         task.val,
@@ -39,6 +42,7 @@ def build_stage(task, folder, *, objective=None, tracked=False, seed=0, dropout=
         folder=folder / "finetune",
         fabric=build_fabric(config),
         tracker=Tracker(folder, {}, group="", wandb=WandbConfig(mode="disabled")) if tracked else None,
+        **(options or {}),
     )
 
 
@@ -47,7 +51,8 @@ def lines(folder) -> list[dict]:
 
 
 def untimed(folder) -> list[dict]:
-    return [{key: line[key] for key in line if key != "train/tokens_per_second"} for line in lines(folder)]
+    timed = ("train/tokens_per_second", "train/mfu")
+    return [{key: line[key] for key in line if key not in timed} for line in lines(folder)]
 
 
 class Signalling:
@@ -162,8 +167,11 @@ class Overflow(nn.Module):
         return self.inner(x, **options) * (math.inf if self.left <= 0 and self.training else 1)
 
 
-def test_a_nonfinite_loss_names_step_and_module_and_keeps_the_checkpoint(task, tmp_path):
+@pytest.mark.parametrize("read_every", [1, 16])
+def test_a_nonfinite_loss_names_step_and_module_and_keeps_the_checkpoint(task, tmp_path, monkeypatch, read_every):
+    monkeypatch.setattr("seqzoo.training.loop.SAVE_SHARE", 1e-9)  # checkpoints at validations only
     stage = build_stage(task, tmp_path)
+    stage.read_every = stage.log_every = read_every
     assert min(stage.evaluations) == stage.total_steps // 3
     failing = stage.total_steps // 3 + 3
     layer = stage.model.backbone.layers[1]
@@ -177,6 +185,18 @@ def test_a_nonfinite_loss_names_step_and_module_and_keeps_the_checkpoint(task, t
     assert all(torch.isfinite(parameter).all() for parameter in stage.model.parameters())
 
 
+def test_weights_stay_where_a_failure_found_them(task, tmp_path):
+    """However late it is read."""
+    sound, failing = (build_stage(task, tmp_path / name) for name in ("sound", "failing"))
+    failing.model.backbone.layers[1].branch = Overflow(failing.model.backbone.layers[1].branch, 4)
+    for stage, steps in ((sound, 3), (failing, 9)):
+        for _ in range(steps):
+            stage.take_step()
+    for (name, weight), other in zip(sound.model.named_parameters(), failing.model.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+    assert failing.guard.failed == 4
+
+
 def test_a_nonfinite_gradient_is_not_stepped_on(task, tmp_path):
     stage = build_stage(task, tmp_path)
     stage.model.backbone.norm.bias.register_hook(lambda grad: grad * math.nan)
@@ -185,6 +205,97 @@ def test_a_nonfinite_gradient_is_not_stepped_on(task, tmp_path):
         stage.run()
     for name, tensor in stage.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_a_deadline_is_an_interruption(task, tmp_path, monkeypatch):
+    expected = build_stage(task, tmp_path / "whole", tracked=True).run()
+    now = [0.0]
+    monkeypatch.setattr("seqzoo.training.loop.time.monotonic", lambda: now[0])
+    take_step = Stage.take_step
+
+    def timed_step(stage):
+        take_step(stage)
+        now[0] += 1
+
+    monkeypatch.setattr(Stage, "take_step", timed_step)
+    for moment in (0.0, 7.0):
+        late = build_stage(task, tmp_path / "late", tracked=True, options={"deadline": moment})
+        with pytest.raises(Interrupted, match="resume="):
+            late.run()
+        assert late.state.step == moment, "none after it"
+        assert load_last(tmp_path / "late" / "finetune" / "last")[1]["step"] == moment
+    monkeypatch.undo()
+    state = build_stage(task, tmp_path / "late", tracked=True).run()
+    assert state.best == expected.best
+    assert untimed(tmp_path / "late") == untimed(tmp_path / "whole")
+
+
+def test_a_deadline_cuts_a_validation_short(task, tmp_path):
+    class Slow(Signalling):
+        def __call__(self, model, batch, *, seed):
+            if not model.training:
+                stage.deadline = 0.0
+            return self.inner(model, batch, seed=seed)
+
+    stage = build_stage(task, tmp_path, objective=Slow(build_objective("task", task.spec), 0, 0))
+    with pytest.raises(Interrupted):
+        stage.run()
+    _, state = load_last(tmp_path / "finetune" / "last")
+    assert state["step"] == min(stage.evaluations)
+    assert state["evaluated"] == 0
+
+
+def test_checkpoints_are_as_frequent_as_they_are_cheap(task, tmp_path, monkeypatch):
+    now, saves = [0.0], []
+    monkeypatch.setattr("seqzoo.training.loop.time.monotonic", lambda: now[0])
+    take_step = Stage.take_step
+
+    def timed_step(stage):
+        take_step(stage)
+        now[0] += 1
+
+    def timed_save(folder, weights, state):
+        saves.append(state["step"])
+        now[0] += 0.0625
+
+    monkeypatch.setattr(Stage, "take_step", timed_step)
+    monkeypatch.setattr("seqzoo.training.loop.save_last", timed_save)
+    stage = build_stage(task, tmp_path, tokens=8000, evaluations=1)
+    stage.run()
+    assert saves[0] == 2, "the first after more than a second"
+    assert set(np.diff(saves[:-1])) == {7}, "then after more than a hundred times 0.0625 s"
+
+    saves.clear()
+    monkeypatch.setattr("seqzoo.training.loop.SAVE_SECONDS", 3.0)
+    build_stage(task, tmp_path, tokens=8000, evaluations=1).run()
+    assert set(np.diff(saves[:-1])) == {4}
+
+
+def test_utilisation_is_the_share_of_the_measured_peak(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("seqzoo.training.loop.matmul_flops_per_second", lambda device, precision: 1e9)
+    stage = build_stage(task, tmp_path, tracked=True, options={"flops_per_token": 1e3})
+    stage.run()
+    trained = [line for line in lines(tmp_path) if "train/loss" in line]
+    for line in trained:
+        assert line["train/mfu"] == pytest.approx(3e3 * line["train/tokens_per_second"] / 1e9)
+    assert stage.utilisation(1e5) == pytest.approx(0.3)
+    assert build_stage(task, tmp_path / "other").utilisation(1e5) is None
+
+
+@pytest.mark.slow
+def test_a_compiled_stage_computes_what_an_eager_one_does(task, tmp_path):
+    goal = build_objective("masked", task.spec)
+    runs = {}
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        stage = build_stage(
+            task, folder, objective=goal, tracked=True, dropout=0.0, tokens=1200, options={"compile": compiled}
+        )
+        stage.run()
+        runs[compiled] = (load_last(folder / "finetune" / "last")[0], lines(folder)[-1])
+    for name, weight in runs[False][0].items():
+        torch.testing.assert_close(runs[True][0][name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    assert runs[True][1]["val/loss"] == pytest.approx(runs[False][1]["val/loss"], rel=1e-3)
 
 
 def test_evaluation_counts_every_example_once(task, tmp_path):

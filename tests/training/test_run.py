@@ -48,6 +48,7 @@ def test_the_result_holds_what_a_comparison_needs(pretrained, task):
     for tokens in written["tokens_seen"].values():
         assert 2400 <= tokens < 2400 * 1.2
     assert written["seconds"]["total"] == written["seconds"]["pretrain"] + written["seconds"]["finetune"] > 0
+    assert all(0 < written["mfu"][stage] < 1 for stage in ("pretrain", "finetune"))
     assert written["params"] == sum(parameter.numel() for parameter in load(folder).parameters())
     assert set(written["test"]) == {"accuracy", "loss"}
     assert written["versions"]["torch"] == torch.__version__
@@ -121,6 +122,7 @@ def test_pretraining_is_reused(pretrained, task, tmp_path):
     assert reused["pretrain_run"] == Path(result["folder"]).name
     assert reused["tokens_seen"] == result["tokens_seen"]
     assert reused["test"] == result["test"]
+    assert reused["mfu"]["pretrain"] is None, "measured in another run"
     assert not (Path(reused["folder"]) / "pretrain").exists()
 
 

@@ -1,0 +1,58 @@
+"""A process that dies without a word, again and again, and the run that it was training."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqzoo.training.checkpoint import load_last
+
+SCRIPT = """
+import sys
+import torch
+from tiny_runs import tiny_config, toy_task
+from seqzoo.training import run
+torch.set_num_threads(1)
+stages = {"pretraining": {"tokens": 40_000}, "finetuning": {"tokens": 80_000}}
+run(tiny_config(sys.argv[1], pretrain=True, **stages), task=toy_task())
+"""
+
+
+def start(folder: Path) -> subprocess.Popen:
+    tests = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=environment, stderr=subprocess.DEVNULL)
+
+
+def steps_logged(folder: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole).wait(timeout=300) == 0
+    draw = random.Random(0)
+    for _ in range(4):
+        process = start(cut)
+        before = steps_logged(cut)
+        while process.poll() is None and steps_logged(cut) == before:  # till it trains
+            time.sleep(0.01)
+        time.sleep(2 * draw.random())
+        process.kill()
+        process.wait()
+    assert start(cut).wait(timeout=300) == 0
+
+    (expected,), (continued,) = whole.iterdir(), cut.iterdir()
+    for stage in ("pretrain", "finetune"):
+        weights, state = load_last(continued / stage / "last")
+        for name, tensor in load_last(expected / stage / "last")[0].items():
+            assert torch.equal(weights[name], tensor), name
+        assert state["tokens"] == load_last(expected / stage / "last")[1]["tokens"]
