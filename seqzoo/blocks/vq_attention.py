@@ -82,18 +82,24 @@ class VQAttention(Block):
         keys, codebook, codes, loss = self.quantizer(k, lengths, record=record)
         if record:
             self._auxiliary = loss
-        y = vq_attention(  # in v's precision: that of the products, under autocast
-            (q + self.content_bias).to(v.dtype),
-            keys.to(v.dtype),
+        bias = torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(wide))
+        # In v's precision: that of the products, under autocast.
+        q, keys = (q + self.content_bias).to(v.dtype), keys.to(v.dtype)
+        y = self.over_time(
+            lambda v: vq_attention(
+                q,
+                keys,
+                v,
+                codebook,
+                codes=codes,
+                bias=bias,
+                block_len=self.block_len,
+                causal=self.causal,
+                initial_state=state,
+                output_final_state=state is not None,
+                lengths=lengths,
+            ),
             v,
-            codebook,
-            codes=codes,
-            bias=torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(wide)),
-            block_len=self.block_len,
-            causal=self.causal,
-            initial_state=state,
-            output_final_state=state is not None,
-            lengths=lengths,
         )
         if state is not None:
             y, state = y
