@@ -1,0 +1,88 @@
+"""The matrix that maps values to outputs, of any block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blocks import Block
+from ..kernels.common import valid_positions
+
+CHANNELS = 16  # of a convolution, tried at a time: what bounds memory
+
+
+@torch.no_grad()
+def mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """How much of each position's value every position's output holds, when `block` is given `x`.
+
+    Between a block's projections stands an operation that is linear in the values v: y_t = Σ_s J[t, s] v_s, J[t, s] a
+    matrix over the E channels of a head. It takes in all that acts over time and nothing else: queries, keys, codes,
+    decays and normalisers are those of `x`; projections, gates, norms of the output and the skip D∘x are left out. The
+    operation itself is run, as `block` runs it on `x`, on values of 1 at one position and 0 at the others.
+
+    - Attention of every kind gives all channels of a head the same weight: J[t, s] = A[t, s] I, and A is returned.
+      Signs are kept. Softmax, normalised linear, Performer and VQ attention: rows sum to one. GAU: the part inside a
+      chunk and the linear part over all chunks together, before the gate u; the linear part can be negative.
+    - Of blocks that convolve, v is the input x, and every channel has weights of its own: J[t, s] is diagonal for S4D,
+      Re(C diag(λ^(t-s)) γ B) for LRU. What is returned is its gain, ‖J[t, s]‖ / √E in Frobenius norm: the root mean
+      square of the channels' kernels, or ‖y_t‖ / ‖v_s‖ for a v_s of any direction, squares averaged. It is what |A| is
+      where J is A I. Both directions of a bidirectional block are in it, each adding its part at t = s.
+
+    Args:
+        block: of any kind, causal or not.
+        x: [B, T, d_model], the block's input.
+        lengths: int64 [B]; rows and columns past them are zero.
+
+    Returns:
+        [B, H, T, T] in x's dtype, output position before input position; H is 1 where a block has no heads.
+
+    Raises:
+        ValueError: `x` does not fit the block, or the block does not mix through `Block.over_time`.
+    """
+    if block.convolves:
+        gain = _gain_by_lag(block, x)
+        here = torch.arange(x.shape[1], device=x.device)
+        weights = gain[here[:, None] - here + x.shape[1] - 1].expand(len(x), 1, -1, -1)
+    else:
+        weights = _observe(block, x, lengths, _on_unit_values)
+    if lengths is None:
+        return weights
+    valid = valid_positions(lengths, x.shape[1])
+    return torch.where(valid[:, None, :, None] & valid[:, None, None, :], weights, 0)
+
+
+def _on_unit_values(operation: Callable[..., Any], values: Tensor, *gates: Tensor) -> Tensor:
+    """The outputs for values that are 1 at position s in channel s, of all heads: [B, H, T, T]."""
+    B, T, *heads, _ = values.shape
+    basis = torch.eye(T, dtype=values.dtype, device=values.device).view(1, T, *[1] * len(heads), T)
+    basis = basis.expand(B, T, *heads, T)
+    y = operation(basis, *(torch.ones_like(basis) for _ in gates))
+    return y.reshape(B, T, -1, T).transpose(1, 2)
+
+
+def _gain_by_lag(block: Block, x: Tensor) -> Tensor:
+    """‖J[t, s]‖ / √E by t - s, from 1 - T to T - 1: [2T - 1], from the responses to impulses at either end."""
+    _, T, D = x.shape
+    energy = x.new_zeros(2, T)
+    for channels in torch.eye(D, dtype=x.dtype, device=x.device).split(CHANNELS):
+        impulses = x.new_zeros(2, len(channels), T, D)
+        impulses[0, :, 0] = impulses[1, :, -1] = channels
+        responses = _observe(block, impulses.flatten(0, 1), None, lambda operation, values: operation(values)[0])
+        energy += responses.unflatten(0, (2, -1)).square().sum((1, 3))
+    first, last = (energy / D).sqrt()
+    return torch.cat([last[:-1], first])
+
+
+def _observe(block: Block, x: Tensor, lengths: Tensor | None, measure: Callable[..., Tensor]) -> Tensor:
+    """What `measure` finds of the operation over time that `block` runs on `x`."""
+    found: list[Tensor] = []
+    with block.observed(lambda *given: found.append(measure(*given))):
+        block(x, lengths=lengths)
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(block).__name__} calls over_time {len(found)} times; valid: once, for all that mixes over time"
+        )
+    return found[0]
