@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..blocks import Block
-from ..kernels.common import valid_positions
+from ..kernels.common import valid_positions, zero_padding
 
-CHANNELS = 16  # of a convolution, tried at a time: what bounds memory
+CHANNELS = 16  # of an input, tried at a time: what bounds memory
 
 
 @torch.no_grad()
@@ -26,10 +26,11 @@ def mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None = None) -> Ten
     - Attention of every kind gives all channels of a head the same weight: J[t, s] = A[t, s] I, and A is returned.
       Signs are kept. Softmax, normalised linear, Performer and VQ attention: rows sum to one. GAU: the part inside a
       chunk and the linear part over all chunks together, before the gate u; the linear part can be negative.
-    - Of blocks that convolve, v is the input x, and every channel has weights of its own: J[t, s] is diagonal for S4D,
-      Re(C diag(λ^(t-s)) γ B) for LRU. What is returned is its gain, ‖J[t, s]‖ / √E in Frobenius norm: the root mean
-      square of the channels' kernels, or ‖y_t‖ / ‖v_s‖ for a v_s of any direction, squares averaged. It is what |A| is
-      where J is A I. Both directions of a bidirectional block are in it, each adding its part at t = s.
+    - Of blocks that convolve, v is the input x and J[t, s] no multiple of I: diagonal for S4D, Re(C diag(λ^(t-s)) γ B)
+      for LRU. What is returned is the gain √(Σ_r ‖J[t, s] x_r‖² / Σ_r ‖x_r‖²) over the sequence's own inputs x_r: how
+      long what reaches t is, relative to what left s, for inputs that point where those of this sequence do. It is what
+      |A| is where J is A I. Directions that inputs never take would hide the others: those of pixels are few. Both
+      directions of time of a bidirectional block are in it, added where t = s.
 
     Args:
         block: of any kind, causal or not.
@@ -43,9 +44,9 @@ def mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None = None) -> Ten
         ValueError: `x` does not fit the block, or the block does not mix through `Block.over_time`.
     """
     if block.convolves:
-        gain = _gain_by_lag(block, x)
         here = torch.arange(x.shape[1], device=x.device)
-        weights = gain[here[:, None] - here + x.shape[1] - 1].expand(len(x), 1, -1, -1)
+        lag = here[:, None] - here + x.shape[1] - 1  # from 0
+        weights = torch.stack([_gain_by_lag(block, each)[lag] for each in zero_padding(x, lengths)])[:, None]
     else:
         weights = _observe(block, x, lengths, _on_unit_values)
     if lengths is None:
@@ -64,15 +65,20 @@ def _on_unit_values(operation: Callable[..., Any], values: Tensor, *gates: Tenso
 
 
 def _gain_by_lag(block: Block, x: Tensor) -> Tensor:
-    """‖J[t, s]‖ / √E by t - s, from 1 - T to T - 1: [2T - 1], from the responses to impulses at either end."""
-    _, T, D = x.shape
+    """The gain for inputs like `x` [T, D] by t - s, from 1 - T to T - 1: [2T - 1].
+
+    Σ_r ‖J x_r‖² is a sum over the rows of any R with RᵀR = xᵀx, of which there are D and not T; and what happens at
+    every distance is in the responses to impulses at either end.
+    """
+    T, D = x.shape
+    _, sigma, directions = torch.linalg.svd(x, full_matrices=False)
     energy = x.new_zeros(2, T)
-    for channels in torch.eye(D, dtype=x.dtype, device=x.device).split(CHANNELS):
-        impulses = x.new_zeros(2, len(channels), T, D)
-        impulses[0, :, 0] = impulses[1, :, -1] = channels
+    for rows in (sigma[:, None] * directions).split(CHANNELS):
+        impulses = x.new_zeros(2, len(rows), T, D)
+        impulses[0, :, 0] = impulses[1, :, -1] = rows
         responses = _observe(block, impulses.flatten(0, 1), None, lambda operation, values: operation(values)[0])
         energy += responses.unflatten(0, (2, -1)).square().sum((1, 3))
-    first, last = (energy / D).sqrt()
+    first, last = (energy / sigma.square().sum()).sqrt()
     return torch.cat([last[:-1], first])
 
 

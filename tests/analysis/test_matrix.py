@@ -108,40 +108,43 @@ def gau_softmax(block, x, mask, lengths):
 
 
 def lru(block, x, mask, lengths):
-    """‖Re(C diag(λ^|t-s|) γ B)‖ / √D, C of the direction, both at t = s."""
+    """J = Re(C diag(λ^|t-s|) γ B), C of the direction, both at t = s."""
     lam = torch.polar((-block.nu_log.exp()).exp(), block.theta_log.exp())
     B = torch.complex(block.in_proj.weight[::2], block.in_proj.weight[1::2])  # [N, D]
     B = block.gamma_log.exp()[:, None] * B
     C = block.out_proj.weight.unflatten(1, (-1, len(lam), 2))  # [D, directions, N, 2]
     C = torch.complex(C[..., 0], -C[..., 1]).transpose(0, 1)  # the linear layer reads parts: Re(h) W_r + Im(h) W_i
-    return kernels(lambda direction, lag: (C[direction] * lam**lag @ B).real, mask, len(C))
+    return gain(lambda direction, lag: (C[direction] * lam**lag @ B).real, x, mask, len(C))
 
 
 def s4d(block, x, mask, lengths):
+    """J = diag(Re Σ_p C_p exp(step_p)^|t-s|), one lag less for what follows a step."""
     A = torch.complex(-block.log_neg_real.exp(), block.imag)
     step = A * block.log_dt.exp()[:, None]
     C = 2 * torch.view_as_complex(block.C) * (step.exp() - 1) / A
-    # What follows a step is read before the step itself is added: one lag less.
-    return kernels(
-        lambda direction, lag: (
-            (C[direction] * (step * (lag - direction)).exp()).sum(-1).real.diag() * (lag >= direction)
-        ),
-        mask,
-        len(C),
-    )
+
+    def kernel(direction, lag):
+        return (C[direction] * (step * (lag - direction)).exp()).sum(-1).real.diag() * (lag >= direction)
+
+    return gain(kernel, x, mask, len(C))
 
 
-def kernels(kernel, mask, directions):
-    gain = torch.zeros(T, T, dtype=torch.float64)
+def gain(kernel, x, mask, directions):
+    """√(Σ_r ‖J[t, s] x_r‖² / Σ_r ‖x_r‖²), r over the valid positions."""
+    J = torch.zeros(T, T, D, D, dtype=torch.float64)
     for t in range(T):
         for s in range(T):
-            J = torch.zeros(D, D, dtype=torch.float64)
             if s <= t:
-                J = J + kernel(0, t - s)
+                J[t, s] += kernel(0, t - s)
             if s >= t and directions == 2:
-                J = J + kernel(1, s - t)
-            gain[t, s] = J.norm() / math.sqrt(D)
-    return torch.where(mask, gain, 0)
+                J[t, s] += kernel(1, s - t)
+    return torch.where(mask, size_of(J, torch.where(mask[:, 0].diagonal(dim1=1, dim2=2)[..., None], x, 0)), 0)
+
+
+def size_of(J, x):
+    """[T, T, D, D] and [B, T, D], zero where invalid -> [B, 1, T, T]."""
+    moved = torch.einsum("tsij,brj->brtsi", J, x).square().sum((1, 4))
+    return (moved / x.square().sum((1, 2))[:, None, None]).sqrt()[:, None]
 
 
 CASES = {
@@ -204,7 +207,7 @@ def test_of_a_convolution_is_the_size_of_its_jacobian(name, causal):
     with torch.no_grad():
         block.skip.zero_()
     J = torch.autograd.functional.jacobian(block, x)[0, :, :, 0]  # [T, D, T, D]
-    assert_close(mixing_matrix(block, x)[0, 0], J.square().sum((1, 3)).div(D).sqrt(), 1e-12)
+    assert_close(mixing_matrix(block, x), size_of(J.transpose(1, 2), x), 1e-12)
 
 
 def test_rows_of_normalised_attention_sum_to_one():
