@@ -15,6 +15,7 @@ TITLES = {"initial": "random\ninitialisation", "pretrain": "after\npretraining",
 COLOURS = {"initial": "#9aa5b1", "pretrain": "#1f5fa8", "finetune": "#d1732b"}
 SIDE = 2.3  # inches, of a matrix
 FAINTEST, STRONGEST = 0.1, 100  # times what uniform weights would be
+STYLES = {"initial": "-", "pretrain": "-", "finetune": "--"}  # fine-tuning often leaves what pretraining made
 NEAREST = 0.5  # where a logarithmic axis shows the distance 0
 
 
@@ -66,7 +67,8 @@ def _draw_profiles(axes: Axes, found: RunMixing) -> None:
         for profile in profiles:
             axes.plot(distances, profile, color=COLOURS[stage], linewidth=0.6, alpha=0.5)
         mean = [sum(values) / len(values) for values in zip(*profiles, strict=True)]
-        axes.plot(distances, mean, color=COLOURS[stage], linewidth=1.6, label=TITLES[stage].replace("\n", " "))
+        label = TITLES[stage].replace("\n", " ")
+        axes.plot(distances, mean, STYLES[stage], color=COLOURS[stage], linewidth=1.6, label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = [4**power for power in range(8) if 4**power < len(found.stages["initial"][0].distance_profile)]
