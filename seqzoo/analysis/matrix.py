@@ -27,10 +27,10 @@ def mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None = None) -> Ten
       Signs are kept. Softmax, normalised linear, Performer and VQ attention: rows sum to one. GAU: the part inside a
       chunk and the linear part over all chunks together, before the gate u; the linear part can be negative.
     - Of blocks that convolve, v is the input x and J[t, s] no multiple of I: diagonal for S4D, Re(C diag(λ^(t-s)) γ B)
-      for LRU. What is returned is the gain √(Σ_r ‖J[t, s] x_r‖² / Σ_r ‖x_r‖²) over the sequence's own inputs x_r: how
-      long what reaches t is, relative to what left s, for inputs that point where those of this sequence do. It is what
-      |A| is where J is A I. Directions that inputs never take would hide the others: those of pixels are few. Both
-      directions of time of a bidirectional block are in it, added where t = s.
+      for LRU. What is returned is the gain √(Σ_r ‖J[t, s] x_r‖² / Σ_r ‖x_r‖²) over all inputs x_r of the call: how long
+      what reaches t is, relative to what left s, for inputs that point where these do. It is what |A| is where J is
+      A I. Directions that inputs never take would hide the others: those of pixels are few. Both directions of time of
+      a bidirectional block are in it, added where t = s.
 
     Args:
         block: of any kind, causal or not.
@@ -44,9 +44,9 @@ def mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None = None) -> Ten
         ValueError: `x` does not fit the block, or the block does not mix through `Block.over_time`.
     """
     if block.convolves:
+        gain = _gain_by_lag(block, zero_padding(x, lengths))
         here = torch.arange(x.shape[1], device=x.device)
-        lag = here[:, None] - here + x.shape[1] - 1  # from 0
-        weights = torch.stack([_gain_by_lag(block, each)[lag] for each in zero_padding(x, lengths)])[:, None]
+        weights = gain[here[:, None] - here + x.shape[1] - 1].expand(len(x), 1, -1, -1)
     else:
         weights = _observe(block, x, lengths, _on_unit_values)
     if lengths is None:
@@ -65,26 +65,27 @@ def _on_unit_values(operation: Callable[..., Any], values: Tensor, *gates: Tenso
 
 
 def _gain_by_lag(block: Block, x: Tensor) -> Tensor:
-    """The gain for inputs like `x` [T, D] by t - s, from 1 - T to T - 1: [2T - 1].
+    """The gain for inputs like `x` [B, T, D] by t - s, from 1 - T to T - 1: [2T - 1].
 
-    Σ_r ‖J x_r‖² is a sum over the rows of any R with RᵀR = xᵀx, of which there are D and not T; and what happens at
+    Σ_r ‖J x_r‖² is a sum over the rows of any R with RᵀR = xᵀx, of which there are D and not B T; and what happens at
     every distance is in the responses to impulses at either end.
     """
-    T, D = x.shape
-    _, sigma, directions = torch.linalg.svd(x, full_matrices=False)
+    _, T, D = x.shape
+    operation = _observe(block, x[:1, :1], None, lambda operation, values: operation)
+    _, sigma, directions = torch.linalg.svd(x.flatten(0, 1), full_matrices=False)
     energy = x.new_zeros(2, T)
     for rows in (sigma[:, None] * directions).split(CHANNELS):
         impulses = x.new_zeros(2, len(rows), T, D)
         impulses[0, :, 0] = impulses[1, :, -1] = rows
-        responses = _observe(block, impulses.flatten(0, 1), None, lambda operation, values: operation(values)[0])
+        responses, *_ = operation(impulses.flatten(0, 1))
         energy += responses.unflatten(0, (2, -1)).square().sum((1, 3))
     first, last = (energy / sigma.square().sum()).sqrt()
     return torch.cat([last[:-1], first])
 
 
-def _observe(block: Block, x: Tensor, lengths: Tensor | None, measure: Callable[..., Tensor]) -> Tensor:
-    """What `measure` finds of the operation over time that `block` runs on `x`."""
-    found: list[Tensor] = []
+def _observe(block: Block, x: Tensor, lengths: Tensor | None, measure: Callable[..., Any]) -> Any:
+    """What `measure` makes of the operation over time that `block` runs on `x`."""
+    found: list[Any] = []
     with block.observed(lambda *given: found.append(measure(*given))):
         block(x, lengths=lengths)
     if len(found) != 1:

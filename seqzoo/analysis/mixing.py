@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..blocks import Block
 from ..models import SequenceModel
@@ -53,7 +54,8 @@ def mixing_report(model: SequenceModel, batch: Batch) -> list[LayerMixing]:
     """The mixing of every block of `model`, in order, on the sequences of `batch` (a pair's two count as two).
 
     Every sequence is looked at alone and cut to its own length, T: memory is a few [H, T, T], time mostly that of a
-    singular value decomposition of [T, T] for every layer, head and sequence.
+    singular value decomposition of [T, T] for every layer, head and sequence, and for blocks that convolve that of
+    2 · d_model sequences of the longest T.
 
     Raises:
         ValueError: the batch does not fit the model, or a block does not mix through `Block.over_time`.
@@ -62,14 +64,25 @@ def mixing_report(model: SequenceModel, batch: Batch) -> list[LayerMixing]:
     if lengths.dim() == 2:
         inputs, lengths = inputs.flatten(0, 1), lengths.flatten()
     blocks = {path: module for path, module in model.backbone.named_modules() if isinstance(module, Block)}
-    measured: dict[str, list[LayerMixing]] = {path: [] for path in blocks}
+    seen: dict[str, list[Tensor]] = {path: [] for path in blocks}
     with _evaluating(model), torch.no_grad():
-        for sequence, length in zip(inputs, lengths.tolist(), strict=True):
-            with _block_inputs(blocks) as seen:
+        with _keeping_inputs(blocks, seen):
+            for sequence, length in zip(inputs, lengths.tolist(), strict=True):
                 model.backbone(sequence[None, :length], None)
-            for path, block in blocks.items():
-                measured[path].append(_measure(path, block, mixing_matrix(block, seen[path])[0]))
-    return [_mean(layers) for layers in measured.values()]
+        return [
+            _mean([_measure(path, block, weights) for weights in _matrices(block, seen[path])])
+            for path, block in blocks.items()
+        ]
+
+
+def _matrices(block: Block, inputs: list[Tensor]) -> Iterator[Tensor]:
+    """[H, T, T] of each sequence, from the block's inputs [T, d_model]. A convolution has one gain for all of them."""
+    if not block.convolves:
+        yield from (mixing_matrix(block, x[None])[0] for x in inputs)
+        return
+    lengths = torch.tensor([len(x) for x in inputs], device=inputs[0].device)
+    for weights, n in zip(mixing_matrix(block, pad_sequence(inputs, batch_first=True), lengths), lengths, strict=True):
+        yield weights[:, :n, :n]
 
 
 def _measure(path: str, block: Block, weights: Tensor) -> LayerMixing:
@@ -114,16 +127,15 @@ def _mean(layers: list[LayerMixing]) -> LayerMixing:
 
 
 @contextmanager
-def _block_inputs(blocks: dict[str, Block]) -> Iterator[dict[str, Tensor]]:
-    """Within it, a forward pass of the model leaves behind what each block was given."""
-    seen: dict[str, Tensor] = {}
+def _keeping_inputs(blocks: dict[str, Block], seen: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Within it, every forward pass of one sequence adds what each block was given, [T, d_model]."""
 
     def keep(path: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen[path] = arguments[0]
+        seen[path].append(arguments[0][0])
 
     hooks = [block.register_forward_pre_hook(partial(keep, path)) for path, block in blocks.items()]
     try:
-        yield seen
+        yield
     finally:
         for hook in hooks:
             hook.remove()
