@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = {"kernels": 0, "blocks": 1, "models": 2, "tasks": 2, "config": 3, "objectives": 3, "training": 4, "report": 5}
+FLOORS = {
+    "kernels": 0,
+    "blocks": 1,
+    "models": 2,
+    "tasks": 2,
+    "config": 3,
+    "objectives": 3,
+    "training": 4,
+    "report": 5,
+    "analysis": 5,
+}
 SOURCES = sorted(
     path
     for folder in ("kernels", "seqzoo", "tests", "benchmarks", "examples")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -22,8 +24,9 @@ class State(Protocol):
 class Block(nn.Module, ABC):
     """A sequence mixer, [B, T, d_model] -> [B, T, d_model].
 
-    A subclass writes `mix` and, if it can be causal, `initial_state`; padding is replaced by zeros before it is called
-    and after. Any split of a sequence over calls of `extend` gives what `forward` gives over the whole.
+    A subclass writes `mix`, whose operation over time goes through `over_time`, and, if it can be causal,
+    `initial_state`; padding is replaced by zeros before `mix` is called and after. Any split of a sequence over calls
+    of `extend` gives what `forward` gives over the whole.
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ()
@@ -32,11 +35,15 @@ class Block(nn.Module, ABC):
     undecayed: ClassVar[tuple[str, ...]] = ()
     """Names of parameters that are scales or shifts in spite of having two dimensions: never decayed either."""
 
+    convolves: ClassVar[bool] = False
+    """Whether it moves values by distance alone, whatever they are, and each channel in its own way."""
+
     def __init__(self, d_model: int, *, causal: bool) -> None:
         super().__init__()
         self.d_model = d_model
         self.causal = causal
         self._auxiliary: Tensor | None = None
+        self._observer: Callable[..., None] | None = None
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
@@ -77,6 +84,28 @@ class Block(nn.Module, ABC):
         self._check(x)
         y, state = self.mix(zero_padding(x, lengths), state, lengths)
         return zero_padding(y, lengths), state
+
+    def over_time(self, operation: Callable[..., Any], values: Tensor, *gates: Tensor) -> Any:
+        """`operation(values, *gates)`, the one call in `mix` that moves anything from one position to another.
+
+        Args:
+            operation: linear in `values`, multiplied by `gates`; gives outputs [B, T, ...], or a tuple that begins
+                with them. It takes values of any last size, unless the block `convolves`.
+            values: [B, T, E], or [B, T, H, E] with heads.
+            gates: shaped as the outputs.
+        """
+        if self._observer is not None:
+            self._observer(operation, values, *gates)
+        return operation(values, *gates)
+
+    @contextmanager
+    def observed(self, observer: Callable[..., None]) -> Iterator[None]:
+        """Within it, `observer` is given what `over_time` is, before it runs."""
+        self._observer = observer
+        try:
+            yield
+        finally:
+            self._observer = None
 
     def metrics(self) -> dict[str, float]:
         """Figures of the block's own worth logging."""

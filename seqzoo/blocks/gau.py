@@ -133,19 +133,23 @@ class GAU(Block):
         self, u: Tensor, qk: Tensor, v: Tensor, state: GatedAttentionState | None, lengths: Tensor | None
     ) -> tuple[Tensor, GatedAttentionState | None]:
         q_quad, q_lin, k_quad, k_lin = qk.unbind(2)
-        y = gated_attention(
-            u,
-            q_quad,
-            k_quad,
-            q_lin,
-            k_lin,
+        y = self.over_time(
+            lambda v, u: gated_attention(
+                u,
+                q_quad,
+                k_quad,
+                q_lin,
+                k_lin,
+                v,
+                chunk_len=self.chunk_len,
+                bias=self.distance_bias,
+                causal=self.causal,
+                initial_state=state,
+                output_final_state=state is not None,
+                lengths=lengths,
+            ),
             v,
-            chunk_len=self.chunk_len,
-            bias=self.distance_bias,
-            causal=self.causal,
-            initial_state=state,
-            output_final_state=state is not None,
-            lengths=lengths,
+            u,
         )
         return y if state is not None else (y, None)
 
@@ -168,11 +172,13 @@ class GAU(Block):
         if self.attention == "softmax":
             scale = n.clamp(min=16).log() / (math.log(512) * math.sqrt(self.key_dim))
             q, k, v = q[:, :, None], k[:, :, None], v[:, :, None]  # [B, T or N, 1, S or E]
-            y = attention(q, k, v, causal=self.causal, lengths=lengths, scale=scale, position=start)
+            y = self.over_time(
+                lambda v: attention(q, k, v, causal=self.causal, lengths=lengths, scale=scale, position=start), v
+            )
             return y[:, :, 0], state
         scale = 1 / n if self.attention == "relu2_n2" else (n * self.key_dim).rsqrt()
         last = place if self.causal else None
-        return relu2_attention(q, k, zero_padding(v, lengths), scale, last), state
+        return self.over_time(lambda v: relu2_attention(q, k, v, scale, last), zero_padding(v, lengths)), state
 
 
 def relu2_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, last: Tensor | None) -> Tensor:

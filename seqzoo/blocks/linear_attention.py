@@ -88,16 +88,19 @@ class LinearAttention(Block):
         if self.rotary:
             place = torch.arange(T, device=x.device) + (0 if state is None else state.position[:, None])
             q, k = rotate(q, place), rotate(k, place)
-        y = linear_attention(
-            q,
-            k,
+        y = self.over_time(
+            lambda v: linear_attention(
+                q,
+                k,
+                v,
+                log_decay=self.decay_rates,
+                causal=self.causal,
+                normalize=self.normalize,
+                initial_state=None if state is None else state.memory,
+                output_final_state=state is not None,
+                lengths=lengths,
+            ),
             v,
-            log_decay=self.decay_rates,
-            causal=self.causal,
-            normalize=self.normalize,
-            initial_state=None if state is None else state.memory,
-            output_final_state=state is not None,
-            lengths=lengths,
         )
         if state is not None:
             y, memory = y

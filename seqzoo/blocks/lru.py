@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class LRU(Block):
     Source: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences" (2023), section 3, appendix A.
     """
 
+    convolves = True
     recurrence = ("nu_log", "theta_log", "gamma_log", "in_proj.weight")
 
     def __init__(
@@ -75,6 +77,13 @@ class LRU(Block):
     def mix(
         self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None
     ) -> tuple[Tensor, RecurrentState | None]:
+        y, state = self.over_time(lambda x: self._recur(x, state, lengths), x)
+        return self.gate(y + self.skip * x), state
+
+    def _recur(
+        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """Re(C h): [B, T, d_model] -> [B, T, d_model]."""
         N, wide = self.state_dim, accumulation_dtype(x.dtype)
         # γ multiplies the rows of B: they are fewer than the steps.
         weight = self.in_proj.weight * self.gamma_log.exp().repeat_interleave(2)[:, None]
@@ -89,7 +98,7 @@ class LRU(Block):
             outputs, last = diagonal_scan(u, lam, initial_state=before, output_final_state=True, lengths=lengths)
             h = (outputs,)
             state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths))
-        y = self.skip * x
-        for part, weight in zip(h, self.out_proj.weight.split(2 * N, 1), strict=True):
-            y = y + F.linear(torch.view_as_real(part).flatten(-2).to(x.dtype), weight)
-        return self.gate(y), state
+        parts = zip(h, self.out_proj.weight.split(2 * N, 1), strict=True)
+        return reduce(
+            torch.add, (F.linear(torch.view_as_real(part).flatten(-2).to(x.dtype), weight) for part, weight in parts)
+        ), state

@@ -85,15 +85,19 @@ class Performer(Block):
     ) -> tuple[Tensor, PerformerState | None]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, D]
         scale = self.head_dim**-0.25
-        y = favor_attention(
-            q * scale,
-            k * scale,
+        q, k = q * scale, k * scale
+        y = self.over_time(
+            lambda v: favor_attention(
+                q,
+                k,
+                v,
+                self.projection,
+                causal=self.causal,
+                initial_state=None if state is None else FavorState(state.sums, state.log_scale),
+                output_final_state=state is not None,
+                lengths=lengths,
+            ),
             v,
-            self.projection,
-            causal=self.causal,
-            initial_state=None if state is None else FavorState(state.sums, state.log_scale),
-            output_final_state=state is not None,
-            lengths=lengths,
         )
         if state is not None:
             y, memory = y

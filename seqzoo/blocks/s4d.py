@@ -31,6 +31,7 @@ class S4D(Block):
     Source: Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models" (2022).
     """
 
+    convolves = True
     recurrence = ("log_dt", "log_neg_real", "imag")
 
     def __init__(
@@ -75,7 +76,7 @@ class S4D(Block):
         C = 2 * torch.view_as_complex(self.C.to(wide)) * torch.expm1(step) / A  # [directions, D, P]
         before = None if state is None else torch.view_as_complex(state.hidden)
         with without_autocast(x.device):
-            y, after = convolve(x.to(wide), step, C, before, lengths)
+            y, after = self.over_time(lambda x: convolve(x, step, C, before, lengths), x.to(wide))
         if state is not None and after is not None:
             state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths))
         return self.gate(y.to(x.dtype) + self.skip * x), state

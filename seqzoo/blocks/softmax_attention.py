@@ -74,8 +74,9 @@ class SoftmaxAttention(Block):
             keys, values = grow(state.keys, k, state.position), grow(state.values, v, state.position)
             state = AttentionState(keys, values, advance(state.position, x, lengths))
             k, v, lengths = state.keys.to(q.dtype), state.values.to(q.dtype), state.position
-        y = attention(
-            q, k, v, causal=self.causal, lengths=lengths, scale=self._scale(T, start, lengths, x), position=start
+        scale = self._scale(T, start, lengths, x)
+        y = self.over_time(
+            lambda v: attention(q, k, v, causal=self.causal, lengths=lengths, scale=scale, position=start), v
         )
         return self.out_proj(y.flatten(2)), state
 

@@ -74,7 +74,8 @@ class VQAttention(Block):
             raise ValueError(f"VQAttention: quantizer={quantizer!r}; valid: vq, fsq")
         if exact_steps < 0:
             raise ValueError(f"VQAttention: exact_steps={exact_steps}; valid: 0 or more")
-        self._exact = exact_steps > 0  # the buffer's answer, so that a GPU is not asked in each pass
+        # What the buffer says: to read that in every step would make a GPU wait.
+        self._left, self._exact = exact_steps, exact_steps > 0
         if self._exact:
             self.register_buffer("exact_left", torch.tensor(exact_steps))
 
@@ -95,22 +96,28 @@ class VQAttention(Block):
         if record:
             self._auxiliary = loss
         bias = torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(wide))
-        q = (q + self.content_bias).to(v.dtype)  # in v's precision: that of the products, under autocast
+        # In v's precision: that of the products, under autocast.
+        q, keys = (q + self.content_bias).to(v.dtype), keys.to(v.dtype)
         if self._exact and self.training and torch.is_grad_enabled() and state is None:
-            y = exact_attention(q, keys.to(v.dtype), v, bias.to(v.dtype), causal=self.causal, lengths=lengths)
+            y = self.over_time(
+                lambda v: exact_attention(q, keys, v, bias.to(v.dtype), causal=self.causal, lengths=lengths), v
+            )
             return self.out_proj((y * gate).flatten(2)), None
-        y = vq_attention(
-            q,
-            keys.to(v.dtype),
+        y = self.over_time(
+            lambda v: vq_attention(
+                q,
+                keys,
+                v,
+                codebook,
+                codes=codes,
+                bias=bias,
+                block_len=self.block_len,
+                causal=self.causal,
+                initial_state=state,
+                output_final_state=state is not None,
+                lengths=lengths,
+            ),
             v,
-            codebook,
-            codes=codes,
-            bias=bias,
-            block_len=self.block_len,
-            causal=self.causal,
-            initial_state=state,
-            output_final_state=state is not None,
-            lengths=lengths,
         )
         if state is not None:
             y, state = y
@@ -131,12 +138,14 @@ class VQAttention(Block):
         self.quantizer.after_step()
         if self._exact:
             self.exact_left -= 1
-            self._exact = bool(self.exact_left > 0)
+            self._left -= 1
+            self._exact = self._left > 0
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         if "exact_left" in self._buffers:
-            self._exact = bool(self.exact_left > 0)
+            self._left = int(self.exact_left)
+            self._exact = self._left > 0
 
     def metrics(self) -> dict[str, float]:
         """The quantizer's health."""

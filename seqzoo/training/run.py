@@ -46,6 +46,7 @@ from .tuning import count_trained, tune
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+LOADABLE = ("initial", "pretrain", "finetune")
 SUBSET_SEED = 0  # of the examples that n_val, n_test and train_fraction keep: the same in every run
 
 
@@ -106,18 +107,33 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     return {**result, "folder": str(folder)}
 
 
-def load(run_folder: str | Path) -> nn.Module:
-    """The fine-tuned model of a run, with the weights of its best validation, in eval mode on the CPU.
+def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
+    """The classifier of a run as it was after `stage`, in eval mode on the CPU.
+
+    Args:
+        run_folder: its folder.
+        stage: "finetune", the weights of its best validation; "pretrain", the backbone of pretraining's best validation
+            under a new head; or "initial", what the run's seed makes of it.
 
     Raises:
-        ConfigError: `run_folder` is not a run folder.
+        ConfigError: `run_folder` is not a run folder, or had no pretraining, or there is no such stage.
         TrainingError: its weights are missing or damaged.
     """
     folder = Path(run_folder)
-    spec = read_spec(folder)
-    config = read_config(folder)
-    model = tune(_build_model(config, spec, task_head(spec)), config)
-    model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
+    config, spec = read_config(folder), read_spec(folder)
+    if stage not in LOADABLE:
+        raise ConfigError(f"stage={stage}: valid: {', '.join(LOADABLE)}")
+    if stage == "pretrain" and not config.pretrain:
+        raise ConfigError(f"stage=pretrain: {folder} was trained from scratch; valid: initial, finetune")
+    model = _build_model(config, spec, task_head(spec))
+    if stage == "finetune":
+        model = tune(model, config)
+        model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
+    elif stage == "pretrain":
+        named = (read_json(folder / "result.json") or {}).get("pretrain_run")  # None: the run's own
+        given = Path(config.pretrain) if isinstance(config.pretrain, str) else None
+        source = given if given and given.exists() else folder.parent / named if named else folder
+        transfer_backbone(model, source / "pretrain" / "best.safetensors")
     return model.eval()
 
 

@@ -109,6 +109,29 @@ def test_reach(name, options, causal):
 
 
 @every
+def test_mixes_over_time_in_one_linear_operation(name, options, causal):
+    """What `seqzoo.analysis` needs: the call that moves values, once, given other values."""
+    block = make(name, options, causal)
+    x, lengths = sequences(3, 21), torch.tensor([21, 1, 12])
+    outputs = []
+
+    def first(y):
+        return y[0] if isinstance(y, tuple) else y
+
+    def observe(operation, values, *gates):
+        others = torch.randn_like(values)
+        both = first(operation(2 * values + others, *gates))
+        outputs.append((both, 2 * first(operation(values, *gates)) + first(operation(others, *gates))))
+
+    with block.observed(observe):
+        block(x, lengths=lengths)
+    block(x, lengths=lengths)
+    ((actual, expected),) = outputs
+    for b, n in enumerate(lengths.tolist()):
+        assert_close(actual[b, :n], expected[b, :n], 1e-12)
+
+
+@every
 def test_padding_has_no_effect(name, options, causal):
     block = make(name, options, causal)
     lengths = torch.tensor([1, 17, 40])

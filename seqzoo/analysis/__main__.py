@@ -1,0 +1,66 @@
+"""The command line of the analysis: `python -m seqzoo.analysis runs/<folder>`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..tasks import DataError
+from ..training import TrainingError
+from ..training.run_folder import write_json
+from .figure import save_figure
+from .run import RunMixing, analyse_run
+
+FAILED = 1
+HEADINGS = ("stage", "block", "entropy", "of uniform", "rank", "distance", "near")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, or 1 where a run cannot be analysed. Unusable arguments end the
+    process with status 2, like argparse's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m seqzoo.analysis",
+        description="What a run's model attends to at initialisation, after pretraining and after fine-tuning: "
+        "mixing.json and mixing.png in the run folder.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="a finished run")
+    parser.add_argument("-n", type=int, default=8, metavar="EXAMPLES", help="of the test set; 8 unless given")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lie, if not where the run found them")
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="where prepared data are kept, if not where the run did")
+    given = parser.parse_args(arguments)
+    if not given.run.is_dir():
+        parser.error(f"{str(given.run)!r} is not a folder")
+    try:
+        found = analyse_run(given.run, n=given.n, data_dir=given.data_dir, cache_dir=given.cache_dir)
+    except (OSError, ValueError, DataError, TrainingError) as error:
+        print(f"{given.run} cannot be analysed: {error}", file=sys.stderr)
+        return FAILED
+    write_json(given.run / "mixing.json", found.to_json())
+    save_figure(found, given.run / "mixing.png")
+    _print(found)
+    print(f"\nWritten to {given.run}: mixing.json, mixing.png")
+    return 0
+
+
+def _print(found: RunMixing) -> None:
+    """A line for each stage and block, means over heads."""
+    print("{:<9} {:>5} {:>8} {:>10} {:>7} {:>8} {:>6}".format(*HEADINGS))
+    for stage, layers in found.stages.items():
+        for number, layer in enumerate(layers, 1):
+            values = (
+                sum(each) / len(each)
+                for each in (
+                    layer.entropy,
+                    layer.normalized_entropy,
+                    layer.effective_rank,
+                    layer.mean_distance,
+                    layer.window_share,
+                )
+            )
+            print("{:<9} {:>5} {:>8.3f} {:>10.3f} {:>7.1f} {:>8.1f} {:>6.3f}".format(stage, number, *values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
