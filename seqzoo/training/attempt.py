@@ -42,7 +42,7 @@ def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
         return fail(str(stopped), INTERRUPTED)
     except KeyboardInterrupt:
         return fail("stopped; the same command continues from the last checkpoint, if there is one", INTERRUPTED)
-    _report(result)
+    report(result)
     return DONE
 
 
@@ -58,7 +58,8 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-def _report(result: dict[str, Any]) -> None:
+def report(result: dict[str, Any]) -> None:
+    """Prints the outcome of a run: its scores, folder, and what to do next."""
     test = result["test"]
     bits = f"{test['bits_per_character']:.4f} bits per character, " if "bits_per_character" in test else ""
     say(

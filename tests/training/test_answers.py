@@ -17,7 +17,7 @@ from seqzoo.spec import IGNORED
 from seqzoo.tasks import Task, TaskConfig, build_task
 from seqzoo.training import TrainingError, evaluate_run, run
 from seqzoo.training import search as search_module
-from seqzoo.training.cli import _report
+from seqzoo.training.attempt import report
 from seqzoo.training.run_folder import run_name
 
 HEADS = TaskConfig(
@@ -121,7 +121,7 @@ def test_text_is_measured_in_bits(text, tmp_path, capsys):
     assert again["bits_per_character"] == pytest.approx(test["bits_per_character"])
     assert load(result["folder"])(torch.ones(1, 4, dtype=torch.int64), torch.tensor([4])).shape == (1, 4, 32)
     assert "bits per character" in capsys.readouterr().err
-    _report(result)
+    report(result)
     assert f"test {test['bits_per_character']:.4f} bits per character, accuracy" in capsys.readouterr().out
 
 
