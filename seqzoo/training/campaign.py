@@ -93,15 +93,18 @@ def run_campaign(sweep: Sequence[Sequence[str]]) -> int:
 
         ends = launch(left, first.launcher, Path(first.runs_dir) / "jobs")
     unfinished = 0
-    for cell, status in ends:
-        if status == INTERRUPTED:
-            return INTERRUPTED
-        if status == DONE:
-            done.append(cell)
-        elif status in (UNFINISHED, BUSY):
-            unfinished += 1
-        else:
-            failed.append(" ".join(cell.overrides))
+    try:
+        for cell, status in ends:
+            if status == INTERRUPTED:
+                return INTERRUPTED
+            if status == DONE:
+                done.append(cell)
+            elif status in (UNFINISHED, BUSY):
+                unfinished += 1
+            else:
+                failed.append(" ".join(cell.overrides))
+    except KeyboardInterrupt:
+        return fail("stopped; the same command goes on. Jobs of a cluster, if there are any, do too", INTERRUPTED)
     say(f"{len(done)} of {len(cells)} runs finished")
     for overrides in failed:
         say(f"failed: {overrides}")

@@ -35,8 +35,8 @@ class Run:
 def launch(cells: Sequence[Cell], launcher: LauncherConfig, folder: Path) -> Iterator[tuple[Cell, int]]:
     """Runs `cells` as jobs, at most `launcher.parallel` at a time; yields each, when it has ended, with its status.
 
-    A run that shares its pretraining with one that is under way waits for it. If the command is stopped, jobs of this
-    machine stop with it, saved; those of a cluster go on.
+    A run that shares its pretraining with one that is under way waits for it. On Ctrl-C jobs of this machine stop too;
+    those of a cluster go on.
 
     Args:
         cells: in order.
@@ -44,6 +44,7 @@ def launch(cells: Sequence[Cell], launcher: LauncherConfig, folder: Path) -> Ite
         folder: for submitit's scripts and logs.
 
     Raises:
+        KeyboardInterrupt: on Ctrl-C.
         ConfigError: submitit is not installed, has no such parameter, or finds no SLURM here.
     """
     executor = _executor(launcher, folder)
@@ -63,7 +64,7 @@ def launch(cells: Sequence[Cell], launcher: LauncherConfig, folder: Path) -> Ite
                 say(f"job {running[cell].job_id}: {' '.join(cell.overrides)}")
             else:
                 time.sleep(POLL_SECONDS)
-    except (KeyboardInterrupt, GeneratorExit):
+    except KeyboardInterrupt:
         if launcher.cluster == "local":
             for job in running.values():
                 job.cancel()

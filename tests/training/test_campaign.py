@@ -213,6 +213,31 @@ def test_jobs_of_this_machine(listops, tmp_path, capsys):
     assert "4 runs: 4 finished" in capsys.readouterr().out
 
 
+def test_ctrl_c_stops_jobs_of_this_machine(listops, tmp_path, monkeypatch, capsys):
+    cancelled = []
+
+    class Job:
+        job_id = 1
+
+        def __init__(self, overrides):
+            self.overrides = overrides
+
+        def done(self):
+            raise KeyboardInterrupt
+
+        def cancel(self):
+            cancelled.append(self.overrides)
+
+    class Executor:
+        def submit(self, run, overrides):
+            return Job(overrides)
+
+    monkeypatch.setattr("seqzoo.training.launch._executor", lambda launcher, folder: Executor())
+    assert main(["-m", *listops, "seed=0,1", "launcher=local"]) == 130
+    assert len(cancelled) == 1
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_a_launcher_that_is_not_here_is_explained(listops, capsys):
     assert main(["-m", *listops, "seed=0,1", "launcher=slurm"]) == 2
     assert "launcher: " in capsys.readouterr().err
