@@ -16,10 +16,12 @@ def test_the_benchmark_covers_every_model():
     assert sorted(BENCHMARK["MODELS"]) == available("model")
 
 
-UNSOLVED = {  # what was measured at the first learning rate, results/recall
-    ("vq_transformer", "selective_copying"): "68.5 % after all 2,500 steps",
-    ("vq_transformer", "associative_recall"): "25.6 % after all 2,500 steps: guesses among the values it has read",
-    ("flash", "selective_copying"): "97.1 % after all 2,500 steps, and still rising",
+UNSOLVED = {  # what was measured, results/recall
+    (
+        "vq_transformer",
+        "selective_copying",
+    ): "falls back once its keys are codes, not caught up after 2,500 steps",
+    ("flash", "selective_copying"): "97.1 % after all 2,500 steps, and still rising; less at the second learning rate",
 }
 CASES = [
     pytest.param(*case, marks=pytest.mark.xfail(reason=UNSOLVED[case], strict=True) if case in UNSOLVED else ())
