@@ -74,7 +74,8 @@ class VQAttention(Block):
             raise ValueError(f"VQAttention: quantizer={quantizer!r}; valid: vq, fsq")
         if exact_steps < 0:
             raise ValueError(f"VQAttention: exact_steps={exact_steps}; valid: 0 or more")
-        # What the buffer says: to read that in every step would make a GPU wait.
+        # What the buffer says: to read that in every step would make a GPU wait. A count that passes looked at would
+        # compile them anew for each of its values.
         self._left, self._exact = exact_steps, exact_steps > 0
         if self._exact:
             self.register_buffer("exact_left", torch.tensor(exact_steps))

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config import CONFIGS, Config, ConfigError, compose, seconds
 from ..messages import unknown
+from ..tasks import DataError
 from .attempt import BUSY, DONE, FAILED, INTERRUPTED, MISUSED, UNFINISHED, attempt, fail, say
 from .run_folder import pretraining_key, run_name
 
@@ -130,7 +131,7 @@ def plan(sweep: Sequence[Sequence[str]]) -> tuple[list[Cell], list[str]]:
                 Path(config.runs_dir) / run_name(config),
                 pretraining_key(config) if config.pretrain is True else None,
             )
-        except ValueError as error:
+        except (ConfigError, DataError) as error:
             fail(str(error), MISUSED)
             failed.append(" ".join(overrides))
             continue

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for cell in cells:
                 _print_config(cell)
             return 0
-        if len(cells) > 1:
+        if arguments.multirun:
             return run_campaign(cells)
     except ConfigError as error:
         return fail(str(error), MISUSED)

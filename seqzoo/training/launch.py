@@ -50,7 +50,8 @@ def launch(cells: Sequence[Cell], launcher: LauncherConfig, folder: Path) -> Ite
     executor = _executor(launcher, folder)
     if launcher.cluster == "local":  # the jobs share the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launcher.parallel)))
-    waiting, running = list(cells), {}  # type: ignore[var-annotated]
+    waiting = list(cells)
+    running: dict[Cell, Job[int]] = {}
     try:
         while waiting or running:
             for cell in [cell for cell, job in running.items() if job.done()]:

@@ -82,10 +82,9 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     fabric = build_fabric(config)
     if fabric.device.type == "cpu":
         keep_freed_memory()
+    key = pretraining_key(config, task) if config.pretrain is True else None
     if task is None:
-        task, key = _build_task(config, fabric), pretraining_key(config)
-    else:
-        key = pretraining_key(config, task)
+        task = _build_task(config, fabric)
     _check_answer(config, task.spec)
     with ExitStack() as held:
         tracker = None
@@ -207,7 +206,7 @@ def _train_and_test(
     config: Config,
     task: Task,
     folder: Path,
-    key: str,
+    key: str | None,  # of the pretraining that the run needs; None: it needs none of its own
     fabric: Fabric,
     tracker: Tracker | None,
     deadline: float | None,
@@ -274,7 +273,7 @@ def _train_and_test(
     if isinstance(config.pretrain, str):
         source = Path(config.pretrain)
         pretraining = reusable_pretraining(config, spec)
-    elif config.pretrain:
+    elif key is not None:
         source = shared_pretraining(config, folder, key) or folder
         pretraining = read_json(source / "pretrain" / "summary.json")
         if pretraining is None:

@@ -76,6 +76,28 @@ def test_runs_that_are_the_same_are_one():
     ]
 
 
+def test_a_run_whose_data_are_missing_leaves_the_others(tmp_path, capsys):
+    texts = f"task.text={tmp_path / 'a.txt'},{tmp_path / 'b.txt'}"
+    (tmp_path / "b.txt").write_text("to be or not to be " * 200)
+    cells, failed = plan(expand(["task=char_lm", "model=lru", "causal=true", "recipe=tiny", texts]))
+    assert [Path(cell.config.task.text).name for cell in cells] == ["b.txt"]
+    assert len(failed) == 1
+    assert "a.txt" in failed[0]
+    assert "a.txt" in capsys.readouterr().err
+
+
+def test_a_sweep_of_one_run_is_launched_too(listops, monkeypatch):
+    launched = []
+
+    def launch(cells, launcher, folder):
+        launched.extend(cells)
+        return iter(())
+
+    monkeypatch.setattr("seqzoo.training.launch.launch", launch)
+    main(["-m", *listops, "launcher=local"])
+    assert len(launched) == 1
+
+
 def test_a_pretraining_is_shared(task, tmp_path, monkeypatch):
     first = run(tiny_config(tmp_path, pretrain=True), task=task)
     trained = []
