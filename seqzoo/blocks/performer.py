@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,6 @@ class Performer(Block):
     """
 
     projection: Tensor
-    steps: Tensor
 
     def __init__(
         self,
@@ -69,8 +68,7 @@ class Performer(Block):
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
         features = orthogonal_gaussian(num_heads, num_features, self.head_dim)
         self.register_buffer("projection", features.to(torch.get_default_device()))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._steps: int | None = 0  # `steps`; to read that after every step would make a GPU wait
+        self.steps = 0  # of the optimiser
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> PerformerState:
         self._require_causal("initial_state")
@@ -107,19 +105,18 @@ class Performer(Block):
     @torch.no_grad()
     def after_step(self) -> None:
         """Counts an optimiser step, and draws new features after every `redraw_every`: the same on all ranks."""
-        if self._steps is None:
-            self._steps = int(self.steps)
-        self._steps += 1
         self.steps += 1
-        if self.redraw_every == 0 or self._steps % self.redraw_every:
+        if self.redraw_every == 0 or self.steps % self.redraw_every:
             return
         self.projection.copy_(orthogonal_gaussian(*self.projection.shape))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.broadcast(self.projection, src=0)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._steps = None
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.steps = int(state)
 
 
 def orthogonal_gaussian(H: int, M: int, D: int) -> Tensor:

@@ -42,7 +42,6 @@ class VectorQuantizer(nn.Module):
 
     counts: Tensor
     sums: Tensor
-    started: Tensor
     new_counts: Tensor
     new_sums: Tensor
     errors: Tensor
@@ -69,11 +68,10 @@ class VectorQuantizer(nn.Module):
         self.ema, self.commitment, self.restart = ema, commitment, restart
         self.register_buffer("counts", torch.ones(num_heads, size))
         self.register_buffer("sums", F.normalize(torch.randn(num_heads, size, dim), dim=-1) * length)
-        self.register_buffer("started", torch.tensor(start == "random"))
         self.register_buffer("new_counts", torch.zeros(num_heads, size, dtype=torch.int64), persistent=False)
         self.register_buffer("new_sums", torch.zeros(num_heads, size, dim), persistent=False)
         self.register_buffer("errors", torch.zeros(2), persistent=False)  # sums of |k - code|² and |k|²
-        self._known_started = False
+        self.started = start == "random"
         self._samples_keys = start == "kmeans" or restart > 0
         self._sample: Tensor | None = None  # [H, n, D]
         self._health: dict[str, Tensor] = {}
@@ -118,9 +116,9 @@ class VectorQuantizer(nn.Module):
         if distributed:
             for part in gathered:
                 torch.distributed.all_reduce(part)
-        if self._sample is not None and not self._has_started():
+        if self._sample is not None and not self.started:
             self.sums.copy_(kmeans(self._sample, self.sums.shape[1]))
-            self.started.fill_(True)
+            self.started = True
         else:
             self.counts.lerp_(self.new_counts.to(self.counts.dtype), 1 - self.ema)
             self.sums.lerp_(self.new_sums, 1 - self.ema)
@@ -139,14 +137,11 @@ class VectorQuantizer(nn.Module):
         for part in gathered:
             part.zero_()
 
-    def _has_started(self) -> bool:
-        """`started`, which is true for good once it is: then it is read no more, as a GPU would be waited for."""
-        self._known_started = self._known_started or bool(self.started)
-        return self._known_started
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.started)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._known_started = False
+    def set_extra_state(self, state: Tensor) -> None:
+        self.started = bool(state)
 
     def _place_dead_codes(self, sample: Tensor) -> None:
         H, S, _ = self.sums.shape

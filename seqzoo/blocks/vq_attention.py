@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +31,6 @@ class VQAttention(Block):
     """
 
     undecayed = ("content_bias", "distance_bias")
-    exact_left: Tensor  # training steps
     quantizer: VectorQuantizer | FiniteScalarQuantizer
 
     def __init__(
@@ -74,11 +71,8 @@ class VQAttention(Block):
             raise ValueError(f"VQAttention: quantizer={quantizer!r}; valid: vq, fsq")
         if exact_steps < 0:
             raise ValueError(f"VQAttention: exact_steps={exact_steps}; valid: 0 or more")
-        # What the buffer says: to read that in every step would make a GPU wait. A count that passes looked at would
-        # compile them anew for each of its values.
-        self._left, self._exact = exact_steps, exact_steps > 0
-        if self._exact:
-            self.register_buffer("exact_left", torch.tensor(exact_steps))
+        self.exact_left = exact_steps
+        self._exact = exact_steps > 0  # a count that passes looked at would compile them anew for each of its values
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> VQState:
         self._require_causal("initial_state")
@@ -139,14 +133,14 @@ class VQAttention(Block):
         self.quantizer.after_step()
         if self._exact:
             self.exact_left -= 1
-            self._left -= 1
-            self._exact = self._left > 0
+            self._exact = self.exact_left > 0
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        if "exact_left" in self._buffers:
-            self._left = int(self.exact_left)
-            self._exact = self._left > 0
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.exact_left)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.exact_left = int(state)
+        self._exact = self.exact_left > 0
 
     def metrics(self) -> dict[str, float]:
         """The quantizer's health."""

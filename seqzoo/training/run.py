@@ -94,7 +94,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
             tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
         fabric.barrier()
         try:
-            result = _train_and_test(config, task, folder, key, fabric, tracker, deadline)
+            result = _Run(config, task, folder, key, fabric, tracker, deadline).result()
         except BaseException:
             if tracker:
                 tracker.finish(None)
@@ -202,59 +202,101 @@ def build_fabric(config: Config) -> Fabric:
     return fabric
 
 
-def _train_and_test(
-    config: Config,
-    task: Task,
-    folder: Path,
-    key: str | None,  # of the pretraining that the run needs; None: it needs none of its own
-    fabric: Fabric,
-    tracker: Tracker | None,
-    deadline: float | None,
-) -> dict[str, Any]:
-    """Both stages and the test; the content of `result.json`."""
-    spec, pretraining = task.spec, None
-    examples = task.train
-    if config.train_fraction is not None:
-        examples = examples.subset(nested(examples.labels, config.train_fraction, SUBSET_SEED))
-    val, test = _subset(task.val, config.n_val), _subset(task.test, config.n_test)
-    with _blaming(f"model={config.model.name}"):
-        sized = _sized(config, spec)
-        params = count_parameters(sized, spec, causal=config.causal)
-        flops = flops_per_token(sized, spec, causal=config.causal)
-    with _blaming(f"tuning={config.tuning}"):
-        trained = count_trained(sized, spec, config)
-    if fabric.is_global_zero:
-        print(
-            f"{sized.name}: width {sized.d_model}, {params:,} parameters, {flops / 1e6:.3g} MFLOP a token",
-            file=sys.stderr,
-        )
+class _Run:
+    """A run under way: both stages, and the test.
+
+    Args:
+        key: of the pretraining that it needs; None: it needs none of its own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        folder: Path,
+        key: str | None,
+        fabric: Fabric,
+        tracker: Tracker | None,
+        deadline: float | None,
+    ) -> None:
+        self.config, self.task, self.folder, self.key = config, task, folder, key
+        self.fabric, self.tracker, self.deadline = fabric, tracker, deadline
+        self.examples = task.train
+        if config.train_fraction is not None:
+            kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
+            self.examples = task.train.subset(kept)
+        self.val, self.test = _subset(task.val, config.n_val), _subset(task.test, config.n_test)
+        with _blaming(f"model={config.model.name}"):
+            self.sized = _sized(config, task.spec)
+            self.params = count_parameters(self.sized, task.spec, causal=config.causal)
+            self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
+        with _blaming(f"tuning={config.tuning}"):
+            self.trained = count_trained(self.sized, task.spec, config)
+
+    def result(self) -> dict[str, Any]:
+        """Trains, or goes on training, and tests; the content of `result.json`."""
+        config, fabric, size = self.config, self.fabric, f"width {self.sized.d_model}, {self.params:,} parameters"
+        self.say(f"{self.sized.name}: {size}, {self.flops / 1e6:.3g} MFLOP a token")
         if config.tuning != "full":
             alone = "" if config.pretrain else "; without pretraining: the backbone stays a random one"
-            print(f"tuning={config.tuning} moves {trained:,} parameters{alone}", file=sys.stderr)
+            self.say(f"tuning={config.tuning} moves {self.trained:,} parameters{alone}")
+        source, pretraining = self.pretrain()
+        objective = build_objective("task", self.task.spec)
+        model = _build_model(config, self.task.spec, objective.head)
+        if pretraining is not None:  # also when fine-tuning continues: its checkpoint is loaded over it
+            transfer = transfer_backbone(model, source / "pretrain" / "best.safetensors")
+            self.say(f"hand-over from {source}: {transfer}")
+        model = tune(model, config)
+        finetuning = self.train(model, objective, config.finetuning, "finetune")
+        batch_size = config.finetuning.batch_size
+        tested = evaluate(model, objective, self.test.to(fabric.device), batch_size=batch_size, fabric=fabric)
+        return self.describe(source, pretraining, finetuning, tested)
 
-    def train(model: nn.Module, objective: Objective, stage: StageConfig, name: str) -> dict[str, Any]:
-        fitting = "short" if fabric.device.type == "cuda" else "tiny"
+    def pretrain(self) -> tuple[Path, dict[str, Any] | None]:
+        """The run folder that fine-tuning starts from, and the summary of its pretraining; None: it starts anew."""
+        config, folder = self.config, self.folder
+        if isinstance(config.pretrain, str):
+            return Path(config.pretrain), reusable_pretraining(config, self.task.spec)
+        if self.key is None:
+            return folder, None
+        source = shared_pretraining(config, folder, self.key) or folder
+        summary = read_json(source / "pretrain" / "summary.json")
+        if summary is None:
+            self.fabric.barrier()  # all ranks have looked
+            if self.fabric.is_global_zero:
+                write_text(folder / "pretrain" / "key", self.key)
+            objective = _build_objective(config, self.task.spec)
+            model = _build_model(config, self.task.spec, objective.head)
+            summary = self.train(model, objective, config.pretraining, "pretrain")
+            if self.fabric.is_global_zero:
+                write_json(folder / "pretrain" / "summary.json", summary)
+        return source, summary
+
+    def train(self, model: nn.Module, objective: Objective, stage: StageConfig, name: str) -> dict[str, Any]:
+        """One stage, of `name`; its summary."""
+        config, folder = self.config, self.folder / name
+        fitting = "short" if self.fabric.device.type == "cuda" else "tiny"
         fits = f"recipe={fitting} is made for it"
         shared: dict[str, Any] = {
             "name": name,
             "seed": config.seed,
-            "fabric": fabric,
+            "fabric": self.fabric,
             "compile": config.compile,
-            "deadline": deadline,
+            "deadline": self.deadline,
         }
         if config.lr == "search":
-            trials = folder / name / "search"
-            stage = replace(stage, lr=search_lr(model, objective, examples, val, stage, folder=trials, **shared))
+            lr = search_lr(model, objective, self.examples, self.val, stage, folder=folder / "search", **shared)
+            stage = replace(stage, lr=lr)
         trainer = Stage(
             model,
             objective,
-            examples,
-            val,
+            self.examples,
+            self.val,
             stage,
             **shared,
-            folder=folder / name,
-            tracker=tracker,
-            flops_per_token=flops_per_token(sized, spec, causal=config.causal, head=objective.head),
+            folder=folder,
+            tracker=self.tracker,
+            flops_per_token=flops_per_token(self.sized, self.task.spec, causal=config.causal, head=objective.head),
             advice=fits if config.recipe != fitting else "Fewer tokens or a smaller model would make it shorter",
         )
         state = trainer.run()
@@ -269,65 +311,52 @@ def _train_and_test(
             "lr": stage.lr,
         }
 
-    source = folder
-    if isinstance(config.pretrain, str):
-        source = Path(config.pretrain)
-        pretraining = reusable_pretraining(config, spec)
-    elif key is not None:
-        source = shared_pretraining(config, folder, key) or folder
-        pretraining = read_json(source / "pretrain" / "summary.json")
-        if pretraining is None:
-            fabric.barrier()  # all ranks have looked
-            if fabric.is_global_zero:
-                write_text(folder / "pretrain" / "key", key)
-            objective = _build_objective(config, spec)
-            pretraining = train(_build_model(config, spec, objective.head), objective, config.pretraining, "pretrain")
-            if fabric.is_global_zero:
-                write_json(folder / "pretrain" / "summary.json", pretraining)
+    def describe(
+        self, source: Path, pretraining: dict[str, Any] | None, finetuning: dict[str, Any], tested: dict[str, float]
+    ) -> dict[str, Any]:
+        """The content of `result.json`, from the summaries of the stages and the test's metrics."""
+        config, own = self.config, source == self.folder
+        none = {"tokens_seen": 0, "token_budget": 0, "seconds": 0.0, "tokens_per_second": 0.0, "lr": None}
+        stages = {"pretrain": pretraining or none, "finetune": finetuning}
 
-    objective = build_objective("task", spec)
-    model = _build_model(config, spec, objective.head)
-    if pretraining is not None:  # also when fine-tuning continues: its checkpoint is loaded over it
-        transfer = transfer_backbone(model, source / "pretrain" / "best.safetensors")
-        if fabric.is_global_zero:
-            print(f"hand-over from {source}: {transfer}", file=sys.stderr)
-    model = tune(model, config)
-    finetuning = train(model, objective, config.finetuning, "finetune")
-    tested = evaluate(model, objective, test.to(fabric.device), batch_size=config.finetuning.batch_size, fabric=fabric)
+        def of_stages(key: str) -> dict[str, Any]:
+            return {name: stage[key] for name, stage in stages.items()}
 
-    none = {"tokens_seen": 0, "token_budget": 0, "seconds": 0.0, "tokens_per_second": 0.0, "lr": None}
-    stages = {"pretrain": pretraining or none, "finetune": finetuning}
-    own = pretraining if source == folder else None
-    seconds = {name: stage["seconds"] for name, stage in stages.items()}
-    return {
-        "schema": 1,
-        "model": config.model.name,
-        "task": spec.name,
-        "causal": config.causal,
-        "objective": config.objective,
-        "pretrain": pretraining is not None,
-        "pretrain_run": source.name if source != folder else None,
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "params": params,
-        "trained_params": trained,
-        "init": config.model.init,
-        "tuning": config.tuning,
-        "train_fraction": 1.0 if config.train_fraction is None else config.train_fraction,
-        "flops_per_token": flops,
-        "tokens_seen": {name: stage["tokens_seen"] for name, stage in stages.items()},
-        "token_budget": {name: stage["token_budget"] for name, stage in stages.items()},
-        "lr": {name: stage["lr"] for name, stage in stages.items()},
-        "val": finetuning["val"],
-        "test": tested,
-        "n_test": len(test),
-        "majority": test.majority,
-        "task_note": task.note,
-        "seconds": {**seconds, "total": sum(seconds.values())},
-        "tokens_per_second": {name: stage["tokens_per_second"] for name, stage in stages.items()},
-        "mfu": {"pretrain": own.get("mfu") if own else None, "finetune": finetuning["mfu"]},
-        **provenance.made_with(fabric.device, fabric.world_size),
-    }
+        seconds = of_stages("seconds")
+        return {
+            "schema": 1,
+            "model": config.model.name,
+            "task": self.task.spec.name,
+            "causal": config.causal,
+            "objective": config.objective,
+            "pretrain": pretraining is not None,
+            "pretrain_run": None if own else source.name,
+            "recipe": config.recipe,
+            "seed": config.seed,
+            "params": self.params,
+            "trained_params": self.trained,
+            "init": config.model.init,
+            "tuning": config.tuning,
+            "train_fraction": 1.0 if config.train_fraction is None else config.train_fraction,
+            "flops_per_token": self.flops,
+            "tokens_seen": of_stages("tokens_seen"),
+            "token_budget": of_stages("token_budget"),
+            "lr": of_stages("lr"),
+            "val": finetuning["val"],
+            "test": tested,
+            "n_test": len(self.test),
+            "majority": self.test.majority,
+            "task_note": self.task.note,
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "tokens_per_second": of_stages("tokens_per_second"),
+            "mfu": {"pretrain": pretraining.get("mfu") if pretraining and own else None, "finetune": finetuning["mfu"]},
+            **provenance.made_with(self.fabric.device, self.fabric.world_size),
+        }
+
+    def say(self, message: str) -> None:
+        """Prints to stderr, on the first rank only."""
+        if self.fabric.is_global_zero:
+            print(message, file=sys.stderr)
 
 
 @contextmanager

@@ -265,3 +265,5 @@ def test_a_launcher_that_is_not_here_is_explained(listops, capsys):
     assert "launcher: " in capsys.readouterr().err
     assert main(["-m", *listops, "seed=0,1", "launcher=local", "launcher.options.walltime=5"]) == 2
     assert "walltime" in capsys.readouterr().err
+    assert main([*listops, "launcher=local"]) == 2
+    assert "add -m" in capsys.readouterr().err
