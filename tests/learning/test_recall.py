@@ -32,4 +32,5 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "task"), CASES)
 def test_attention_recalls(model, task):
-    assert BENCHMARK["learn"](model, task)["accuracy"] >= 0.98
+    rates = BENCHMARK["LEARNING_RATES"][:1]  # the best of those tried, for all of them: results/recall
+    assert BENCHMARK["learn"](model, task, learning_rates=rates)["accuracy"] >= 0.98
