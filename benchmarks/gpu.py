@@ -33,6 +33,7 @@ from triton.testing import do_bench
 
 from seqzoo import kernels
 from seqzoo.kernels import backends
+from seqzoo.kernels.agreement import relative_error
 from seqzoo.training import provenance
 
 TOLERANCE = {torch.float32: 1e-5, torch.complex64: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -203,17 +204,6 @@ def tables(operation: str) -> list[int]:
     return [known for known in importlib.import_module(f"seqzoo.kernels.{operation}.fused").CONFIGS if known <= own]
 
 
-def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Relative error of the whole and of the worst row, a row far below the whole measured by a hundredth of it."""
-    actual = actual.to(expected)
-    error, size = (actual - expected).abs().square(), expected.abs().square()
-    scale = size.mean().sqrt()
-    if error.dim() == 0:
-        return (error.sqrt() / scale).item(), (error.sqrt() / scale).item()
-    rows = error.mean(-1).sqrt() / size.mean(-1).sqrt().clamp(min=1e-2 * scale)
-    return (error.mean().sqrt() / scale).item(), rows.max().item()
-
-
 def gradients(case: Case, inputs: list[Tensor], w: Tensor, backend: str) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     o = case.call(*leaves, backend=backend)
@@ -237,7 +227,7 @@ def check(operation: str, only: int | None = None) -> list[dict[str, Any]]:
                     with configuration(operation, table):
                         found = gradients(case, inputs, w, "fused")
                         again = gradients(case, inputs, w, "fused")
-                    worst = [errors(*pair) for pair in zip(found, expected, strict=True)]
+                    worst = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
                     row["whole"], row["worst_row"] = (max(column) for column in zip(*worst, strict=True))
                     row["same_bits"] = all(torch.equal(*pair) for pair in zip(found, again, strict=True))
                     bound = TOLERANCE[dtype]
@@ -277,7 +267,7 @@ def canary() -> list[dict[str, Any]]:
             _canary_kernel[(1,)](q, k, do, v, out, T, block, D, num_warps=warps)
             wide = [x.double() for x in (q, k, do, v)]
             expected = ((wide[0] @ wide[1].T) * (wide[2] @ wide[3].T)).T @ wide[0]
-            rows.append({"block": block, "num_warps": warps, "whole": errors(out, expected)[0]})
+            rows.append({"block": block, "num_warps": warps, "whole": relative_error(out, expected)[0]})
             print(f"canary, block {block}, {warps} warps: relative error {rows[-1]['whole']:.1e}", flush=True)
     return rows
 
