@@ -15,6 +15,7 @@ from .curves import learning_curves, pretraining_losses
 from .figures import DPI, to_png
 from .gains import gain_over_budget, scratch_against_pretrained
 from .headline import main_tables
+from .locality import distances
 from .origins import RUN_HEADER, overview, run_lines
 from .results import FIGURES, LeftOut, Result
 from .tables import Sources
@@ -89,6 +90,7 @@ def _charts(cells: Sequence[Cell], plain: Sequence[Comparison]) -> list[list[Cha
         studies.tunings(cells),
         studies.inits(cells),
         studies.speed(cells),
+        distances(cells),
     ]
     sections = [[chart] if chart else [] for chart in single]
     losses = pretraining_losses(cells)

@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
 from seqzoo.report import compare, studies
 from seqzoo.report.gains import gain_over_budget, scratch_against_pretrained
+from seqzoo.report.locality import distances
 
 
 def lines(chart):
@@ -131,6 +134,27 @@ def test_inits(write_run, cells):
     write_run(model="lru", accuracy=0.7)
     write_run(model="lru", accuracy=0.6, init="random")
     assert lines(studies.inits(cells())) == {"from scratch 5k": [("lru, structured", 70), ("lru, random", 60)]}
+
+
+def test_distances_of_the_seeds_that_were_analysed(write_run, cells):
+    def mixing(folder, *distances):
+        blocks = [{"mean_distance": [distance, distance + 2], "window_share": [0.5]} for distance in distances]
+        stages = dict.fromkeys(("initial", "pretrain", "finetune"), blocks)
+        (folder / "mixing.json").write_text(json.dumps({"schema": 1, "window": 16, "stages": stages}))
+
+    mixing(write_run(pretrain=True), 9, 19)
+    mixing(write_run(pretrain=True, seed=1), 29, 39)
+    write_run(pretrain=True, seed=2)
+    (write_run(pretrain=True, seed=3) / "mixing.json").write_text("not finished")
+    write_run(model="lru", pretrain=True)
+    chart = distances(cells())
+    mean, near = chart.panels
+    assert [series.label for series in mean.series][1:] == ["after pretraining", "after fine-tuning"]
+    assert {(point.x, point.y, len(point.runs)) for series in mean.series for point in series.points} == {
+        ("transformer", 25, 2)
+    }
+    assert near.series[0].points[0].y == 50
+    assert near.y_label == "weight within 16 positions (%)"
 
 
 def test_a_plain_comparison_is_no_study(write_run, cells):
