@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,3 +63,14 @@ def tiny_config(runs_dir: Any, **changes: Any) -> Config:
         **stages,
         **changes,
     )
+
+
+def wait_for_training(process: subprocess.Popen[Any], runs_dir: Path) -> None:
+    """Returns once a run in `runs_dir` has logged something new, or `process` has ended."""
+
+    def logged() -> int:
+        return sum(len(path.read_text().splitlines()) for path in runs_dir.glob("*/metrics.jsonl"))
+
+    before = logged()
+    while process.poll() is None and logged() == before:
+        time.sleep(0.01)

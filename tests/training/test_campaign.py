@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import tiny_config, toy_task
+from tiny_runs import tiny_config, toy_task, wait_for_training
 
 from seqzoo.config import CONFIGS, ConfigError, compose
 from seqzoo.training import run
@@ -205,16 +204,18 @@ def test_a_killed_campaign_goes_on_where_it_was(listops, tmp_path):
     whole = results(tmp_path / "runs")
     killed = [argument.replace("/runs", "/killed") for argument in sweep]
     command = [sys.executable, str(SCRIPT), *killed]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as here: their number decides the order of sums
     kills = 0
-    for seconds in (6, 7.3, 8.1, 9.4, 11, 13):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for seconds in (0.2, 0.5, 0.8):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_training(process, tmp_path / "killed")
         time.sleep(seconds)
         if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             kills += 1
         process.wait()
     assert kills >= 2
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "4 of 4 runs finished" in done.stdout
     again = results(tmp_path / "killed")
     assert again.keys() == whole.keys()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import wait_for_training
 
 from seqzoo.training.checkpoint import load_last
 
@@ -31,10 +32,6 @@ def start(folder: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=environment, stderr=subprocess.DEVNULL)
 
 
-def steps_logged(folder: Path) -> int:
-    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl"))
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -42,9 +39,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path):
     draw = random.Random(0)
     for _ in range(4):
         process = start(cut)
-        before = steps_logged(cut)
-        while process.poll() is None and steps_logged(cut) == before:  # till it trains
-            time.sleep(0.01)
+        wait_for_training(process, cut)
         time.sleep(2 * draw.random())
         process.kill()
         process.wait()
