@@ -57,7 +57,7 @@ def test_what_moves(task, tmp_path, block, tuning):
         for name, tensor in given.items()
         if name.startswith("backbone.") and not torch.equal(kept[name if name in kept else base(name)], tensor)
     }
-    state = ("quantizer.", "projection", "steps")  # beside the gradient: codebooks, random features
+    state = ("quantizer.", "projection", "_extra_state")  # beside the gradient: codebooks, random features
     if tuning in ("head", "ladder"):
         assert moved == set()
     elif tuning == "lora":
