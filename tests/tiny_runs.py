@@ -1,4 +1,4 @@
-"""A task and configurations small enough to train in a second."""
+"""A task and configurations small enough to train in a second, and waiting for them."""
 
 from __future__ import annotations
 

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import NamedTuple
 
 from .charts import Chart, Panel, Point, Series, chart_of, namer, panel_title, stages
 from .comparison import Cell
 
+SCHEMA = 1
 STAGES = {"initial": "random initialisation", "pretrain": "after pretraining", "finetune": "after fine-tuning"}
 
 
+class Locality(NamedTuple):
+    """Of a run, after each of `STAGES`: means over blocks and heads."""
+
+    distance: Mapping[str, float]  # positions
+    near: Mapping[str, float]  # % of the weight within `window` positions
+    window: int
+
+
 def distances(cells: Iterable[Cell]) -> Chart | None:
-    """Bars of the mean distance and of the share of weight nearby, means over blocks and heads, and over the seeds that
-    were analysed: panels for each setting in which a model was pretrained."""
+    """Bars of the mean distance and of the share of weight nearby, means over the seeds that were analysed: two panels
+    for each setting in which a model was pretrained."""
     cells = [cell for cell in cells if cell.conditions.plain and cell.pretraining]
     name_of = namer(cells)
-    settings: dict[str, list[tuple[str, dict[Path, Mapping[str, Any]]]]] = defaultdict(list)
+    settings: dict[tuple[str, int], dict[str, dict[Path, Locality]]] = defaultdict(lambda: defaultdict(dict))
     for cell in cells:
-        found = {result.folder: read_mixing(result.folder) for result in cell.results}
-        if analysed := {folder: mixing for folder, mixing in found.items() if mixing}:
-            title = f"{panel_title(cell.conditions)}\n{stages(cell)}"
-            settings[title].append((name_of(cell), analysed))
+        title = f"{panel_title(cell.conditions)}\n{stages(cell)}"
+        for result in cell.results:
+            if found := read_locality(result.folder):
+                settings[title, found.window][name_of(cell)][result.folder] = found
     panels = [
-        Panel(title, "model", label, _series(models, key, scale), kind="bars")
-        for title, models in settings.items()
-        for key, scale, label in (
-            ("mean_distance", 1, "mean distance (positions)"),
-            ("window_share", 100, f"weight within {_window(models)} positions (%)"),
+        _panel(title, label, models, stage_means)
+        for (title, window), models in settings.items()
+        for label, stage_means in (
+            ("mean distance (positions)", lambda run: run.distance),
+            (f"weight within {window} positions (%)", lambda run: run.near),
         )
     ]
     return chart_of(
@@ -43,32 +52,40 @@ def distances(cells: Iterable[Cell]) -> Chart | None:
     )
 
 
-def read_mixing(folder: Path) -> Mapping[str, Any] | None:
-    """A run's `mixing.json`; None where there is none that can be read."""
+def read_locality(folder: Path) -> Locality | None:
+    """What a run's `mixing.json` says; None where there is none that can be read, or a block that moves nothing."""
     try:
         found = json.loads((folder / "mixing.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.get("schema") == 1 else None
-
-
-def _series(models: list[tuple[str, dict[Path, Mapping[str, Any]]]], key: str, scale: float) -> tuple[Series, ...]:
-    return tuple(
-        Series(
-            label,
-            tuple(
-                Point(name, scale * fmean(_mean(mixing, stage, key) for mixing in analysed.values()), tuple(analysed))
-                for name, analysed in models
-            ),
-            label,
+        if found["schema"] != SCHEMA:
+            return None
+        return Locality(
+            {stage: _mean(found["stages"][stage], "mean_distance") for stage in STAGES},
+            {stage: 100 * _mean(found["stages"][stage], "window_share") for stage in STAGES},
+            found["window"],
         )
-        for stage, label in STAGES.items()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mean(layers: Iterable[Mapping[str, Iterable[float]]], key: str) -> float:
+    return fmean(value for layer in layers for value in layer[key])
+
+
+def _panel(
+    title: str,
+    label: str,
+    models: Mapping[str, Mapping[Path, Locality]],
+    stage_means: Callable[[Locality], Mapping[str, float]],
+) -> Panel:
+    series = (
+        Series(
+            name,
+            tuple(
+                Point(model, fmean(stage_means(run)[stage] for run in runs.values()), tuple(runs))
+                for model, runs in models.items()
+            ),
+            name,
+        )
+        for stage, name in STAGES.items()
     )
-
-
-def _mean(mixing: Mapping[str, Any], stage: str, key: str) -> float:
-    return fmean(value for layer in mixing["stages"][stage] for value in layer[key])
-
-
-def _window(models: list[tuple[str, dict[Path, Mapping[str, Any]]]]) -> int:
-    return next(mixing["window"] for _, analysed in models for mixing in analysed.values())
+    return Panel(title, "model", label, tuple(series), kind="bars")

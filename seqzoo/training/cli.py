@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.multirun:
             return run_campaign(cells)
-        if any(override.startswith("launcher") for override in cells[0]):
+        if any(override.startswith("launcher") and override != "launcher=here" for override in cells[0]):
             raise ConfigError("launcher= queues the runs of a sweep; add -m, for one run too")
     except ConfigError as error:
         return fail(str(error), MISUSED)

@@ -146,6 +146,10 @@ def test_distances_of_the_seeds_that_were_analysed(write_run, cells):
     mixing(write_run(pretrain=True, seed=1), 29, 39)
     write_run(pretrain=True, seed=2)
     (write_run(pretrain=True, seed=3) / "mixing.json").write_text("not finished")
+    nothing_moves = write_run(pretrain=True, seed=4)
+    mixing(nothing_moves, 9)
+    content = (nothing_moves / "mixing.json").read_text()
+    (nothing_moves / "mixing.json").write_text(content.replace("[9, 11]", "[null, null]"))
     write_run(model="lru", pretrain=True)
     chart = distances(cells())
     mean, near = chart.panels

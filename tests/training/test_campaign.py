@@ -261,10 +261,12 @@ def test_ctrl_c_stops_jobs_of_this_machine(listops, tmp_path, monkeypatch, capsy
     assert "the same command goes on" in capsys.readouterr().err
 
 
-def test_a_launcher_that_is_not_here_is_explained(listops, capsys):
+def test_a_launcher_that_is_not_here_is_explained(listops, capsys, monkeypatch):
     assert main(["-m", *listops, "seed=0,1", "launcher=slurm"]) == 2
     assert "launcher: " in capsys.readouterr().err
     assert main(["-m", *listops, "seed=0,1", "launcher=local", "launcher.options.walltime=5"]) == 2
     assert "walltime" in capsys.readouterr().err
     assert main([*listops, "launcher=local"]) == 2
     assert "add -m" in capsys.readouterr().err
+    monkeypatch.setattr("seqzoo.training.cli.attempt", lambda overrides: 0)
+    assert main([*listops, "launcher=here"]) == 0
