@@ -2,24 +2,21 @@
 
 A stage's folder holds
 
-    best.safetensors            weights of the best validation
-    last/weights-<step>.safetensors
-    last/state.pt               optimiser state, step and counters
+    best.safetensors    weights of the best validation
+    last.safetensors    weights, optimiser state and counters to continue from
 
-`state.pt` is replaced last and names the step, hence the weights it belongs to: until that rename the previous
-checkpoint is the valid one, after it the new one is. There is no generator state: every step seeds its own.
+There is no generator state: every step seeds its own.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -71,29 +68,40 @@ def load_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def save_last(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Makes `weights` and `state`, which has a "step", the checkpoint of `folder`."""
-    current = folder / f"weights-{state['step']}.safetensors"
-    save_weights(current, weights)
-    with replacing(folder / "state.pt") as temporary:
-        torch.save(dict(state), temporary)
-    for old in folder.glob("weights-*.safetensors"):
-        if old != current:
-            old.unlink()
+class Checkpoint(NamedTuple):
+    """All that continuing needs."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[int, dict[str, Tensor]]  # what it keeps of each parameter, as in its state dict
+    state: dict[str, Any]  # counters, as JSON has them
 
 
-def load_last(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Weights and state that `save_last` wrote, on the CPU, or None where there is no checkpoint yet.
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Makes `checkpoint` the one at `path`."""
+    tensors = {f"weights/{name}": tensor for name, tensor in checkpoint.weights.items()}
+    for index, kept in checkpoint.optimizer.items():
+        tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in kept.items()}
+    save_weights(path, tensors, {"state": json.dumps(checkpoint.state)})
+
+
+def load_checkpoint(path: Path) -> Checkpoint | None:
+    """What `save_checkpoint` wrote, on the CPU, or None where there is no checkpoint yet.
 
     Raises:
-        TrainingError: a file is missing or damaged; names it.
+        TrainingError: the file is damaged.
     """
-    path = folder / "state.pt"
     if not path.exists():
         return None
-    with _reading(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    return load_weights(folder / f"weights-{state['step']}.safetensors"), state
+    weights: dict[str, Tensor] = {}
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_weights(path).items():
+        part, name = key.split("/", 1)
+        if part == "weights":
+            weights[name] = tensor
+        else:
+            index, name = name.split("/")
+            optimizer.setdefault(int(index), {})[name] = tensor.clone()  # the optimiser keeps it; the file goes
+    return Checkpoint(weights, optimizer, json.loads(load_metadata(path)["state"]))
 
 
 @contextmanager
@@ -102,8 +110,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise TrainingError(f"checkpoint {path} is missing; delete {path.parent} to start from the beginning") from None
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except SafetensorError as error:
         raise TrainingError(
-            f"checkpoint {path} is damaged ({reason}); delete {path.parent} to start from the beginning"
+            f"checkpoint {path} is damaged ({error}); delete {path.parent} to start from the beginning"
         ) from None

@@ -16,7 +16,7 @@ from ..blocks import after_step, auxiliary_loss
 from ..config import ConfigError, StageConfig
 from ..objectives import Objective
 from ..tasks import Split, epoch_order
-from .checkpoint import load_last, load_weights, save_last, save_weights
+from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
 from .compilation import compile_model
 from .diagnosis import first_nonfinite
 from .errors import Interrupted, TrainingError
@@ -120,11 +120,11 @@ class Stage:
         self.window: dict[str, Tensor] = {}  # sums of the training metrics since their last line, on the device
         optimizer = build_optimizer(self.model, stage)
         self.guard = Guard(optimizer, fabric.device)
-        if checkpoint := load_last(folder / "last"):
-            weights, state = checkpoint
-            self.model.load_state_dict(weights)
-            optimizer.load_state_dict(state.pop("optimizer"))
-            self.state = State(**state)
+        self.last = folder / "last.safetensors"
+        if checkpoint := load_checkpoint(self.last):
+            self.model.load_state_dict(checkpoint.weights)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint.optimizer})
+            self.state = State(**checkpoint.state)
             if fabric.is_global_zero:
                 for key, total in self.state.window.items():
                     self.window[key] = torch.tensor(total, dtype=torch.float64, device=fabric.device)
@@ -328,8 +328,8 @@ class Stage:
         self.state.seconds = self.seconds_before + started - self.started
         if self.fabric.is_global_zero:
             self.state.window = {key: total.item() for key, total in self.window.items()}
-            state = {**asdict(self.state), "optimizer": self.optimizer.state_dict()}
-            save_last(self.folder / "last", self.model.state_dict(), state)
+            optimizer = self.optimizer.state_dict()["state"]
+            save_checkpoint(self.last, Checkpoint(self.model.state_dict(), optimizer, asdict(self.state)))
         self.saved = self.timed = time.monotonic()
         self.save_after = min((self.saved - started) / SAVE_SHARE, SAVE_SECONDS)
 
@@ -341,11 +341,10 @@ class Stage:
                 self.forward(self.model, micro)
 
         loss = self.differentiate().item()
-        kept = self.folder / "last" / "state.pt"
         return (
             f"{self.name} step {self.state.step + 1}: loss {loss} or its gradient is not finite; "
             f"{first_nonfinite(self.model, forward)}. "
-            + (f"The last good checkpoint is {kept.parent}. " if kept.exists() else "There is no checkpoint yet. ")
+            + (f"The last good checkpoint is {self.last}. " if self.last.exists() else "There is no checkpoint yet. ")
             + "A smaller learning rate, a longer warmup, a clip or precision=fp32 may help"
         )
 

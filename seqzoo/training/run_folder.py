@@ -2,8 +2,8 @@
 
 <runs_dir>/<task>-<model>-<recipe>-<none|masked|causal>-s<seed>-<hash>/
     config.yaml  task.json  metrics.jsonl  result.json  lock
-    pretrain/    key  summary.json  best.safetensors  last/
-    finetune/    best.safetensors  last/
+    pretrain/    key  summary.json  best.safetensors  last.safetensors
+    finetune/    best.safetensors  last.safetensors
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def test_the_deadline_stops_a_run_that_then_continues(task, tmp_path):
     with pytest.raises(Interrupted):
         run(config, task=task, deadline=time.monotonic())
     (folder,) = (tmp_path / "parts").glob("toy-*")
-    assert (folder / "finetune" / "last" / "state.pt").exists()
+    assert (folder / "finetune" / "last.safetensors").exists()
     assert run(config, task=task)["test"] == whole["test"]
 
 

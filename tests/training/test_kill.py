@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_runs import wait_for_training
 
-from seqzoo.training.checkpoint import load_last
+from seqzoo.training.checkpoint import load_checkpoint
 
 SCRIPT = """
 import sys
@@ -47,7 +47,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path):
 
     (expected,), (continued,) = whole.iterdir(), cut.iterdir()
     for stage in ("pretrain", "finetune"):
-        weights, state = load_last(continued / stage / "last")
-        for name, tensor in load_last(expected / stage / "last")[0].items():
+        weights, _, state = load_checkpoint(continued / stage / "last.safetensors")
+        for name, tensor in load_checkpoint(expected / stage / "last.safetensors").weights.items():
             assert torch.equal(weights[name], tensor), name
-        assert state["tokens"] == load_last(expected / stage / "last")[1]["tokens"]
+        assert state["tokens"] == load_checkpoint(expected / stage / "last.safetensors").state["tokens"]

@@ -18,7 +18,7 @@ from seqzoo.models import build_model
 from seqzoo.objectives import build_objective
 from seqzoo.tasks import epoch_order
 from seqzoo.training import Interrupted, TrainingError
-from seqzoo.training.checkpoint import load_last, load_metadata
+from seqzoo.training.checkpoint import load_checkpoint, load_metadata
 from seqzoo.training.evaluation import evaluate, module_metrics
 from seqzoo.training.loop import Stage, budget
 from seqzoo.training.run import build_fabric
@@ -124,8 +124,8 @@ def test_resuming_is_bitwise_exact(task, tmp_path, number, at):
     assert resumed.state.step == interrupted.state.step
     state = resumed.run()
     assert (state.step, state.tokens, state.best) == (expected.step, expected.tokens, expected.best)
-    weights, _ = load_last(tmp_path / "cut" / "finetune" / "last")
-    for name, tensor in load_last(tmp_path / "whole" / "finetune" / "last")[0].items():
+    weights = load_checkpoint(tmp_path / "cut" / "finetune" / "last.safetensors").weights
+    for name, tensor in load_checkpoint(tmp_path / "whole" / "finetune" / "last.safetensors").weights.items():
         assert torch.equal(weights[name], tensor), name
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
 
@@ -150,8 +150,8 @@ def test_accumulation_equals_one_big_batch(task, tmp_path):
     big = build_stage(task, tmp_path / "big", tokens=600, dropout=0.0, batch_size=12)
     small = build_stage(task, tmp_path / "small", tokens=600, dropout=0.0, batch_size=4, accumulate=3)
     assert big.run().tokens == small.run().tokens
-    parts, _ = load_last(tmp_path / "small" / "finetune" / "last")
-    for name, tensor in load_last(tmp_path / "big" / "finetune" / "last")[0].items():
+    parts = load_checkpoint(tmp_path / "small" / "finetune" / "last.safetensors").weights
+    for name, tensor in load_checkpoint(tmp_path / "big" / "finetune" / "last.safetensors").weights.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -178,8 +178,8 @@ def test_a_nonfinite_loss_names_step_and_module_and_keeps_the_checkpoint(task, t
     layer.branch = Overflow(layer.branch, failing)
     with pytest.raises(TrainingError, match=rf"step {failing}: .*backbone\.layers\.1\.branch \(Overflow\)") as raised:
         stage.run()
-    assert str(tmp_path / "finetune" / "last") in str(raised.value)
-    weights, state = load_last(tmp_path / "finetune" / "last")
+    assert str(tmp_path / "finetune" / "last.safetensors") in str(raised.value)
+    weights, _, state = load_checkpoint(tmp_path / "finetune" / "last.safetensors")
     assert state["step"] == stage.total_steps // 3
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     assert all(torch.isfinite(parameter).all() for parameter in stage.model.parameters())
@@ -223,7 +223,7 @@ def test_a_deadline_is_an_interruption(task, tmp_path, monkeypatch):
         with pytest.raises(Interrupted, match="resume="):
             late.run()
         assert late.state.step == moment, "none after it"
-        assert load_last(tmp_path / "late" / "finetune" / "last")[1]["step"] == moment
+        assert load_checkpoint(tmp_path / "late" / "finetune" / "last.safetensors").state["step"] == moment
     monkeypatch.undo()
     state = build_stage(task, tmp_path / "late", tracked=True).run()
     assert state.best == expected.best
@@ -240,7 +240,7 @@ def test_a_deadline_cuts_a_validation_short(task, tmp_path):
     stage = build_stage(task, tmp_path, objective=Slow(build_objective("task", task.spec), 0, 0))
     with pytest.raises(Interrupted):
         stage.run()
-    _, state = load_last(tmp_path / "finetune" / "last")
+    state = load_checkpoint(tmp_path / "finetune" / "last.safetensors").state
     assert state["step"] == min(stage.evaluations)
     assert state["evaluated"] == 0
 
@@ -254,12 +254,12 @@ def test_checkpoints_are_as_frequent_as_they_are_cheap(task, tmp_path, monkeypat
         take_step(stage)
         now[0] += 1
 
-    def timed_save(folder, weights, state):
-        saves.append(state["step"])
+    def timed_save(path, checkpoint):
+        saves.append(checkpoint.state["step"])
         now[0] += 0.0625
 
     monkeypatch.setattr(Stage, "take_step", timed_step)
-    monkeypatch.setattr("seqzoo.training.loop.save_last", timed_save)
+    monkeypatch.setattr("seqzoo.training.loop.save_checkpoint", timed_save)
     stage = build_stage(task, tmp_path, tokens=8000, evaluations=1)
     stage.run()
     assert saves[0] == 2, "the first after more than a second"
@@ -292,7 +292,7 @@ def test_a_compiled_stage_computes_what_an_eager_one_does(task, tmp_path):
             task, folder, objective=goal, tracked=True, dropout=0.0, tokens=1200, options={"compile": compiled}
         )
         stage.run()
-        runs[compiled] = (load_last(folder / "finetune" / "last")[0], lines(folder)[-1])
+        runs[compiled] = (load_checkpoint(folder / "finetune" / "last.safetensors").weights, lines(folder)[-1])
     for name, weight in runs[False][0].items():
         torch.testing.assert_close(runs[True][0][name], weight, rtol=1e-3, atol=1e-4, msg=name)
     assert runs[True][1]["val/loss"] == pytest.approx(runs[False][1]["val/loss"], rel=1e-3)
@@ -347,7 +347,7 @@ def test_losses_and_duties_of_blocks_are_honoured(task, tmp_path, monkeypatch):
     stage.model.backbone.norm.metrics = lambda: {"used": 0.5}
     stage.run()
     assert calls == [stage.model] * stage.total_steps
-    assert load_last(tmp_path / "finetune" / "last")[0]["backbone.norm.weight"].norm() < 3.9
+    assert load_checkpoint(tmp_path / "finetune" / "last.safetensors").weights["backbone.norm.weight"].norm() < 3.9
     assert [line["backbone.norm/used"] for line in lines(tmp_path) if "val/loss" in line] == [0.5] * 3
 
 

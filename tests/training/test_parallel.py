@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqzoo.training.checkpoint import load_last
+from seqzoo.training.checkpoint import load_checkpoint
 
 SCRIPT = """
 import sys
@@ -40,8 +40,8 @@ def test_two_processes_compute_what_one_does(tmp_path):
     for key in ("tokens_seen", "n_test", "params"):
         assert results[0][key] == results[1][key], key
     assert results[1]["test"]["loss"] == pytest.approx(results[0]["test"]["loss"], rel=1e-3)
-    weights, _ = load_last(two / "finetune" / "last")
-    for name, tensor in load_last(one / "finetune" / "last")[0].items():
+    weights = load_checkpoint(two / "finetune" / "last.safetensors").weights
+    for name, tensor in load_checkpoint(one / "finetune" / "last.safetensors").weights.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
