@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 TITLES = {"initial": "random\ninitialisation", "pretrain": "after\npretraining", "finetune": "after\nfine-tuning"}
 COLOURS = {"initial": "#9aa5b1", "pretrain": "#1f5fa8", "finetune": "#d1732b"}
+PALETTE = 256  # colours: a third of the bytes
 SIDE = 2.3  # inches, of a matrix
 FAINTEST, STRONGEST = 0.1, 100  # times what uniform weights would be
 STYLES = {"initial": "-", "pretrain": "-", "finetune": "--"}  # fine-tuning often leaves what pretraining made
@@ -28,6 +30,7 @@ def save_figure(found: RunMixing, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from PIL import Image
 
     stages, columns = list(found.stages), len(found.stages["initial"])
     width, height = max(6.5, SIDE * columns + 1.6), (SIDE + 0.45) * len(stages)
@@ -50,7 +53,9 @@ def save_figure(found: RunMixing, path: Path) -> None:
     direction = "causal" if found.causal else "bidirectional"
     above.suptitle(f"{found.task} · {found.model} ({found.stages['initial'][0].block}, {direction})", fontsize=10)
     _draw_profiles(below.subplots(), found)
-    figure.savefig(path, dpi=130)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=130)
+    Image.open(drawn).convert("RGB").quantize(PALETTE).save(path, optimize=True)
 
 
 def _summary(layer: LayerMixing) -> str:

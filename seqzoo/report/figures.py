@@ -137,7 +137,7 @@ def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
         for place, point in zip(places, series.points, strict=True):
             top = point.interval.high if point.interval else point.y
             highest = max(highest, top)
-            text = f"{point.y:.1f}" if panel.in_percent else f"{point.y:.4g}"
+            text = f"{point.y:.1f}" if panel.in_percent else f"{point.y:,.0f}" if point.y >= 100 else f"{point.y:.4g}"
             axes.annotate(
                 f"{text}\n{point.note}" if point.note else text,
                 (place, top),
