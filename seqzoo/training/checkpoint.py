@@ -88,10 +88,12 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     """What `save_checkpoint` wrote, on the CPU, or None where there is no checkpoint yet.
 
     Raises:
-        TrainingError: the file is damaged.
+        TrainingError: the file is damaged, or no checkpoint.
     """
     if not path.exists():
         return None
+    with _reading(path):
+        state = json.loads(load_metadata(path)["state"])
     weights: dict[str, Tensor] = {}
     optimizer: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_weights(path).items():
@@ -101,7 +103,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
         else:
             index, name = name.split("/")
             optimizer.setdefault(int(index), {})[name] = tensor.clone()  # the optimiser keeps it; the file goes
-    return Checkpoint(weights, optimizer, json.loads(load_metadata(path)["state"]))
+    return Checkpoint(weights, optimizer, state)
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise TrainingError(f"checkpoint {path} is missing; delete {path.parent} to start from the beginning") from None
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:
         raise TrainingError(
             f"checkpoint {path} is damaged ({error}); delete {path.parent} to start from the beginning"
         ) from None

@@ -88,3 +88,17 @@ def test_a_truncated_file_is_named(tmp_path, size):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(TrainingError, match=r"best\.safetensors is missing"):
         load_weights(tmp_path / "best.safetensors")
+
+
+def test_what_is_no_checkpoint_is_refused_without_running_its_code(tmp_path, capsys):
+    class Surprise:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"step": 10, "surprise": Surprise()}, tmp_path / "last.safetensors")
+    with pytest.raises(TrainingError, match="damaged"):
+        load_checkpoint(tmp_path / "last.safetensors")
+    save_weights(tmp_path / "last.safetensors", weights(1.0))
+    with pytest.raises(TrainingError, match="damaged"):
+        load_checkpoint(tmp_path / "last.safetensors")
+    assert not capsys.readouterr().out

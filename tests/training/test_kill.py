@@ -47,7 +47,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path):
 
     (expected,), (continued,) = whole.iterdir(), cut.iterdir()
     for stage in ("pretrain", "finetune"):
-        weights, _, state = load_checkpoint(continued / stage / "last.safetensors")
-        for name, tensor in load_checkpoint(expected / stage / "last.safetensors").weights.items():
-            assert torch.equal(weights[name], tensor), name
-        assert state["tokens"] == load_checkpoint(expected / stage / "last.safetensors").state["tokens"]
+        before, after = (load_checkpoint(folder / stage / "last.safetensors") for folder in (expected, continued))
+        for name, tensor in before.weights.items():
+            assert torch.equal(after.weights[name], tensor), name
+        assert after.state["tokens"] == before.state["tokens"]
