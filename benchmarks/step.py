@@ -43,7 +43,7 @@ from seqzoo.training import provenance
 from seqzoo.training.compilation import compile_model
 from seqzoo.training.loop import READ_EVERY, Stage
 from seqzoo.training.memory import keep_freed_memory
-from seqzoo.training.run import build_fabric
+from seqzoo.training.parts import build_fabric
 from seqzoo.training.tracker import Tracker
 
 WARMUP = 3  # steps, in which kernels are compiled and memory is first touched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .errors import Interrupted, TrainingError
-from .run import evaluate_run, load, run
+from .finished import evaluate_run, load
+from .run import run
 
 __all__ = ["Interrupted", "TrainingError", "evaluate_run", "load", "run"]

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
-from ..models import ModelConfig, SequenceModel, build_model, task_head
-from ..models.size import count_parameters, fit_width, flops_per_token
+from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
-from ..tasks import Split, Task, build_task, nested, stratified
+from ..tasks import Task, nested
 from . import provenance
-from .checkpoint import load_weights
-from .evaluation import derive_seed, evaluate
+from .evaluation import evaluate
 from .loop import Stage
 from .memory import keep_freed_memory
+from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, sized, some, task_of
 from .run_folder import (
     cell_name,
     in_hand,
     pretraining_key,
     read_config,
     read_json,
-    read_spec,
     reusable_pretraining,
     run_name,
     shared_pretraining,
@@ -45,9 +40,6 @@ from .tuning import count_trained, tune
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-LOADABLE = ("initial", "pretrain", "finetune")
-SUBSET_SEED = 0  # of the examples that n_val, n_test and train_fraction keep: the same in every run
 
 
 def run(config: Config, *, task: Task | None = None, deadline: float | None = None) -> dict[str, Any]:
@@ -84,7 +76,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         keep_freed_memory()
     key = pretraining_key(config, task) if config.pretrain is True else None
     if task is None:
-        task = _build_task(config, fabric)
+        task = task_of(config, fabric)
     _check_answer(config, task.spec)
     with ExitStack() as held:
         tracker = None
@@ -104,102 +96,6 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
             tracker.finish(result)
     fabric.barrier()
     return {**result, "folder": str(folder)}
-
-
-def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
-    """The classifier of a run as it was after `stage`, in eval mode on the CPU.
-
-    Args:
-        run_folder: its folder.
-        stage: "finetune", the weights of its best validation; "pretrain", the backbone of pretraining's best validation
-            under a new head; or "initial", what the run's seed makes of it.
-
-    Raises:
-        ConfigError: `run_folder` is not a run folder, or had no pretraining, or there is no such stage.
-        TrainingError: its weights are missing or damaged.
-    """
-    folder = Path(run_folder)
-    config, spec = read_config(folder), read_spec(folder)
-    if stage not in LOADABLE:
-        raise ConfigError(f"stage={stage}: valid: {', '.join(LOADABLE)}")
-    if stage == "pretrain" and not config.pretrain:
-        raise ConfigError(f"stage=pretrain: {folder} was trained from scratch; valid: initial, finetune")
-    model = _build_model(config, spec, task_head(spec))
-    if stage == "finetune":
-        model = tune(model, config)
-        model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
-    elif stage == "pretrain":
-        named = (read_json(folder / "result.json") or {}).get("pretrain_run")  # None: the run's own
-        given = Path(config.pretrain) if isinstance(config.pretrain, str) else None
-        source = given if given and given.exists() else folder.parent / named if named else folder
-        transfer_backbone(model, source / "pretrain" / "best.safetensors")
-    return model.eval()
-
-
-def evaluate_run(
-    run_folder: str | Path, *, data_dir: str | Path | None = None, task: Task | None = None
-) -> dict[str, Any]:
-    """Test metrics of a run's best weights: {"model", "task", "accuracy", "loss", "n_test", "folder"}, of text also
-    "bits_per_character".
-
-    Args:
-        run_folder: its folder.
-        data_dir: where the data are now, if not where the run found them.
-        task: the data, for a run on a task of the user's own.
-
-    Raises:
-        ConfigError: `run_folder` is not a run folder, or needs `task` and got none, or got another one.
-        DataError: the data are missing or damaged.
-        TrainingError: its weights are missing or damaged.
-    """
-    folder = Path(run_folder)
-    config, spec, model = read_config(folder), read_spec(folder), load(folder)
-    if data_dir is not None:
-        config.data_dir = str(data_dir)
-    fabric = build_fabric(config)
-    if task is None:
-        if spec.name != config.task.name:
-            raise ConfigError(f"{folder} was trained on the user's own task {spec.name!r}: pass it as task=")
-        task = _build_task(config, fabric)
-    if task.spec != spec:
-        raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
-    test = _subset(task.test, config.n_test)
-    metrics = evaluate(
-        model.to(fabric.device),
-        build_objective("task", spec),
-        test.to(fabric.device),
-        batch_size=config.finetuning.batch_size,
-        fabric=fabric,
-    )
-    return {"model": config.model.name, "task": spec.name, **metrics, "n_test": len(test), "folder": str(folder)}
-
-
-def build_fabric(config: Config) -> Fabric:
-    """Device, precision and, under `torchrun`, data parallelism, ready to use.
-
-    Raises:
-        ConfigError: `config.device` is unknown or absent.
-    """
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy
-
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device == "cuda" and found == "cpu":
-        raise ConfigError("device=cuda: PyTorch finds no GPU here; valid: auto, cpu")
-    world_size, local_size = 1, 1
-    if torch.distributed.is_torchelastic_launched():
-        world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    fabric = Fabric(
-        accelerator=found if config.device == "auto" else config.device,
-        devices=local_size,
-        num_nodes=world_size // local_size,
-        # A backbone holds what only pretraining uses, such as the embedding of hidden pixels. Buffers are codebooks,
-        # which `after_step` keeps equal.
-        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if world_size > 1 else "auto",
-        precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
-    )
-    fabric.launch()
-    return fabric
 
 
 class _Run:
@@ -225,12 +121,12 @@ class _Run:
         if config.train_fraction is not None:
             kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
             self.examples = task.train.subset(kept)
-        self.val, self.test = _subset(task.val, config.n_val), _subset(task.test, config.n_test)
-        with _blaming(f"model={config.model.name}"):
-            self.sized = _sized(config, task.spec)
+        self.val, self.test = some(task.val, config.n_val), some(task.test, config.n_test)
+        with blaming(f"model={config.model.name}"):
+            self.sized = sized(config, task.spec)
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
-        with _blaming(f"tuning={config.tuning}"):
+        with blaming(f"tuning={config.tuning}"):
             self.trained = count_trained(self.sized, task.spec, config)
 
     def result(self) -> dict[str, Any]:
@@ -242,7 +138,7 @@ class _Run:
             self.say(f"tuning={config.tuning} moves {self.trained:,} parameters{alone}")
         source, pretraining = self.pretrain()
         objective = build_objective("task", self.task.spec)
-        model = _build_model(config, self.task.spec, objective.head)
+        model = model_of(config, self.task.spec, objective.head)
         if pretraining is not None:  # also when fine-tuning continues: its checkpoint is loaded over it
             transfer = transfer_backbone(model, source / "pretrain" / "best.safetensors")
             self.say(f"hand-over from {source}: {transfer}")
@@ -265,8 +161,8 @@ class _Run:
             self.fabric.barrier()  # all ranks have looked
             if self.fabric.is_global_zero:
                 write_text(folder / "pretrain" / "key", self.key)
-            objective = _build_objective(config, self.task.spec)
-            model = _build_model(config, self.task.spec, objective.head)
+            objective = objective_of(config, self.task.spec)
+            model = model_of(config, self.task.spec, objective.head)
             summary = self.train(model, objective, config.pretraining, "pretrain")
             if self.fabric.is_global_zero:
                 write_json(folder / "pretrain" / "summary.json", summary)
@@ -359,21 +255,6 @@ class _Run:
             print(message, file=sys.stderr)
 
 
-@contextmanager
-def _blaming(choice: str) -> Iterator[None]:
-    """What a room says of its options, as an error of the configuration."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"{choice}: {error}") from None
-
-
-def _build_task(config: Config, fabric: Fabric) -> Task:
-    # One process downloads and generates, the others read.
-    with fabric.rank_zero_first(), _blaming(f"task={config.task.name}"):
-        return build_task(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir)
-
-
 def _check_answer(config: Config, spec: TaskSpec) -> None:
     """Raises ConfigError where every position is asked for the next and the run would be of something else."""
     if spec.answer != "next":
@@ -384,27 +265,3 @@ def _check_answer(config: Config, spec: TaskSpec) -> None:
         raise ConfigError(
             f"pretrain={config.pretrain}: {spec.name} is itself what causal pretraining is; valid: pretrain=false"
         )
-
-
-def _sized(config: Config, spec: TaskSpec) -> ModelConfig:
-    """The model's configuration, of the width that `config.size` asks for."""
-    if config.size is None:
-        return config.model
-    return fit_width(config.model, spec, config.size, causal=config.causal)
-
-
-def _build_model(config: Config, spec: TaskSpec, head: str) -> SequenceModel:
-    torch.manual_seed(derive_seed(config.seed))
-    with _blaming(f"model={config.model.name}"):
-        return build_model(_sized(config, spec), spec, head=head, causal=config.causal)
-
-
-def _build_objective(config: Config, spec: TaskSpec) -> Objective:
-    with _blaming(f"objective={config.objective}"):
-        return build_objective(config.objective, spec, pixel_loss=config.pixel_loss)
-
-
-def _subset(split: Split, n: int | None) -> Split:
-    if n is None or n >= len(split):
-        return split
-    return split.subset(stratified(split.labels, n, SUBSET_SEED))

@@ -32,8 +32,8 @@ TINY = [
 @pytest.fixture
 def tiny(task, tmp_path, monkeypatch) -> list[str]:
     """Overrides of a run on the toy task in `tmp_path`."""
-    run_module = sys.modules["seqzoo.training.run"]
-    monkeypatch.setattr(run_module, "build_task", lambda config, **places: task)
+    parts = sys.modules["seqzoo.training.parts"]
+    monkeypatch.setattr(parts, "build_task", lambda config, **places: task)
     return [*TINY, f"runs_dir={tmp_path}"]
 
 

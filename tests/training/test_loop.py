@@ -21,7 +21,7 @@ from seqzoo.training import Interrupted, TrainingError
 from seqzoo.training.checkpoint import load_checkpoint, load_metadata
 from seqzoo.training.evaluation import evaluate, module_metrics
 from seqzoo.training.loop import Stage, budget
-from seqzoo.training.run import build_fabric
+from seqzoo.training.parts import build_fabric
 from seqzoo.training.tracker import Tracker
 
 

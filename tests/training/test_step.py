@@ -14,7 +14,7 @@ from seqzoo.models import build_model
 from seqzoo.objectives import build_objective
 from seqzoo.tasks import from_arrays
 from seqzoo.training.loop import Stage
-from seqzoo.training.run import build_fabric
+from seqzoo.training.parts import build_fabric
 
 BLOCKS = {
     "softmax_attention": {"num_heads": 2},

@@ -1,0 +1,89 @@
+"""What a run has left: its trained model, and its test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config import ConfigError
+from ..models import task_head
+from ..objectives import build_objective
+from ..tasks import Task
+from .checkpoint import load_weights
+from .evaluation import evaluate
+from .parts import build_fabric, model_of, some, task_of
+from .run_folder import read_config, read_json, read_spec
+from .transfer import transfer_backbone
+from .tuning import tune
+
+LOADABLE = ("initial", "pretrain", "finetune")
+
+
+def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
+    """The classifier of a run as it was after `stage`, in eval mode on the CPU.
+
+    Args:
+        run_folder: its folder.
+        stage: "finetune", the weights of its best validation; "pretrain", the backbone of pretraining's best validation
+            under a new head; or "initial", what the run's seed makes of it.
+
+    Raises:
+        ConfigError: `run_folder` is not a run folder, or had no pretraining, or there is no such stage.
+        TrainingError: its weights are missing or damaged.
+    """
+    folder = Path(run_folder)
+    config, spec = read_config(folder), read_spec(folder)
+    if stage not in LOADABLE:
+        raise ConfigError(f"stage={stage}: valid: {', '.join(LOADABLE)}")
+    if stage == "pretrain" and not config.pretrain:
+        raise ConfigError(f"stage=pretrain: {folder} was trained from scratch; valid: initial, finetune")
+    model = model_of(config, spec, task_head(spec))
+    if stage == "finetune":
+        model = tune(model, config)
+        model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
+    elif stage == "pretrain":
+        named = (read_json(folder / "result.json") or {}).get("pretrain_run")  # None: the run's own
+        given = Path(config.pretrain) if isinstance(config.pretrain, str) else None
+        source = given if given and given.exists() else folder.parent / named if named else folder
+        transfer_backbone(model, source / "pretrain" / "best.safetensors")
+    return model.eval()
+
+
+def evaluate_run(
+    run_folder: str | Path, *, data_dir: str | Path | None = None, task: Task | None = None
+) -> dict[str, Any]:
+    """Test metrics of a run's best weights: {"model", "task", "accuracy", "loss", "n_test", "folder"}, of text also
+    "bits_per_character".
+
+    Args:
+        run_folder: its folder.
+        data_dir: where the data are now, if not where the run found them.
+        task: the data, for a run on a task of the user's own.
+
+    Raises:
+        ConfigError: `run_folder` is not a run folder, or needs `task` and got none, or got another one.
+        DataError: the data are missing or damaged.
+        TrainingError: its weights are missing or damaged.
+    """
+    folder = Path(run_folder)
+    config, spec, model = read_config(folder), read_spec(folder), load(folder)
+    if data_dir is not None:
+        config.data_dir = str(data_dir)
+    fabric = build_fabric(config)
+    if task is None:
+        if spec.name != config.task.name:
+            raise ConfigError(f"{folder} was trained on the user's own task {spec.name!r}: pass it as task=")
+        task = task_of(config, fabric)
+    if task.spec != spec:
+        raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
+    test = some(task.test, config.n_test)
+    metrics = evaluate(
+        model.to(fabric.device),
+        build_objective("task", spec),
+        test.to(fabric.device),
+        batch_size=config.finetuning.batch_size,
+        fabric=fabric,
+    )
+    return {"model": config.model.name, "task": spec.name, **metrics, "n_test": len(test), "folder": str(folder)}
