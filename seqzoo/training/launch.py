@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .campaign import Cell
 
 POLL_SECONDS = 1.0
+TIME_LIMITS = 1000  # that a job may meet; submitit's own 4 would end a long run on a partition of short jobs
 
 
 class Run:
@@ -26,7 +27,7 @@ class Run:
     def __call__(self, overrides: Sequence[str]) -> int:
         return attempt(overrides)
 
-    def __submitit_checkpoint__(self, overrides: Sequence[str]) -> DelayedSubmission:
+    def checkpoint(self, overrides: Sequence[str]) -> DelayedSubmission:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, overrides)
@@ -78,7 +79,7 @@ def _executor(launcher: LauncherConfig, folder: Path) -> Any:
     except ImportError:
         raise ConfigError("launcher: submitit is not installed; pip install 'seqzoo[slurm]'") from None
     try:
-        executor = submitit.AutoExecutor(folder, cluster=launcher.cluster)
+        executor = submitit.AutoExecutor(folder, cluster=launcher.cluster, slurm_max_num_timeout=TIME_LIMITS)
         executor.update_parameters(name="seqzoo", **launcher.options)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise ConfigError(f"launcher: {str(error).splitlines()[0]}") from None

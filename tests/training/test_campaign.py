@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from submitit.core.job_environment import SignalHandler
+from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.local.local import LocalJobEnvironment
 from tiny_runs import tiny_config, toy_task, wait_for_training
 
 from seqzoo.config import CONFIGS, ConfigError, compose
@@ -15,6 +19,7 @@ from seqzoo.training import run
 from seqzoo.training.campaign import expand, plan
 from seqzoo.training.cli import main
 from seqzoo.training.errors import Busy, Interrupted
+from seqzoo.training.launch import Run
 from seqzoo.training.run_folder import in_hand
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
@@ -261,7 +266,23 @@ def test_ctrl_c_stops_jobs_of_this_machine(listops, tmp_path, monkeypatch, capsy
     assert "the same command goes on" in capsys.readouterr().err
 
 
-def test_a_launcher_that_is_not_here_is_explained(listops, capsys, monkeypatch):
+def test_a_job_at_its_time_limit_is_queued_again(tmp_path, monkeypatch):
+    queued_again = []
+    environment = LocalJobEnvironment()
+    monkeypatch.setattr(environment, "_requeue", queued_again.append)
+    job = DelayedSubmission(Run(), ["seed=0", "seed=1"])
+    job.set_timeout(timeout_min=1, max_num_timeout=3)
+    paths = JobPaths(tmp_path, "1")
+    with pytest.raises(SystemExit):
+        SignalHandler(environment, paths, job).checkpoint_and_try_requeue(signal.SIGUSR2)
+    assert queued_again == [2]
+    again = DelayedSubmission.load(paths.submitted_pickle)
+    assert isinstance(again.function, Run)
+    assert again.args == (["seed=0", "seed=1"],)
+
+
+def test_a_launcher_that_is_not_here_is_explained(listops, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is SLURM, the test finds none and queues nothing
     assert main(["-m", *listops, "seed=0,1", "launcher=slurm"]) == 2
     assert "launcher: " in capsys.readouterr().err
     assert main(["-m", *listops, "seed=0,1", "launcher=local", "launcher.options.walltime=5"]) == 2
