@@ -156,7 +156,7 @@ def cells_of(results: Iterable[Result]) -> tuple[list[Cell], list[LeftOut]]:
         seeds = [run.seed for run in runs]
         if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
             text = ", ".join(map(str, repeated))
-            reason = f"several runs of its cell have the same seed ({text}): their settings differ"
+            reason = f"several runs of its cell have the same seed ({text}): {_what_differs(runs)}"
             left_out += [LeftOut(run.folder, reason) for run in runs]
         else:
             cells.append(Cell(tuple(sorted(runs, key=lambda run: run.seed))))
@@ -197,6 +197,14 @@ def compare(cells: Iterable[Cell]) -> list[Comparison]:
             rows = tuple(Row(cell.size, cell, None) for cell in sorted(alone, key=lambda cell: cell.size))
             comparisons.append(Comparison(conditions, None, rows))
     return sorted(comparisons, key=lambda comparison: _conditions_order(comparison.conditions))
+
+
+def _what_differs(runs: list[Result]) -> str:
+    for stage, name in (("pretrain", "pretraining"), ("finetune", "fine-tuning")):
+        rates = sorted({run.rates[stage] for run in runs if stage in run.rates})
+        if len(rates) > 1:
+            return f"learning rates of {name} {', '.join(f'{rate:g}' for rate in rates)}"
+    return "their settings differ"
 
 
 def _difference_interval(after: Cell | None, before: Cell | None) -> Interval | None:

@@ -53,6 +53,7 @@ class Result:
     speed: float | None  # tokens per second of fine-tuning
     utilisation: float | None  # of fine-tuning: its model-flops over those of a large matrix product, in [0, 1]
     seconds: float | None  # both stages
+    rates: dict[str, float]  # learning rate of each stage that trained
     commit: str
     versions: dict[str, str]
 
@@ -143,6 +144,7 @@ def read_result(folder: Path) -> Result:
         speed=_optional(record, "tokens_per_second.finetune", None, float, int, NoneType),
         utilisation=_optional(record, "mfu.finetune", None, float, int, NoneType),
         seconds=_optional(record, "seconds.total", None, float, int, NoneType),
+        rates={s: rate for s in stages if (rate := _optional(record, f"lr.{s}", None, float, int, NoneType))},
         commit=_optional(record, "commit", "unknown", str),
         versions=_optional(record, "versions", {}, dict),
     )

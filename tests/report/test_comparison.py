@@ -77,7 +77,19 @@ def test_runs_that_are_no_repetitions_are_not_averaged(write_run, tmp_path):
     assert row.scratch is None
     assert [result.folder for result in row.pretrained.results] == [kept]
     assert [run.folder for run in left_out] == [first, second]
-    assert all("same seed (0)" in run.reason for run in left_out)
+    assert all("same seed (0): their settings differ" in run.reason for run in left_out)
+
+
+def test_runs_at_several_learning_rates_are_left_out_with_the_rates(write_run, tmp_path):
+    for rate in (3e-3, 1e-3):
+        write_run(lr={"pretrain": None, "finetune": rate})
+        write_run(pretrain=True, lr={"pretrain": 10 * rate, "finetune": 1e-3})
+    comparisons, left_out = compared(tmp_path)
+    assert not comparisons
+    assert {run.reason.partition("(0): ")[2] for run in left_out} == {
+        "learning rates of fine-tuning 0.001, 0.003",
+        "learning rates of pretraining 0.01, 0.03",
+    }
 
 
 def test_sizes_do_not_mix(write_run, tmp_path):
