@@ -33,6 +33,7 @@ URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 ARCHIVES = ("lra_release.gz", "lra_release.tar.gz")
 ROOT = "lra_release/lra_release/"
 CHUNK = 1 << 20
+TOO_LARGE = (OverflowError, MemoryError)  # tarfile reads extended headers whole, of any size that they give
 
 
 def released_folder(folder: str, data_dir: Path | None, cache_dir: Path) -> Path | None:
@@ -143,9 +144,10 @@ def _reading(archive: Path) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes
             with gzip.open(raw) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
                 yield _members(tar, lambda: progress.update(bar, completed=raw.tell()))
                 _check_end(stream)
-        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
+        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, *TOO_LARGE) as error:
+            what = "a header's size is impossible" if isinstance(error, TOO_LARGE) else error
             raise DataError(
-                f"{archive} is truncated or damaged: {error}.\nDelete it and fetch it again from {URL}; nothing is "
+                f"{archive} is truncated or damaged: {what}.\nDelete it and fetch it again from {URL}; nothing is "
                 "unpacked."
             ) from error
 

@@ -299,6 +299,15 @@ def header(name: bytes, size: bytes, kind: bytes, magic: bytes) -> bytes:
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
+@pytest.mark.parametrize("kind", [b"g", b"x", b"L"])
+@pytest.mark.parametrize("power", [62, 80])
+def test_an_impossible_size(kind, power, place):
+    block = header(b"x", b"\x80" + (2**power).to_bytes(11, "big"), kind, b"ustar\x0000")
+    (place / "data" / "lra_release.gz").write_bytes(gzip.compress(block + SMALL))
+    with pytest.raises(DataError, match="damaged: a header's size is impossible"):
+        find("tsv_data", place)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     name=st.binary(max_size=100) | st.sampled_from([f"{INNER}/tsv_data/x".encode(), b"././@LongLink"]),
