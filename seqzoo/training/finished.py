@@ -13,7 +13,7 @@ from ..objectives import build_objective
 from ..tasks import Task
 from .checkpoint import load_weights
 from .evaluation import evaluate
-from .parts import build_fabric, model_of, some, task_of
+from .parts import build_fabric, model_of, part_of, task_of
 from .run_folder import read_config, read_json, read_spec
 from .transfer import transfer_backbone
 from .tuning import tune
@@ -78,7 +78,7 @@ def evaluate_run(
         task = task_of(config, fabric)
     if task.spec != spec:
         raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
-    test = some(task.test, config.n_test)
+    test = part_of(task.test, config.n_test)
     metrics = evaluate(
         model.to(fabric.device),
         build_objective("task", spec),

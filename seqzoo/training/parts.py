@@ -92,7 +92,7 @@ def objective_of(config: Config, spec: TaskSpec) -> Objective:
         return build_objective(config.objective, spec, pixel_loss=config.pixel_loss)
 
 
-def some(split: Split, n: int | None) -> Split:
+def part_of(split: Split, n: int | None) -> Split:
     """`n` examples of `split`, each class as frequent as in the whole; None, or more than it has: all of them."""
     if n is None or n >= len(split):
         return split

@@ -19,7 +19,7 @@ from . import provenance
 from .evaluation import evaluate
 from .loop import Stage
 from .memory import keep_freed_memory
-from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, sized, some, task_of
+from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, part_of, sized, task_of
 from .run_folder import (
     cell_name,
     in_hand,
@@ -121,7 +121,7 @@ class _Run:
         if config.train_fraction is not None:
             kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
             self.examples = task.train.subset(kept)
-        self.val, self.test = some(task.val, config.n_val), some(task.test, config.n_test)
+        self.val, self.test = part_of(task.val, config.n_val), part_of(task.test, config.n_test)
         with blaming(f"model={config.model.name}"):
             self.sized = sized(config, task.spec)
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
