@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def valid_positions(lengths: Tensor, T: int) -> Tensor:
     """True where a position lies within its sequence: [B] lengths -> [B, T]."""
     return torch.arange(T, device=lengths.device) < lengths[:, None]
@@ -35,10 +38,31 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def check_lengths(operation: str, lengths: Tensor | None, B: int) -> None:
-    """Raises ValueError unless `lengths` is None or int64 [B]. Values are not read: that would synchronise a GPU."""
-    if lengths is not None and (lengths.dtype != torch.int64 or lengths.shape != (B,)):
-        raise ValueError(f"{operation}: lengths must be int64 [{B}], got {lengths.dtype} {list(lengths.shape)}")
+def check_lengths(what: str, lengths: Tensor | None, B: int, T: int | None = None) -> Tensor | None:
+    """`lengths` as int64, or None.
+
+    Values are looked at where that costs nothing: on a CPU, outside of graphs. A GPU would be waited for.
+
+    Raises:
+        ValueError: they are not integers [B], or lie outside [0, T].
+    """
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS or lengths.shape != (B,):
+        given = f"{lengths.dtype} {list(lengths.shape)}" if isinstance(lengths, Tensor) else type(lengths).__name__
+        hint = ""
+        if isinstance(lengths, Tensor) and lengths.dim() == 2:
+            hint = "; of a mask [B, T] that is true at the steps that count, at the front, it is mask.sum(1)"
+        raise ValueError(f"{what}: lengths must be integers [{B}], the steps of each sequence that count, got {given}{hint}")
+    if T is not None and B and lengths.device.type == "cpu" and type(lengths) is Tensor and _outside_of_graphs():
+        low, high = (int(end) for end in torch.aminmax(lengths))
+        if low < 0 or high > T:
+            raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
+    return lengths.long()
+
+
+def _outside_of_graphs() -> bool:
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def pad_channels(x: Tensor) -> Tensor:

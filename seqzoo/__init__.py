@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from .blocks import BLOCKS, Block, after_step, auxiliary_loss, build_block
+from .blocks import BLOCKS, Block, after_step, attach, auxiliary_loss, build_block
 from .spec import Batch, TaskSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["BLOCKS", "Batch", "Block", "TaskSpec", "after_step", "auxiliary_loss", "build_block", "load", "run"]
+__all__ = [
+    "BLOCKS",
+    "Batch",
+    "Block",
+    "TaskSpec",
+    "after_step",
+    "attach",
+    "auxiliary_loss",
+    "build_block",
+    "load",
+    "run",
+]
 
 
 def load(run_folder: Any) -> Any:

@@ -6,8 +6,9 @@ import inspect
 from typing import Any
 
 from ..messages import unknown
-from .base import Block, State, after_step, auxiliary_loss
+from .base import Block, State
 from .gau import GAU
+from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
 from .performer import Performer
@@ -59,6 +60,7 @@ __all__ = [
     "State",
     "VQAttention",
     "after_step",
+    "attach",
     "auxiliary_loss",
     "build_block",
 ]

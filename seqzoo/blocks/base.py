@@ -1,4 +1,4 @@
-"""The interface of every sequence mixer, and the two functions through which training reaches inside one."""
+"""The interface of every sequence mixer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..kernels.common import zero_padding
+from ..kernels.common import check_lengths, zero_padding
+from .learning import Learning
 
 
 class State(Protocol):
@@ -21,7 +22,7 @@ class State(Protocol):
         """int64 [B], how many steps each sequence has taken."""
 
 
-class Block(nn.Module, ABC):
+class Block(Learning, ABC):
     """A sequence mixer, [B, T, d_model] -> [B, T, d_model].
 
     A subclass writes `mix`, whose operation over time goes through `over_time`, and, if it can be causal,
@@ -42,7 +43,6 @@ class Block(nn.Module, ABC):
         super().__init__()
         self.d_model = d_model
         self.causal = causal
-        self._auxiliary: Tensor | None = None
         self._observer: Callable[..., None] | None = None
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Block(nn.Module, ABC):
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Any:
-        """The state of `batch_size` sequences of which nothing has been seen.
+        """The state of `batch_size` sequences of which nothing has been seen, by default as parameters are kept.
 
         Raises:
             ValueError: the block is bidirectional.
@@ -63,25 +63,32 @@ class Block(nn.Module, ABC):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """Mixes `x` [B, T, d_model] over time. `lengths` int64 [B]: outputs past them are zero, inputs have no effect.
+        """Mixes `x` [B, T, d_model] over time. `lengths`, integers [B]: outputs past them are zero, inputs do nothing.
 
         Raises:
-            ValueError: `x` is not [B, T, d_model].
+            ValueError: `x` is not [B, T, d_model], or `lengths` are not integers [B] or, on a CPU, not in [0, T].
         """
-        self._check(x)
+        lengths = self._check(x, lengths)
         y, _ = self.mix(zero_padding(x, lengths), None, lengths)
         return zero_padding(y, lengths)
 
     def extend(self, x: Tensor, state: Any, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
         """Mixes the next T steps of sequences that stand at `state`: outputs [B, T, d_model] and the new state.
 
-        With `lengths`, each sequence takes as many of the T steps.
+        Where `state` is None, sequences begin. With `lengths`, each sequence takes as many of the T steps.
 
         Raises:
-            ValueError: the block is bidirectional, or `x` is not [B, T, d_model].
+            ValueError: the block is bidirectional, the state is of another number of sequences, or as in `forward`.
         """
         self._require_causal("extend")
-        self._check(x)
+        lengths = self._check(x, lengths)
+        if state is None:
+            state = self.initial_state(x.shape[0], device=x.device)
+        elif len(state.position) != x.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__}: a state of {len(state.position)} sequences for x of {x.shape[0]}; "
+                "valid: a state of as many, or None to begin"
+            )
         y, state = self.mix(zero_padding(x, lengths), state, lengths)
         return zero_padding(y, lengths), state
 
@@ -111,27 +118,32 @@ class Block(nn.Module, ABC):
         """Figures of the block's own worth logging."""
         return {}
 
-    def after_step(self) -> None:
-        """What the block does once an optimiser step is taken."""
+    def upgrade(self, weights: dict[str, Any], prefix: str) -> None:
+        """Renames what earlier versions saved under other names, in a state dict that has this block at `prefix`."""
 
-    def recording(self) -> bool:
-        """Whether this forward pass is one to learn from: training, with gradients, not a recomputation in backward."""
-        if not (self.training and torch.is_grad_enabled()):
-            return False
-        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        self.upgrade(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _require_causal(self, what: str) -> None:
         if not self.causal:
             raise ValueError(f"{type(self).__name__}: {what} needs a causal block; valid: causal=True")
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
-            raise ValueError(
-                f"{type(self).__name__} takes [batch, time of 1 or more, {self.d_model}], got {list(x.shape)}"
-            )
+    def _state_options(
+        self, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> tuple[torch.device | str | None, torch.dtype]:
+        """What `initial_state` was given, or else the device and dtype of the parameters."""
+        self._require_causal("initial_state")
+        own = next((parameter for parameter in self.parameters() if parameter.is_floating_point()), None)
+        if own is None:  # layers are quantised
+            return device, dtype or torch.get_default_dtype()
+        return own.device if device is None else device, dtype or own.dtype
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_auxiliary": None}
+    def _check(self, x: Tensor, lengths: Tensor | None) -> Tensor | None:
+        name = type(self).__name__
+        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
+            raise ValueError(f"{name} takes [batch, time of 1 or more, {self.d_model}], got {list(x.shape)}")
+        return check_lengths(name, lengths, x.shape[0], x.shape[1])
 
 
 def head_dim(block: str, d_model: int, num_heads: int) -> int:
@@ -160,27 +172,3 @@ def grow(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
     slot = slot.reshape(slot.shape + (1,) * (new.dim() - 2)).expand_as(new)
     room = torch.zeros_like(new, dtype=cache.dtype)
     return torch.cat([cache, room], 1).scatter(1, slot, new.to(cache.dtype))
-
-
-def auxiliary_loss(module: nn.Module) -> Tensor:
-    """The sum of the losses that blocks inside `module` have of their own in the last forward pass, a scalar.
-
-    Zero if there are none. Reading clears them, so that no loss is counted twice.
-    """
-    total = torch.zeros(())
-    for block in module.modules():
-        if isinstance(block, Block) and block._auxiliary is not None:
-            total = block._auxiliary + total  # the first is on the CPU; as a scalar it is not copied
-            block._auxiliary = None
-    return total
-
-
-def after_step(module: nn.Module) -> None:
-    """Lets every block inside `module` apply what it gathered since the last optimiser step (codebooks, features).
-
-    A block none of whose parameters is trained stays as it is. Call it after each `optimizer.step()`; under
-    torch.distributed on every rank.
-    """
-    for block in module.modules():
-        if isinstance(block, Block) and any(parameter.requires_grad for parameter in block.parameters()):
-            block.after_step()

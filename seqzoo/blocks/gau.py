@@ -103,10 +103,10 @@ class GAU(Block):
             self.distance_bias = nn.Parameter(torch.randn(offsets).abs() / math.sqrt(chunk_len))
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> GatedAttentionState | GAUCache:
-        self._require_causal("initial_state")
+        device, dtype = self._state_options(device, dtype)
         S, E = self.key_dim, self.value_dim
         if self.attention == "flash":
-            wide = accumulation_dtype(dtype or torch.get_default_dtype())
+            wide = accumulation_dtype(dtype)
             return GatedAttentionState.empty(batch_size, S, E, self.chunk_len, device=device, dtype=wide)
         return GAUCache(
             torch.zeros(batch_size, 0, S, device=device, dtype=dtype),

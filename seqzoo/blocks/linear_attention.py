@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import linear_attention
+from ..kernels.common import accumulation_dtype
 from .base import Block, advance, head_dim
 from .rotary import rotate
 
@@ -38,8 +39,6 @@ class LinearAttention(Block):
         bias: biases in the projections.
     """
 
-    decay_rates: Tensor | None
-
     def __init__(
         self,
         d_model: int,
@@ -62,16 +61,15 @@ class LinearAttention(Block):
         self.num_heads = num_heads
         self.feature_map = feature_map
         self.normalize = normalize
+        self.decay = decay
         self.rotary = rotary
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.norm = None if normalize else nn.RMSNorm(self.head_dim, eps=1e-6)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
-        rates = torch.log1p(-(2.0 ** (-5 - torch.arange(num_heads)))) if decay else None
-        self.register_buffer("decay_rates", rates, persistent=False)  # [H], log γ
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> LinearAttentionState:
-        self._require_causal("initial_state")
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        device, dtype = self._state_options(device, dtype)
+        wide = accumulation_dtype(dtype)
         D = self.head_dim
         return LinearAttentionState(
             torch.zeros(batch_size, self.num_heads, D, D + self.normalize, device=device, dtype=wide),
@@ -88,12 +86,13 @@ class LinearAttention(Block):
         if self.rotary:
             place = torch.arange(T, device=x.device) + (0 if state is None else state.position[:, None])
             q, k = rotate(q, place), rotate(k, place)
+        log_decay = decay_rates(self.num_heads, x) if self.decay else None
         y = self.over_time(
             lambda v: linear_attention(
                 q,
                 k,
                 v,
-                log_decay=self.decay_rates,
+                log_decay=log_decay,
                 causal=self.causal,
                 normalize=self.normalize,
                 initial_state=None if state is None else state.memory,
@@ -108,3 +107,9 @@ class LinearAttention(Block):
         if self.norm is not None:
             y = self.norm(y)
         return self.out_proj(y.flatten(2)), state
+
+
+def decay_rates(H: int, x: Tensor) -> Tensor:
+    """log γ_h of each head, [H], for computing with `x`, in single precision at least."""
+    head = torch.arange(H, device=x.device, dtype=accumulation_dtype(x.dtype))
+    return torch.log1p(-(2.0 ** (-5 - head)))

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import math
-from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype
 from .base import Block, advance
+from .wide import Wide, default_dtype
 
 
 class RecurrentState(NamedTuple):
@@ -23,7 +22,8 @@ class LRU(Block):
 
     λ = exp(-exp(ν) + i exp(θ)) lies inside the unit circle whatever ν is; γ starts at √(1 - |λ|²), which keeps h as
     large as its input. Parameters are real, complex numbers exist inside the scan only. Bidirectional: the same
-    recurrence also runs from the end, both include the present step, and C reads both.
+    recurrence also runs from the end, both include the present step, and each is read by a C of its own. λ and γ stay
+    in single precision when the block is cast to half.
 
     Args:
         d_model: width.
@@ -37,7 +37,7 @@ class LRU(Block):
     """
 
     convolves = True
-    recurrence = ("nu_log", "theta_log", "gamma_log", "in_proj.weight")
+    recurrence = ("dynamics.nu_log", "dynamics.theta_log", "dynamics.gamma_log", "in_proj.weight")
 
     def __init__(
         self,
@@ -54,21 +54,22 @@ class LRU(Block):
         N = self.state_dim = d_model if state_dim is None else state_dim
         if not 0 <= r_min < r_max < 1:
             raise ValueError(f"LRU: r_min={r_min}, r_max={r_max}; valid: 0 <= r_min < r_max < 1")
-        radius_squared = r_min**2 + torch.rand(N) * (r_max**2 - r_min**2)
-        rate = -radius_squared.log() / 2  # |λ| = exp(-rate)
-        self.nu_log = nn.Parameter(rate.log())
-        self.theta_log = nn.Parameter((max_phase * torch.rand(N)).clamp(min=1e-8).log())
-        self.gamma_log = nn.Parameter(torch.expm1(-2 * rate).neg().log() / 2)
+        self.dynamics = LRUDynamics(N, r_min, r_max, max_phase)
         self.in_proj = nn.Linear(d_model, 2 * N, bias=False)  # B
-        self.out_proj = nn.Linear((1 if causal else 2) * 2 * N, d_model, bias=False)  # C
+        self.out_proj = nn.Linear(2 * N, d_model, bias=False)  # C
+        self.out_proj_reverse = None if causal else nn.Linear(2 * N, d_model, bias=False)
         self.skip = nn.Parameter(torch.randn(d_model))  # D
         self.gate = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(d_model, 2 * d_model), nn.GLU())
         nn.init.normal_(self.in_proj.weight, std=1 / math.sqrt(2 * d_model))
-        nn.init.normal_(self.out_proj.weight, std=1 / math.sqrt(N))
+        readers = [layer.weight for layer in (self.out_proj, self.out_proj_reverse) if layer is not None]
+        C = nn.init.normal_(torch.empty_like(torch.cat(readers, 1)), std=1 / math.sqrt(N))
+        with torch.no_grad():
+            for weight, part in zip(readers, C.chunk(len(readers), 1), strict=True):
+                weight.copy_(part)
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> RecurrentState:
-        self._require_causal("initial_state")
-        wide = accumulation_dtype(dtype or torch.get_default_dtype())
+        device, dtype = self._state_options(device, dtype)
+        wide = accumulation_dtype(dtype)
         return RecurrentState(
             torch.zeros(batch_size, self.state_dim, 2, device=device, dtype=wide),
             torch.zeros(batch_size, dtype=torch.int64, device=device),
@@ -84,21 +85,51 @@ class LRU(Block):
         self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None
     ) -> tuple[Tensor, RecurrentState | None]:
         """Re(C h): [B, T, d_model] -> [B, T, d_model]."""
-        N, wide = self.state_dim, accumulation_dtype(x.dtype)
-        # γ multiplies the rows of B: they are fewer than the steps.
-        weight = self.in_proj.weight * self.gamma_log.exp().repeat_interleave(2)[:, None]
-        u = torch.view_as_complex(F.linear(x, weight).to(wide).unflatten(-1, (N, 2)))  # [B, T, N]
-        lam = torch.polar(self.nu_log.to(wide).exp().neg().exp(), self.theta_log.to(wide).exp())
-        if not self.causal:
-            h = diagonal_scan(u, lam, reverse="both", lengths=lengths)
-        elif state is None:
-            h = (diagonal_scan(u, lam, lengths=lengths),)
+        lam, gamma = self.dynamics(accumulation_dtype(x.dtype))
+        u = torch.view_as_complex(self.in_proj(x).to(gamma.dtype).unflatten(-1, (self.state_dim, 2)))  # [B, T, N]
+        u = u * gamma
+        if self.out_proj_reverse is not None:
+            h, g = diagonal_scan(u, lam, reverse="both", lengths=lengths)
+            return self.out_proj(_parts(h, x.dtype)) + self.out_proj_reverse(_parts(g, x.dtype)), None
+        if state is None:
+            h = diagonal_scan(u, lam, lengths=lengths)
         else:
             before = torch.view_as_complex(state.hidden)
-            outputs, last = diagonal_scan(u, lam, initial_state=before, output_final_state=True, lengths=lengths)
-            h = (outputs,)
+            h, last = diagonal_scan(u, lam, initial_state=before, output_final_state=True, lengths=lengths)
             state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths))
-        parts = zip(h, self.out_proj.weight.split(2 * N, 1), strict=True)
-        return reduce(
-            torch.add, (F.linear(torch.view_as_real(part).flatten(-2).to(x.dtype), weight) for part, weight in parts)
-        ), state
+        return self.out_proj(_parts(h, x.dtype)), state
+
+    def upgrade(self, weights: dict[str, Any], prefix: str) -> None:
+        for name in ("nu_log", "theta_log", "gamma_log"):
+            if prefix + name in weights:
+                weights[f"{prefix}dynamics.{name}"] = weights.pop(prefix + name)
+        old, new = f"{prefix}out_proj.", f"{prefix}out_proj_reverse."
+        if self.causal or any(name.startswith(new) for name in weights):
+            return
+        for name in [name for name in weights if name.startswith(old)]:  # of one layer that read both directions
+            weight = weights[name]
+            both = weight.chunk(2, 1) if weight.shape[1] == 4 * self.state_dim else (weight, weight)
+            weights[name], weights[new + name.removeprefix(old)] = both
+
+
+def _parts(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """Real and imaginary parts beside each other: complex [B, T, N] -> [B, T, 2N]."""
+    return torch.view_as_real(h).flatten(-2).to(dtype)
+
+
+class LRUDynamics(Wide):
+    """λ and γ of N states."""
+
+    def __init__(self, N: int, r_min: float, r_max: float, max_phase: float) -> None:
+        super().__init__()
+        dtype = default_dtype()
+        radius_squared = r_min**2 + torch.rand(N, dtype=dtype) * (r_max**2 - r_min**2)
+        rate = -radius_squared.log() / 2  # |λ| = exp(-rate)
+        self.nu_log = nn.Parameter(rate.log())
+        self.theta_log = nn.Parameter((max_phase * torch.rand(N, dtype=dtype)).clamp(min=1e-8).log())
+        self.gamma_log = nn.Parameter(torch.expm1(-2 * rate).neg().log() / 2)
+
+    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """λ, complex [N], and γ [N], for computing in `dtype`."""
+        lam = torch.polar(self.nu_log.to(dtype).exp().neg().exp(), self.theta_log.to(dtype).exp())
+        return lam, self.gamma_log.to(dtype).exp()

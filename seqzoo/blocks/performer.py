@@ -71,9 +71,9 @@ class Performer(Block):
         self.steps = 0  # of the optimiser
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> PerformerState:
-        self._require_causal("initial_state")
+        device, dtype = self._state_options(device, dtype)
         H, M, D = self.projection.shape
-        wide = accumulation_dtype(dtype or torch.get_default_dtype())
+        wide = accumulation_dtype(dtype)
         empty = FavorState.empty(batch_size, H, M, D, device=device, dtype=wide)
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return PerformerState(empty.sums, empty.log_scale, position)
@@ -81,6 +81,8 @@ class Performer(Block):
     def mix(
         self, x: Tensor, state: PerformerState | None, lengths: Tensor | None
     ) -> tuple[Tensor, PerformerState | None]:
+        if self.redraw_every and self.training and torch.is_grad_enabled():
+            self.count_pass()
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, D]
         scale = self.head_dim**-0.25
         q, k = q * scale, k * scale
@@ -105,6 +107,7 @@ class Performer(Block):
     @torch.no_grad()
     def after_step(self) -> None:
         """Counts an optimiser step, and draws new features after every `redraw_every`: the same on all ranks."""
+        super().after_step()
         self.steps += 1
         if self.redraw_every == 0 or self.steps % self.redraw_every:
             return

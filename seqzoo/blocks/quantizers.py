@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import nearest_code
-from ..kernels.common import accumulation_dtype, valid_positions
+from ..kernels.common import valid_positions, without_autocast
+from .wide import Wide, default_dtype
 
 SAMPLE = 4096  # keys per head kept of a training pass, to start or restart codes from
 LLOYD_STEPS = 10
@@ -26,10 +27,10 @@ class Quantized(NamedTuple):
     loss: Tensor | None  # scalar, to be added to the training loss
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Wide):
     """The nearest of S learned vectors per head, each the running mean of the keys it stood for (Lingle 2024).
 
-    Running sums and counts are in single precision at least, whatever the module is cast to; new counts are integers.
+    Running sums and counts are in single precision at least; new counts are integers.
 
     Args:
         num_heads, size, dim: H, S, D.
@@ -42,9 +43,6 @@ class VectorQuantizer(nn.Module):
 
     counts: Tensor
     sums: Tensor
-    new_counts: Tensor
-    new_sums: Tensor
-    errors: Tensor
 
     def __init__(
         self,
@@ -66,14 +64,15 @@ class VectorQuantizer(nn.Module):
         if restart < 0:
             raise ValueError(f"restart={restart}; valid: 0 or more")
         self.ema, self.commitment, self.restart = ema, commitment, restart
-        self.register_buffer("counts", torch.ones(num_heads, size))
-        self.register_buffer("sums", F.normalize(torch.randn(num_heads, size, dim), dim=-1) * length)
-        self.register_buffer("new_counts", torch.zeros(num_heads, size, dtype=torch.int64), persistent=False)
-        self.register_buffer("new_sums", torch.zeros(num_heads, size, dim), persistent=False)
-        self.register_buffer("errors", torch.zeros(2), persistent=False)  # sums of |k - code|² and |k|²
+        dtype = default_dtype()
+        self.register_buffer("counts", torch.ones(num_heads, size, dtype=dtype))
+        directions = F.normalize(torch.randn(num_heads, size, dim, dtype=dtype), dim=-1)
+        self.register_buffer("sums", directions * length)
+        self._gather_anew()
         self.started = start == "random"
         self._samples_keys = start == "kmeans" or restart > 0
         self._sample: Tensor | None = None  # [H, n, D]
+        self._sampled: Tensor | None = None  # of how many keys
         self._health: dict[str, Tensor] = {}
 
     @property
@@ -92,6 +91,7 @@ class VectorQuantizer(nn.Module):
         row = torch.arange(H, device=k.device) * codebook.shape[1] + codes  # [B, T, H], of all heads' codes
         error = (_squared_norm(k - F.embedding(row, codebook.flatten(0, 1))) * valid[..., None]).sum()
         if record:
+            self._settle()
             with torch.no_grad():
                 present = valid[..., None].expand_as(codes)
                 self.new_counts.view(-1).index_add_(0, row.flatten(), present.flatten().to(self.new_counts.dtype))
@@ -99,25 +99,28 @@ class VectorQuantizer(nn.Module):
                 self.new_sums.flatten(0, 1).index_add_(0, row.flatten(), shown.flatten(0, 2))
                 size = (_squared_norm(k) * present).sum()
                 self.errors += torch.stack([error, size]).to(self.errors.dtype)
-                if self._samples_keys:
+                if self._samples_keys and B:
                     # Valid positions at even distances. Not at random: a pass recomputed in backward takes no sample,
                     # and has to draw the same dropout as this one.
                     n = min(SAMPLE, B * T)
-                    chosen = torch.arange(n, device=k.device) * valid.sum() // n
+                    self._sampled = valid.sum()
+                    chosen = torch.arange(n, device=k.device) * self._sampled // n
                     order = (~valid).flatten().int().argsort(stable=True)[chosen]
                     self._sample = k.flatten(0, 1)[order].transpose(0, 1).to(self.sums.dtype)
-        return Quantized(k, codebook, codes, self.commitment * error / valid.sum())
+        return Quantized(k, codebook, codes, self.commitment * error / valid.sum().clamp(min=1))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Moves each code towards the mean of the keys it stood for since the last call, over all ranks."""
+        self._settle()
         gathered = (self.new_counts, self.new_sums, self.errors)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed:
             for part in gathered:
                 torch.distributed.all_reduce(part)
-        if self._sample is not None and not self.started:
-            self.sums.copy_(kmeans(self._sample, self.sums.shape[1]))
+        if self._sample is not None and not self.started and self._sampled:
+            with without_autocast(self.sums.device):
+                self.sums.copy_(kmeans(self._sample, self.sums.shape[1]))
             self.started = True
         else:
             self.counts.lerp_(self.new_counts.to(self.counts.dtype), 1 - self.ema)
@@ -127,7 +130,7 @@ class VectorQuantizer(nn.Module):
         if distributed and self._samples_keys:  # samples differ between ranks
             for part in (self.counts, self.sums):
                 torch.distributed.broadcast(part, 0)
-        self._sample = None
+        self._sample = self._sampled = None
         share = self.counts / self.counts.sum(-1, keepdim=True).clamp(min=1e-30)
         self._health = {
             "codebook_perplexity": torch.special.entr(share).sum(-1).exp().mean(),
@@ -147,7 +150,7 @@ class VectorQuantizer(nn.Module):
         H, S, _ = self.sums.shape
         chosen = torch.randint(sample.shape[1], (H, S), device=sample.device)
         fresh = sample[torch.arange(H, device=sample.device)[:, None], chosen]  # [H, S, D]
-        dead = self.counts < self.restart
+        dead = (self.counts < self.restart) & (self._sampled > 0)
         self.sums.copy_(torch.where(dead[..., None], fresh, self.sums))
         self.counts.masked_fill_(dead, 1.0)
 
@@ -155,17 +158,24 @@ class VectorQuantizer(nn.Module):
         """At the last step: perplexity of the codes and the share of them used (means of heads), |k - code| / |k|."""
         return {name: value.item() for name, value in self._health.items()}
 
+    def _gather_anew(self) -> None:
+        """Plain tensors, not buffers: what no file holds, loaders leave unwritten."""
+        self.new_counts = torch.zeros_like(self.counts, dtype=torch.int64)
+        self.new_sums = torch.zeros_like(self.sums)
+        self.errors = self.sums.new_zeros(2)  # sums of |k - code|² and |k|²
+
+    def _settle(self) -> None:
+        """Gathers where the codebook is, and as it is: it may have been moved, cast, or loaded over the meta device."""
+        if (self.new_sums.device, self.new_sums.dtype) != (self.sums.device, self.sums.dtype):
+            self._gather_anew()
+
     def _apply(self, fn: Any, recurse: bool = True) -> VectorQuantizer:
-        exact = {name: getattr(self, name) for name in ("counts", "sums", "new_sums", "errors")}
         super()._apply(fn, recurse)
-        for name, before in exact.items():
-            now = getattr(self, name)
-            if now.dtype != accumulation_dtype(now.dtype):
-                setattr(self, name, before.to(now.device))
+        self._settle()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sample": None}
+        return {**self.__dict__, "_sample": None, "_sampled": None}
 
 
 class FiniteScalarQuantizer(nn.Module):
@@ -181,8 +191,6 @@ class FiniteScalarQuantizer(nn.Module):
     Source: Mentzer et al., "Finite Scalar Quantization" (2023), in the sigmoid form of Su, post 9826.
     """
 
-    grid: Tensor
-
     def __init__(self, num_heads: int, size: int, dim: int, *, length: float, levels: int = 5) -> None:
         super().__init__()
         if size < levels:
@@ -193,20 +201,24 @@ class FiniteScalarQuantizer(nn.Module):
         self.levels = levels
         self.down = nn.Parameter(torch.randn(num_heads, dim, axes) * 2 / length)
         self.up = nn.Parameter(F.normalize(torch.randn(num_heads, axes, dim), dim=-1) * length / axes**0.5)
-        steps = torch.cartesian_prod(*[torch.arange(levels)] * axes).reshape(-1, axes)
-        self.register_buffer("grid", steps, persistent=False)  # [S, axes]
 
     @property
     def codebook(self) -> Tensor:
-        """[H, S, D]."""
-        return torch.einsum("sa,had->hsd", 2 * self.grid.to(self.up.dtype) / (self.levels - 1) - 1, self.up)
+        """[H, S, D], every point of the grid, the last axis fastest."""
+        axes, device = self.up.shape[1], self.up.device
+        point = torch.arange(self.levels**axes, device=device)[:, None]
+        grid = point // self._place_values(device) % self.levels  # [S, axes]
+        return torch.einsum("sa,had->hsd", 2 * grid.to(self.up.dtype) / (self.levels - 1) - 1, self.up)
+
+    def _place_values(self, device: torch.device) -> Tensor:
+        """levels^(axes - 1) down to 1, what a step along each axis adds to a code."""
+        return self.levels ** torch.arange(self.up.shape[1] - 1, -1, -1, device=device)
 
     def forward(self, k: Tensor, lengths: Tensor | None, *, record: bool) -> Quantized:
         """`k` [B, T, H, D]."""
         top = self.levels - 1
         z = torch.einsum("bthd,hda->btha", k, self.down.to(k.dtype)).sigmoid() * top  # [B, T, H, axes]
-        weight = self.levels ** torch.arange(self.grid.shape[1] - 1, -1, -1, device=k.device)
-        codes = (z.detach().round().long() * weight).sum(-1)
+        codes = (z.detach().round().long() * self._place_values(k.device)).sum(-1)
         keys = torch.einsum("btha,had->bthd", 2 * z / top - 1, self.up.to(k.dtype))
         return Quantized(keys, self.codebook.to(k.dtype), codes, None)
 

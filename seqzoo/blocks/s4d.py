@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, valid_positions, without_autocast
 from .base import Block, advance
 from .lru import RecurrentState
+from .wide import Wide, default_dtype
 
 CHUNK = 64
 
@@ -20,6 +22,7 @@ class S4D(Block):
     Discretised with a zero-order hold of step Δ; A starts at -1/2 + iπn (S4D-Lin). Then GELU and a gated linear unit.
     Chunks of a sequence are small Toeplitz products, the states between chunks one `diagonal_scan`, so that the N
     states of every position never reach memory. Bidirectional: a second C reads the states of what follows a step.
+    Δ and A stay in single precision when the block is cast to half.
 
     Args:
         d_model: width.
@@ -32,7 +35,7 @@ class S4D(Block):
     """
 
     convolves = True
-    recurrence = ("log_dt", "log_neg_real", "imag")
+    recurrence = ("dynamics.log_dt", "dynamics.log_neg_real", "dynamics.imag")
 
     def __init__(
         self,
@@ -50,18 +53,14 @@ class S4D(Block):
         if not 0 < dt_min < dt_max:
             raise ValueError(f"S4D: dt_min={dt_min}, dt_max={dt_max}; valid: 0 < dt_min < dt_max")
         P = self.pairs = state_dim // 2
-        self.log_dt = nn.Parameter(
-            math.log(dt_min) + torch.rand(d_model) * (math.log(dt_max) - math.log(dt_min))
-        )  # [D]
-        self.log_neg_real = nn.Parameter(torch.full((d_model, P), math.log(0.5)))
-        self.imag = nn.Parameter(math.pi * torch.arange(P).repeat(d_model, 1))
+        self.dynamics = S4DDynamics(d_model, P, dt_min, dt_max)
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, P, 2) * math.sqrt(0.5))
         self.skip = nn.Parameter(torch.randn(d_model))  # D
         self.gate = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(d_model, 2 * d_model), nn.GLU())
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> RecurrentState:
-        self._require_causal("initial_state")
-        wide = accumulation_dtype(dtype or torch.get_default_dtype())
+        device, dtype = self._state_options(device, dtype)
+        wide = accumulation_dtype(dtype)
         return RecurrentState(
             torch.zeros(batch_size, self.d_model, self.pairs, 2, device=device, dtype=wide),
             torch.zeros(batch_size, dtype=torch.int64, device=device),
@@ -71,8 +70,7 @@ class S4D(Block):
         self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None
     ) -> tuple[Tensor, RecurrentState | None]:
         wide = accumulation_dtype(x.dtype)
-        A = torch.complex(self.log_neg_real.to(wide).exp().neg(), self.imag.to(wide))  # [D, P]
-        step = A * self.log_dt.to(wide).exp()[:, None]
+        A, step = self.dynamics(wide)  # [D, P]
         C = 2 * torch.view_as_complex(self.C.to(wide)) * torch.expm1(step) / A  # [directions, D, P]
         before = None if state is None else torch.view_as_complex(state.hidden)
         with without_autocast(x.device):
@@ -80,6 +78,29 @@ class S4D(Block):
         if state is not None and after is not None:
             state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths))
         return self.gate(y.to(x.dtype) + self.skip * x), state
+
+    def upgrade(self, weights: dict[str, Any], prefix: str) -> None:
+        for name in ("log_dt", "log_neg_real", "imag"):
+            if prefix + name in weights:
+                weights[f"{prefix}dynamics.{name}"] = weights.pop(prefix + name)
+
+
+class S4DDynamics(Wide):
+    """A and its product with Δ, of P states in each of D channels."""
+
+    def __init__(self, D: int, P: int, dt_min: float, dt_max: float) -> None:
+        super().__init__()
+        dtype = default_dtype()
+        self.log_dt = nn.Parameter(
+            math.log(dt_min) + torch.rand(D, dtype=dtype) * (math.log(dt_max) - math.log(dt_min))
+        )  # [D]
+        self.log_neg_real = nn.Parameter(torch.full((D, P), math.log(0.5), dtype=dtype))
+        self.imag = nn.Parameter(math.pi * torch.arange(P, dtype=dtype).repeat(D, 1))
+
+    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and A Δ, complex [D, P], for computing in `dtype`."""
+        A = torch.complex(self.log_neg_real.to(dtype).exp().neg(), self.imag.to(dtype))
+        return A, A * self.log_dt.to(dtype).exp()[:, None]
 
 
 def convolve(

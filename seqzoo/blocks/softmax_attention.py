@@ -57,7 +57,7 @@ class SoftmaxAttention(Block):
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> AttentionState:
-        self._require_causal("initial_state")
+        device, dtype = self._state_options(device, dtype)
         empty = torch.zeros(batch_size, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
         return AttentionState(empty, empty, torch.zeros(batch_size, dtype=torch.int64, device=device))
 

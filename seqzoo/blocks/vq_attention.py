@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import VQState, vq_attention
-from ..kernels.common import accumulation_dtype, valid_positions
+from ..kernels.common import accumulation_dtype, valid_positions, without_autocast
 from .base import Block, head_dim
 from .quantizers import FiniteScalarQuantizer, VectorQuantizer
 
@@ -75,8 +75,8 @@ class VQAttention(Block):
         self._exact = exact_steps > 0  # a count that passes looked at would compile them anew for each of its values
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> VQState:
-        self._require_causal("initial_state")
-        wide = accumulation_dtype(dtype or torch.get_default_dtype())
+        device, dtype = self._state_options(device, dtype)
+        wide = accumulation_dtype(dtype)
         H, S, _ = self.quantizer.codebook.shape
         return VQState.empty(batch_size, H, S, self.value_dim, self.block_len, device=device, dtype=wide)
 
@@ -87,10 +87,13 @@ class VQAttention(Block):
         wide = accumulation_dtype(x.dtype)
         q, k = (F.rms_norm(y.to(wide), (D,)) * D**-0.25 for y in (q, k))
         record = self.recording()
-        keys, codebook, codes, loss = self.quantizer(k, lengths, record=record)
         if record:
-            self._auxiliary = loss
-        bias = torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(wide))
+            self.count_pass()
+        with without_autocast(x.device):
+            keys, codebook, codes, loss = self.quantizer(k, lengths, record=record)
+        if record and loss is not None:
+            self.add_loss(loss, k)
+        bias = torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(x, wide))
         # In v's precision: that of the products, under autocast.
         q, keys = (q + self.content_bias).to(v.dtype), keys.to(v.dtype)
         if self._exact and self.training and torch.is_grad_enabled() and state is None:
@@ -118,18 +121,18 @@ class VQAttention(Block):
             y, state = y
         return self.out_proj((y * gate).flatten(2)), state
 
-    def _distances(self, dtype: torch.dtype) -> Tensor:
+    def _distances(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A vector for every distance with a position term, largest first: [block_len + 1 or 2 block_len + 1, H, D]."""
-        weight = self.distance_proj.weight
-        distance = torch.arange(self.block_len, -1 if self.causal else -self.block_len - 1, -1, device=weight.device)
-        frequency = 1e5 ** (-torch.arange(0, self.d_model, 2, device=weight.device, dtype=dtype) / self.d_model)
+        distance = torch.arange(self.block_len, -1 if self.causal else -self.block_len - 1, -1, device=x.device)
+        frequency = 1e5 ** (-torch.arange(0, self.d_model, 2, device=x.device, dtype=dtype) / self.d_model)
         angle = distance[:, None] * frequency
-        features = torch.cat([angle.sin(), angle.cos()], -1)[:, : self.d_model].to(weight.dtype)
+        features = torch.cat([angle.sin(), angle.cos()], -1)[:, : self.d_model].to(x.dtype)
         projected = self.distance_proj(features).unflatten(-1, (self.num_heads, self.head_dim))
         return projected.to(dtype) * self.head_dim**-0.25
 
     def after_step(self) -> None:
         """Lets the quantizer learn from the passes since the last call."""
+        super().after_step()
         self.quantizer.after_step()
         if self._exact:
             self.exact_left -= 1

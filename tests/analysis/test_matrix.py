@@ -56,7 +56,7 @@ def linear_attention(block, x, mask, lengths):
 def retention(block, x, mask, lengths):
     q, k, _ = heads(block.qkv_proj(x), 3, 4)
     distance = (torch.arange(T)[:, None] - torch.arange(T)).abs()
-    decay = block.decay_rates.exp()[:, None, None] ** distance
+    decay = (1 - 2.0 ** (-5 - torch.arange(block.num_heads)))[:, None, None].double() ** distance
     return torch.where(mask, F.silu(q) @ F.silu(k).mT * decay, 0)
 
 
@@ -109,18 +109,19 @@ def gau_softmax(block, x, mask, lengths):
 
 def lru(block, x, mask, lengths):
     """J = Re(C diag(λ^|t-s|) γ B), C of the direction, both at t = s."""
-    lam = torch.polar((-block.nu_log.exp()).exp(), block.theta_log.exp())
+    lam = torch.polar((-block.dynamics.nu_log.exp()).exp(), block.dynamics.theta_log.exp())
     B = torch.complex(block.in_proj.weight[::2], block.in_proj.weight[1::2])  # [N, D]
-    B = block.gamma_log.exp()[:, None] * B
-    C = block.out_proj.weight.unflatten(1, (-1, len(lam), 2))  # [D, directions, N, 2]
-    C = torch.complex(C[..., 0], -C[..., 1]).transpose(0, 1)  # the linear layer reads parts: Re(h) W_r + Im(h) W_i
+    B = block.dynamics.gamma_log.exp()[:, None] * B
+    readers = [block.out_proj] if block.causal else [block.out_proj, block.out_proj_reverse]
+    C = torch.stack([layer.weight.unflatten(1, (len(lam), 2)) for layer in readers])  # [directions, D, N, 2]
+    C = torch.complex(C[..., 0], -C[..., 1])  # the linear layer reads parts: Re(h) W_r + Im(h) W_i
     return gain(lambda direction, lag: (C[direction] * lam**lag @ B).real, x, mask, len(C))
 
 
 def s4d(block, x, mask, lengths):
     """J = diag(Re Σ_p C_p exp(step_p)^|t-s|), one lag less for what follows a step."""
-    A = torch.complex(-block.log_neg_real.exp(), block.imag)
-    step = A * block.log_dt.exp()[:, None]
+    A = torch.complex(-block.dynamics.log_neg_real.exp(), block.dynamics.imag)
+    step = A * block.dynamics.log_dt.exp()[:, None]
     C = 2 * torch.view_as_complex(block.C) * (step.exp() - 1) / A
 
     def kernel(direction, lag):

@@ -24,18 +24,17 @@ def states(x: Tensor, a: Tensor) -> Tensor:
 
 
 def lru_equations(block: LRU, x: Tensor) -> Tensor:
-    lam = torch.exp(torch.complex(-block.nu_log.exp(), block.theta_log.exp()))
-    u = torch.view_as_complex(block.in_proj(x).unflatten(-1, (-1, 2))) * block.gamma_log.exp()
-    h = [states(u, lam)]
+    lam = torch.exp(torch.complex(-block.dynamics.nu_log.exp(), block.dynamics.theta_log.exp()))
+    u = torch.view_as_complex(block.in_proj(x).unflatten(-1, (-1, 2))) * block.dynamics.gamma_log.exp()
+    y = block.out_proj(torch.view_as_real(states(u, lam)).flatten(2))
     if not block.causal:
-        h.append(states(u.flip(1), lam).flip(1))
-    y = block.out_proj(torch.view_as_real(torch.cat(h, -1)).flatten(2))
+        y = y + block.out_proj_reverse(torch.view_as_real(states(u.flip(1), lam).flip(1)).flatten(2))
     return block.gate(y + block.skip * x)
 
 
 def s4d_equations(block: S4D, x: Tensor) -> Tensor:
-    A = torch.complex(-block.log_neg_real.exp(), block.imag)  # [D, P]
-    decay = (A * block.log_dt.exp()[:, None]).exp()
+    A = torch.complex(-block.dynamics.log_neg_real.exp(), block.dynamics.imag)  # [D, P]
+    decay = (A * block.dynamics.log_dt.exp()[:, None]).exp()
     C = torch.view_as_complex(block.C) * (decay - 1) / A
     h = states(x[..., None].to(A.dtype), decay)  # [B, T, D, P]
     y = 2 * (C[0] * h).sum(-1).real
