@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from ..messages import unknown
-from .base import Block, State
+from .base import Block, State, upgraded
 from .gau import GAU
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
@@ -15,6 +15,7 @@ from .performer import Performer
 from .s4d import S4D
 from .softmax_attention import SoftmaxAttention
 from .vq_attention import VQAttention
+from .wide import Wide
 
 BLOCKS: dict[str, type[Block]] = {
     "softmax_attention": SoftmaxAttention,
@@ -59,8 +60,10 @@ __all__ = [
     "SoftmaxAttention",
     "State",
     "VQAttention",
+    "Wide",
     "after_step",
     "attach",
     "auxiliary_loss",
     "build_block",
+    "upgraded",
 ]

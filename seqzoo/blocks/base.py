@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..kernels.common import check_lengths, zero_padding
 from .learning import Learning
@@ -69,8 +70,8 @@ class Block(Learning, ABC):
             ValueError: `x` is not [B, T, d_model], or `lengths` are not integers [B] or, on a CPU, not in [0, T].
         """
         lengths = self._check(x, lengths)
-        y, _ = self.mix(zero_padding(x, lengths), None, lengths)
-        return zero_padding(y, lengths)
+        y, _ = self._mix(x, None, lengths)
+        return y
 
     def extend(self, x: Tensor, state: Any, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
         """Mixes the next T steps of sequences that stand at `state`: outputs [B, T, d_model] and the new state.
@@ -89,6 +90,16 @@ class Block(Learning, ABC):
                 f"{type(self).__name__}: a state of {len(state.position)} sequences for x of {x.shape[0]}; "
                 "valid: a state of as many, or None to begin"
             )
+        return self._mix(x, state, lengths)
+
+    def _mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        """`mix`, with zeros for padding before and after."""
+        if x.shape[0] == 0:  # operations reshape, and nothing has no shape: a sequence without a step stands in
+            x = F.pad(x, (0, 0, 0, 0, 0, 1))
+            lengths = torch.zeros(1, dtype=torch.int64, device=x.device)
+            state = None if state is None else type(state)(*(part.new_zeros(1, *part.shape[1:]) for part in state))
+            y, state = self._mix(x, state, lengths)
+            return y[:0], None if state is None else type(state)(*(part[:0] for part in state))
         y, state = self.mix(zero_padding(x, lengths), state, lengths)
         return zero_padding(y, lengths), state
 
@@ -156,6 +167,15 @@ def head_dim(block: str, d_model: int, num_heads: int) -> int:
         divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
         raise ValueError(f"{block}: num_heads={num_heads} does not divide d_model={d_model}; valid: {divisors}")
     return d_model // num_heads
+
+
+def upgraded(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of `module` that any version may have saved, by the names of this one. Loading does so by itself."""
+    named = dict(weights)
+    for name, block in module.named_modules():
+        if isinstance(block, Block):
+            block.upgrade(named, f"{name}." if name else "")
+    return named
 
 
 def advance(position: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:

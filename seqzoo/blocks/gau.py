@@ -118,10 +118,10 @@ class GAU(Block):
         E, S = self.value_dim, self.key_dim
         u, v, z = F.silu(self.uvz_proj(x)).split((E, E, S), -1)  # [B, T, E or S]
         place = torch.arange(x.shape[1], device=x.device) + (0 if state is None else state.position[:, None])
-        qk = z[:, :, None] * self.gamma + self.beta  # [B, T, 4 or 2, S]
+        wide = accumulation_dtype(z.dtype)
+        qk = z[:, :, None] * self.gamma.to(wide) + self.beta.to(wide)  # [B, T, 4 or 2, S]
         if self.rotary:
             qk = rotate(qk, place)
-        qk = qk.to(v.dtype)
         if self.attention == "flash":
             y, state = self._flash(u, qk, v, state, lengths)
         else:
@@ -132,7 +132,7 @@ class GAU(Block):
     def _flash(
         self, u: Tensor, qk: Tensor, v: Tensor, state: GatedAttentionState | None, lengths: Tensor | None
     ) -> tuple[Tensor, GatedAttentionState | None]:
-        q_quad, q_lin, k_quad, k_lin = qk.unbind(2)
+        q_quad, q_lin, k_quad, k_lin = qk.to(v.dtype).unbind(2)
         y = self.over_time(
             lambda v, u: gated_attention(
                 u,
@@ -156,7 +156,7 @@ class GAU(Block):
     def _quadratic(
         self, qk: Tensor, v: Tensor, place: Tensor, state: GAUCache | None, lengths: Tensor | None
     ) -> tuple[Tensor, GAUCache | None]:
-        q, k = qk.unbind(2)  # [B, T, S]
+        q, k = (qk.to(v.dtype) if self.attention == "softmax" else qk).unbind(2)  # [B, T, S]
         if self.causal:
             n = place + 1  # [T] or [B, T]
         elif lengths is not None:

@@ -56,7 +56,7 @@ class Learning(nn.Module):
         if not torch.compiler.is_compiling():
             if self._auxiliary is not None and self._spent:
                 self._auxiliary = None
-                say_once(
+                _warn_once(
                     f"{type(self).__name__} has a loss of its own that nobody reads: add seqzoo.auxiliary_loss(model) "
                     "to the training loss before each backward()"
                 )
@@ -70,7 +70,7 @@ class Learning(nn.Module):
             return
         self._passes += 1
         if self._passes == PATIENCE:
-            say_once(
+            _warn_once(
                 f"{type(self).__name__} saw {PATIENCE} training passes and no after_step, so that its codebook or "
                 "features do not move: call seqzoo.after_step(model) after each optimizer.step(), or once "
                 "seqzoo.attach(model, optimizer)"
@@ -174,5 +174,5 @@ def _recomputes_recorded() -> bool:
 
 
 @cache
-def say_once(sentence: str) -> None:
+def _warn_once(sentence: str) -> None:
     logging.getLogger(__name__).warning(sentence)

@@ -23,7 +23,7 @@ from .errors import Interrupted, TrainingError
 from .evaluation import derive_seed, evaluate, means, module_metrics
 from .guard import Guard
 from .interrupt import interruption
-from .optimizer import build_optimizer, set_lr
+from .optimizer import build_optimizer, restore, set_lr
 from .peak import matmul_flops_per_second
 from .progress import Pace, ProgressBar, duration
 from .schedule import lr_factor
@@ -123,7 +123,10 @@ class Stage:
         self.last = folder / "last.safetensors"
         if checkpoint := load_checkpoint(self.last):
             self.model.load_state_dict(checkpoint.weights)
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint.optimizer})
+            try:
+                restore(optimizer, checkpoint.optimizer)
+            except TrainingError as error:
+                raise TrainingError(f"{self.last}: {error}; delete {folder} to start the stage again") from None
             self.state = State(**checkpoint.state)
             if fabric.is_global_zero:
                 for key, total in self.state.window.items():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import ConfigError, LoraConfig
 from ..models import Backbone
@@ -16,20 +14,6 @@ except ImportError as error:
     raise ConfigError(f"tuning=lora: {error}; pip install 'peft>=0.21', or tuning=full, head or ladder") from None
 
 ADAPTER = "default"
-
-
-class LowRankLinear(Linear):
-    """x -> x (W + alpha / rank · B A)ᵀ, W frozen, for blocks that call the projection and for those that read `weight`.
-
-    peft's own layer gives readers W alone: a recurrence that multiplies by `in_proj.weight` would never see B A.
-    """
-
-    lr_factors: dict[str, float]
-
-    @property
-    def weight(self) -> Tensor:
-        """W + alpha / rank · B A, [out, in]."""
-        return cast(nn.Linear, self.get_base_layer()).weight + self.get_delta_weight(ADAPTER)
 
 
 def add_lora(backbone: Backbone, config: LoraConfig) -> None:
@@ -44,8 +28,7 @@ def add_lora(backbone: Backbone, config: LoraConfig) -> None:
     layers = backbone.layers.named_modules(prefix="layers")
     projections = [name for name, module in layers if isinstance(module, nn.Linear)]
     options = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=projections)
-    options._register_custom_module({nn.Linear: LowRankLinear})
     peft.inject_adapter_in_model(options, backbone, adapter_name=ADAPTER)
     for module in backbone.modules():
-        if isinstance(module, LowRankLinear):
-            module.lr_factors = {f"lora_B.{ADAPTER}.weight": config.lr_ratio}
+        if isinstance(module, Linear):
+            module.lr_factors = {f"lora_B.{ADAPTER}.weight": config.lr_ratio}  # as `parameter_groups` reads it

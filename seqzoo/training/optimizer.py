@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import StageConfig
+from .errors import TrainingError
 
 
 def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any]]:
@@ -65,6 +67,20 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
 def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) with betas 0.9 and 0.999 over `parameter_groups(model, stage)`."""
     return torch.optim.AdamW(parameter_groups(model, stage), betas=(0.9, 0.999), fused=True)
+
+
+def restore(optimizer: torch.optim.Optimizer, kept: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Gives `optimizer` what one of the same parameters kept of each, by their order in the groups.
+
+    Raises:
+        TrainingError: it was of other parameters. A fused step would not notice, and write where it must not.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, tensors in kept.items():
+        shape = parameters[index].shape if index < len(parameters) else None
+        if any(tensor.shape not in ((), shape) for tensor in tensors.values()):
+            raise TrainingError("the optimiser's state is of other parameters, as of an earlier version of a block")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(kept)})
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..blocks import upgraded
 from .checkpoint import load_weights
 from .errors import TrainingError
 
@@ -35,7 +36,7 @@ def transfer_backbone(model: nn.Module, checkpoint: Path) -> Transfer:
         TrainingError: a backbone tensor of either side has no partner on the other, or one of another shape. Nothing
             has been loaded then.
     """
-    weights, own = load_weights(checkpoint), model.state_dict()
+    weights, own = upgraded(model, load_weights(checkpoint)), model.state_dict()
     given = {name for name in weights if name.startswith(BACKBONE)}
     wanted = {name for name in own if name.startswith(BACKBONE)}
     problems = [f"{name} is missing" for name in sorted(wanted - given)]
