@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -38,7 +37,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def check_lengths(what: str, lengths: Tensor | None, B: int, T: int | None = None) -> Tensor | None:
+def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor | None:
     """`lengths` as int64, or None.
 
     Values are looked at where that costs nothing: on a CPU, outside of graphs. A GPU would be waited for.
@@ -49,12 +48,14 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int | None = Non
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS or lengths.shape != (B,):
-        given = f"{lengths.dtype} {list(lengths.shape)}" if isinstance(lengths, Tensor) else type(lengths).__name__
-        hint = ""
-        if isinstance(lengths, Tensor) and lengths.dim() == 2:
-            hint = "; of a mask [B, T] that is true at the steps that count, at the front, it is mask.sum(1)"
-        raise ValueError(f"{what}: lengths must be integers [{B}], the steps of each sequence that count, got {given}{hint}")
-    if T is not None and B and lengths.device.type == "cpu" and type(lengths) is Tensor and _outside_of_graphs():
+        given, hint = type(lengths).__name__, ""
+        if isinstance(lengths, Tensor):
+            given = f"{lengths.dtype} {list(lengths.shape)}"
+            hint = "; a mask [B, T], true where steps count, becomes mask.sum(1)" if lengths.dim() == 2 else ""
+        raise ValueError(
+            f"{what}: lengths must be integers [{B}], how many steps of each sequence count, got {given}{hint}"
+        )
+    if B and lengths.device.type == "cpu" and type(lengths) is Tensor and _outside_of_graphs():
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > T:
             raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, without_autocast, zero_padding
+from ..derivatives import forward_mode, gradient
 from ..diagonal_scan import diagonal_scan
 from .resume import Resumed
 from .state import GatedAttentionState
@@ -84,7 +85,7 @@ def _bidirectional(
     C = min(chunk_len, T)
     q, k, v = (_chunks(x, C) for x in (q_quad, k_quad, v))
     bias = None if bias is None else bias[:C, :C]
-    return lin.add_(_ReluSquared.apply(q, k, v, bias, False).flatten(1, 2)[:, :T])
+    return lin.add_(_relu_squared(q, k, v, bias, False).flatten(1, 2)[:, :T])
 
 
 def _causal(
@@ -102,7 +103,7 @@ def _causal(
     before = torch.cat([first[:, None], updates[:, :-1]], 1).flatten(2)  # [B, N, S E]
     before = diagonal_scan(before, before.new_ones(before.shape[-1])).view_as(updates)
     mean = before / start.clamp(min=1)[..., None, None]
-    quad = _ReluSquared.apply(q_quad, k_quad, v, bias, q_quad.shape[2] > 1)
+    quad = _relu_squared(q_quad, k_quad, v, bias, q_quad.shape[2] > 1)
     return (q_lin @ mean).add_(quad), updates
 
 
@@ -122,18 +123,36 @@ class _ReluSquared(torch.autograd.Function):
         if bias is not None:
             root += bias
         root = (root.tril_() if causal else root).relu_()
-        ctx.bias_shape = None if bias is None else bias.shape
-        ctx.save_for_backward(q, k, v, root)
+        ctx.causal = causal
+        ctx.save_for_backward(q, k, v, bias, root)
         return root.square() @ v
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(do.device):  # whatever `backward` is called under
-            q, k, v, root = ctx.saved_tensors
-            dv = root.square().mT @ do
-            dw = (do @ v.mT).mul_(root).mul_(2)
-            d_bias = None if ctx.bias_shape is None else dw.sum_to_size(ctx.bias_shape)
-            return dw @ k, dw.mT @ q, dv, d_bias, None
+        q, k, v, bias, root = ctx.saved_tensors
+
+        def written() -> tuple[Tensor | None, ...]:
+            with without_autocast(do.device):  # whatever `backward` is called under
+                dv = root.square().mT @ do
+                dw = (do @ v.mT).mul_(root).mul_(2)
+                d_bias = None if bias is None else dw.sum_to_size(bias.shape)
+                return dw @ k, dw.mT @ q, dv, d_bias
+
+        def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+            return (_plain(q, k, v, bias, ctx.causal),)
+
+        return *gradient(written, form, (q, k, v, bias), (do,)), None
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    """`_ReluSquared` for PyTorch to differentiate."""
+    with without_autocast(q.device):
+        scores = q @ k.mT if bias is None else q @ k.mT + bias
+        return (scores.tril() if causal else scores).relu().square() @ v
+
+
+def _relu_squared(*arguments: Any) -> Tensor:
+    return _plain(*arguments) if forward_mode() else _ReluSquared.apply(*arguments)
 
 
 def _resume(

@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import backends
 from ..common import pad_channels, zero_padding
 from ..tiles import absorb, dot, head_rows, load_tile
-from .outside import counts_outside
+from .outside import sums_outside
 from .state import VQState
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -663,7 +663,7 @@ def _attention(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
-    counts = counts_outside(counts.unflatten(0, (B, H)), causal)
+    counts = sums_outside(counts.unflatten(0, (B, H)), causal)
     if past_counts is not None:
         counts += past_counts[:, :, None]
     means = v.new_empty(B, H, N, S, Dv)
