@@ -22,7 +22,7 @@ def diagonal_scan_chunked(
     factor: Tensor | None,  # [D], real
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
-    factor = None if factor is None else factor.to(dtype.to_real())
+    factor = None if factor is None else factor.to(accumulation_dtype(x.real.dtype))
     initial_state = None if initial_state is None else initial_state.to(dtype)
     h, final_state = _scan(x.to(dtype), a.to(dtype), initial_state, reverse, lengths, factor)
     return h.to(x.dtype), final_state

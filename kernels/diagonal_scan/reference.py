@@ -22,7 +22,7 @@ def diagonal_scan_reference(
     valid = valid_positions(lengths, T)[..., None].unbind(1)  # T times [B, 1]
     x_BTD, a_BTD = (zero_padding(y.to(dtype), lengths) for y in (x, a.expand(B, T, D)))
     if factor is not None:
-        x_BTD = factor.to(dtype.to_real()) * x_BTD
+        x_BTD = factor.to(x_BTD.real.dtype) * x_BTD
     xs, gates = x_BTD.unbind(1), a_BTD.unbind(1)  # T times [B, D]
 
     h = torch.zeros_like(xs[0]) if initial_state is None else initial_state.to(dtype)

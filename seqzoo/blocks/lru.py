@@ -87,15 +87,16 @@ class LRU(Block):
         """Re(C h): [B, T, d_model] -> [B, T, d_model]."""
         lam, gamma = self.dynamics(accumulation_dtype(x.dtype))
         u = torch.view_as_complex(self.in_proj(x).to(gamma.dtype).unflatten(-1, (self.state_dim, 2)))  # [B, T, N]
-        u = u * gamma
         if self.out_proj_reverse is not None:
-            h, g = diagonal_scan(u, lam, reverse="both", lengths=lengths)
+            h, g = diagonal_scan(u, lam, factor=gamma, reverse="both", lengths=lengths)
             return self.out_proj(_parts(h, x.dtype)) + self.out_proj_reverse(_parts(g, x.dtype)), None
         if state is None:
-            h = diagonal_scan(u, lam, lengths=lengths)
+            h = diagonal_scan(u, lam, factor=gamma, lengths=lengths)
         else:
             before = torch.view_as_complex(state.hidden)
-            h, last = diagonal_scan(u, lam, initial_state=before, output_final_state=True, lengths=lengths)
+            h, last = diagonal_scan(
+                u, lam, factor=gamma, initial_state=before, output_final_state=True, lengths=lengths
+            )
             state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths))
         return self.out_proj(_parts(h, x.dtype)), state
 
