@@ -122,6 +122,7 @@ class GAU(Block):
         qk = z[:, :, None] * self.gamma.to(wide) + self.beta.to(wide)  # [B, T, 4 or 2, S]
         if self.rotary:
             qk = rotate(qk, place)
+        qk = qk.to(v.dtype)
         if self.attention == "flash":
             y, state = self._flash(u, qk, v, state, lengths)
         else:
@@ -132,7 +133,7 @@ class GAU(Block):
     def _flash(
         self, u: Tensor, qk: Tensor, v: Tensor, state: GatedAttentionState | None, lengths: Tensor | None
     ) -> tuple[Tensor, GatedAttentionState | None]:
-        q_quad, q_lin, k_quad, k_lin = qk.to(v.dtype).unbind(2)
+        q_quad, q_lin, k_quad, k_lin = qk.unbind(2)
         y = self.over_time(
             lambda v, u: gated_attention(
                 u,
@@ -156,7 +157,7 @@ class GAU(Block):
     def _quadratic(
         self, qk: Tensor, v: Tensor, place: Tensor, state: GAUCache | None, lengths: Tensor | None
     ) -> tuple[Tensor, GAUCache | None]:
-        q, k = (qk.to(v.dtype) if self.attention == "softmax" else qk).unbind(2)  # [B, T, S]
+        q, k = qk.unbind(2)  # [B, T, S]
         if self.causal:
             n = place + 1  # [T] or [B, T]
         elif lengths is not None:

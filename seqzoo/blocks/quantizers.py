@@ -72,7 +72,7 @@ class VectorQuantizer(Wide):
         self.started = start == "random"
         self._samples_keys = start == "kmeans" or restart > 0
         self._sample: Tensor | None = None  # [H, n, D]
-        self._sampled: Tensor | None = None  # of how many keys
+        self._sampled = torch.zeros(())  # of how many keys
         self._health: dict[str, Tensor] = {}
 
     @property
@@ -126,11 +126,11 @@ class VectorQuantizer(Wide):
             self.counts.lerp_(self.new_counts.to(self.counts.dtype), 1 - self.ema)
             self.sums.lerp_(self.new_sums, 1 - self.ema)
             if self.restart and self._sample is not None:
-                self._place_dead_codes(self._sample)
+                self._place_dead_codes(self._sample, self._sampled > 0)
         if distributed and self._samples_keys:  # samples differ between ranks
             for part in (self.counts, self.sums):
                 torch.distributed.broadcast(part, 0)
-        self._sample = self._sampled = None
+        self._sample = None
         share = self.counts / self.counts.sum(-1, keepdim=True).clamp(min=1e-30)
         self._health = {
             "codebook_perplexity": torch.special.entr(share).sum(-1).exp().mean(),
@@ -146,11 +146,11 @@ class VectorQuantizer(Wide):
     def set_extra_state(self, state: Tensor) -> None:
         self.started = bool(state)
 
-    def _place_dead_codes(self, sample: Tensor) -> None:
+    def _place_dead_codes(self, sample: Tensor, is_any: Tensor) -> None:
         H, S, _ = self.sums.shape
         chosen = torch.randint(sample.shape[1], (H, S), device=sample.device)
         fresh = sample[torch.arange(H, device=sample.device)[:, None], chosen]  # [H, S, D]
-        dead = (self.counts < self.restart) & (self._sampled > 0)
+        dead = (self.counts < self.restart) & is_any
         self.sums.copy_(torch.where(dead[..., None], fresh, self.sums))
         self.counts.masked_fill_(dead, 1.0)
 
@@ -175,7 +175,7 @@ class VectorQuantizer(Wide):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sample": None, "_sampled": None}
+        return {**self.__dict__, "_sample": None}
 
 
 class FiniteScalarQuantizer(nn.Module):

@@ -86,7 +86,7 @@ class VQAttention(Block):
         v, gate = (F.silu(y).unflatten(-1, (H, self.value_dim)) for y in self.vg_proj(x).chunk(2, -1))
         wide = accumulation_dtype(x.dtype)
         q, k = (F.rms_norm(y.to(wide), (D,)) * D**-0.25 for y in (q, k))
-        # A grid learns nothing beside the gradient; a pass of exact attention has to be told from its recomputation too.
+        # A grid learns nothing beside the gradient, but is not to be recomputed with codes where keys were exact.
         record = (self._exact or isinstance(self.quantizer, VectorQuantizer)) and self.recording()
         if record:
             self.count_pass()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import nn
 
 from ..config import ConfigError, LoraConfig
@@ -31,4 +33,4 @@ def add_lora(backbone: Backbone, config: LoraConfig) -> None:
     peft.inject_adapter_in_model(options, backbone, adapter_name=ADAPTER)
     for module in backbone.modules():
         if isinstance(module, Linear):
-            module.lr_factors = {f"lora_B.{ADAPTER}.weight": config.lr_ratio}  # as `parameter_groups` reads it
+            cast(Any, module).lr_factors = {f"lora_B.{ADAPTER}.weight": config.lr_ratio}  # for `parameter_groups`

@@ -3,12 +3,14 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
 from agreement import assert_close
+from torch import nn
 
-import seqzoo.blocks.base
+import seqzoo
 from seqzoo import BLOCKS, auxiliary_loss, build_block
 
 VARIANTS = {  # the default options of each block, and those that take another way through it
@@ -78,6 +80,24 @@ def parameter_gradients(block, y, seed=2):
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
     parameters = [p for p in block.parameters() if p.requires_grad]
     return torch.autograd.grad((y * weight).sum(), parameters, allow_unused=True)
+
+
+def with_codes(block, x, codes=None):
+    """The output, and the codes of the keys, which are `codes` where those are given; None if there are none."""
+    if not hasattr(block, "quantizer"):
+        return block(x), None
+    quantize, taken = block.quantizer.forward, []
+
+    def forward(*arguments, **options):
+        result = quantize(*arguments, **options)
+        taken.append(result._replace(codes=result.codes if codes is None else codes))
+        return taken[0]
+
+    block.quantizer.forward = forward
+    try:
+        return block(x), taken[0].codes
+    finally:
+        del block.quantizer.forward
 
 
 @every
@@ -191,6 +211,32 @@ def test_extend_takes_ragged_steps(name, options, causal):
     assert state.position.tolist() == position.tolist()
 
 
+@streaming
+def test_extend_begins_without_a_state(name, options, causal):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        block, x = make(name, options, causal, dtype=dtype), sequences(2, 12, dtype=dtype)
+        given, begun = block.initial_state(2), None
+        assert all(part.dtype in (torch.int64, dtype, torch.float32) for part in given)
+        for part in x.split([1, 7, 4], 1):
+            y, given = block.extend(part, given)
+            z, begun = block.extend(part, begun)
+            assert torch.equal(y, z)
+        assert all(torch.equal(a, b) for a, b in zip(given, begun, strict=True))
+        if dtype == torch.float64:
+            assert {part.dtype for part in given} <= {torch.int64, torch.float64}
+    with torch.device("meta"):
+        state = build_block(name, D, causal=causal, **options).initial_state(3)
+    assert {part.device.type for part in state} == {"meta"}
+
+
+@streaming
+def test_a_state_of_other_sequences_is_refused(name, options, causal):
+    block = make(name, options, causal)
+    _, state = block.extend(sequences(2, 5), None)
+    with pytest.raises(ValueError, match=f"{type(block).__name__}: a state of 2 sequences for x of 3; valid: "):
+        block.extend(sequences(3, 1), state)
+
+
 @bidirectional
 def test_bidirectional_has_no_state(name, options, causal):
     block = make(name, options, causal)
@@ -271,6 +317,164 @@ def test_autocast(name, options, causal):
         gradients = parameter_gradients(block, y.float())
     assert_close(y.float(), expected, 0.05 if name != "vq_attention" else 0.3)
     assert all(g.isfinite().all() for g in gradients if g is not None)
+
+
+def errors_in_half(name, options, causal, dtype):
+    """Relative errors of outputs over 4,096 steps: of the block cast to `dtype`, and under autocast."""
+    block, x = make(name, options, causal, dtype=torch.float32), sequences(1, 4096, dtype=torch.float32)
+    with torch.no_grad():
+        expected, codes = with_codes(block, x)
+        cast, _ = with_codes(copy.deepcopy(block).to(dtype), x.to(dtype), codes)
+        with torch.autocast("cpu", dtype):
+            auto, _ = with_codes(block, x, codes)
+    return [((y.float() - expected).norm() / expected.norm()).item() for y in (cast, auto)]
+
+
+@defaults
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_over_thousands_of_steps(name, options, causal, dtype):
+    assert max(errors_in_half(name, options, causal, dtype)) < 0.02
+
+
+@pytest.mark.slow
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_with_any_options(name, options, causal, dtype):
+    assert max(errors_in_half(name, options, causal, dtype)) < 0.02
+
+
+@every
+def test_every_layer_is_called(name, options, causal):
+    """Hooks, low-rank changes and quantisation act on calls."""
+    block = make(name, options, causal)
+    layers = {key for key, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+    called = set()
+    for key in layers:
+        block.get_submodule(key).register_forward_hook(lambda *_, key=key: called.add(key))
+    block(sequences(2, 20))
+    assert called == layers
+
+
+@every
+def test_low_rank_changes_act_and_merge(name, options, causal):
+    peft = pytest.importorskip("peft")
+    block, x = make(name, options, causal), sequences(2, 20)
+    before = block(x)
+    layers = [key for key, layer in block.named_modules() if isinstance(layer, nn.Linear)]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=layers), block)
+    changes = [parameter for key, parameter in block.named_parameters() if "lora_" in key]
+    for parameter in changes:
+        nn.init.normal_(parameter, std=0.1)
+    block.double().eval()
+    y = block(x)
+    assert ((y - before).norm() / before.norm()) > 1e-3
+    assert all(gradient.any() for gradient in torch.autograd.grad(y.square().sum(), changes))
+    for layer in block.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.merge()
+    assert_close(block(x), y, 1e-12)
+
+
+@every
+def test_quantises(name, options, causal):
+    block, x = make(name, options, causal, dtype=torch.float32), sequences(2, 20, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(block), {nn.Linear}, dtype=torch.qint8)
+    assert_close(small(x), block(x), 0.3 if name == "vq_attention" else 0.1)
+    if causal:
+        small.extend(x, None)
+
+
+@every
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_what_was_built_on_the_meta_device_is_what_is_loaded(name, options, causal, how):
+    """Nothing that no file holds is left unwritten."""
+    block, x = make(name, options, causal, dtype=torch.float32, train=True), sequences(2, 20, dtype=torch.float32)
+    with torch.device("meta"):
+        other = build_block(name, D, causal=causal, **options)
+    if how == "to_empty":
+        other = other.to_empty(device="cpu")
+        for tensor in (*other.parameters(), *other.buffers()):
+            if tensor.is_floating_point():
+                tensor.data.fill_(math.nan)
+    other.load_state_dict(copy.deepcopy(block.state_dict()), assign=how == "assign")
+    results = []
+    for each in (block, other):
+        torch.manual_seed(3)
+        y = each(x)
+        (y.square().mean() + auxiliary_loss(each)).backward()
+        seqzoo.after_step(each)
+        results.append((y, *each.state_dict().values(), *(p.grad for p in each.parameters() if p.grad is not None)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@every
+def test_empty_batches(name, options, causal):
+    block = make(name, options, causal, dtype=torch.float32, train=True)
+    for lengths in (None, torch.zeros(0, dtype=torch.int32)):
+        x = torch.zeros(0, 20, D, requires_grad=True)
+        y = block(x, lengths=lengths)
+        (y.sum() + auxiliary_loss(block)).backward()
+        seqzoo.after_step(block)
+        assert (y.shape, x.grad.shape) == ((0, 20, D), (0, 20, D))
+        assert all((p.grad == 0).all() for p in block.parameters() if p.grad is not None)
+        if causal:
+            y, state = block.extend(x, None, lengths=lengths)
+            y, state = block.extend(x, state, lengths=lengths)
+            assert (y.shape, state.position.shape) == ((0, 20, D), (0,))
+    assert all(value.isfinite().all() for value in block.state_dict().values())
+
+
+@every
+def test_sequences_of_no_steps(name, options, causal):
+    block = make(name, options, causal, dtype=torch.float32, train=True)
+    before = copy.deepcopy(block.state_dict())
+    y = block(torch.full((2, 20, D), math.nan), lengths=torch.zeros(2, dtype=torch.int64))
+    loss = auxiliary_loss(block)
+    (y.sum() + loss).backward()
+    seqzoo.after_step(block)
+    assert (y == 0).all()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in block.parameters() if p.grad is not None)
+    if hasattr(block, "quantizer"):
+        torch.testing.assert_close(block.quantizer.codebook, make(name, options, causal).quantizer.codebook.float())
+    assert all(value.isfinite().all() for value in block.state_dict().values())
+    assert before.keys() == block.state_dict().keys()
+
+
+@defaults
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (torch.tensor([4]), r"integers \[3\].* got torch.int64 \[1\]"),
+        (torch.tensor([10.0, 4.0, 2.0]), "torch.float32"),
+        ([10, 4, 2], "got list"),
+        (torch.ones(3, 10, dtype=torch.bool), r"mask.*mask.sum\(1\)"),
+        (torch.tensor([True, True, False]), "torch.bool"),
+        (torch.tensor([10, 11, 2]), r"\[0, 10\]"),
+        (torch.tensor([10, -1, 2]), r"\[0, 10\]"),
+    ],
+)
+def test_wrong_lengths_are_named(name, options, causal, lengths, message):
+    block, x = make(name, options, causal), sequences(3, 10)
+    with pytest.raises(ValueError, match=f"{type(block).__name__}: lengths .*{message}"):
+        block(x, lengths=lengths)
+    if causal:
+        with pytest.raises(ValueError, match=f"{type(block).__name__}: lengths .*{message}"):
+            block.extend(x, None, lengths=lengths)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_lengths_of_any_integers(name, options, causal, dtype):
+    block, x, lengths = make(name, options, causal), sequences(3, 10), torch.tensor([10, 4, 2])
+    assert torch.equal(block(x, lengths=lengths.to(dtype)), block(x, lengths=lengths))
+    if causal:
+        y, state = block.extend(x, None, lengths=lengths.to(dtype))
+        assert_close(y, block(x, lengths=lengths), 1e-12)
+        assert state.position.dtype == torch.int64
 
 
 @every

@@ -43,7 +43,9 @@ def test_losses_of_several_passes_add_up(compiled):
             call(x)
         total = auxiliary_loss(block)
         torch.testing.assert_close(total, expected)
-        gradients = (torch.autograd.grad(loss, block.qk_proj.weight, retain_graph=True)[0] for loss in (total, expected))
+        gradients = (
+            torch.autograd.grad(loss, block.qk_proj.weight, retain_graph=True)[0] for loss in (total, expected)
+        )
         torch.testing.assert_close(*gradients)
     assert auxiliary_loss(block) == 0
 

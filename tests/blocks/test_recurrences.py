@@ -1,13 +1,16 @@
-"""LRU and S4D against their equations, one step at a time."""
+"""LRU and S4D: their equations, one step at a time; what sets them, and files of before."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from agreement import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqzoo import build_block
+from seqzoo.blocks import upgraded
 from seqzoo.blocks.lru import LRU
 from seqzoo.blocks.s4d import CHUNK, S4D
 
@@ -62,3 +65,76 @@ def test_follows_its_equations(name, equations, causal, T):
         strict=True,
     ):
         assert_close(gradient, expected, 1e-11, label)
+
+
+def earlier_lru(causal: bool) -> dict[str, Tensor]:
+    """What was saved when λ and γ were the block's own parameters, and one layer read both directions."""
+    radius_squared = 0.9**2 + torch.rand(D) * (0.999**2 - 0.9**2)
+    rate = -radius_squared.log() / 2
+    theta_log = (2 * math.pi * torch.rand(D)).clamp(min=1e-8).log()
+    in_proj = nn.Linear(D, 2 * D, bias=False)
+    out_proj = nn.Linear((1 if causal else 2) * 2 * D, D, bias=False)
+    skip, gate = torch.randn(D), nn.Linear(D, 2 * D)
+    nn.init.normal_(in_proj.weight, std=1 / math.sqrt(2 * D))
+    nn.init.normal_(out_proj.weight, std=1 / math.sqrt(D))
+    return {
+        "nu_log": rate.log(),
+        "theta_log": theta_log,
+        "gamma_log": torch.expm1(-2 * rate).neg().log() / 2,
+        "skip": skip,
+        "in_proj.weight": in_proj.weight.detach(),
+        "out_proj.weight": out_proj.weight.detach(),
+        "gate.2.weight": gate.weight.detach(),
+        "gate.2.bias": gate.bias.detach(),
+    }
+
+
+def earlier_s4d(causal: bool) -> dict[str, Tensor]:
+    P = 32
+    log_dt = math.log(1e-3) + torch.rand(D) * (math.log(1e-1) - math.log(1e-3))
+    C = torch.randn(1 if causal else 2, D, P, 2) * math.sqrt(0.5)
+    skip, gate = torch.randn(D), nn.Linear(D, 2 * D)
+    return {
+        "log_dt": log_dt,
+        "log_neg_real": torch.full((D, P), math.log(0.5)),
+        "imag": math.pi * torch.arange(P).repeat(D, 1),
+        "C": C,
+        "skip": skip,
+        "gate.2.weight": gate.weight.detach(),
+        "gate.2.bias": gate.bias.detach(),
+    }
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("name", "earlier"), [("lru", earlier_lru), ("s4d", earlier_s4d)])
+def test_files_and_seeds_of_before_give_the_same_block(name, earlier, causal):
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Identity(), build_block(name, D, causal=causal))
+    torch.manual_seed(7)
+    file = {f"1.{key}": value for key, value in earlier(causal).items()}
+    own = model.state_dict()
+    assert upgraded(model, file).keys() == own.keys()
+    torch.manual_seed(8)
+    other = nn.Sequential(nn.Identity(), build_block(name, D, causal=causal))
+    other.load_state_dict(file)
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, own[key]), key
+    if name == "lru":
+        both = torch.cat([layer.weight for layer in (other[1].out_proj, other[1].out_proj_reverse) if layer], 1)
+        assert torch.equal(both, file["1.out_proj.weight"])
+    other.load_state_dict(own)  # of today
+
+
+def test_low_rank_changes_of_before_load():
+    """Of the one layer that read both directions: A has its inputs, B is of both."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["in_proj", "out_proj", "out_proj_reverse"])
+    block = peft.inject_adapter_in_model(config, build_block("lru", D))
+    wide, A, B = torch.randn(D, 4 * D), torch.randn(2, 4 * D), torch.randn(D, 2)
+    file = {name: value for name, value in block.state_dict().items() if "out_proj_reverse" not in name}
+    parts = {"base_layer": wide, "lora_A.default": A, "lora_B.default": B}
+    file |= {f"out_proj.{part}.weight": value for part, value in parts.items()}
+    block.load_state_dict(file)
+    layers = (block.out_proj, block.out_proj_reverse)
+    effective = torch.cat([layer.base_layer.weight + layer.get_delta_weight("default") for layer in layers], 1)
+    torch.testing.assert_close(effective, wide + block.out_proj.scaling["default"] * B @ A)

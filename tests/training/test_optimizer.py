@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from seqzoo.config import StageConfig
-from seqzoo.training.optimizer import build_optimizer, parameter_groups, set_lr
+from seqzoo.training.errors import TrainingError
+from seqzoo.training.optimizer import build_optimizer, parameter_groups, restore, set_lr
 from seqzoo.training.schedule import lr_factor
 
 
@@ -97,3 +98,20 @@ def test_cosine_falls_from_one_towards_zero():
 
 def test_warmup_longer_than_the_stage():
     assert lr_factor(9, total_steps=10, warmup_steps=100, schedule="cosine") == 0.1
+
+
+def trained(width: int) -> torch.optim.AdamW:
+    net = nn.Linear(width, 2)
+    optimizer = build_optimizer(net, StageConfig(epochs=1))
+    net(torch.ones(1, width)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_state_of_other_parameters_is_refused():
+    optimizer, kept = trained(3), trained(3).state_dict()["state"]
+    restore(optimizer, kept)
+    assert optimizer.state_dict()["state"][0]["exp_avg"].equal(kept[0]["exp_avg"])
+    for other in (trained(4).state_dict()["state"], {5: kept[0]}):
+        with pytest.raises(TrainingError, match="of other parameters"):
+            restore(optimizer, other)

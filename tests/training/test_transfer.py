@@ -50,3 +50,20 @@ def test_a_backbone_that_does_not_fit_is_refused_whole(models, change, message):
         transfer_backbone(classifier, path)
     for name, tensor in classifier.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("block", ["lru", "s4d"])
+def test_a_backbone_of_an_earlier_version_moves_too(task, tmp_path, block):
+    config = tiny_config(tmp_path, model={"block": {"name": block}}).model
+    pretrained, model = (build_model(config, task.spec, head="classify", causal=False) for _ in range(2))
+    weights = pretrained.state_dict()
+    for name in list(weights):
+        if ".dynamics." in name:
+            weights[name.replace(".dynamics.", ".")] = weights.pop(name)
+        if name.endswith("out_proj.weight"):
+            reverse = weights.pop(name.replace("out_proj", "out_proj_reverse"))
+            weights[name] = torch.cat([weights[name], reverse], 1)
+    save_weights(tmp_path / "best.safetensors", weights)
+    transfer_backbone(model, tmp_path / "best.safetensors")
+    for name, tensor in pretrained.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], tensor), name

@@ -105,17 +105,19 @@ def test_an_interrupted_run_continues_alike(task, tmp_path, monkeypatch, tuning)
     assert evaluate_run(result["folder"], task=task)["accuracy"] == result["test"]["accuracy"]
 
 
-def test_reading_a_weight_reads_its_low_rank_change(task, tmp_path):
-    """The recurrence multiplies by its projections' weights and never calls them."""
+def test_a_recurrence_is_tuned_at_every_projection(task, tmp_path):
     settings = config(tmp_path, "lora", "lru")
-    model = tune(build_model(settings.model, task.spec, head="classify", causal=False), settings)
-    for name in ("in_proj", "out_proj"):
+    model = tune(build_model(settings.model, task.spec, head="classify", causal=False), settings).eval()
+    batch = task.test.batch(torch.arange(4))
+    before = model(batch.inputs, batch.lengths)
+    for name in ("in_proj", "out_proj", "out_proj_reverse"):
         projection = getattr(model.backbone.layers[0].branch, name)
         torch.nn.init.normal_(projection.lora_B["default"].weight)
-        a, b = projection.lora_A["default"].weight, projection.lora_B["default"].weight
-        torch.testing.assert_close(projection.weight, projection.base_layer.weight + 2 * b @ a)
-        x = torch.randn(3, projection.in_features)
-        torch.testing.assert_close(projection(x), x @ projection.weight.T)
+        after = model(batch.inputs, batch.lengths)
+        assert not torch.allclose(after, before)
+        projection.merge()
+        torch.testing.assert_close(model(batch.inputs, batch.lengths), after)
+        before = after
 
 
 @pytest.mark.parametrize("tuning", LITTLE)
