@@ -96,8 +96,8 @@ class _SelfPretraining:
 class Masked(_SelfPretraining):
     """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones.
 
-    They are drawn on the device of the batch: CPUs agree with each other, and GPUs do, but not one with the other. Where
-    no position of a batch is drawn, the first one of each sequence is hidden.
+    They are drawn on the device of the batch: CPUs agree with each other, and GPUs do, but not one with the other.
+    Where no position of a batch is drawn, the first one of each sequence is hidden.
     """
 
     nothing = Classification.nothing
