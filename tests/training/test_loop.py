@@ -26,9 +26,20 @@ from seqzoo.training.tracker import Tracker
 
 
 def build_stage(
-    task, folder, *, objective=None, tracked=False, seed=0, dropout=0.1, precision="fp32", options=None, **changes
+    task,
+    folder,
+    *,
+    objective=None,
+    tracked=False,
+    seed=0,
+    dropout=0.1,
+    precision="fp32",
+    block=None,
+    options=None,
+    **changes,
 ):
-    config = tiny_config(folder, precision=precision, finetuning=changes, model={"dropout": dropout})
+    model = {"dropout": dropout, **({"block": block} if block else {})}
+    config = tiny_config(folder, precision=precision, finetuning=changes, model=model)
     torch.manual_seed(seed)
     folder.mkdir(exist_ok=True)
     return Stage(
@@ -128,6 +139,20 @@ def test_resuming_is_bitwise_exact(task, tmp_path, number, at):
     for name, tensor in load_checkpoint(tmp_path / "whole" / "finetune" / "last.safetensors").weights.items():
         assert torch.equal(weights[name], tensor), name
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [9, 11])  # before and in the first validation
+def test_what_blocks_report_outlives_an_interruption(task, tmp_path, at):
+    block = {"name": "vq_attention", "block_len": 4, "codebook_size": 8}
+    build_stage(task, tmp_path / "whole", tracked=True, block=block).run()
+    objective = Signalling(build_objective("task", task.spec), at, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        build_stage(task, tmp_path / "cut", tracked=True, block=block, objective=objective).run()
+    assert not [line for line in lines(tmp_path / "cut") if "val/loss" in line]
+    build_stage(task, tmp_path / "cut", tracked=True, block=block).run()
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+    reported = [line for line in lines(tmp_path / "cut") if "backbone.layers.0.branch/codes_used" in line]
+    assert len(reported) == 3
 
 
 def test_resuming_from_an_older_checkpoint_rewrites_the_lines_after_it(task, tmp_path):
