@@ -53,8 +53,7 @@ class PairHead(nn.Module):
         self.scores = nn.Sequential(nn.Linear(4 * d_model, d_model), nn.GELU(), nn.Linear(d_model, num_classes))
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        pooled = pool(x, lengths, self.pooling)
-        a, b = pooled[0::2], pooled[1::2]
+        a, b = pool(x, lengths, self.pooling).unflatten(0, (-1, 2)).unbind(1)
         return self.scores(torch.cat([a, b, a - b, a * b], -1))
 
 

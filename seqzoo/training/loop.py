@@ -52,7 +52,7 @@ class State:
     training_seconds: float = 0.0  # without validations and checkpoints
     best: dict[str, float] = field(default_factory=dict)  # the best validation
     window: dict[str, float] = field(default_factory=dict)  # `Stage.window`
-    modules: dict[str, float] = field(default_factory=dict)  # what they last reported of themselves
+    reports: dict[str, float] = field(default_factory=dict)  # of the modules, `Stage.reports`
 
 
 class MicroBatch(NamedTuple):
@@ -327,14 +327,14 @@ class Stage:
                 save_weights(self.folder / "best.safetensors", self.model.state_dict(), state.best)
         if self.tracker:
             named = {f"val/{key}": value for key, value in metrics.items()}
-            self.tracker.log(self.name, state.step, state.tokens, named | self.modules())
+            self.tracker.log(self.name, state.step, state.tokens, named | self.reports())
         self.timed = time.monotonic()
         return metrics
 
-    def modules(self) -> dict[str, float]:
+    def reports(self) -> dict[str, float]:
         """What the modules reported of themselves after the last step, even if that was before a checkpoint."""
-        self.state.modules |= module_metrics(self.model)
-        return self.state.modules
+        self.state.reports |= module_metrics(self.model)
+        return self.state.reports
 
     def leave_early(self) -> None:
         """Leaves a validation early. Several ranks agree to stop after a later step instead."""
@@ -374,7 +374,7 @@ class Stage:
         self.state.seconds = self.seconds_before + started - self.started
         if self.fabric.is_global_zero:
             self.state.window = {key: total.item() for key, total in self.window.items()}
-            self.modules()
+            self.reports()
             optimizer = self.optimizer.state_dict()["state"]
             save_checkpoint(self.last, Checkpoint(self.model.state_dict(), optimizer, asdict(self.state)))
         self.saved = self.timed = time.monotonic()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -344,6 +345,20 @@ def test_evaluation_counts_every_example_once(task, tmp_path):
         scores = stage.model.eval()(batch.inputs, batch.lengths)
     assert metrics["accuracy"] == (scores.argmax(-1) == batch.labels).double().mean().item()
     assert metrics["loss"] == pytest.approx(nn.functional.cross_entropy(scores, batch.labels).item(), rel=1e-5)
+
+
+def test_a_rank_without_an_example_evaluates_nothing(task, tmp_path, monkeypatch):
+    """Where there are more ranks than examples; it adds 0 to every sum of the others."""
+    stage, one, sums = build_stage(task, tmp_path), task.val.subset(torch.tensor([3])), []
+    monkeypatch.setattr(type(stage.fabric), "world_size", 2)
+    monkeypatch.setattr(stage.fabric, "all_reduce", lambda total, reduce_op: sums.append(total) or total)
+    for rank in (0, 1):
+        monkeypatch.setattr(type(stage.fabric), "global_rank", rank)
+        with suppress(TrainingError):  # as this rank alone has nothing
+            evaluate(stage.model, stage.objective, one, batch_size=8, fabric=stage.fabric)
+    assert len(sums) == 6
+    assert sums[0] == 1
+    assert not any(sums[3:])
 
 
 def test_masks_of_a_validation_are_always_the_same(task, tmp_path):
