@@ -16,7 +16,7 @@ from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..tasks import Task, nested
 from . import provenance
-from .evaluation import evaluate
+from .evaluation import evaluate, require_questions
 from .loop import Stage
 from .memory import keep_freed_memory
 from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, part_of, sized, task_of
@@ -122,6 +122,12 @@ class _Run:
             kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
             self.examples = task.train.subset(kept)
         self.val, self.test = part_of(task.val, config.n_val), part_of(task.test, config.n_test)
+        splits = {"train": self.examples, "val": self.val}
+        if key is not None:
+            with blaming(f"objective={config.objective}"):
+                require_questions(objective_of(config, task.spec), splits)
+        with blaming(f"task={task.spec.name}"):
+            require_questions(build_objective("task", task.spec), {**splits, "test": self.test})
         with blaming(f"model={config.model.name}"):
             self.sized = sized(config, task.spec)
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)

@@ -3,10 +3,12 @@ from __future__ import annotations
 import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,18 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+COLOURS_OF_16_BITS = (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0))
+    + chunk(b"IDAT", zlib.compress(bytes(32 * (1 + 32 * 6))))
+    + chunk(b"IEND", b"")
+)
+
+
 @pytest.fixture
 def released(tmp_path, monkeypatch):
     """50 images in the released layout, two of them in a batch 10 that comes after batch 2, and their pixels."""
@@ -188,8 +202,10 @@ def test_changed_metadata_is_read_anew(released):
         (png(np.arange(1024, dtype=np.uint8).reshape(32, 32))[:-30], r"sample_7\.png is damaged .*2\.npy, row 8"),
         (b"GIF89a" + bytes(100), r"sample_7\.png is damaged .*2\.npy, row 8"),
         (png(np.zeros((32, 31), np.uint8)), r"sample_7\.png has 31 x 32 pixels, expected 32 x 32 .*2\.npy, row 8"),
+        (png(np.full((32, 32), 4000, np.uint16)), r"sample_7\.png has 16 bits a channel, expected 8 .*2\.npy, row 8"),
+        (COLOURS_OF_16_BITS, r"sample_7\.png has 16 bits a channel, expected 8 .*2\.npy, row 8"),
     ],
-    ids=["empty", "missing", "cut", "format", "size"],
+    ids=["empty", "missing", "cut", "format", "size", "depth", "depth of colours"],
 )
 def test_damaged_images_are_named(released, content, message):
     folder, pixels, _ = released
