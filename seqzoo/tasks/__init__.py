@@ -24,7 +24,7 @@ from .arrays import from_arrays
 from .cache import default_folder
 from .config import TaskConfig
 from .data import Split, Task, epoch_order, nested, stratified
-from .identity import Fingerprint, digest_of_arrays, fingerprint
+from .identity import Fingerprint, fingerprint
 from .sources import DataError, MissingData
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "Task",
     "TaskConfig",
     "build_task",
-    "digest_of_arrays",
     "epoch_order",
     "fingerprint",
     "from_arrays",

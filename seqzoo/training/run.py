@@ -261,8 +261,8 @@ class _Run:
 
 def _absolute_data_dir(config: Config) -> str | None:
     """What `data_dir` means here, wherever the run goes on; a text's relative path is under it, or here."""
-    data_dir = config.data_dir
-    if data_dir is None and config.task.text is not None:
+    data_dir, text = config.data_dir, config.task.text
+    if data_dir is None and text is not None and not Path(text).expanduser().is_absolute():
         data_dir = "."
     return None if data_dir is None else str(Path(data_dir).expanduser().absolute())
 

@@ -19,7 +19,8 @@ from typing import Any
 from ..config import Config, ConfigError, from_dict, to_dict
 from ..messages import say_once
 from ..spec import TaskSpec
-from ..tasks import Fingerprint, Task, digest_of_arrays, fingerprint, origin_of
+from ..tasks import Fingerprint, Task, fingerprint, origin_of
+from ..tasks.identity import digest_of_arrays
 from .checkpoint import replacing
 from .errors import Busy
 

@@ -90,27 +90,27 @@ def test_a_truncated_file_is_named(tmp_path, size):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_flipped_bit_is_never_read_in_silence(tmp_path, capsys, dtype):
     """Wherever it is: a number, a name, a type, a shape, a counter, the checksum."""
     path = tmp_path / "last.safetensors"
     saved = Checkpoint({"w": torch.tensor([[1, 0, 1]]).to(dtype)}, {0: {"step": torch.tensor(3.0)}}, {"step": 3})
     save_checkpoint(path, saved)
     content = path.read_bytes()
-    read = []
+    read = 0
     for at in range(len(content)):
         flipped = bytearray(content)
         flipped[at] ^= 1 << at % 8
         path.write_bytes(flipped)
         with suppress(TrainingError):
-            read.append(load_checkpoint(path))
+            loaded = load_checkpoint(path)
             assert "has no checksum" in capsys.readouterr().err, at
+            assert loaded.state == saved.state
+            assert torch.equal(loaded.weights["w"], saved.weights["w"])
+            assert torch.equal(loaded.optimizer[0]["step"], saved.optimizer[0]["step"])
             say_once.cache_clear()
-    assert 0 < len(read) <= len(CHECKSUM), "those whose checksum has another name"
-    for loaded in read:
-        assert loaded.state == saved.state
-        assert torch.equal(loaded.weights["w"], saved.weights["w"])
-        assert torch.equal(loaded.optimizer[0]["step"], saved.optimizer[0]["step"])
+            read += 1
+    assert 0 < read <= len(CHECKSUM), "those whose checksum has another name"
 
 
 def test_weights_that_have_changed_are_named(tmp_path):

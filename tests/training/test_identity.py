@@ -99,14 +99,16 @@ def test_other_data_are_another_run_and_another_pretraining(listops, tmp_path):
     assert run(listops) == generated
 
 
-def test_a_relative_data_dir_is_the_same_from_everywhere(listops, tmp_path, monkeypatch):
+def test_a_relative_data_dir_is_the_same_from_everywhere(listops, tmp_path, monkeypatch, capsys):
     (tmp_path / "project").mkdir()
     publish(tmp_path / "project" / "lra", 7)
     monkeypatch.chdir(tmp_path / "project")
     result = run(replace(listops, data_dir="lra"))
     assert read_config(Path(result["folder"])).data_dir == str(tmp_path / "project" / "lra")
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
     assert evaluate_run(result["folder"])["accuracy"] == result["test"]["accuracy"] == 1
+    assert not capsys.readouterr().err
 
 
 def test_a_relative_text_is_the_same_from_everywhere(stopped, tmp_path, monkeypatch):
