@@ -131,9 +131,10 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = xxh3_128(json.dumps(metadata, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    named = sorted(tensors.items())
+    described = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in named]
+    digest = xxh3_128(json.dumps([sorted(metadata.items()), described]).encode())
+    for _, tensor in named:
         try:
             digest.update(tensor.numpy().data)
         except TypeError:  # a type that NumPy does not have, such as bfloat16
