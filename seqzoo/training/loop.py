@@ -175,7 +175,7 @@ class Stage:
                     if state.step in self.evaluations and state.evaluated < state.step:
                         bar.validation(self.validate(), seconds_left=pace.seconds_left)
                         self.save()
-                    if state.step == self.total_steps:
+                    if state.step >= self.total_steps:
                         break
                     if self.must_stop_alone() and self.wait():
                         raise Interrupted(self.folder.parent)

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, pathfinder_release
+from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, origin_of, pathfinder_release
 from seqzoo.tasks.pathfinder_release import COLUMNS, read_metadata
 from seqzoo.tasks.shards import array_file
 
@@ -297,3 +297,15 @@ def test_any_image_is_read_or_refused(tmp_path, place, noise):
     except DataError as error:
         message = str(error)
     assert message == "" or str(path) in message
+
+
+def test_released_images_are_told_from_generated_ones(released):
+    folder, _, tmp_path = released
+    places = {"data_dir": tmp_path / "data", "cache_dir": tmp_path / "cache"}
+    found = origin_of(config(), **places)
+    assert found["origin"].keys() == {"2.npy", "10.npy"}
+    with (folder / "metadata" / "10.npy").open("a") as file:
+        file.write("imgs/10 sample_2.png 2 0 1.0 14 4 2 0.5 1 1\n")
+    assert origin_of(config(), **places) != found
+    assert origin_of(config(num_train=8), **places) == {}
+    assert origin_of(config(difficulty="curv_baseline"), **places) == {}

@@ -82,6 +82,13 @@ class Signalling:
         return self.inner(model, batch, seed=seed)
 
 
+def test_a_stage_past_its_last_step_ends(task, tmp_path):
+    before = build_stage(task, tmp_path, tokens=600).run()
+    shorter = build_stage(task, tmp_path, tokens=300)
+    assert before.step > shorter.total_steps
+    assert shorter.run() == before
+
+
 def test_learns_and_keeps_the_best_weights(task, tmp_path):
     stage = build_stage(task, tmp_path, tracked=True, tokens=8000)
     state = stage.run()
