@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
+from functools import cache
 
 
 def unknown(what: str, given: str, valid: Iterable[str]) -> str:
@@ -10,3 +13,10 @@ def unknown(what: str, given: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, valid, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
     return f"no {what} {given!r}{meant}; valid: {', '.join(valid)}"
+
+
+@cache
+def say_once(message: str) -> None:
+    """Prints to stderr what this process has not said yet, on the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)

@@ -34,22 +34,18 @@ def gated_attention_chunked(
     output_final_state: bool,
     lengths: Tensor | None,
 ) -> tuple[Tensor, GatedAttentionState | None]:
-    (B, T, S), E = q_quad.shape, v.shape[-1]
+    (B, _, S), E = q_quad.shape, v.shape[-1]
     out_dtype, dtype, device = v.dtype, accumulation_dtype(v.dtype), v.device
     u, q_quad, k_quad, q_lin, k_lin, v = (
         zero_padding(x, lengths).to(dtype) for x in (u, q_quad, k_quad, q_lin, k_lin, v)
     )
     # Autocast would keep the sums in half precision.
     with without_autocast(device):
-        bias = None if bias is None else _by_offset(bias.to(dtype), chunk_len, causal)
+        bias = None if bias is None else by_offset(bias.to(dtype), chunk_len, causal)
         if not causal:
             o, state = _bidirectional(scale * q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, lengths), None
         elif initial_state is None and not output_final_state:
-            C = min(chunk_len, T)
-            bias = None if bias is None else bias[:C, :C]
-            q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, C) for x in (scale * q_quad, k_quad, q_lin, k_lin, v))
-            o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start=torch.arange(0, T, C, device=device))
-            o, state = o.flatten(1, 2)[:, :T], None
+            o, state = in_chunks(scale * q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len), None
         else:
             past = initial_state or GatedAttentionState.empty(B, S, E, chunk_len, device=device, dtype=dtype)
             o, state = _resume(scale * q_quad, k_quad, q_lin, k_lin, v, bias, past, lengths)
@@ -62,11 +58,33 @@ def _chunks(x: Tensor, C: int) -> Tensor:  # [B, T, D] -> [B, N, C, D]
     return (F.pad(x, (0, 0, 0, rest)) if rest else x).unflatten(1, (-1, C))  # padding by nothing would copy
 
 
-def _by_offset(bias: Tensor, C: int, causal: bool) -> Tensor:
+def by_offset(bias: Tensor, C: int, causal: bool) -> Tensor:
     """Biases laid out for the queries and keys of a chunk, bias[j - i + C - 1] at [i, j]: [C, C]."""
     if causal:
         bias = F.pad(bias, (0, C - 1))
     return bias.unfold(0, C, 1).flip(0)
+
+
+def in_chunks(
+    q_quad: Tensor,  # [B, T, S], scaled
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,  # [B, T, E]
+    bias: Tensor | None,  # [chunk_len, chunk_len]
+    chunk_len: int,
+    earlier: Tensor | None = None,  # int64 [B], positions before the first chunk; none by default
+    memory: Tensor | None = None,  # [B, S, E], the sum over these
+) -> Tensor:  # [B, T, E]
+    """Causal attention without its gate, of positions that begin with a chunk."""
+    T = v.shape[1]
+    C = min(chunk_len, T)
+    bias = None if bias is None else bias[:C, :C]
+    q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, C) for x in (q_quad, k_quad, q_lin, k_lin, v))
+    start = torch.arange(0, T, C, device=v.device)
+    start = start if earlier is None else earlier[:, None] + start
+    o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start, memory)
+    return o.flatten(1, 2)[:, :T]
 
 
 def _bidirectional(

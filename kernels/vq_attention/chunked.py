@@ -64,7 +64,7 @@ def vq_attention_chunked(
     # Autocast would keep the sums in half precision.
     with without_autocast(q.device):
         q, k, v = split(q, first), split(k.to(q.dtype), first), split(v)
-        form = _forward_mode if forward_mode() else _attend
+        form = plain_attention if forward_mode() else _attend
         y = form(q, k, v, bias, past_sums, codebook.to(q.dtype), codes_b, valid_b, counts, causal)
     y = y.flatten(2, 3)[:, :, first : first + T].transpose(1, 2)
     return zero_padding(y, lengths).to(out_dtype), state
@@ -88,11 +88,11 @@ def _attend(
     *others: Any,
 ) -> Tensor:  # [B, H, N, L, Dv]
     values = (None if x is None else x.detach() for x in (v, bias))
-    outlines = (None if x is None else _Outline.apply(x) for x in (k, v, bias))
+    outlines = (None if x is None else Outline.apply(x) for x in (k, v, bias))
     return _Attention.apply(q.reshape(-1, *q.shape[-2:]), *values, *outlines, *others)
 
 
-class _Outline(torch.autograd.Function):
+class Outline(torch.autograd.Function):
     """A tensor's shape and place in the graph, without its values and their memory.
 
     What is kept for a gradient of the gradient must lead back to each input, and is not to hold it a second time.
@@ -212,7 +212,7 @@ def _gradients(
     return dq.view(G, L, D), dk.view(shape), dv.view(shape), d_bias, d_past_sums
 
 
-def _forward_mode(
+def plain_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -224,7 +224,7 @@ def _forward_mode(
     counts: Tensor,
     causal: bool,
 ) -> Tensor:
-    """As `_attend`."""
+    """As `_attend`, for PyTorch to differentiate."""
     q = q.reshape(-1, *q.shape[-2:])
     prior = _prior(valid, counts, 2 if causal else 3, q.dtype)
     return _plain(q, k, v, bias, past_sums, codebook, codes, _share(counts, q), causal, prior=prior)
