@@ -6,6 +6,7 @@ import logging
 import sys
 import weakref
 from functools import cache, partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,14 +14,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 PATIENCE = 256  # passes without an `after_step`, before that is said
+# What a module knows of passes and of a loop, which no copy or file of it does.
+FRESH = {"_auxiliary": None, "_spent": False, "_passes": 0, "_optimizer": None}
 
 
 class Learning(nn.Module):
     """A module that may have a loss of its own, and may gather from passes what it applies once a step is taken."""
 
+    _auxiliary: Unread | None
+    _spent: bool  # whether a gradient has come by since the last of the unread losses
+    _passes: int  # that wait for `after_step`
+    _optimizer: weakref.ref[Optimizer] | None  # with whose steps `after_step` comes
+
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__ |= _fresh()
+        self.__dict__ |= FRESH
 
     def after_step(self) -> None:
         """What is done once an optimiser step is taken. Losses that nobody read are dropped."""
@@ -77,7 +85,7 @@ class Learning(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | _fresh()
+        return self.__dict__ | FRESH
 
 
 class Unread:
@@ -149,16 +157,6 @@ def _step(block: Learning) -> None:
         Learning.after_step(block)
 
 
-def _fresh() -> dict[str, Any]:
-    """What a module knows of passes and loops, which a copy or a file of it does not."""
-    return {
-        "_auxiliary": None,  # Unread
-        "_spent": False,  # whether a gradient has come by since the last of them
-        "_passes": 0,  # that wait for `after_step`
-        "_optimizer": None,  # a weak reference; with whose steps `after_step` comes
-    }
-
-
 def _spend(block: weakref.ref[Learning], _: Tensor) -> None:
     learner = block()
     if learner is not None:
@@ -167,7 +165,7 @@ def _spend(block: weakref.ref[Learning], _: Tensor) -> None:
 
 def _recomputes_recorded() -> bool:
     """Whether it is checkpointing without reentrance that runs this in backward: its first pass had gradients."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_name != "recompute_fn":
         frame = frame.f_back
     return frame is not None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels import nearest_code
 from ..kernels.common import valid_positions, without_autocast
-from .wide import Wide, default_dtype
+from .wide import Wide, default_dtype, widened
 
 SAMPLE = 4096  # keys per head kept of a training pass, to start or restart codes from
 LLOYD_STEPS = 10
@@ -205,10 +205,10 @@ class FiniteScalarQuantizer(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """[H, S, D], every point of the grid, the last axis fastest."""
-        axes, device = self.up.shape[1], self.up.device
-        point = torch.arange(self.levels**axes, device=device)[:, None]
-        grid = point // self._place_values(device) % self.levels  # [S, axes]
-        return torch.einsum("sa,had->hsd", 2 * grid.to(self.up.dtype) / (self.levels - 1) - 1, self.up)
+        up = self.up.to(widened(self.up.dtype))
+        point = torch.arange(self.levels ** up.shape[1], device=up.device)[:, None]
+        grid = point // self._place_values(up.device) % self.levels  # [S, axes]
+        return torch.einsum("sa,had->hsd", 2 * grid.to(up.dtype) / (self.levels - 1) - 1, up)
 
     def _place_values(self, device: torch.device) -> Tensor:
         """levels^(axes - 1) down to 1, what a step along each axis adds to a code."""

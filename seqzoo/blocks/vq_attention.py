@@ -94,7 +94,7 @@ class VQAttention(Block):
             keys, codebook, codes, loss = self.quantizer(k, lengths, record=record)
         if record and loss is not None:
             self.add_loss(loss, k)
-        bias = torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(x, wide))
+        bias = torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(wide))
         # In v's precision: that of the products, under autocast.
         q, keys = (q + self.content_bias).to(v.dtype), keys.to(v.dtype)
         if self._exact and self.training and torch.is_grad_enabled() and state is None:
@@ -122,12 +122,13 @@ class VQAttention(Block):
             y, state = y
         return self.out_proj((y * gate).flatten(2)), state
 
-    def _distances(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _distances(self, dtype: torch.dtype) -> Tensor:
         """A vector for every distance with a position term, largest first: [block_len + 1 or 2 block_len + 1, H, D]."""
-        distance = torch.arange(self.block_len, -1 if self.causal else -self.block_len - 1, -1, device=x.device)
-        frequency = 1e5 ** (-torch.arange(0, self.d_model, 2, device=x.device, dtype=dtype) / self.d_model)
+        own, device = self.distance_bias.dtype, self.distance_bias.device
+        distance = torch.arange(self.block_len, -1 if self.causal else -self.block_len - 1, -1, device=device)
+        frequency = 1e5 ** (-torch.arange(0, self.d_model, 2, device=device, dtype=dtype) / self.d_model)
         angle = distance[:, None] * frequency
-        features = torch.cat([angle.sin(), angle.cos()], -1)[:, : self.d_model].to(x.dtype)
+        features = torch.cat([angle.sin(), angle.cos()], -1)[:, : self.d_model].to(own)
         projected = self.distance_proj(features).unflatten(-1, (self.num_heads, self.head_dim))
         return projected.to(dtype) * self.head_dim**-0.25
 
