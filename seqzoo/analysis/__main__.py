@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import write_json
 from ..tasks import DataError
 from ..training import TrainingError
-from ..training.run_folder import write_json
 from .figure import save_figure
 from .run import RunMixing, analyse_run
 
@@ -34,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{str(given.run)!r} is not a folder")
     try:
         found = analyse_run(given.run, n=given.n, data_dir=given.data_dir, cache_dir=given.cache_dir)
+        write_json(given.run / "mixing.json", found.to_json())
+        save_figure(found, given.run / "mixing.png")
     except (OSError, ValueError, DataError, TrainingError) as error:
         print(f"{given.run} cannot be analysed: {error}", file=sys.stderr)
         return FAILED
-    write_json(given.run / "mixing.json", found.to_json())
-    save_figure(found, given.run / "mixing.png")
     _print(found)
     print(f"\nWritten to {given.run}: mixing.json, mixing.png")
     return 0

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import replacing
 from .mixing import LayerMixing
 from .run import RunMixing
 
@@ -55,7 +56,8 @@ def save_figure(found: RunMixing, path: Path) -> None:
     _draw_profiles(below.subplots(), found)
     drawn = BytesIO()
     figure.savefig(drawn, dpi=130)
-    Image.open(drawn).convert("RGB").quantize(PALETTE).save(path, optimize=True)
+    with replacing(path) as file:
+        Image.open(drawn).convert("RGB").quantize(PALETTE).save(file, format="PNG", optimize=True)
 
 
 def _summary(layer: LayerMixing) -> str:

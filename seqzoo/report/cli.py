@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import LinkError, write_text
 from .comparison import cells_of, compare
 from .results import load_results
 from .tables import build_report, print_report, to_csv, to_markdown
@@ -41,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{str(folder)!r} is not a folder")
     if given.report and (given.report.suffix != ".html" or given.report.is_dir()):
         parser.error(f"--report {given.report}: valid: a file whose name ends in .html")
-    return _evaluate(folders[0]) if checkpoints else _report(folders, given.out or folders[0], given.report)
+    if checkpoints:
+        return _evaluate(folders[0])
+    try:
+        return _report(folders, given.out or folders[0], given.report)
+    except LinkError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 def _report(folders: list[Path], out: Path, page: Path | None) -> int:
@@ -57,9 +64,8 @@ def _report(folders: list[Path], out: Path, page: Path | None) -> int:
 
     from .figures import save_figure
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(to_markdown(report), encoding="utf-8")
-    (out / "table.csv").write_text(to_csv(comparisons), encoding="utf-8")
+    write_text(out / "table.md", to_markdown(report))
+    write_text(out / "table.csv", to_csv(comparisons))
     save_figure(comparisons, out / "figure.png")
     print(f"\nWritten to {out}: table.md, table.csv, figure.png")
     if page:

@@ -29,6 +29,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from .. import __version__
+from ..files import LinkError, flush, without_links, write_text
+from ..files import lock as lock_file
 from .sources import DataError, unwritable
 
 FORMAT = 3  # raise when what is stored, or how it is made, changes
@@ -136,24 +138,16 @@ def check(entry: Path) -> dict[str, Any]:
     return manifest
 
 
-def lock(path: Path) -> IO[str]:
+def lock(path: Path) -> IO[bytes]:
     """An open file that one process has at a time, until it closes it or dies."""
-    import fcntl  # POSIX only, so not where the module is imported
-
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.warning("waiting for another process, which has %s", path)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+    return lock_file(path, lambda: log.warning("waiting for another process, which has %s", path))
 
 
 def _build(build: Callable[[Path], Stored], work: Path) -> Stored:
     try:
-        return build(work)
+        return build(without_links(work))
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in FULL or isinstance(error, LinkError):
             raise unwritable(work.parent, error) from error
         raise
 
@@ -189,9 +183,7 @@ def _save(entry: Path, request: dict[str, Any], stored: Stored, work: Path) -> N
             "files": files,
         }
         manifest["sha256"] = hashlib.sha256(_canonical(manifest)).hexdigest()
-        with (partial / "manifest.json").open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            _flush(file)
+        write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
         shutil.rmtree(entry, ignore_errors=True)
         partial.rename(entry)
     except BaseException as error:
@@ -207,9 +199,9 @@ def _write(path: Path, array: np.ndarray, work: Path) -> None:
         with suppress(OSError):  # a file system without hard links
             os.link(made, path)  # stays in `work` too, should this process be killed before the entry is whole
             return
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         np.save(file, array)
-        _flush(file)
+        flush(file)
 
 
 def _made_in(work: Path, array: np.ndarray) -> Path | None:
@@ -222,12 +214,6 @@ def _made_in(work: Path, array: np.ndarray) -> Path | None:
     array.flush()
     whole = np.load(made, mmap_mode="r")
     return made if (whole.shape, whole.dtype) == (array.shape, array.dtype) else None
-
-
-def _flush(file: IO[Any]) -> None:
-    """To the disk, or a power cut after the renaming could leave a whole-looking entry of zeros."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _load(entry: Path, request: dict[str, Any]) -> Stored | None:
@@ -246,7 +232,7 @@ def _load(entry: Path, request: dict[str, Any]) -> Stored | None:
             if (stat.st_size, stat.st_mtime_ns) != (expected["bytes"], date * 10**9):
                 _check_bytes(path, expected)
                 with suppress(OSError):  # in a folder that is only read
-                    os.utime(path, (date, date))
+                    os.utime(path, (date, date), follow_symlinks=False)
             arrays[path.stem] = np.load(path, mmap_mode="c")
         except (OSError, ValueError) as error:
             raise _Damaged(str(error)) from error

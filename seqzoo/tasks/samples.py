@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import replacing
 from ..spec import IGNORED
 from .data import Split, Task, epoch_order
 
@@ -78,7 +79,8 @@ def save_sheet(task: Task, name: str, examples: Sequence[int], path: Path) -> No
             panel.plot(sequence, linewidth=0.5)
         panel.set_title(f"{example}: label {int(split.labels[example])}", fontsize=9)
     figure.suptitle(f"{task.spec.name}, {name}")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:] or "png")
 
 
 def sequences(split: Split, example: int) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, compose, seconds
+from ..files import LinkError
 from ..tasks import DataError
 from .errors import Busy, Interrupted, TrainingError
 from .run import run
@@ -34,7 +35,7 @@ def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
         return fail(str(error), MISUSED)
     except Busy as error:
         return fail(str(error), BUSY)
-    except (DataError, TrainingError) as error:
+    except (DataError, TrainingError, LinkError) as error:
         return fail(str(error), FAILED)
     except Interrupted as stopped:
         if deadline is not None and time.monotonic() >= deadline:

@@ -11,7 +11,6 @@ There is no generator state: every step seeds its own.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,29 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import replacing_by_name
 from .errors import TrainingError
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; on leaving without an error it becomes `path`, in one step.
-
-    It has reached the disk before it is renamed, so that a power failure leaves the old file or the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """Writes a state dict as safetensors; `metadata` is kept as strings in its header."""
-    with replacing(path) as temporary:
+    with replacing_by_name(path) as temporary:
         header = {key: str(value) for key, value in (metadata or {}).items()}
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary, header)
 

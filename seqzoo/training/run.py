@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
+from ..files import inside, write_json, write_text
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
@@ -30,8 +31,6 @@ from .run_folder import (
     run_name,
     shared_pretraining,
     write_description,
-    write_json,
-    write_text,
 )
 from .search import search_lr
 from .tracker import Tracker
@@ -59,6 +58,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         TrainingError: training failed; what had been saved is kept.
         Busy: another process has this run, or its pretraining, in hand.
         Interrupted: by a signal or the deadline, with everything saved.
+        LinkError: a symbolic link stands where the run would write; the folder that `config.resume` names may be one.
     """
     if config.resume is not None:
         folder = Path(config.resume)
@@ -66,7 +66,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     else:
         if isinstance(config.pretrain, str):
             config = replace(config, pretrain=str(Path(config.pretrain).resolve()))
-        folder = Path(config.runs_dir) / run_name(config, task)
+        folder = inside(Path(config.runs_dir), run_name(config, task))
     if (result := read_json(folder / "result.json")) is not None:
         print(f"{folder} is finished; delete it to run again", file=sys.stderr)
         return {**result, "folder": str(folder)}
@@ -181,7 +181,7 @@ class _Run:
             "deadline": self.deadline,
         }
         if config.lr == "search":
-            lr = search_lr(model, objective, self.examples, self.val, stage, folder=folder / "search", **shared)
+            lr = search_lr(model, objective, self.examples, self.val, stage, folder=inside(folder, "search"), **shared)
             stage = replace(stage, lr=lr)
         trainer = Stage(
             model,

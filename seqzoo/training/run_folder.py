@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, ConfigError, from_dict, to_dict
+from ..files import inside, lock, write_json, write_text
 from ..spec import TaskSpec
 from ..tasks import Task
 from ..tasks.char_lm import read_text
-from .checkpoint import replacing
 from .errors import Busy
 
+FOLDERS = ("pretrain", "finetune", "wandb")  # that a run makes in its own
 # Where a run reads, writes and computes, which is not what it computes.
 WITHOUT_EFFECT = (
     *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),
@@ -82,15 +83,16 @@ def in_hand(folder: Path) -> Iterator[None]:
 
     Raises:
         Busy: another process has it.
+        LinkError: a folder in it, or its lock, is a symbolic link.
     """
-    import fcntl  # POSIX only, so not where the module is imported
+
+    def busy() -> None:
+        raise Busy(f"another process is at work on {folder}; the same command later goes on")
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"another process is at work on {folder}; the same command later goes on") from None
+    for name in FOLDERS:
+        inside(folder, name)
+    with lock(folder / "lock", busy):
         yield
 
 
@@ -103,8 +105,7 @@ def write_description(folder: Path, config: Config, spec: TaskSpec) -> None:
     """`config.yaml` and `task.json`, from which `read_config` and `read_spec` rebuild the run."""
     from omegaconf import OmegaConf
 
-    with replacing(folder / "config.yaml") as temporary:
-        OmegaConf.save(OmegaConf.create(to_dict(config)), temporary)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
     write_json(folder / "task.json", asdict(spec))
 
 
@@ -132,17 +133,6 @@ def read_spec(folder: Path) -> TaskSpec:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON file, or None where there is none."""
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON file that is there as a whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file that is there as a whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
 
 
 def reusable_pretraining(config: Config, spec: TaskSpec) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..config import WandbConfig
-from .checkpoint import replacing
+from ..files import append, write_text
 
 STAGES = ("pretrain", "finetune")
 Mode = Literal["online", "offline", "disabled"]
@@ -32,7 +32,7 @@ class Tracker:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, group: str, wandb: WandbConfig):
         self.path = folder / "metrics.jsonl"
-        self.path.touch()
+        append(self.path, "")
         self.run: Any = None
         mode = wandb_mode(wandb.mode)
         if mode != "disabled":
@@ -49,14 +49,12 @@ class Tracker:
                 break
             if (STAGES.index(entry["stage"]), entry["step"]) <= here:
                 kept.append(line)
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(kept))
+        write_text(self.path, "".join(kept))
 
     def log(self, stage: str, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Appends what is known after `step` steps of `stage`."""
         entry = {"stage": stage, "step": step, "tokens": tokens, **metrics}
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append(self.path, json.dumps(entry) + "\n")
         if self.run is not None:
             named = {f"{stage}/{key}": value for key, value in entry.items() if key != "stage"}
             self._guard(lambda: self.run.log(named))
@@ -73,7 +71,7 @@ class Tracker:
 
         identity = folder / "wandb_id"  # one W&B run per folder, however often it is resumed
         if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:16])
+            write_text(identity, uuid.uuid4().hex[:16])
         self.run = client.init(
             project=wandb.project,
             entity=wandb.entity,
