@@ -21,10 +21,11 @@ class LinkError(OSError):
     """A symbolic link where this project writes a file or folder of its own."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(
+        self.strerror = (
             f"{path} is a symbolic link: what is written there would land elsewhere; valid: a folder or file of its "
             "own, or none"
         )
+        super().__init__(self.strerror)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -10,3 +10,13 @@ def unknown(what: str, given: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, valid, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
     return f"no {what} {given!r}{meant}; valid: {', '.join(valid)}"
+
+
+def printable(text: str) -> str:
+    """`text` in one line that a terminal shows as it is: what would not be printed is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable`, of every line of `text`."""
+    return "\n".join(map(printable, text.split("\n")))

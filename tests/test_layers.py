@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "files": 0,
+    "records": 0,
     "kernels": 0,
     "blocks": 1,
     "models": 2,

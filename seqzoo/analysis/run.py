@@ -53,7 +53,8 @@ def analyse_run(
     Args:
         run_folder: a finished run's folder.
         n: examples; each class as frequent as in the whole test set.
-        data_dir, cache_dir: where the data are now, if not where the run found them.
+        data_dir: where the data are now, if not where the run found them.
+        cache_dir: where prepared data are kept; None takes the user's cache folder. The run's own is only read.
         task: the data, for a run on a task of the user's own.
 
     Raises:
@@ -71,7 +72,8 @@ def analyse_run(
     if task is None:
         if spec.name != config.task.name:
             raise ConfigError(f"{folder} was trained on the user's own task {spec.name!r}: pass it as task=")
-        task = build_task(config.task, data_dir=data_dir or config.data_dir, cache_dir=cache_dir or config.cache_dir)
+        data_dir = data_dir or config.data_dir
+        task = build_task(config.task, data_dir=data_dir, cache_dir=cache_dir, filled=config.cache_dir)
     if task.spec != spec:
         raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
     if not 1 <= n <= len(task.test):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import LinkError, write_text
+from ..messages import printable, printable_lines
 from .comparison import cells_of, compare
 from .results import load_results
 from .tables import build_report, print_report, to_csv, to_markdown
@@ -47,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _report(folders, given.out or folders[0], given.report)
     except LinkError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return _fail(str(error))
 
 
 def _report(folders: list[Path], out: Path, page: Path | None) -> int:
@@ -59,20 +59,19 @@ def _report(folders: list[Path], out: Path, page: Path | None) -> int:
     report = build_report(comparisons, left_out)
     print_report(report)
     if not comparisons:
-        print(f"No finished run to report in {', '.join(map(str, folders))}.", file=sys.stderr)
-        return 1
+        return _fail(f"No finished run to report in {', '.join(map(str, folders))}.")
 
     from .figures import save_figure
 
     write_text(out / "table.md", to_markdown(report))
     write_text(out / "table.csv", to_csv(comparisons))
     save_figure(comparisons, out / "figure.png")
-    print(f"\nWritten to {out}: table.md, table.csv, figure.png")
+    print(printable_lines(f"\nWritten to {out}: table.md, table.csv, figure.png"))
     if page:
         from .page import write_page
 
         files = write_page(page, cells, left_out)
-        print(f"Written: {page}, and its figures to {files}")
+        print(printable_lines(f"Written: {page}, and its figures to {files}"))
     return 0
 
 
@@ -83,9 +82,14 @@ def _evaluate(folder: Path) -> int:
     try:
         metrics = evaluate_run(folder)
     except (OSError, ValueError, DataError, TrainingError) as error:
-        print(f"{folder} cannot be evaluated: {error}", file=sys.stderr)
-        return 1
+        return _fail(f"{folder} cannot be evaluated: {error}")
     width = max(map(len, metrics))
     for name, value in metrics.items():
-        print(f"{name:<{width}} {value:.4f}" if isinstance(value, float) else f"{name:<{width}} {value}")
+        shown = f"{value:.4f}" if isinstance(value, float) else printable(str(value))
+        print(f"{name:<{width}} {shown}")
     return 0
+
+
+def _fail(message: str) -> int:
+    print(printable_lines(message), file=sys.stderr)
+    return 1

@@ -121,4 +121,4 @@ def _where_pretrained(result: Result) -> Path:
     """The folder whose metrics hold this run's pretraining."""
     if result.pretrain_run is None:
         return result.folder
-    return result.folder.parent / Path(result.pretrain_run).name
+    return result.folder.parent / result.pretrain_run

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from ..files import inside, write_bytes, write_text
+from ..messages import printable
 from . import studies
 from .charts import Chart, relative, to_csv
 from .comparison import Cell, Comparison, compare
@@ -74,7 +76,7 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut]) -
         mixing=_mixing(results, path.parent),
         run_header=RUN_HEADER,
         runs=run_lines(results, path.parent),
-        left_out=[(relative(run.folder, path.parent), run.reason) for run in left_out],
+        left_out=[(printable(relative(run.folder, path.parent)), printable(run.reason)) for run in left_out],
     )
     write_text(path, page)
     return files
@@ -122,8 +124,9 @@ def _mixing(results: Iterable[Result], base: Path) -> list[Picture]:
             continue
         files = [path, path.with_suffix(".json")]
         links = [(file.name, _address(file, base)) for file in files if file.is_file()]
-        alt = f"What each position of {result.model} attends to on {result.task}, run {result.folder.name}"
-        pictures.append(_picture(content, alt, result.folder.name, links))
+        name = printable(result.folder.name)
+        alt = f"What each position of {result.model} attends to on {result.task}, run {name}"
+        pictures.append(_picture(content, alt, name, links))
     return pictures
 
 
@@ -136,7 +139,7 @@ def _picture(
 
 
 def _address(path: Path, base: Path) -> str:
-    return quote(relative(path, base))
+    return quote(os.fsencode(relative(path, base)))
 
 
 def _template() -> Template:

@@ -21,8 +21,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -31,6 +32,7 @@ import numpy as np
 from .. import __version__
 from ..files import LinkError, flush, without_links, write_text
 from ..files import lock as lock_file
+from ..messages import printable
 from .sources import DataError, unwritable
 
 FORMAT = 3  # raise when what is stored, or how it is made, changes
@@ -38,6 +40,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, None)  # None: NumPy's own, of a file that w
 DATED_BACK = 60  # seconds: more than the coarsest clock of a file system
 
 log = logging.getLogger(__name__)
+_filled: ContextVar[Path | None] = ContextVar("_filled", default=None)
 
 
 class Stored(NamedTuple):
@@ -55,6 +58,22 @@ class _Damaged(Exception):
 def default_folder() -> Path:
     """Where tokenised and generated data are kept unless a folder is named: the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqzoo"
+
+
+@contextmanager
+def reading(folder: Path | None) -> Iterator[None]:
+    """Inside it, what another cache folder holds serves too; nothing is written there."""
+    token = _filled.set(folder)
+    try:
+        yield
+    finally:
+        _filled.reset(token)
+
+
+def places(cache_dir: Path) -> list[Path]:
+    """The folders to look in for what `cache_dir` may hold."""
+    filled = _filled.get()
+    return [cache_dir] if filled is None else [cache_dir, filled]
 
 
 def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callable[[Path], Stored]) -> Stored:
@@ -75,11 +94,11 @@ def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callab
     asked: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "name": name, **request}))
     key = hashlib.sha256(_canonical(asked)).hexdigest()[:16]
     entry = cache_dir / f"{name}-{key}"
+    for place in places(cache_dir):
+        with suppress(_Damaged):
+            if stored := _load(place / entry.name, asked, dating=place == cache_dir):
+                return stored
     stored = None
-    with suppress(_Damaged):
-        stored = _load(entry, asked)
-    if stored is not None:
-        return stored
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         held = lock(cache_dir / f".{entry.name}.lock")
@@ -89,7 +108,7 @@ def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callab
         try:
             stored = _load(entry, asked)  # another process may have built it while this one waited
         except _Damaged as damage:
-            log.warning("%s is damaged and will be built again: %s", entry, damage)
+            log.warning("%s is damaged and will be built again: %s", entry, printable(str(damage)))
         if stored is None:
             work = cache_dir / f".{entry.name}.work"
             _save(entry, asked, _build(build, work), work)
@@ -216,8 +235,11 @@ def _made_in(work: Path, array: np.ndarray) -> Path | None:
     return made if (whole.shape, whole.dtype) == (array.shape, array.dtype) else None
 
 
-def _load(entry: Path, request: dict[str, Any]) -> Stored | None:
-    """The entry, None where there is none; raises _Damaged where it is not what was written."""
+def _load(entry: Path, request: dict[str, Any], *, dating: bool = True) -> Stored | None:
+    """The entry, None where there is none; raises _Damaged where it is not what was written.
+
+    Its files are dated as the manifest says where they are not, so that they are not hashed again, unless not `dating`.
+    """
     if not entry.is_dir():
         return None
     manifest = _manifest(entry)
@@ -231,8 +253,9 @@ def _load(entry: Path, request: dict[str, Any]) -> Stored | None:
             stat = path.stat()
             if (stat.st_size, stat.st_mtime_ns) != (expected["bytes"], date * 10**9):
                 _check_bytes(path, expected)
-                with suppress(OSError):  # in a folder that is only read
-                    os.utime(path, (date, date), follow_symlinks=False)
+                with suppress(OSError):  # of a folder that cannot be written
+                    if dating:
+                        os.utime(path, (date, date), follow_symlinks=False)
             arrays[path.stem] = np.load(path, mmap_mode="c")
         except (OSError, ValueError) as error:
             raise _Damaged(str(error)) from error

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
 from ..files import inside, without_links, write_text
-from .cache import lock
+from .cache import lock, places
 from .sources import DataError, MissingData, unwritable
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 ARCHIVES = ("lra_release.gz", "lra_release.tar.gz")
 ROOT = "lra_release/lra_release/"
+UNPACKED = "downloads/lra_release"  # in the cache
 CHUNK = 1 << 20
 LARGEST_READ = 16 * CHUNK
 
@@ -51,8 +52,8 @@ def released_folder(folder: str, data_dir: Path | None, cache_dir: Path) -> Path
     """
     if data_dir is None:
         return None
-    unpacked = cache_dir / "downloads" / "lra_release"
-    for place in (data_dir, data_dir / ROOT, unpacked):
+    unpacked = cache_dir / UNPACKED
+    for place in (data_dir, data_dir / ROOT, *(place / UNPACKED for place in places(cache_dir))):
         if (place / folder).is_dir():
             return place / folder
     archive = next((data_dir / name for name in ARCHIVES if (data_dir / name).is_file()), None)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import ConfigError, compose, seconds
 from ..files import LinkError
+from ..messages import printable_lines
 from ..tasks import DataError
 from .errors import Busy, Interrupted, TrainingError
 from .run import run
@@ -50,12 +51,12 @@ def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
 def say(message: str) -> None:
     """Prints, on the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
-        print(message)
+        print(printable_lines(message))
 
 
 def fail(message: str, status: int) -> int:
     """Says what went wrong and returns `status`."""
-    print(f"train.py: {message}", file=sys.stderr)
+    print(printable_lines(f"train.py: {message}"), file=sys.stderr)
     return status
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..config import ConfigError
 from ..models import task_head
 from ..objectives import build_objective
+from ..records import is_name
 from ..tasks import Task
 from .checkpoint import load_weights
 from .evaluation import evaluate
@@ -44,9 +45,9 @@ def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
         model = tune(model, config)
         model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
     elif stage == "pretrain":
-        named = (read_json(folder / "result.json") or {}).get("pretrain_run")  # None: the run's own
+        named = _beside(folder)
         given = Path(config.pretrain) if isinstance(config.pretrain, str) else None
-        source = given if given and given.exists() else folder.parent / named if named else folder
+        source = given if given and given.exists() else named or folder
         transfer_backbone(model, source / "pretrain" / "best.safetensors")
     return model.eval()
 
@@ -75,7 +76,7 @@ def evaluate_run(
     if task is None:
         if spec.name != config.task.name:
             raise ConfigError(f"{folder} was trained on the user's own task {spec.name!r}: pass it as task=")
-        task = task_of(config, fabric)
+        task = task_of(config, fabric, read=True)
     if task.spec != spec:
         raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
     test = part_of(task.test, config.n_test)
@@ -87,3 +88,17 @@ def evaluate_run(
         fabric=fabric,
     )
     return {"model": config.model.name, "task": spec.name, **metrics, "n_test": len(test), "folder": str(folder)}
+
+
+def _beside(folder: Path) -> Path | None:
+    """The run folder whose pretraining a run reused, by the name that its result gives; None: it was its own.
+
+    Raises:
+        ConfigError: it is not the name of a folder beside it.
+    """
+    name = (read_json(folder / "result.json") or {}).get("pretrain_run")
+    if name is None:
+        return None
+    if not is_name(name):
+        raise ConfigError(f"{folder / 'result.json'}: pretrain_run={name!r}: valid: the name of a folder beside it")
+    return folder.parent / name

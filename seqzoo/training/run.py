@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
 from ..files import inside, write_json, write_text
+from ..messages import printable_lines
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
@@ -68,7 +69,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
             config = replace(config, pretrain=str(Path(config.pretrain).resolve()))
         folder = inside(Path(config.runs_dir), run_name(config, task))
     if (result := read_json(folder / "result.json")) is not None:
-        print(f"{folder} is finished; delete it to run again", file=sys.stderr)
+        print(printable_lines(f"{folder} is finished; delete it to run again"), file=sys.stderr)
         return {**result, "folder": str(folder)}
 
     fabric = build_fabric(config)
@@ -252,7 +253,7 @@ class _Run:
     def say(self, message: str) -> None:
         """Prints to stderr, on the first rank only."""
         if self.fabric.is_global_zero:
-            print(message, file=sys.stderr)
+            print(printable_lines(message), file=sys.stderr)
 
 
 def _check_answer(config: Config, spec: TaskSpec) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .. import records
 from ..config import Config, ConfigError, from_dict, to_dict
 from ..files import inside, lock, write_json, write_text
 from ..spec import TaskSpec
@@ -23,6 +24,8 @@ from ..tasks import Task
 from ..tasks.char_lm import read_text
 from .errors import Busy
 
+SIZES = ("vocab_size", "max_length", "num_classes", "channels", "num_inputs")  # in a task.json
+LARGEST_SIZE = 1 << 20
 FOLDERS = ("pretrain", "finetune", "wandb")  # that a run makes in its own
 # Where a run reads, writes and computes, which is not what it computes.
 WITHOUT_EFFECT = (
@@ -113,26 +116,45 @@ def read_config(folder: Path) -> Config:
     """The configuration a run was started with.
 
     Raises:
-        ConfigError: `folder` is not a run folder.
+        ConfigError: `folder` is not a run folder, or its config.yaml is more than plain values, or not valid.
     """
-    from omegaconf import OmegaConf
-
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
-    return from_dict(OmegaConf.to_container(OmegaConf.load(path)))
+    try:
+        return from_dict(records.read_yaml(path))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def read_spec(folder: Path) -> TaskSpec:
-    """The task a run was trained on."""
-    values: dict[str, Any] = json.loads((folder / "task.json").read_text())
+    """The task a run was trained on.
+
+    Raises:
+        ConfigError: `folder` has no task.json, or one that cannot be read.
+    """
+    values = read_json(folder / "task.json")
+    if values is None:
+        raise ConfigError(f"{folder} is not a run folder: it has no task.json")
     values |= {key: tuple(values[key]) for key in ("mean", "std")}
+    for key in SIZES:
+        if not (isinstance(value := values.get(key, 1), int) and 1 <= value <= LARGEST_SIZE):
+            raise ConfigError(f"{folder / 'task.json'}: {key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
     return TaskSpec(**values)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file, or None where there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """A JSON file of a run folder, or None where there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return records.read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def reusable_pretraining(config: Config, spec: TaskSpec) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from ..config import WandbConfig
 from ..files import append, write_text
+from ..messages import printable_lines
 
 STAGES = ("pretrain", "finetune")
 Mode = Literal["online", "offline", "disabled"]
@@ -92,7 +93,8 @@ class Tracker:
             action()
         except Exception as error:
             self.run = None
-            warnings.warn(f"W&B failed and is switched off for this run; {self.path} goes on: {error}", stacklevel=3)
+            said = f"W&B failed and is switched off for this run; {self.path} goes on: {error}"
+            warnings.warn(printable_lines(said), stacklevel=3)
 
 
 def wandb_mode(configured: str | None) -> Mode:
