@@ -36,17 +36,6 @@ WRITERS = {
 
 
 @pytest.fixture
-def victim(tmp_path):
-    """A file elsewhere that nothing may change."""
-    path = tmp_path / "elsewhere" / "victim"
-    path.parent.mkdir()
-    path.write_text("precious")
-    yield path
-    assert path.read_text() == "precious"
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "folder"
     path.mkdir()

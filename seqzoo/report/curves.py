@@ -40,7 +40,7 @@ def read_curve(folder: Path, stage: str, metric: str) -> list[tuple[int, float]]
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if isinstance(entry, dict) and entry.get("stage") == stage:
             tokens, value = entry.get("tokens"), entry.get(metric)

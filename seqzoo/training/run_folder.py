@@ -26,7 +26,7 @@ from .errors import Busy
 
 SIZES = ("vocab_size", "max_length", "num_classes", "channels", "num_inputs")  # in a task.json
 LARGEST_SIZE = 1 << 20
-FOLDERS = ("pretrain", "finetune", "wandb")  # that a run makes in its own
+FOLDERS = ("pretrain", "finetune", "wandb", ".wandb")  # that a run, or W&B, makes in its own
 # Where a run reads, writes and computes, which is not what it computes.
 WITHOUT_EFFECT = (
     *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),

@@ -46,7 +46,7 @@ class Tracker:
         for line in self.path.read_text().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # the process died while writing it
+            except (ValueError, RecursionError):  # the process died while writing it
                 break
             if (STAGES.index(entry["stage"]), entry["step"]) <= here:
                 kept.append(line)
@@ -71,7 +71,7 @@ class Tracker:
         import wandb as client
 
         identity = folder / "wandb_id"  # one W&B run per folder, however often it is resumed
-        if not identity.exists():
+        if identity.is_symlink() or not identity.exists():
             write_text(identity, uuid.uuid4().hex[:16])
         self.run = client.init(
             project=wandb.project,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from seqzoo.files import LinkError
 from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, pathfinder_release
 from seqzoo.tasks.pathfinder_release import COLUMNS, read_metadata
 from seqzoo.tasks.shards import array_file
@@ -281,3 +283,10 @@ def test_any_image_is_read_or_refused(tmp_path, place, noise):
     except DataError as error:
         message = str(error)
     assert message == "" or str(path) in message
+
+
+@pytest.mark.parametrize("name", ["values.npy", "values.npy.tmp"])
+def test_no_link_in_place_of_an_array_is_followed(tmp_path, victim, name):
+    (tmp_path / name).symlink_to(victim)
+    with suppress(LinkError):
+        array_file(tmp_path / "values.npy", (5,), np.uint8)[:] = 1
