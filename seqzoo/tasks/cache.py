@@ -33,6 +33,7 @@ from .. import __version__
 from ..files import LinkError, flush, without_links, write_text
 from ..files import lock as lock_file
 from ..messages import printable
+from ..records import is_name, read_json
 from .sources import DataError, unwritable
 
 FORMAT = 3  # raise when what is stored, or how it is made, changes
@@ -264,12 +265,14 @@ def _load(entry: Path, request: dict[str, Any], *, dating: bool = True) -> Store
 
 def _manifest(entry: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        manifest = read_json(entry / "manifest.json")
+    except (OSError, ValueError) as error:
         raise _Damaged(f"manifest.json: {error}") from error
     written = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
     if written is None or written != hashlib.sha256(_canonical(manifest)).hexdigest():
         raise _Damaged("manifest.json has changed since it was written")
+    if not all(map(is_name, manifest["files"])):
+        raise _Damaged("manifest.json names files elsewhere")
     return manifest
 
 

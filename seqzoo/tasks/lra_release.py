@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
 from ..files import inside, without_links, write_text
+from ..records import read_json
 from .cache import lock, places
 from .sources import DataError, MissingData, unwritable
 
@@ -122,7 +123,7 @@ def _unpack(archive: Path, folder: str, unpacked: Path) -> None:
 def _lacks(contents: Path, identity: dict[str, int], folder: str) -> bool:
     """Whether the archive was read to its end before and `folder` was not in it."""
     try:
-        known = json.loads(contents.read_text(encoding="utf-8"))
+        known = read_json(contents)
     except (OSError, ValueError):
         return False
     return known["archive"] == identity and not any(f"{name}/".startswith(f"{folder}/") for name in known["files"])

@@ -414,3 +414,19 @@ def test_another_cache_is_read_and_not_written(tmp_path):
     assert array.read_bytes() == b"damaged"
     assert entry_of(tmp_path / "own").is_dir()
     assert build.calls == 2
+
+
+def test_a_manifest_names_no_file_elsewhere(tmp_path):
+    build = Builder()
+    cached(tmp_path / "cache", "toy", {}, build)
+    path = entry_of(tmp_path / "cache") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    shutil.copy(path.with_name("x.npy"), tmp_path / "x.npy")
+    manifest["files"] = {"../../x.npy": manifest["files"]["x.npy"]}
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(cache._canonical(manifest)).hexdigest()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="names files elsewhere"):
+        manifest_of(path.parent)
+    assert cached(tmp_path / "cache", "toy", {}, build).arrays["x"][5] == 5
+    assert build.calls == 2
