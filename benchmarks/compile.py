@@ -176,13 +176,15 @@ def scans() -> Iterator[Callable[[], Any]]:
         lengths = meta(B, dtype=torch.int64) if padded else None
         if padded:
             state = meta(B, D, dtype=torch.complex64 if dtype.is_complex else torch.float32)
-        h, final = fused.scan(x, a, state, reverse, lengths)
-        fused.scan_backward(h, final, h, a, state, reverse, lengths)
+        for factor in (None, meta(D, dtype=torch.float32)):
+            h, final = fused.scan(x, a, state, reverse, lengths, factor)
+            fused.scan_backward(h, final, h, a, state, reverse, lengths, factor)
 
     def two_ways(B: int, T: int, D: int, dtype: torch.dtype) -> None:
         x, a = meta(B, T, D, dtype=dtype), meta(D, dtype=dtype)
-        h = fused._both_scans._init_fn(x, a, None)
-        fused._both_scans_backward._init_fn(h, h, a, None)
+        for factor in (None, meta(D, dtype=torch.float32)):
+            h = fused._both_scans._init_fn(x, a, None, factor)
+            fused._both_scans_backward._init_fn(h, h, a, None, factor)
 
     yield lambda: two_ways(64, 1024, 1024, torch.complex64)
     yield lambda: two_ways(2, 16384, 256, torch.float32)
@@ -277,7 +279,7 @@ def vq_attentions() -> Iterator[Callable[[], Any]]:
         past = (meta(B, H, S, Dv), meta(B, H, S, dtype=torch.int64)) if resumed else (None, None)
         outputs = fused._attention._init_fn(q, k, v, codebook, codes, bias, *past, first, last, L, causal)
         fused._attention_backward._init_fn(
-            outputs[0], q, v, codebook, codes, bias, first, last, *outputs, L, causal, options, resumed
+            outputs[0], q, k, v, codebook, codes, bias, past[0], first, last, *outputs, L, causal, options, resumed
         )
 
     for dtype, D in ((torch.float32, 64), (torch.float32, 256), (torch.bfloat16, 128)):
@@ -306,7 +308,7 @@ def gated_attentions() -> Iterator[Callable[[], Any]]:
         lengths = meta(B, dtype=torch.int64) if options else None
         inputs, where = (u, q_quad, k_quad, q_lin, k_lin, v, bias), (earlier, lengths)
         o, memory = fused._gated_attention._init_fn(*inputs, initial, *where, C, causal, 0.5)
-        fused._gated_attention_backward._init_fn(o, *inputs, *where, memory, C, causal, 0.5, options, state)
+        fused._gated_attention_backward._init_fn(o, *inputs, initial, *where, memory, C, causal, 0.5, options, state)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield lambda d=dtype: both(64, 1024, 128, 256, 256, d, True, True)

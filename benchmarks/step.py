@@ -85,6 +85,7 @@ class TimedObjective:
     def __init__(self, objective: Objective, watch: Stopwatch) -> None:
         self.objective, self.watch = objective, watch
         self.head, self.monitor, self.maximise = objective.head, objective.monitor, objective.maximise
+        self.nothing, self.asked = objective.nothing, objective.asked
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         def timed(*inputs: Tensor) -> Tensor:

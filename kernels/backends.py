@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .derivatives import forward_mode
+
 DEFAULT = os.environ.get("SEQZOO_BACKEND", "auto")
 if DEFAULT not in ("auto", "fused", "chunked", "reference"):
     raise ValueError(f"SEQZOO_BACKEND={DEFAULT!r}; valid: auto, fused, chunked, reference")
@@ -54,6 +56,8 @@ def choose(
         if backend == "fused" and backend in implementations:
             why = "; the fused form needs Triton and a build of PyTorch for CUDA, or TRITON_INTERPRET=1"
         raise ValueError(f"{operation} has no backend {backend!r}; valid: auto, {', '.join(forms)}{why}")
+    if backend == "fused" and refused is None and forward_mode():
+        refused = "no kernel has a derivative in forward mode"
     if backend == "fused" and refused is not None:
         if not torch.compiler.is_compiling():
             _say_once(f"{operation}: {refused}; the chunked form runs in place of the fused one")

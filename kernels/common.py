@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def valid_positions(lengths: Tensor, T: int) -> Tensor:
     """True where a position lies within its sequence: [B] lengths -> [B, T]."""
@@ -35,10 +37,33 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def check_lengths(operation: str, lengths: Tensor | None, B: int) -> None:
-    """Raises ValueError unless `lengths` is None or int64 [B]. Values are not read: that would synchronise a GPU."""
-    if lengths is not None and (lengths.dtype != torch.int64 or lengths.shape != (B,)):
-        raise ValueError(f"{operation}: lengths must be int64 [{B}], got {lengths.dtype} {list(lengths.shape)}")
+def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor | None:
+    """`lengths` as int64, or None.
+
+    Values are looked at where that costs nothing: on a CPU, outside of graphs. A GPU would be waited for.
+
+    Raises:
+        ValueError: they are not integers [B], or lie outside [0, T].
+    """
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS or lengths.shape != (B,):
+        given, hint = type(lengths).__name__, ""
+        if isinstance(lengths, Tensor):
+            given = f"{lengths.dtype} {list(lengths.shape)}"
+            hint = "; a mask [B, T], true where steps count, becomes mask.sum(1)" if lengths.dim() == 2 else ""
+        raise ValueError(
+            f"{what}: lengths must be integers [{B}], how many steps of each sequence count, got {given}{hint}"
+        )
+    if B and lengths.device.type == "cpu" and type(lengths) is Tensor and _outside_of_graphs():
+        low, high = (int(end) for end in torch.aminmax(lengths))
+        if low < 0 or high > T:
+            raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
+    return lengths.long()
+
+
+def _outside_of_graphs() -> bool:
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def pad_channels(x: Tensor) -> Tensor:

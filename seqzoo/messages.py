@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
+from functools import cache
 
 
 def unknown(what: str, given: str, valid: Iterable[str]) -> str:
@@ -20,3 +23,10 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """`printable`, of every line of `text`."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+@cache
+def say_once(message: str) -> None:
+    """Prints to stderr what this process has not said yet, on the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable_lines(message), file=sys.stderr)

@@ -6,6 +6,8 @@ positions only). Causal self-pretraining asks every position for the next one. P
 
 What a task itself asks for is a class, an answer at some positions, or the next position.
 
+A batch in which nothing is asked has the loss 0, gradients of zero and sums of 0.
+
 On a CPU the positions that are asked are picked out before they are scored. A GPU would be waited for, to know how many
 they are: there, all are scored, and the others left out of the sums.
 """
@@ -13,7 +15,6 @@ they are: there, all are scored, and the others left out of the sums.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,7 +27,7 @@ from .spec import IGNORED, Batch, TaskSpec
 
 
 class Measure(NamedTuple):
-    loss: Tensor  # scalar, mean over what was asked for
+    loss: Tensor  # scalar, mean over what was asked for; 0 where that is nothing
     totals: dict[str, Tensor]  # float64 sums: "count" and "loss", and "correct" where there is a right answer
 
 
@@ -34,6 +35,11 @@ class Objective(Protocol):
     head: str  # of the model it trains, for `build_model`
     monitor: str  # the validation metric that chooses the best weights
     maximise: bool
+    nothing: str  # what to say of data in which it asks nothing
+
+    def asked(self, batch: Batch, *, seed: int) -> Tensor:
+        """bool, true where an answer is asked for: [B] of a class, [B, T] of positions (of 2B sequences, if pairs)."""
+        ...
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure: ...
 
@@ -44,6 +50,10 @@ class Classification:
     head = "classify"
     monitor = "accuracy"
     maximise = True
+    nothing = "no example is there; valid: one and more"
+
+    def asked(self, batch: Batch, *, seed: int) -> Tensor:
+        return torch.ones_like(batch.labels, dtype=torch.bool)
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         return _cross_entropy(model(batch.inputs, batch.lengths), batch.labels)
@@ -55,10 +65,15 @@ class Positions:
     head = "per_position"
     monitor = "accuracy"
     maximise = True
+    nothing = f"all targets are {IGNORED}, so that nothing is asked; valid: an answer at one position and more"
+
+    def asked(self, batch: Batch, *, seed: int) -> Tensor:
+        assert batch.targets is not None
+        return batch.targets != IGNORED
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         assert batch.targets is not None
-        return _cross_entropy(model(batch.inputs, batch.lengths), batch.targets, batch.targets != IGNORED)
+        return _cross_entropy(model(batch.inputs, batch.lengths), batch.targets, self.asked(batch, seed=seed))
 
 
 class _SelfPretraining:
@@ -82,28 +97,43 @@ class Masked(_SelfPretraining):
     """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones.
 
     They are drawn on the device of the batch: CPUs agree with each other, and GPUs do, but not one with the other.
+    Where no position of a batch is drawn, the first one of each sequence is hidden.
     """
 
-    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+    nothing = Classification.nothing
+
+    def asked(self, batch: Batch, *, seed: int) -> Tensor:
         inputs, lengths = _sequences(batch, self.spec)
         valid = valid_positions(lengths, inputs.shape[1])
         mask = valid & (_uniform(valid.shape, seed, valid.device) < self.spec.mask_ratio)
-        # One position at least, whatever was drawn: a mean over none is not a number.
-        mask[:, 0] |= ~mask.any()
+        mask[:, 0] |= valid[:, 0] & ~mask.any()
+        return mask
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        inputs, lengths = _sequences(batch, self.spec)
+        mask = self.asked(batch, seed=seed)
         return self.measure(model(inputs, lengths, mask), inputs, mask)
 
 
 class Causal(_SelfPretraining):
     """Self-pretraining on the next position."""
 
+    nothing = "no sequence has a second step; valid: sequences of 2 steps and more, or objective=masked"
+
+    def asked(self, batch: Batch, *, seed: int) -> Tensor:
+        inputs, lengths = _sequences(batch, self.spec)
+        return valid_positions(lengths - 1, inputs.shape[1])
+
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
-        asked = valid_positions(lengths, inputs.shape[1])[:, 1:]
+        asked = self.asked(batch, seed=seed)[:, :-1]
         return self.measure(model(inputs, lengths)[:, :-1], inputs[:, 1:], asked)
 
 
 class LanguageModelling(Causal):
     """The next position as the task itself, measured in bits too."""
+
+    nothing = "no sequence has a second step; valid: sequences of 2 steps and more"
 
     def __init__(self, spec: TaskSpec) -> None:
         super().__init__(spec, regress=False)
@@ -162,29 +192,24 @@ def _cross_entropy(scores: Tensor, targets: Tensor, asked: Tensor | None = None)
         others = ~asked.reshape(asked.shape + (1,) * (targets.dim() - asked.dim()))
         targets = targets.long().masked_fill(others, IGNORED)
     scores, targets = scores.flatten(0, -2).float(), targets.flatten().long()
-    loss = F.cross_entropy(scores, targets, ignore_index=IGNORED)
-    count = (targets != IGNORED).sum().double()
+    total = F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
     correct = (scores.argmax(-1) == targets).sum().double()
-    return Measure(loss, {"count": count, "loss": loss.detach().double() * count, "correct": correct})
+    return _mean(total, (targets != IGNORED).sum(), correct=correct)
 
 
 def _absolute_error(values: Tensor, targets: Tensor, asked: Tensor, spec: TaskSpec) -> Measure:
     """Predicted against true values [B, T, channels], normalised as the model sees them, where `asked` [B, T]."""
-    mean, std = _statistics(spec, values.device)
-    errors = (values.float() - (targets / (spec.vocab_size - 1) - mean) / std).abs()
-    count = asked.sum().double() * spec.channels
-    if _may_wait_for(asked.device):
-        loss = errors[asked].mean()
-    else:
-        loss = errors.masked_fill(~asked[..., None], 0).sum() / count.float()
-    return Measure(loss, {"count": count, "loss": loss.detach().double() * count})
+    errors = (values.float() - spec.normalise(targets)).abs()
+    errors = errors[asked] if _may_wait_for(asked.device) else errors.masked_fill(~asked[..., None], 0)
+    return _mean(errors.sum(), asked.sum() * spec.channels)
+
+
+def _mean(total: Tensor, count: Tensor, **sums: Tensor) -> Measure:
+    """Of losses that add up to `total` over the `count` answers that were asked for."""
+    loss = total / count.clamp(min=1)
+    count = count.double()
+    return Measure(loss, {"count": count, "loss": loss.detach().double() * count, **sums})
 
 
 def _may_wait_for(device: torch.device) -> bool:
     return device.type == "cpu"
-
-
-@cache
-def _statistics(spec: TaskSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [channels], copied to `device` once."""
-    return torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)

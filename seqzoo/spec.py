@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 IGNORED = -100  # the target where nothing is asked
@@ -36,6 +37,14 @@ class TaskSpec:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     mask_ratio: float = 0.15
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Intensities [..., channels] as the model sees them: of mean zero and unit variance over the data."""
+        scaled = pixels / (self.vocab_size - 1)
+        if len(self.mean) == 1:
+            return (scaled - self.mean[0]) / self.std[0]
+        channels = zip(scaled.unbind(-1), self.mean, self.std, strict=True)
+        return torch.stack([(x - mean) / std for x, mean, std in channels], -1)
 
 
 class Batch(NamedTuple):

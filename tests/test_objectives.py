@@ -1,9 +1,12 @@
 import math
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from seqzoo.models import ModelConfig, build_model, task_head
@@ -106,6 +109,57 @@ def test_masked_always_asks_for_something():
         measure = build_objective("masked", TOKENS)(Recorder(torch.zeros(1, 1, 12)), data, seed=seed)
         assert measure.totals["count"] == 1
         assert measure.loss.isfinite()
+
+
+def test_padding_is_never_hidden():
+    data = Batch(torch.full((3, 4), 3), torch.tensor([0, 1, 0]), None, None)
+    for seed in range(20):
+        mask = build_objective("masked", TOKENS).asked(data, seed=seed)
+        assert mask.tolist() == [[False] * 4, [True, False, False, False], [False] * 4]
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("name", ["positions", "next", "masked", "causal", "masked pixels", "causal values"])
+@given(lengths=st.lists(st.integers(0, 3), min_size=1, max_size=5), seed=st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_what_is_not_asked_counts_nothing(name, on_cpu, lengths, seed):
+    """Any batch adds to sums and gradients what its examples do one by one: those of which nothing is asked, zero."""
+    objective_name, _, kind = name.partition(" ")
+    spec = PIXELS if kind else TOKENS
+    pixel_loss = "l1" if kind == "values" else "cross_entropy"
+    if objective_name in ("positions", "next"):
+        spec, objective_name = replace(TOKENS, answer=objective_name), "task"
+    objective = build_objective(objective_name, spec, pixel_loss=pixel_loss)
+    data = batch(spec, B=5, T=3)._replace(lengths=torch.tensor(lengths))
+    inputs = data.inputs[: len(lengths)]
+    valid = torch.arange(3) < data.lengths[:, None]
+    targets = torch.where(valid & (inputs % 2 == 0), inputs, IGNORED) if spec.answer == "positions" else None
+    data = data._replace(inputs=inputs, targets=targets)
+    answers = {"": (12,), "pixels": (1, 256), "values": (1,)}[kind]
+    scores = torch.randn(len(lengths), 3, *answers, generator=torch.Generator().manual_seed(seed))
+
+    def measured(rows):
+        part = Batch(
+            *(None if t is None else t[rows] for t in data[:2]), None, None, None if targets is None else targets[rows]
+        )
+        leaf = scores[rows].requires_grad_()
+        loss, totals = objective(lambda *_: leaf, part, seed=seed)
+        (loss * totals["count"]).backward()
+        assert totals["count"] == objective.asked(part, seed=seed).sum()
+        return totals, leaf.grad
+
+    with (
+        patch("seqzoo.objectives._may_wait_for", lambda device: on_cpu),
+        patch("seqzoo.objectives._uniform", lambda shape, seed, device: torch.tensor([0.0, 0.9, 0.1]).expand(shape)),
+    ):
+        totals, gradient = measured(torch.arange(len(lengths)))
+        single = [measured(torch.tensor([row])) for row in range(len(lengths))]
+    for key, total in totals.items():
+        assert total.item() == pytest.approx(sum(part[key].item() for part, _ in single), rel=1e-5, abs=1e-12)
+    torch.testing.assert_close(gradient, torch.cat([part for _, part in single]))
+    nothing = [gradient[row] for row, (part, _) in enumerate(single) if part["count"] == 0]
+    assert all(not part.any() for part in nothing)
+    assert nothing or min(lengths) > 0
 
 
 def test_masked_pixels_by_level_and_by_value():

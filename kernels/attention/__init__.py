@@ -32,21 +32,25 @@ def attention(
     *,
     causal: bool = False,
     lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
     scale: float | Tensor | None = None,
     position: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, with grouped key/value heads.
 
-    Query i of a sequence stands at `position + i`, key j at j; a causal query sees the keys up to its own place. With
-    `position` the keys may be more than the queries (a cache and what is new), without it they are as many.
+    Query i of a sequence stands at `position + i`, key j at j; a causal query sees the keys up to its own place, and
+    the keys may be more than the queries (a cache and what is new). Queries that are as many as the keys are those of
+    the same sequence; any other number, if not causal, is of another one (cross attention), of which all count.
 
     Args:
         q: [B, T, H, D].
         k: [B, S, G, D]; G divides H, and head h reads key/value head h // (H / G).
         v: [B, S, G, Dv].
         causal: hide the keys after each query.
-        lengths: int64 [B], how many keys are valid; queries that stand past it give zeros.
+        lengths: integers [B], how many keys are valid. Queries of the same sequence that stand past it give zeros.
+        query_lengths: integers [B], how many queries are valid, if not causal, where that is not what `lengths` says:
+            those past it give zeros. Cross attention that happens to have as many queries as keys needs it.
         scale: a number, or one per query: [T] or [B, T], such as the entropy-invariant log n / (log 512 · √D).
             None is 1/√D.
         position: int64 [B], where each sequence's first query stands; None is 0.
@@ -56,7 +60,8 @@ def attention(
         [B, T, H, Dv] in v's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown backend.
+        ValueError: shapes that do not fit together, lengths that are no integers [B] or, on a CPU, lie outside [0, S],
+            causal queries other in number than the keys without `position`, or an unknown backend.
 
     Source: Vaswani et al. 2017, equation 1; the per-query scale: Su, "Entropy invariance of attention" (2021).
     """
@@ -68,11 +73,18 @@ def attention(
         )
     if H % G:
         raise ValueError(f"attention: {G} key/value heads do not divide {H} query heads")
-    if position is None and S != T:
-        raise ValueError(f"attention: {T} queries against {S} keys need position, where the first query stands")
+    if causal and position is None and S != T:
+        raise ValueError(f"attention: {T} causal queries against {S} keys need position, where the first query stands")
+    if query_lengths is not None and (causal or position is not None):
+        raise ValueError("attention: query_lengths are for causal=False without position; valid: lengths")
     if isinstance(scale, Tensor) and list(scale.shape) not in ([T], [B, T]):
         raise ValueError(f"attention: a scale per query is [{T}] or [{B}, {T}], got {list(scale.shape)}")
-    check_lengths("attention", lengths, B)
+    lengths = check_lengths("attention", lengths, B, S)
+    if not causal and position is None and (query_lengths is not None or S != T):
+        # Where a query stands says only whether it counts.
+        end = torch.full((B,), S, device=q.device) if lengths is None else lengths
+        asked = check_lengths("attention (query_lengths)", query_lengths, B, T)
+        position = end - (T if asked is None else asked)
     learnt = "no kernel has a gradient of the scale" if isinstance(scale, Tensor) and scale.requires_grad else None
     run = choose("attention", backend, FORMS, q.device, refusal(q, k, v, channels=MAX_CHANNELS, also=learnt))
     if scale is None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import zero_padding
+from ..common import accumulation_dtype, without_autocast, zero_padding
+from ..derivatives import forward_mode, gradient, pullback
 
 
 def attention_chunked(
@@ -35,15 +38,72 @@ def attention_chunked(
             mask = live[:, None, None, :]
     k, v = zero_padding(k, lengths), zero_padding(v, lengths)
 
-    y = F.scaled_dot_product_attention(
-        (q * scale).transpose(1, 2).to(q.dtype),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal and mask is None,
-        scale=1.0,
-        enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)
+    q, k, v = (q * scale).transpose(1, 2).to(q.dtype), k.transpose(1, 2), v.transpose(1, 2)
+    causal = causal and mask is None
+    if forward_mode():
+        y = _plain(mask, causal, q, k, v)
+    else:
+        y = _sdpa(mask, causal, q, k, v)
+        if y.requires_grad and _second_derivatives():
+            y = _Attention.apply(mask, causal, y, q, k, v)
+    y = y.transpose(1, 2)
     if lengths is None and position is None:
         return y
     return torch.where(live[..., None, None], y, 0)
+
+
+# All of q [B, H, T, D], k [B, G, S, D] and v [B, G, S, Dv], scaled; mask [B, 1, T or 1, S] of the keys that are seen.
+
+
+def _sdpa(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _plain(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`_sdpa` for PyTorch to differentiate, in quadratic memory."""
+    dtype = accumulation_dtype(v.dtype)
+    with without_autocast(q.device):
+        share = q.shape[1] // k.shape[1]
+        k, v = (x.to(dtype).repeat_interleave(share, dim=1) for x in (k, v))
+        scores = q.to(dtype) @ k.mT
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = torch.where(mask, scores, torch.finfo(dtype).min)
+        weights = scores.softmax(-1)
+        return ((weights if mask is None else torch.where(mask, weights, 0)) @ v).to(q.dtype)
+
+
+def _second_derivatives() -> bool:
+    """Whether they can be asked for: PyTorch refuses those of graphs, and has its own way in function transforms."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+class _Attention(torch.autograd.Function):
+    """y = _sdpa(q, k, v), which PyTorch differentiates once, with the derivatives of the plain form beyond the first.
+
+    Once, PyTorch's own gradient of y runs; where another is to follow, it is made again, by an operation that has one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor | None, causal: bool, y: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.causal = causal
+        ctx.save_for_backward(mask, q, k, v)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled() and not forward_mode():
+            return None, None, dy, None, None, None
+        mask, *inputs = ctx.saved_tensors
+
+        def written() -> tuple[Tensor | None, ...]:
+            gradients = pullback(lambda *x: (_sdpa(mask, ctx.causal, *x),), [x.detach() for x in inputs], (dy,))
+            return tuple(None if x is None else x.detach() for x in gradients)
+
+        def form(*inputs: Tensor) -> tuple[Tensor]:
+            return (_plain(mask, ctx.causal, *inputs),)
+
+        return None, None, None, *gradient(written, form, inputs, (dy,))

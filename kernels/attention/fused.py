@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .. import backends
 from ..common import pad_channels
+from ..derivatives import differentiable, pullback
 from ..tiles import absorb, dot, head_rows, load_tile
+from .chunked import attention_chunked
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -431,11 +433,34 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradient(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, scales, lengths, position, o, log_sum = ctx.saved_tensors
-    gradients = _attention_backward(do, q, k, v, scales, ctx.scale, lengths, position, o, log_sum, ctx.causal)
+    gradients = _written(do, q, k, v, scales, ctx.scale, lengths, position, o, log_sum, ctx.causal)
     return *gradients, *(None,) * 5
 
 
+def _plain(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: Tensor | None,
+    scale: float,
+    lengths: Tensor | None,
+    position: Tensor | None,
+    o: Tensor,
+    log_sum: Tensor,
+    causal: bool,
+) -> tuple[Tensor | None, ...]:
+    """As `_attention_backward`, for PyTorch to differentiate."""
+    by_query = scale if scales is None else scales[..., None, None]
+
+    def form(*qkv: Tensor) -> tuple[Tensor]:
+        return (attention_chunked(*qkv, causal=causal, lengths=lengths, scale=by_query, position=position),)
+
+    return pullback(form, (q, k, v), (do,))
+
+
 _attention.register_autograd(_gradient, setup_context=_setup_context)
+_written = differentiable(_attention_backward, _plain)
 
 
 def _contiguous(*tensors: Any) -> list[Any]:

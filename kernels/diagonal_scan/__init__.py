@@ -30,7 +30,7 @@ def _fused_both(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _one_by_one(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda x, a, lengths: (scan(x, a, None, False, lengths)[0], scan(x, a, None, True, lengths)[0])
+    return lambda x, a, lengths, factor: tuple(scan(x, a, None, down, lengths, factor)[0] for down in (False, True))
 
 
 # Of the fused form: any number.
@@ -43,6 +43,7 @@ def diagonal_scan(
     x: Tensor,
     a: Tensor,
     *,
+    factor: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool | str = False,
@@ -51,14 +52,15 @@ def diagonal_scan(
 ) -> Any:
     """The linear recurrence with diagonal coefficients, real or complex,
 
-        h_t = a_t ∘ h_{t-1} + x_t        with h_0 = `initial_state`, zero by default
+        h_t = a_t ∘ h_{t-1} + f ∘ x_t        with h_0 = `initial_state`, zero by default, and f = `factor`, 1 by default
 
-    and, with `reverse`, h_t = a_t ∘ h_{t+1} + x_t from the last valid step of each sequence down to the first; both,
-    with reverse="both".
+    and, with `reverse`, h_t = a_t ∘ h_{t+1} + f ∘ x_t from the last valid step of each sequence down to the first;
+    both, with reverse="both".
 
     Args:
         x: [B, T, D] floating point or complex.
         a: coefficients in x's dtype: [D] constant in time, or [B, T, D]. a_t = 0 forgets everything before that step.
+        factor: f, real [D], not 0: multiplies x on its way into the state, at no pass over memory more.
         initial_state: [B, D], what comes before the first step taken; real where x is, complex where x is.
         output_final_state: whether to return the state after the last step taken too. It continues the sequence as the
             `initial_state` of another call; gradients flow through both.
@@ -72,29 +74,30 @@ def diagonal_scan(
         forward one first, of one launch where the fused form runs.
 
     Raises:
-        TypeError: x and a differ in dtype, or the state is complex and x is not (or the reverse).
-        ValueError: shapes that do not fit, a state with reverse="both", another `reverse`, or an unknown backend; on
-            CPU, lengths outside [0, T].
+        TypeError: x and a differ in dtype, the state is complex and x is not (or the reverse), or the factor is.
+        ValueError: shapes that do not fit, a state with reverse="both", another `reverse`, or an unknown backend; on a
+            CPU, lengths outside [0, T] and a factor of 0.
 
     Source: Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks for Long Sequences", equation 4; Smith et al.
     2023, "Simplified State Space Layers", section 2.2. With p_t = dL/dh_t, the gradients are
-    p_t = w_t + conj(a_{t+1}) p_{t+1}, dx_t = p_t, da_t = p_t conj(h_{t-1}), dh_0 = conj(a_1) p_1.
+    p_t = w_t + conj(a_{t+1}) p_{t+1}, dx_t = f p_t, da_t = p_t conj(h_{t-1}), dh_0 = conj(a_1) p_1, and f df is the
+    real part of sum_t w_t conj(h_t) - dh_0 conj(h_0).
     """
-    _check(x, a, initial_state)
-    check_lengths("diagonal_scan", lengths, x.shape[0])
+    _check(x, a, factor, initial_state)
+    lengths = check_lengths("diagonal_scan", lengths, *x.shape[:2])
     if reverse not in (False, True, "both"):
         raise ValueError(f'diagonal_scan: reverse={reverse!r}; valid: False, True, "both"')
     refused = refusal(x, channels=CHANNELS)
     if reverse == "both":
         if initial_state is not None or output_final_state:
             raise ValueError("diagonal_scan: a state belongs to one direction; valid with it: reverse=False or True")
-        return choose("diagonal_scan", backend, BOTH, x.device, refused)(x, a, lengths)
+        return choose("diagonal_scan", backend, BOTH, x.device, refused)(x, a, lengths, factor)
     implementation = choose("diagonal_scan", backend, FORMS, x.device, refused)
-    h, final_state = implementation(x, a, initial_state, reverse, lengths)
+    h, final_state = implementation(x, a, initial_state, reverse, lengths, factor)
     return (h, final_state) if output_final_state else h
 
 
-def _check(x: Tensor, a: Tensor, initial_state: Tensor | None) -> None:
+def _check(x: Tensor, a: Tensor, factor: Tensor | None, initial_state: Tensor | None) -> None:
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"diagonal_scan: x must be [B, T, D] with T >= 1, got {list(x.shape)}")
     B, T, D = x.shape
@@ -104,6 +107,10 @@ def _check(x: Tensor, a: Tensor, initial_state: Tensor | None) -> None:
         raise TypeError(
             f"diagonal_scan: x and a must share one floating-point or complex dtype, got {x.dtype} and {a.dtype}"
         )
+    if factor is not None and list(factor.shape) != [D]:
+        raise ValueError(f"diagonal_scan: factor must be [D] = [{D}], got {list(factor.shape)}")
+    if factor is not None and not factor.is_floating_point():
+        raise TypeError(f"diagonal_scan: factor must be real and of floating point, got {factor.dtype}")
     if initial_state is None:
         return
     if list(initial_state.shape) != [B, D]:

@@ -10,7 +10,7 @@ from ..common import accumulation_dtype
 from . import doubling
 from .operator import register
 
-_scan, _scan_backward = register("diagonal_scan", doubling.scan, doubling.scan_backward)
+_scan, _forward, _backward = register("diagonal_scan", doubling.scan, doubling.scan_backward)
 
 
 def diagonal_scan_chunked(
@@ -19,22 +19,24 @@ def diagonal_scan_chunked(
     initial_state: Tensor | None,  # [B, D]
     reverse: bool,
     lengths: Tensor | None,  # [B]
+    factor: Tensor | None,  # [D], real
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
+    factor = None if factor is None else factor.to(dtype.to_real())
     initial_state = None if initial_state is None else initial_state.to(dtype)
-    h, final_state = _scan(x.to(dtype), a.to(dtype), initial_state, reverse, lengths)
+    h, final_state = _scan(x.to(dtype), a.to(dtype), initial_state, reverse, lengths, factor)
     return h.to(x.dtype), final_state
 
 
-@_scan.register_kernel("cpu")
+@_forward.register_kernel("cpu")
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     from . import loop  # imports Numba
 
     return loop.scan(*arguments)
 
 
-@_scan_backward.register_kernel("cpu")
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+@_backward.register_kernel("cpu")
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from . import loop
 
     return loop.scan_backward(*arguments)

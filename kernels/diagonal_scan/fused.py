@@ -26,7 +26,9 @@ from torch import Tensor
 
 from .. import backends
 from ..common import accumulation_dtype
+from ..derivatives import differentiable
 from ..tiles import place
+from . import doubling
 from .operator import register
 
 MIN_CHUNK = 256  # steps: a shorter chunk costs more in passes than it gains in programs
@@ -106,6 +108,8 @@ def _scan_kernel(
     h,  # [B, T, D] and [B, D], on the way back
     initial,
     da,  # [B, chunks, D], or [B, T, D]
+    factor,  # [D], real, or None
+    df,  # [B, chunks, D], on the way back, the sum of h times its gradient, number by number
     lengths,  # [B] or None
     B,
     T,
@@ -146,6 +150,9 @@ def _scan_kernel(
     pr, pi = _pairs(tl.zeros([1, WIDTH], tl.float32), PARTS)
     pr += 1.0  # what of a state at the start is left
     dr, di = _pairs(tl.zeros([1, WIDTH], tl.float32), PARTS)  # the gradient of constant coefficients
+    if factor is not None:
+        f = tl.load(factor + column // PARTS, mask=inside, other=0.0)
+        of_factor = tl.zeros([1, WIDTH], tl.float32)
 
     start = chunk * chunk_len
     for first in tl.range(start, min(start + chunk_len, T), STEPS, num_stages=STAGES):
@@ -154,7 +161,14 @@ def _scan_kernel(
         row = place(step, n, down)
         mask = valid[:, None] & inside
         at = row[:, None] * width + column
-        ur, ui = _pairs(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), PARTS)
+        u = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        if factor is not None:
+            if not BACKWARD:
+                u *= f
+            elif y is not None:
+                h_t = tl.load(h + sequence + at, mask=mask, other=0.0).to(tl.float32)
+                of_factor += tl.sum(u * h_t, 0, keep_dims=True)
+        ur, ui = _pairs(u, PARTS)
         ar, ai = _coefficients(a, step, n, column, width, down, CONSTANT, BACKWARD, PARTS)
         if PARTS == 1:
             ar, ur = tl.associative_scan((ar, ur), 0, _combine)
@@ -170,7 +184,10 @@ def _scan_kernel(
         else:
             written = (step < T)[:, None] & inside
             ur, ui = tl.where(valid[:, None], ur, 0.0), tl.where(valid[:, None], ui, 0.0)
-            tl.store(y + sequence + at, _side_by_side(ur, ui, PARTS).to(y.dtype.element_ty), mask=written)
+            out = _side_by_side(ur, ui, PARTS)
+            if BACKWARD and factor is not None:
+                out *= f
+            tl.store(y + sequence + at, out.to(y.dtype.element_ty), mask=written)
             if BACKWARD:
                 # With the state that the step started from, the one of the step after on the way back.
                 reads = step + 1 < n
@@ -191,6 +208,8 @@ def _scan_kernel(
     else:
         if BACKWARD and CONSTANT:
             tl.store(da + state, _side_by_side(dr, di, PARTS), mask=inside)
+        if BACKWARD and factor is not None:
+            tl.store(df + state, of_factor, mask=inside)
         if after is not None and chunk == chunks - 1:
             if BACKWARD:  # through the first step of the recurrence, the last one here
                 row = n.to(tl.int64) * 0 if CONSTANT else place(n - 1, n, down) * width
@@ -227,25 +246,32 @@ def diagonal_scan_fused(
     initial_state: Tensor | None,  # [B, D]
     reverse: bool,
     lengths: Tensor | None,  # [B]
+    factor: Tensor | None,  # [D], real
 ) -> tuple[Tensor, Tensor]:
+    factor = None if factor is None else factor.float()
     initial_state = None if initial_state is None else initial_state.to(accumulation_dtype(x.dtype))
-    return _scan(x, a, initial_state, reverse, lengths)
+    return _scan(x, a, initial_state, reverse, lengths, factor)
 
 
-def both_scans_fused(x: Tensor, a: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+def both_scans_fused(x: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """h of either direction, [B, T, D] each."""
-    forth, back = _both_scans(x, a, lengths).unbind(0)
+    forth, back = _both_scans(x, a, lengths, None if factor is None else factor.float()).unbind(0)
     return forth, back
 
 
 def scan(
-    x: Tensor, a: Tensor, initial_state: Tensor | None, reverse: bool, lengths: Tensor | None
+    x: Tensor,
+    a: Tensor,
+    initial_state: Tensor | None,
+    reverse: bool,
+    lengths: Tensor | None,
+    factor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """h [B, T, D] and the final state [B, D], of x [B, T, D], a [D] or [B, T, D] and initial_state [B, D]."""
+    """As `doubling.scan`."""
     B, _, D = x.shape
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
     final = x.new_empty(B, D, dtype=accumulation_dtype(x.dtype))
-    _launch(x, a, h, initial_state, final, lengths, down=reverse)
+    _launch(x, a, h, initial_state, final, lengths, factor=factor, down=reverse)
     return h, final
 
 
@@ -257,52 +283,72 @@ def scan_backward(
     initial_state: Tensor | None,
     reverse: bool,
     lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, a and the initial state, from those of h [B, T, D] and of the final state [B, D]."""
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `doubling.scan_backward`."""
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     d_initial = torch.empty_like(d_state, memory_format=torch.contiguous_format)
-    da = _launch(dh, a, dx, d_state, d_initial, lengths, down=not reverse, h=h, initial=initial_state)
+    options = {"factor": factor, "down": not reverse, "h": h, "initial": initial_state}
+    da, of_factor = _launch(dh, a, dx, d_state, d_initial, lengths, **options)
     assert da is not None
-    return dx, da, d_initial
+    if factor is None or of_factor is None:
+        return dx, da, d_initial, _no_factor(h)
+    valid, _, last = doubling.ends(h, reverse, lengths)
+    of_states = d_state * h[torch.arange(len(h), device=h.device), last].conj_physical()
+    if initial_state is not None:
+        of_states = of_states - d_initial * initial_state.conj_physical()
+    of_states = torch.where(valid[:, 0], of_states, 0).sum(0)
+    return dx, da, d_initial, (of_factor + of_states.real) / factor
 
 
 @torch.library.custom_op("seqzoo::both_scans_fused", mutates_args=())
-def _both_scans(x: Tensor, a: Tensor, lengths: Tensor | None) -> Tensor:
+def _both_scans(x: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None) -> Tensor:
     """h of both directions, [2, B, T, D]."""
     h = x.new_empty(2, *x.shape)
-    _launch(x, a, h, None, None, lengths, both=True)
+    _launch(x, a, h, None, None, lengths, factor=factor, both=True)
     return h
 
 
 @torch.library.custom_op("seqzoo::both_scans_fused_backward", mutates_args=())
-def _both_scans_backward(dh: Tensor, h: Tensor, a: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of x and a."""
+def _both_scans_backward(
+    dh: Tensor, h: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, a and the factor."""
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
-    da = _launch(dh, a, dx, None, None, lengths, both=True, h=h)
+    da, of_factor = _launch(dh, a, dx, None, None, lengths, factor=factor, both=True, h=h)
     assert da is not None
-    return dx.sum(0), da
+    return dx.sum(0), da, _no_factor(h) if of_factor is None else of_factor / factor
 
 
 @_both_scans.register_fake
-def _(x, a, lengths):
+def _(x, a, lengths, factor):
     return x.new_empty(2, *x.shape)
 
 
 @_both_scans_backward.register_fake
-def _(dh, h, a, lengths):
-    return h.new_empty(h.shape[1:]), a.new_empty(a.shape)
+def _(dh, h, a, lengths, factor):
+    return h.new_empty(h.shape[1:]), a.new_empty(a.shape), _no_factor(h) if factor is None else factor.clone()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, a, lengths = inputs
-    ctx.save_for_backward(output, a, lengths)
+    ctx.save_for_backward(output, *inputs[1:])
 
 
 def _gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-    return *_both_scans_backward(dh, *ctx.saved_tensors), None
+    dx, da, d_factor = _written(dh, *ctx.saved_tensors)
+    return dx, da, None, d_factor if ctx.needs_input_grad[3] else None
+
+
+def _plain(dh: Tensor, h: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None) -> tuple[Tensor, ...]:
+    """As `_both_scans_backward`, for PyTorch to differentiate."""
+    last = torch.zeros_like(h[0, :, 0])
+    forth, back = (doubling.gradients(_scan, dh[i], last, h[i], a, None, bool(i), lengths, factor) for i in range(2))
+    dx, da, _, d_factor = (x + y for x, y in zip(forth, back, strict=True))
+    return dx, da, d_factor
 
 
 _both_scans.register_autograd(_gradient, setup_context=_save)
+_written = differentiable(_both_scans_backward, _plain)
 
 
 def _launch(
@@ -315,10 +361,14 @@ def _launch(
     *,
     down: bool = False,
     both: bool = False,
+    factor: Tensor | None,
     h: Tensor | None = None,
     initial: Tensor | None = None,
-) -> Tensor | None:
-    """Fills y and `final`; with h, runs backward and returns the gradient of a."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fills y and `final`; with h, runs backward and returns the gradient of a, and that of the factor times itself.
+
+    The latter without what the states bring.
+    """
     (B, T, D), parts = y.shape[-3:], 2 if x.is_complex() else 1
     entries = 2 * B if both else B
     backward, constant, width = h is not None, a.dim() == 1, D * parts
@@ -328,7 +378,10 @@ def _launch(
     chunk_len = _chunk_len(entries * blocks, T, config.steps, x.device)
     chunks = triton.cdiv(T, chunk_len)
 
-    of_coefficients = None
+    of_coefficients = of_factor = None
+    factor = None if factor is None else factor.contiguous()
+    if backward and factor is not None:
+        of_factor = x.new_empty(entries, chunks, width, dtype=torch.float32)
     if backward:
         shape, dtype = ((entries, chunks, D), accumulation_dtype(x.dtype)) if constant else ((entries, T, D), a.dtype)
         of_coefficients = x.new_empty(shape, dtype=dtype)
@@ -349,17 +402,27 @@ def _launch(
     grid = (entries * chunks * blocks,)
     if chunks > 1:
         ends, through, starts = (x.new_empty(entries, chunks, width, dtype=torch.float32) for _ in range(3))
-        _scan_kernel[grid](*arrays, None, None, ends, through, None, None, None, lengths, *sizes, **meta)
+        _scan_kernel[grid](
+            *(*arrays, None, None, ends, through, None, None, None, factor, None, lengths), *sizes, **meta
+        )
         _carry_kernel[(entries * blocks,)](
             before, ends, through, starts, width, chunks, PARTS=parts, WIDTH=block, num_warps=config.num_warps
         )
         before = starts
-    _scan_kernel[grid](*arrays, _numbers(y), before, after, None, *behind, lengths, *sizes, **meta)
+    _scan_kernel[grid](
+        *(*arrays, _numbers(y), before, after, None, *behind, factor, of_factor, lengths), *sizes, **meta
+    )
+    if of_factor is not None:
+        of_factor = of_factor.unflatten(-1, (D, parts)).sum((0, 1, 3))
     if of_coefficients is None:
-        return None
+        return None, None
     if constant:
-        return of_coefficients.sum((0, 1)).to(a.dtype)
-    return of_coefficients.unflatten(0, (2, B)).sum(0) if both else of_coefficients
+        return of_coefficients.sum((0, 1)).to(a.dtype), of_factor
+    return of_coefficients.unflatten(0, (2, B)).sum(0) if both else of_coefficients, of_factor
+
+
+def _no_factor(h: Tensor) -> Tensor:
+    return h.new_empty(0, dtype=torch.float32)
 
 
 def _chunk_len(programs: int, T: int, steps: int, device: torch.device) -> int:
@@ -375,4 +438,4 @@ def _numbers(x: Tensor | None) -> Tensor | None:
     return torch.view_as_real(x.resolve_conj().contiguous()) if x.is_complex() else x.contiguous()
 
 
-_scan, _ = register("diagonal_scan_fused", scan, scan_backward)
+_scan, _, _ = register("diagonal_scan_fused", scan, scan_backward)

@@ -23,6 +23,8 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ..common import check_lengths
+
 MIN_BLOCK = 32  # channels: narrower blocks waste vector width and cache lines
 MIN_WORK = 1 << 18  # elements: a thread is woken for as much, about 0.1 ms
 CACHE_LINE = 64  # bytes
@@ -30,9 +32,23 @@ LONG_ROW = 1024  # bytes: the hardware foresees shorter ones better
 
 
 def scan(
-    x: Tensor, a: Tensor, initial_state: Tensor | None, reverse: bool, lengths: Tensor | None
+    x: Tensor,
+    a: Tensor,
+    initial_state: Tensor | None,
+    reverse: bool,
+    lengths: Tensor | None,
+    factor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """h [B, T, D] and the final state [B, D], of x [B, T, D], a [D] or [B, T, D] and initial_state [B, D]."""
+    """As `doubling.scan`.
+
+    Raises:
+        ValueError: lengths outside [0, T], or a factor of 0.
+    """
+    if factor is not None and (factor == 0).any():
+        raise ValueError(
+            f"diagonal_scan: factor is 0 in {int((factor == 0).sum())} of {len(factor)} channels; valid: any other "
+            "number, as its gradient is made from what it multiplied"
+        )
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
     state = x.new_zeros(x.shape[0], x.shape[2])
     if initial_state is not None:
@@ -42,6 +58,7 @@ def scan(
         x.shape,
         _array(x),
         _array(a if a.dim() == 3 else a[None, None]),  # [B, T, D] or [1, 1, D]
+        None if factor is None else _array(factor),
         _steps(x, lengths),
         reverse,
         h.numpy(),
@@ -58,12 +75,14 @@ def scan_backward(
     initial_state: Tensor | None,
     reverse: bool,
     lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, a and the initial state, from those of h [B, T, D] and of the final state [B, D]."""
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `doubling.scan_backward`."""
     B, _, D = h.shape
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     constant = a.dim() == 1
     da = a.new_zeros(B, D) if constant else a.new_empty(h.shape)
+    d_factor = h.new_empty(0, dtype=h.dtype.to_real()) if factor is None else factor.new_zeros(B, D)
     d_initial = d_state.clone(memory_format=torch.contiguous_format)
     initial = h.new_zeros(B, D) if initial_state is None else initial_state
     _in_parallel(
@@ -72,14 +91,18 @@ def scan_backward(
         _array(dh),
         _array(h),
         _array(a),
+        None if factor is None else _array(factor),
         _array(initial),
         _steps(h, lengths),
         reverse,
         dx.numpy(),
         da.numpy(),
+        d_factor.numpy(),
         d_initial.numpy(),
     )
-    return dx, da.sum(0) if constant else da, d_initial
+    if factor is not None:
+        d_factor = d_factor.sum(0) / factor
+    return dx, da.sum(0) if constant else da, d_initial, d_factor
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -88,11 +111,7 @@ def _array(x: Tensor) -> np.ndarray:
 
 def _steps(x: Tensor, lengths: Tensor | None) -> np.ndarray:
     B, T, _ = x.shape
-    if lengths is None:
-        return np.full(B, T)
-    if B and (lengths.min() < 0 or lengths.max() > T):
-        raise ValueError(f"diagonal_scan: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
-    return _array(lengths)
+    return np.full(B, T) if lengths is None else _array(check_lengths("diagonal_scan", lengths, B, T))
 
 
 @cache
@@ -146,7 +165,7 @@ _prefetch: Any = intrinsic(_declare_prefetch)
 
 
 @_compile
-def _scan_items(start, stop, block, x, a, lengths, reverse, h, state):
+def _scan_items(start, stop, block, x, a, factor, lengths, reverse, h, state):
     D = x.shape[2]
     blocks = -(-D // block)
     per_sequence, per_step = a.shape[0] > 1, a.shape[1] > 1
@@ -163,16 +182,24 @@ def _scan_items(start, stop, block, x, a, lengths, reverse, h, state):
                 _prefetch(h[b, t + step, channels], byte)
             x_t, h_t = x[b, t, channels], h[b, t, channels]
             a_t = a[b if per_sequence else 0, t if per_step else 0, channels]
-            for d in range(s.shape[0]):
-                s[d] = a_t[d] * s[d] + x_t[d]
-                h_t[d] = s[d]
+            if factor is None:
+                for d in range(s.shape[0]):
+                    s[d] = a_t[d] * s[d] + x_t[d]
+                    h_t[d] = s[d]
+            else:
+                f = factor[channels]
+                for d in range(s.shape[0]):
+                    s[d] = a_t[d] * s[d] + f[d] * x_t[d]
+                    h_t[d] = s[d]
             t += step
         state[b, channels] = s
         h[b, n:, channels] = 0
 
 
 @_compile
-def _constant_backward_items(start, stop, block, dh, h, a, initial, lengths, reverse, dx, da, d_state):
+def _constant_backward_items(
+    start, stop, block, dh, h, a, factor, initial, lengths, reverse, dx, da, d_factor, d_state
+):
     D = h.shape[2]
     blocks = -(-D // block)
     for item in range(start, stop):
@@ -184,7 +211,12 @@ def _constant_backward_items(start, stop, block, dh, h, a, initial, lengths, rev
             continue
         t, step = (0, 1) if reverse else (n - 1, -1)
         p = dh[b, t, channels] + d_state[b, channels]
-        dx[b, t, channels] = p
+        if factor is None:
+            dx[b, t, channels] = p
+        else:
+            f = factor[channels]
+            dx[b, t, channels] = f * p
+            df_sum = (p * np.conj(h[b, t, channels])).real
         ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
         a_conj, da_sum = np.conj(a[channels]), np.zeros_like(p)
         for _ in range(1, n):
@@ -196,15 +228,23 @@ def _constant_backward_items(start, stop, block, dh, h, a, initial, lengths, rev
             h_t, dh_t, dx_t = h[b, t, channels], dh[b, t, channels], dx[b, t, channels]
             for d in range(p.shape[0]):
                 da_sum[d] += p[d] * np.conj(h_t[d])
-            for d in range(p.shape[0]):
-                p[d] = p[d] * a_conj[d] + dh_t[d]
-                dx_t[d] = p[d]
+            if factor is None:
+                for d in range(p.shape[0]):
+                    p[d] = p[d] * a_conj[d] + dh_t[d]
+                    dx_t[d] = p[d]
+            else:
+                for d in range(p.shape[0]):
+                    p[d] = p[d] * a_conj[d] + dh_t[d]
+                    dx_t[d] = f[d] * p[d]
+                    df_sum[d] += (dh_t[d] * np.conj(h_t[d])).real
         da[b, channels] = da_sum + p * np.conj(initial[b, channels])
         d_state[b, channels] = p * a_conj
+        if factor is not None:
+            d_factor[b, channels] = df_sum - (d_state[b, channels] * np.conj(initial[b, channels])).real
 
 
 @_compile
-def _varying_backward_items(start, stop, block, dh, h, a, initial, lengths, reverse, dx, da, d_state):
+def _varying_backward_items(start, stop, block, dh, h, a, factor, initial, lengths, reverse, dx, da, d_factor, d_state):
     D = h.shape[2]
     blocks = -(-D // block)
     for item in range(start, stop):
@@ -217,7 +257,12 @@ def _varying_backward_items(start, stop, block, dh, h, a, initial, lengths, reve
             continue
         t, step = (0, 1) if reverse else (n - 1, -1)
         p = dh[b, t, channels] + d_state[b, channels]
-        dx[b, t, channels] = p
+        if factor is None:
+            dx[b, t, channels] = p
+        else:
+            f = factor[channels]
+            dx[b, t, channels] = f * p
+            df_sum = (p * np.conj(h[b, t, channels])).real
         ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
         for _ in range(1, n):
             a_after, da_after = a[b, t, channels], da[b, t, channels]
@@ -231,8 +276,16 @@ def _varying_backward_items(start, stop, block, dh, h, a, initial, lengths, reve
             h_t, dh_t, dx_t = h[b, t, channels], dh[b, t, channels], dx[b, t, channels]
             for d in range(p.shape[0]):
                 da_after[d] = p[d] * np.conj(h_t[d])
-            for d in range(p.shape[0]):
-                p[d] = p[d] * np.conj(a_after[d]) + dh_t[d]
-                dx_t[d] = p[d]
+            if factor is None:
+                for d in range(p.shape[0]):
+                    p[d] = p[d] * np.conj(a_after[d]) + dh_t[d]
+                    dx_t[d] = p[d]
+            else:
+                for d in range(p.shape[0]):
+                    p[d] = p[d] * np.conj(a_after[d]) + dh_t[d]
+                    dx_t[d] = f[d] * p[d]
+                    df_sum[d] += (dh_t[d] * np.conj(h_t[d])).real
         da[b, t, channels] = p * np.conj(initial[b, channels])
         d_state[b, channels] = p * np.conj(a[b, t, channels])
+        if factor is not None:
+            d_factor[b, channels] = df_sum - (d_state[b, channels] * np.conj(initial[b, channels])).real

@@ -14,12 +14,16 @@ def diagonal_scan_reference(
     initial_state: Tensor | None,  # [B, D]
     reverse: bool,
     lengths: Tensor | None,  # [B]
+    factor: Tensor | None,  # [D], real
 ) -> tuple[Tensor, Tensor]:
     B, T, D = x.shape
     dtype = accumulation_dtype(x.dtype)
     lengths = torch.full((B,), T, device=x.device) if lengths is None else lengths
     valid = valid_positions(lengths, T)[..., None].unbind(1)  # T times [B, 1]
-    xs, gates = (zero_padding(y.to(dtype), lengths).unbind(1) for y in (x, a.expand(B, T, D)))  # T times [B, D]
+    x_BTD, a_BTD = (zero_padding(y.to(dtype), lengths) for y in (x, a.expand(B, T, D)))
+    if factor is not None:
+        x_BTD = factor.to(dtype.to_real()) * x_BTD
+    xs, gates = x_BTD.unbind(1), a_BTD.unbind(1)  # T times [B, D]
 
     h = torch.zeros_like(xs[0]) if initial_state is None else initial_state.to(dtype)
     outputs = [h] * T

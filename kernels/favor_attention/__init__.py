@@ -74,7 +74,7 @@ def favor_attention(
     Source: Choromanski et al. 2021, "Rethinking Attention with Performers", lemma 1 and equations 4 and 5.
     """
     _check(q, k, v, projection, causal, initial_state, output_final_state)
-    check_lengths("favor_attention", lengths, q.shape[0])
+    lengths = check_lengths("favor_attention", lengths, *q.shape[:2])
     learnt = "no kernel has a gradient of the projection" if projection.requires_grad else None
     refused = refusal(q, k, v, channels=MAX_CHANNELS, also=learnt)
     implementation = choose("favor_attention", backend, FORMS, q.device, refused)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, valid_positions, without_autocast, zero_padding
+from ..derivatives import forward_mode, gradient
 from ..diagonal_scan import diagonal_scan
 from ..linear_attention.reference import divide_by_normalizer
 from .state import FavorState
@@ -49,7 +50,8 @@ def favor_attention_chunked(
             past = FavorState(state.sums.to(dtype), state.log_scale.detach().to(dtype))
             o, state = _causal(q @ directions, _log_features(k, directions, hidden), v, past)
         else:
-            o, state = _Bidirectional.apply(q, k, v, directions, hidden), None
+            form = _bidirectional if forward_mode() else _Bidirectional.apply
+            o, state = form(q, k, v, directions, hidden), None
         o = o.transpose(1, 2)  # [B, T, H, Dv]
     return zero_padding(o, lengths).to(out_dtype).contiguous(), state
 
@@ -76,9 +78,8 @@ class _Bidirectional(torch.autograd.Function):
         directions: Tensor,  # [H, D, M]
         hidden: Tensor | None,  # [B, 1, T, 1], keys that are padding
     ) -> Tensor:  # [B, H, T, Dv]
-        M = directions.shape[-1]
-        # Products are a quarter faster where rows of features start on a cache line. Features from M on get no weight.
-        directions = F.pad(directions, (0, -M % 16))
+        M, given = directions.shape[-1], directions
+        directions = _on_cache_lines(directions)
         b = _log_features(k, directions, hidden)
         R = _finite(b.amax(2, keepdim=True))
         b.sub_(R).exp_()
@@ -89,26 +90,68 @@ class _Bidirectional(torch.autograd.Function):
         L[..., M:] = -torch.inf
         a = (q @ directions).add_(L).softmax(-1)
         o = a @ means[..., :-1]
-        ctx.features = M
-        ctx.save_for_backward(q, k, v, directions, a, b, means, count, o)
+        ctx.save_for_backward(q, k, v, given, hidden, a, b, means, count, o)
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(do.device):  # whatever `backward` is called under
-            q, k, v, directions, a, b, means, count, o = ctx.saved_tensors
-            do = torch.cat([do, (do * o).sum(-1, keepdim=True).neg_()], -1)  # [B, H, T, Dv + 1]
-            d_means = (a.mT @ do) / count  # [B, H, M, Dv + 1]
-            da = (do @ means.mT).mul_(a)
-            dq = da @ directions.mT
-            d_directions = q.mT @ da if ctx.needs_input_grad[3] else None
-            del da
-            dv = b @ d_means[..., :-1]
-            db = (_with_ones(v) @ d_means.mT).mul_(b)
-            dk = (db @ directions.mT).sub_(k * db.sum(-1, keepdim=True))
-            if d_directions is not None:
-                d_directions = (d_directions + k.mT @ db).sum(0)[..., : ctx.features]
-            return dq, dk, dv, d_directions, None
+        q, k, v, directions, hidden, *kept = ctx.saved_tensors
+
+        def written() -> tuple[Tensor | None, ...]:
+            return _gradients(q, k, v, directions, *kept, do, learnt=ctx.needs_input_grad[3])
+
+        def form(*inputs: Tensor) -> tuple[Tensor]:
+            return (_bidirectional(*inputs, hidden),)
+
+        return *gradient(written, form, (q, k, v, directions), (do,)), None
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    directions: Tensor,
+    a: Tensor,
+    b: Tensor,
+    means: Tensor,
+    count: Tensor,
+    o: Tensor,
+    do: Tensor,
+    *,
+    learnt: bool,
+) -> tuple[Tensor | None, ...]:
+    with without_autocast(do.device):  # whatever `backward` is called under
+        M, directions = directions.shape[-1], _on_cache_lines(directions)
+        do = torch.cat([do, (do * o).sum(-1, keepdim=True).neg_()], -1)  # [B, H, T, Dv + 1]
+        d_means = (a.mT @ do) / count  # [B, H, M, Dv + 1]
+        da = (do @ means.mT).mul_(a)
+        dq = da @ directions.mT
+        d_directions = q.mT @ da if learnt else None
+        del da
+        dv = b @ d_means[..., :-1]
+        db = (_with_ones(v) @ d_means.mT).mul_(b)
+        dk = (db @ directions.mT).sub_(k * db.sum(-1, keepdim=True))
+        return dq, dk, dv, None if d_directions is None else (d_directions + k.mT @ db).sum(0)[..., :M]
+
+
+def _on_cache_lines(directions: Tensor) -> Tensor:
+    """[H, D, M] and some more: products are a quarter faster where rows of features start on a cache line.
+
+    Features from M on are to have no weight.
+    """
+    return F.pad(directions, (0, -directions.shape[-1] % 16))
+
+
+def _bidirectional(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, hidden: Tensor | None) -> Tensor:
+    """`_Bidirectional` for PyTorch to differentiate."""
+    with without_autocast(q.device):
+        b = k @ directions - k.square().sum(-1, keepdim=True) / 2
+        b = b if hidden is None else b.masked_fill(hidden, -torch.inf)
+        R = _finite(b.detach().amax(2, keepdim=True))
+        sums = (b - R).exp().mT @ _with_ones(v)
+        count = sums[..., -1:].clamp(min=1)
+        a = (q @ directions + R + count.mT.log()).softmax(-1)
+        return a @ (sums / count)[..., :-1]
 
 
 def _with_ones(v: Tensor) -> Tensor:

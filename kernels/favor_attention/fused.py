@@ -31,7 +31,9 @@ from torch import Tensor
 
 from .. import backends
 from ..common import pad_channels
+from ..derivatives import differentiable, pullback
 from ..tiles import dot, head_rows, load_tile
+from .chunked import favor_attention_chunked
 from .state import FavorState
 
 SEGMENT = 256  # steps, causal: a state for each is a small part of its features
@@ -950,14 +952,42 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradient(ctx: Any, do: Tensor, _: Tensor, d_sums: Tensor, d_norm: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, d_first_sums, d_first_norm = _favor_attention_backward(
-        do, d_sums, d_norm, *ctx.saved_tensors, ctx.causal
-    )
+    *gradients, d_first_sums, d_first_norm = _written(do, d_sums, d_norm, *ctx.saved_tensors, ctx.causal)
     starts = ctx.needs_input_grad[4]
     return *gradients, None, d_first_sums if starts else None, d_first_norm if starts else None, *(None,) * 3
 
 
+def _plain(
+    do: Tensor,
+    d_last_sums: Tensor,
+    d_last_norm: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    sums: Tensor | None,
+    norm: Tensor | None,
+    log_scale: Tensor | None,
+    lengths: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor | None, ...]:
+    """As `_favor_attention_backward`, for PyTorch to differentiate."""
+    *_, causal = rest
+
+    def form(
+        q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None, norm: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        first = None
+        if sums is not None and norm is not None and log_scale is not None:
+            first = FavorState(torch.cat([sums, norm[..., None]], -1), log_scale)
+        o, last = favor_attention_chunked(q, k, v, projection, causal, first, lengths)
+        return (o, None, None) if last is None else (o, last.sums[..., :-1], last.sums[..., -1])
+
+    return pullback(form, (q, k, v, sums, norm), (do, d_last_sums, d_last_norm))
+
+
 _favor_attention.register_autograd(_gradient, setup_context=_setup_context)
+_written = differentiable(_favor_attention_backward, _plain)
 
 
 def _states(

@@ -85,7 +85,7 @@ def gated_attention(
     Source: Hua et al., "Transformer Quality in Linear Time" (2022), section 3.2.
     """
     _check(u, q_quad, k_quad, q_lin, k_lin, v, chunk_len, bias, causal, initial_state, output_final_state)
-    check_lengths("gated_attention", lengths, u.shape[0])
+    lengths = check_lengths("gated_attention", lengths, *u.shape[:2])
     single = u.shape[1] == 1 and (initial_state is not None or output_final_state)
     refused = _refused(u, v, q_quad, k_quad, q_lin, k_lin, single=single)
     run = choose("gated_attention", backend, FORMS, v.device, refused)

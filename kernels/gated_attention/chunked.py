@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, without_autocast, zero_padding
+from ..derivatives import forward_mode, gradient
 from ..diagonal_scan import diagonal_scan
 from .resume import Resumed
 from .state import GatedAttentionState
@@ -33,22 +34,18 @@ def gated_attention_chunked(
     output_final_state: bool,
     lengths: Tensor | None,
 ) -> tuple[Tensor, GatedAttentionState | None]:
-    (B, T, S), E = q_quad.shape, v.shape[-1]
+    (B, _, S), E = q_quad.shape, v.shape[-1]
     out_dtype, dtype, device = v.dtype, accumulation_dtype(v.dtype), v.device
     u, q_quad, k_quad, q_lin, k_lin, v = (
         zero_padding(x, lengths).to(dtype) for x in (u, q_quad, k_quad, q_lin, k_lin, v)
     )
     # Autocast would keep the sums in half precision.
     with without_autocast(device):
-        bias = None if bias is None else _by_offset(bias.to(dtype), chunk_len, causal)
+        bias = None if bias is None else by_offset(bias.to(dtype), chunk_len, causal)
         if not causal:
             o, state = _bidirectional(scale * q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, lengths), None
         elif initial_state is None and not output_final_state:
-            C = min(chunk_len, T)
-            bias = None if bias is None else bias[:C, :C]
-            q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, C) for x in (scale * q_quad, k_quad, q_lin, k_lin, v))
-            o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start=torch.arange(0, T, C, device=device))
-            o, state = o.flatten(1, 2)[:, :T], None
+            o, state = in_chunks(scale * q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len), None
         else:
             past = initial_state or GatedAttentionState.empty(B, S, E, chunk_len, device=device, dtype=dtype)
             o, state = _resume(scale * q_quad, k_quad, q_lin, k_lin, v, bias, past, lengths)
@@ -61,11 +58,33 @@ def _chunks(x: Tensor, C: int) -> Tensor:  # [B, T, D] -> [B, N, C, D]
     return (F.pad(x, (0, 0, 0, rest)) if rest else x).unflatten(1, (-1, C))  # padding by nothing would copy
 
 
-def _by_offset(bias: Tensor, C: int, causal: bool) -> Tensor:
+def by_offset(bias: Tensor, C: int, causal: bool) -> Tensor:
     """Biases laid out for the queries and keys of a chunk, bias[j - i + C - 1] at [i, j]: [C, C]."""
     if causal:
         bias = F.pad(bias, (0, C - 1))
     return bias.unfold(0, C, 1).flip(0)
+
+
+def in_chunks(
+    q_quad: Tensor,  # [B, T, S], scaled
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,  # [B, T, E]
+    bias: Tensor | None,  # [chunk_len, chunk_len]
+    chunk_len: int,
+    earlier: Tensor | None = None,  # int64 [B], positions before the first chunk; none by default
+    memory: Tensor | None = None,  # [B, S, E], the sum over these
+) -> Tensor:  # [B, T, E]
+    """Causal attention without its gate, of positions that begin with a chunk."""
+    T = v.shape[1]
+    C = min(chunk_len, T)
+    bias = None if bias is None else bias[:C, :C]
+    q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, C) for x in (q_quad, k_quad, q_lin, k_lin, v))
+    start = torch.arange(0, T, C, device=v.device)
+    start = start if earlier is None else earlier[:, None] + start
+    o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start, memory)
+    return o.flatten(1, 2)[:, :T]
 
 
 def _bidirectional(
@@ -84,7 +103,7 @@ def _bidirectional(
     C = min(chunk_len, T)
     q, k, v = (_chunks(x, C) for x in (q_quad, k_quad, v))
     bias = None if bias is None else bias[:C, :C]
-    return lin.add_(_ReluSquared.apply(q, k, v, bias, False).flatten(1, 2)[:, :T])
+    return lin.add_(_relu_squared(q, k, v, bias, False).flatten(1, 2)[:, :T])
 
 
 def _causal(
@@ -102,7 +121,7 @@ def _causal(
     before = torch.cat([first[:, None], updates[:, :-1]], 1).flatten(2)  # [B, N, S E]
     before = diagonal_scan(before, before.new_ones(before.shape[-1])).view_as(updates)
     mean = before / start.clamp(min=1)[..., None, None]
-    quad = _ReluSquared.apply(q_quad, k_quad, v, bias, q_quad.shape[2] > 1)
+    quad = _relu_squared(q_quad, k_quad, v, bias, q_quad.shape[2] > 1)
     return (q_lin @ mean).add_(quad), updates
 
 
@@ -122,18 +141,36 @@ class _ReluSquared(torch.autograd.Function):
         if bias is not None:
             root += bias
         root = (root.tril_() if causal else root).relu_()
-        ctx.bias_shape = None if bias is None else bias.shape
-        ctx.save_for_backward(q, k, v, root)
+        ctx.causal = causal
+        ctx.save_for_backward(q, k, v, bias, root)
         return root.square() @ v
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(do.device):  # whatever `backward` is called under
-            q, k, v, root = ctx.saved_tensors
-            dv = root.square().mT @ do
-            dw = (do @ v.mT).mul_(root).mul_(2)
-            d_bias = None if ctx.bias_shape is None else dw.sum_to_size(ctx.bias_shape)
-            return dw @ k, dw.mT @ q, dv, d_bias, None
+        q, k, v, bias, root = ctx.saved_tensors
+
+        def written() -> tuple[Tensor | None, ...]:
+            with without_autocast(do.device):  # whatever `backward` is called under
+                dv = root.square().mT @ do
+                dw = (do @ v.mT).mul_(root).mul_(2)
+                d_bias = None if bias is None else dw.sum_to_size(bias.shape)
+                return dw @ k, dw.mT @ q, dv, d_bias
+
+        def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+            return (_plain(q, k, v, bias, ctx.causal),)
+
+        return *gradient(written, form, (q, k, v, bias), (do,)), None
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    """`_ReluSquared` for PyTorch to differentiate."""
+    with without_autocast(q.device):
+        scores = q @ k.mT if bias is None else q @ k.mT + bias
+        return (scores.tril() if causal else scores).relu().square() @ v
+
+
+def _relu_squared(*arguments: Any) -> Tensor:
+    return _plain(*arguments) if forward_mode() else _ReluSquared.apply(*arguments)
 
 
 def _resume(

@@ -40,8 +40,10 @@ from torch import Tensor
 
 from .. import backends
 from ..common import pad_channels, without_autocast, zero_padding
+from ..derivatives import differentiable, pullback
 from ..linear_attention.fused import State, carry
 from ..tiles import dot
+from .chunked import by_offset, gated_attention_chunked, in_chunks
 from .resume import Resumed
 from .state import GatedAttentionState
 
@@ -514,6 +516,7 @@ def _gated_attention_backward(
     k_lin: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    initial: Tensor | None,
     earlier: Tensor | None,
     lengths: Tensor | None,
     memory: Tensor,
@@ -540,7 +543,8 @@ def _gated_attention_backward(
 
 @_gated_attention_backward.register_fake
 def _(
-    do, u, q_quad, k_quad, q_lin, k_lin, v, bias, earlier, lengths, memory, chunk_len, causal, scale, d_bias, d_initial
+    do, u, q_quad, k_quad, q_lin, k_lin, v, bias, initial, earlier, lengths, memory, chunk_len, causal, scale, d_bias,
+    d_initial,
 ):  # fmt: skip
     (B, _, S), E = q_quad.shape, v.shape[-1]
     d_inputs = [x.new_empty(x.shape) for x in (u, q_quad, k_quad, q_lin, k_lin, v)]
@@ -549,18 +553,55 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, earlier, lengths, chunk_len, causal, scale = inputs
-    ctx.save_for_backward(*tensors, earlier, lengths, output[1])
+    *tensors, chunk_len, causal, scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.options = chunk_len, causal, scale
 
 
 def _gradient(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[6:8]
-    *gradients, d_bias, d_initial = _gated_attention_backward(do, *ctx.saved_tensors, *ctx.options, *wanted)
+    *gradients, d_bias, d_initial = _written(do, *ctx.saved_tensors, *ctx.options, *wanted)
     return *gradients, d_bias if wanted[0] else None, d_initial if wanted[1] else None, *(None,) * 5
 
 
+def _plain(
+    do: Tensor,
+    u: Tensor,
+    q_quad: Tensor,
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    earlier: Tensor | None,
+    lengths: Tensor | None,
+    memory: Tensor,
+    chunk_len: int,
+    causal: bool,
+    scale: float,
+    bias_needs_gradient: bool,
+    initial_needs_gradient: bool,
+) -> tuple[Tensor | None, ...]:
+    """As `_gated_attention_backward`, for PyTorch to differentiate."""
+
+    def form(*inputs: Any) -> tuple[Tensor]:
+        *rows, bias, initial = inputs
+        options = {"chunk_len": chunk_len, "causal": causal, "scale": scale, "lengths": lengths}
+        if earlier is None:
+            stateless = {"initial_state": None, "output_final_state": False}
+            return (gated_attention_chunked(*rows, bias=bias, **options, **stateless)[0],)
+        u, q_quad, k_quad, q_lin, k_lin, v = (zero_padding(x, lengths).float() for x in rows)
+        with without_autocast(v.device):
+            offsets = None if bias is None else by_offset(bias, chunk_len, causal)
+            o = u * in_chunks(scale * q_quad, k_quad, q_lin, k_lin, v, offsets, chunk_len, earlier, initial)
+        return (zero_padding(o, lengths).to(rows[-1].dtype),)
+
+    return pullback(form, (u, q_quad, k_quad, q_lin, k_lin, v, bias, initial), (do,))
+
+
 _gated_attention.register_autograd(_gradient, setup_context=_setup_context)
+_written = differentiable(_gated_attention_backward, _plain)
 
 
 class Call(NamedTuple):

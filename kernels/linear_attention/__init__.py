@@ -78,7 +78,7 @@ def linear_attention(
     al. 2023, "Retentive Network", equations 5 and 7 (per head), and of Mamba-2 (per head and step).
     """
     _check(q, k, v, log_decay, causal, normalize, initial_state, output_final_state)
-    check_lengths("linear_attention", lengths, q.shape[0])
+    lengths = check_lengths("linear_attention", lengths, *q.shape[:2])
     implementation = choose("linear_attention", backend, FORMS, q.device, _refused(q, k, v, log_decay, causal))
     o, final_state = implementation(q, k, v, log_decay, causal, normalize, initial_state, lengths, output_final_state)
     return (o, final_state) if output_final_state else o

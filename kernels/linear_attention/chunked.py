@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, without_autocast, zero_padding
+from ..derivatives import forward_mode, gradient
 from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
@@ -41,7 +43,8 @@ def linear_attention_chunked(
     with without_autocast(q.device):
         first = q.new_zeros(B, H, Dk, Dv + normalize, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         if log_decay is None:
-            o, final_state = _WithoutDecay.apply(split(q), split(k), split(v), first, causal)
+            form = partial(_without_decay, causal) if forward_mode() else partial(_WithoutDecay.apply, causal)
+            o, final_state = form(split(q), split(k), split(v), first)
         else:
             # Rows past T hold q = k = 0, so the ones that fill v there with its ones column count for nothing.
             q, k, v = split(q), split(k), split(v, columns=int(normalize))
@@ -71,11 +74,11 @@ class _WithoutDecay(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        causal: bool,
         q: Tensor,  # [G, C, Dk]
         k: Tensor,  # [G, C, Dk]
         v: Tensor,  # [G, C, Dv]
         first: Tensor,  # [B, H, Dk, Dv (+ 1)], the state before the first chunk
-        causal: bool,
     ) -> tuple[Tensor, Tensor]:  # [G, C, Dv], and the state after the last chunk
         Dv = v.shape[-1]
         S, z = first[..., :Dv].flatten(0, 1), first[..., Dv:].flatten(0, 1)
@@ -102,29 +105,56 @@ class _WithoutDecay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(do.device):  # whatever `backward` is called under
-            q, k, v, first, memory, total, o, n = ctx.saved_tensors
-            Dv = v.shape[-1]
-            p = do if n is None else do * n
-            dn = None if n is None else (p * o).sum(-1, keepdim=True).neg_()  # [G, C, 1]
-            dS, dz = d_final[..., :Dv].flatten(0, 1), d_final[..., Dv:].flatten(0, 1)
-            d_memory = torch.bmm(q.mT, p)
-            if ctx.causal:
-                dS = _accumulate(dS, d_memory, reverse=True)
-            dq, dk, dv = torch.bmm(p, memory.mT), torch.bmm(v, d_memory.mT), torch.bmm(k, d_memory)
-            if dn is not None:
-                d_total = torch.bmm(q.mT, dn)
-                if ctx.causal:
-                    dz = _accumulate(dz, d_total, reverse=True)
-                dq.baddbmm_(dn, total.mT)
-                dk.add_(d_total.mT)
-            if ctx.causal:
-                dw = torch.bmm(p, v.mT)
-                dw = (dw if dn is None else dw.add_(dn)).tril_()
-                dq.baddbmm_(dw, k)
-                dk.baddbmm_(dw.mT, q)
-                dv.baddbmm_(torch.bmm(q, k.mT).tril_().mT, p)
-            return dq, dk, dv, torch.cat([dS, dz], -1).view_as(first), None
+        inputs = ctx.saved_tensors[:4]
+        written = partial(_gradients, ctx.causal, *ctx.saved_tensors, do, d_final)
+        return None, *gradient(written, partial(_without_decay, ctx.causal), inputs, (do, d_final))
+
+
+def _gradients(
+    causal: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    memory: Tensor,
+    total: Tensor | None,
+    o: Tensor,
+    n: Tensor | None,
+    do: Tensor,
+    d_final: Tensor,
+) -> tuple[Tensor, ...]:
+    with without_autocast(do.device):  # whatever `backward` is called under
+        Dv = v.shape[-1]
+        p = do if n is None else do * n
+        dn = None if n is None else (p * o).sum(-1, keepdim=True).neg_()  # [G, C, 1]
+        dS, dz = d_final[..., :Dv].flatten(0, 1), d_final[..., Dv:].flatten(0, 1)
+        d_memory = torch.bmm(q.mT, p)
+        if causal:
+            dS = _accumulate(dS, d_memory, reverse=True)
+        dq, dk, dv = torch.bmm(p, memory.mT), torch.bmm(v, d_memory.mT), torch.bmm(k, d_memory)
+        if dn is not None:
+            assert total is not None
+            d_total = torch.bmm(q.mT, dn)
+            if causal:
+                dz = _accumulate(dz, d_total, reverse=True)
+            dq.baddbmm_(dn, total.mT)
+            dk.add_(d_total.mT)
+        if causal:
+            dw = torch.bmm(p, v.mT)
+            dw = (dw if dn is None else dw.add_(dn)).tril_()
+            dq.baddbmm_(dw, k)
+            dk.baddbmm_(dw.mT, q)
+            dv.baddbmm_(torch.bmm(q, k.mT).tril_().mT, p)
+        return dq, dk, dv, torch.cat([dS, dz], -1).view_as(first)
+
+
+def _without_decay(causal: bool, q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """`_WithoutDecay` for PyTorch to differentiate: with a decay that takes nothing."""
+    with without_autocast(q.device):
+        normalize = first.shape[-1] > v.shape[-1]
+        v = F.pad(v, (0, int(normalize)), value=1.0)
+        o, final_state = _with_decay(q, k, v, q.new_zeros(first.shape[1], 1, q.shape[1]), causal, first)
+        return divide_by_normalizer(o) if normalize else o, final_state if causal else first
 
 
 def _accumulate(state: Tensor, updates: Tensor, reverse: bool = False) -> Tensor:

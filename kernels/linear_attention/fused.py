@@ -33,7 +33,9 @@ from torch import Tensor
 
 from .. import backends
 from ..common import zero_padding
+from ..derivatives import differentiable, pullback
 from ..tiles import dot, place
+from .chunked import linear_attention_chunked
 
 MIN_SEGMENT = 512  # steps
 PROGRAMS = 2  # wanted for each multiprocessor, before time is cut
@@ -365,11 +367,37 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradient(ctx: Any, do: Tensor, d_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     decays, starts = ctx.needs_input_grad[3:5]
-    dq, dk, dv, dg, d_initial = _linear_attention_backward(do, d_state, *ctx.saved_tensors, *ctx.options, decays)
+    dq, dk, dv, dg, d_initial = _written(do, d_state, *ctx.saved_tensors, *ctx.options, decays)
     return dq, dk, dv, dg if decays else None, d_initial if starts else None, *(None,) * 4
 
 
+def _plain(
+    do: Tensor,
+    d_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    o: Tensor,
+    state: Tensor,
+    inverse: Tensor,
+    causal: bool,
+    normalize: bool,
+    output_final_state: bool,
+    decay_needs_gradient: bool,
+) -> tuple[Tensor | None, ...]:
+    """As `_linear_attention_backward`, for PyTorch to differentiate."""
+
+    def form(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return linear_attention_chunked(q, k, v, g, causal, normalize, start, lengths, output_final_state)
+
+    return pullback(form, (q, k, v, log_decay, initial_state), (do, d_state))
+
+
 _linear_attention.register_autograd(_gradient, setup_context=_setup_context)
+_written = differentiable(_linear_attention_backward, _plain)
 
 
 def _decay_gradient(

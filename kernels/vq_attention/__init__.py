@@ -94,7 +94,7 @@ def vq_attention(
             )
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError("vq_attention: only causal attention has a state; valid: causal=True")
-    check_lengths("vq_attention", lengths, B)
+    lengths = check_lengths("vq_attention", lengths, B, T)
     run = choose(
         "vq_attention",
         backend,

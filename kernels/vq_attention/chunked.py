@@ -5,6 +5,7 @@ B sequences, H heads, N blocks of L positions each, W blocks in a window (2 caus
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, valid_positions, without_autocast, zero_padding
-from .outside import counts_outside, read_outside, read_outside_backward
+from ..derivatives import forward_mode, gradient
+from .outside import read_outside, read_outside_backward, sums_outside
 from .state import VQState
 
 
@@ -53,7 +55,7 @@ def vq_attention_chunked(
         return x.transpose(1, 2).unflatten(2, (-1, L))
 
     valid_b, codes_b = split(valid[..., None, None])[..., 0], split(codes[..., None])[..., 0]  # [B, 1 or H, N, L]
-    counts = counts_outside(_counts(codes_b, valid_b, codebook.shape[1]), causal)  # [B, H, N, S]
+    counts = sums_outside(_counts(codes_b, valid_b, codebook.shape[1]), causal)  # [B, H, N, S]
     past_sums = None
     if past is not None:
         counts, past_sums = counts + past.counts[:, :, None], past.sums.to(v.dtype)
@@ -61,18 +63,9 @@ def vq_attention_chunked(
         bias = split(bias.to(q.dtype).expand(B, T, H, -1), first)
     # Autocast would keep the sums in half precision.
     with without_autocast(q.device):
-        y = _Attention.apply(
-            split(q, first),
-            split(k.to(q.dtype), first),
-            split(v),
-            bias,
-            past_sums,
-            codebook.to(q.dtype),
-            codes_b,
-            valid_b,
-            counts,
-            causal,
-        )
+        q, k, v = split(q, first), split(k.to(q.dtype), first), split(v)
+        form = plain_attention if forward_mode() else _attend
+        y = form(q, k, v, bias, past_sums, codebook.to(q.dtype), codes_b, valid_b, counts, causal)
     y = y.flatten(2, 3)[:, :, first : first + T].transpose(1, 2)
     return zero_padding(y, lengths).to(out_dtype), state
 
@@ -87,6 +80,33 @@ def _counts(codes: Tensor, valid: Tensor, S: int) -> Tensor:
 # the blocks as they lie in memory: at either end of a sequence they reach into the next one, where columns are hidden.
 
 
+def _attend(
+    q: Tensor,  # [B, H, N, L, D]
+    k: Tensor,
+    v: Tensor,  # [B, H, N, L, Dv]
+    bias: Tensor | None,  # [B, H, N, L, offsets]
+    *others: Any,
+) -> Tensor:  # [B, H, N, L, Dv]
+    values = (None if x is None else x.detach() for x in (v, bias))
+    outlines = (None if x is None else Outline.apply(x) for x in (k, v, bias))
+    return _Attention.apply(q.reshape(-1, *q.shape[-2:]), *values, *outlines, *others)
+
+
+class Outline(torch.autograd.Function):
+    """A tensor's shape and place in the graph, without its values and their memory.
+
+    What is kept for a gradient of the gradient must lead back to each input, and is not to hold it a second time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class _Attention(torch.autograd.Function):
     """Softmax attention to windows and, outside of them, to codes; k̂ is looked up by code, and k takes its gradient.
 
@@ -97,10 +117,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,  # [B, H, N, L, D]
-        k: Tensor,  # only to take a gradient
+        q: Tensor,  # [G, L, D]
         v: Tensor,  # [B, H, N, L, Dv]
         bias: Tensor | None,  # [B, H, N, L, offsets]
+        k_outline: Tensor,  # [B, H, N, L, D]
+        v_outline: Tensor,
+        bias_outline: Tensor | None,
         past_sums: Tensor | None,  # [B, H, S, Dv]
         codebook: Tensor,  # [H, S, D]
         codes: Tensor,  # [B, H, N, L]
@@ -108,69 +130,174 @@ class _Attention(torch.autograd.Function):
         counts: Tensor,  # [B, H, N, S], outside the windows
         causal: bool,
     ) -> Tensor:  # [B, H, N, L, Dv]
-        (B, H, N, L, D), S, Dv = q.shape, codebook.shape[1], v.shape[-1]
+        (B, H, N, L, Dv), (S, D) = v.shape, codebook.shape[1:]
         G, W, behind = B * H * N, 2 if causal else 3, 0 if causal else 1
-        q, codes = q.reshape(G, L, D), codes.reshape(B * H, N, L)
-        heads = torch.arange(H, device=q.device)[:, None, None]
-        keys = F.embedding(codes.view(B, H, N, L) + S * heads, codebook.flatten(0, 1)).view(G, L, D)
-        keys = F.pad(keys, (0, 0, 0, 0, 1, behind))  # [G + W - 1, L, D]
+        keys = F.pad(_keys(codebook, codes), (0, 0, 0, 0, 1, behind))  # [G + W - 1, L, D]
         values = F.pad(v.reshape(G, L, Dv), (0, 0, 0, 0, 1, behind))
+        codes = codes.reshape(B * H, N, L)
 
         near = torch.bmm(q, _windows(keys, W))
         far = torch.matmul(q.view(B, H, N * L, D), codebook.mT).view(G, L, S)
         scores = torch.cat([near, far], -1)  # [G, L, WL + S]
-        never = torch.finfo(scores.dtype).min
-        visible = F.pad(valid.flatten(2), (L, L * behind)).unfold(2, W * L, L)  # [B, 1, N, WL]
-        hidden = scores.new_zeros(B, H, N, W * L).masked_fill_(~visible, never)
-        log_counts = counts.to(scores.dtype).log().clamp_(min=never)
-        scores += torch.cat([hidden, log_counts], -1).view(G, 1, -1)
+        scores += _prior(valid, counts, W, scores.dtype)
         if causal:
-            future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
-            scores[..., L : 2 * L].masked_fill_(future, never)
+            scores[..., L : 2 * L].masked_fill_(_future(q), torch.finfo(scores.dtype).min)
         if bias is not None:
             _by_offset(scores, bias.shape[-1], W).add_(bias.reshape(G, L, -1))
 
         weights = scores.softmax(-1)
         near, far = weights.split([W * L, S], -1)
-        share = counts.clamp(min=1).to(q.dtype).reciprocal_().view(G, 1, S)
+        share = _share(counts, q)
         far = (far * share).view(B * H, N, L, S)  # of one key
         y = read_outside(far, values[1 : G + 1].view(B * H, N, L, Dv), codes, causal)
         y.view(G, L, Dv).baddbmm_(near, _windows(values, W).mT)
         if past_sums is not None:
             y.view(B * H, N * L, Dv).baddbmm_(far.flatten(1, 2), past_sums.flatten(0, 1))
-        ctx.causal, ctx.offsets = causal, None if bias is None else bias.shape[-1]
-        ctx.save_for_backward(q, keys, values, weights, share, codes, codebook, past_sums)
+        ctx.causal = causal
+        outlines = (k_outline, v_outline, bias_outline)
+        ctx.save_for_backward(q, keys, values, weights, share, codes, codebook, past_sums, *outlines)
         return y.view(B, H, N, L, Dv)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, keys, values, weights, share, codes, codebook, past_sums = ctx.saved_tensors
-        (B, H, N, L, Dv), (S, D), causal = dy.shape, codebook.shape[1:], ctx.causal
-        G, W = B * H * N, 2 if causal else 3
-        with without_autocast(dy.device):
-            dy = dy.reshape(G, L, Dv)
-            dy_n = dy.view(B * H, N, L, Dv)
-            near, far = weights.split([W * L, S], -1)
-            far = (far * share).view(B * H, N, L, S)
-            d_far, dv = read_outside_backward(dy_n, far, values[1 : G + 1].view(dy_n.shape), codes, causal)
-            dv += _window_sums(near, dy, W).view(dv.shape)
-            d_past_sums = None
-            if past_sums is not None:
-                d_far.flatten(1, 2).baddbmm_(dy_n.flatten(1, 2), past_sums.flatten(0, 1).mT)
-                d_past_sums = torch.bmm(far.flatten(1, 2).mT, dy_n.flatten(1, 2)).view_as(past_sums)
+        *kept, k, v, bias = ctx.saved_tensors
+        q, _, values, weights, share, codes, codebook, past_sums = kept
+        written = partial(_gradients, ctx.causal, None if bias is None else bias.shape[-1], *kept, dy)
 
-            d_near, d_far = torch.bmm(dy, _windows(values, W)), d_far.view(G, L, S).mul_(share)
-            d_weights = torch.cat([d_near, d_far], -1)
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_near, d_far = d_scores.split([W * L, S], -1)
-            dq = torch.bmm(d_near, _windows(keys, W).mT).view(B, H, N * L, D)
-            dq += d_far.reshape(B, H, N * L, S) @ codebook
-            dk = _window_sums(d_near, q, W)
-            d_bias = None
-            if ctx.offsets is not None:
-                d_bias = _by_offset(d_scores, ctx.offsets, W).reshape(B, H, N, L, -1)
-        shape = (B, H, N, L, -1)
-        return dq.view(shape), dk.view(shape), dv.view(shape), d_bias, d_past_sums, None, None, None, None, None
+        def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, past_sums: Tensor | None) -> tuple[Tensor]:
+            v = values[1 : len(q) + 1].view_as(v) + v - v.detach()
+            others = (past_sums, codebook, codes.view(k.shape[:-1]), share, ctx.causal)
+            return (_plain(q, k, v, bias, *others, weights=weights),)
+
+        dq, dk, dv, d_bias, d_past_sums = gradient(written, form, (q, k, v, bias, past_sums), (dy,))
+        return dq, None, None, dk, dv, d_bias, d_past_sums, *(None,) * 5
+
+
+def _gradients(
+    causal: bool,
+    offsets: int | None,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    share: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    past_sums: Tensor | None,
+    dy: Tensor,
+) -> tuple[Tensor | None, ...]:
+    (B, H, N, L, Dv), (S, D) = dy.shape, codebook.shape[1:]
+    G, W = B * H * N, 2 if causal else 3
+    with without_autocast(dy.device):
+        dy = dy.reshape(G, L, Dv)
+        dy_n = dy.view(B * H, N, L, Dv)
+        near, far = weights.split([W * L, S], -1)
+        far = (far * share).view(B * H, N, L, S)
+        d_far, dv = read_outside_backward(dy_n, far, values[1 : G + 1].view(dy_n.shape), codes, causal)
+        dv += _window_sums(near, dy, W).view(dv.shape)
+        d_past_sums = None
+        if past_sums is not None:
+            d_far.flatten(1, 2).baddbmm_(dy_n.flatten(1, 2), past_sums.flatten(0, 1).mT)
+            d_past_sums = torch.bmm(far.flatten(1, 2).mT, dy_n.flatten(1, 2)).view_as(past_sums)
+
+        d_near, d_far = torch.bmm(dy, _windows(values, W)), d_far.view(G, L, S).mul_(share)
+        d_weights = torch.cat([d_near, d_far], -1)
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        d_near, d_far = d_scores.split([W * L, S], -1)
+        dq = torch.bmm(d_near, _windows(keys, W).mT).view(B, H, N * L, D)
+        dq += d_far.reshape(B, H, N * L, S) @ codebook
+        dk = _window_sums(d_near, q, W)
+        d_bias = None if offsets is None else _by_offset(d_scores, offsets, W).reshape(B, H, N, L, -1)
+    shape = (B, H, N, L, -1)
+    return dq.view(G, L, D), dk.view(shape), dv.view(shape), d_bias, d_past_sums
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    past_sums: Tensor | None,
+    codebook: Tensor,
+    codes: Tensor,
+    valid: Tensor,
+    counts: Tensor,
+    causal: bool,
+) -> Tensor:
+    """As `_attend`, for PyTorch to differentiate."""
+    q = q.reshape(-1, *q.shape[-2:])
+    prior = _prior(valid, counts, 2 if causal else 3, q.dtype)
+    return _plain(q, k, v, bias, past_sums, codebook, codes, _share(counts, q), causal, prior=prior)
+
+
+def _plain(
+    q: Tensor,  # [G, L, D]
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    past_sums: Tensor | None,
+    codebook: Tensor,
+    codes: Tensor,
+    share: Tensor,  # [G, 1, S]
+    causal: bool,
+    *,
+    prior: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """`_Attention` for PyTorch to differentiate. With the weights that came out, k and bias may be outlines."""
+    (B, H, N, L, Dv), S = v.shape, codebook.shape[1]
+    G, W, behind = B * H * N, 2 if causal else 3, 0 if causal else 1
+    with without_autocast(q.device):
+        keys = _keys(codebook, codes) + (k - k.detach()).reshape(G, L, -1)
+        around = (0, 0, 0, 0, 1, behind)
+        near = torch.bmm(q, _windows(F.pad(keys, around), W))
+        far = torch.matmul(q.view(B, H, N * L, -1), codebook.mT).view(G, L, S)
+        scores = torch.cat([near, far], -1)
+        if bias is not None:
+            scores = scores + _shifted(bias.reshape(G, L, -1), scores.shape[-1], W)
+        if weights is None:
+            scores = scores + prior
+            if causal:
+                never = torch.finfo(scores.dtype).min
+                scores = scores.masked_fill(F.pad(_future(q), (L, S)), never)
+        else:
+            scores = weights.log() + (scores - scores.detach())
+        near, far = scores.softmax(-1).split([W * L, S], -1)
+        far = far * share
+        by_code = F.one_hot(codes, S).to(v.dtype).mT @ v  # [B, H, N, S, Dv]
+        sums = sums_outside(by_code.flatten(3), causal).view(G, S, Dv)
+        if past_sums is not None:
+            sums = sums + past_sums[:, :, None].expand(B, H, N, S, Dv).reshape(G, S, Dv)
+        y = torch.bmm(near, _windows(F.pad(v.reshape(G, L, Dv), around), W).mT) + torch.bmm(far, sums)
+        return y.view(B, H, N, L, Dv)
+
+
+def _keys(codebook: Tensor, codes: Tensor) -> Tensor:
+    """The code that stands for each key, [G, L, D]."""
+    (H, S, D), L = codebook.shape, codes.shape[-1]
+    first = S * torch.arange(H, device=codes.device)[:, None, None]
+    return F.embedding(codes + first, codebook.flatten(0, 1)).reshape(-1, L, D)
+
+
+def _prior(valid: Tensor, counts: Tensor, W: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of a block's queries, but for the future: [G, 1, WL + S]."""
+    (B, H, N, _), L = counts.shape, valid.shape[-1]
+    never = torch.finfo(dtype).min
+    visible = F.pad(valid.flatten(2), (L, L * (W - 2))).unfold(2, W * L, L)  # [B, 1, N, WL]
+    hidden = torch.zeros(B, H, N, W * L, device=counts.device, dtype=dtype).masked_fill_(~visible, never)
+    log_counts = counts.to(dtype).log().clamp_(min=never)
+    return torch.cat([hidden, log_counts], -1).view(B * H * N, 1, -1)
+
+
+def _future(q: Tensor) -> Tensor:
+    """Which keys of its own block a query does not see, [L, L]."""
+    L = q.shape[1]
+    return torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
+
+
+def _share(counts: Tensor, q: Tensor) -> Tensor:
+    """Of one key in the weight of its code, [G, 1, S]."""
+    return counts.clamp(min=1).to(q.dtype).reciprocal_().view(len(q), 1, -1)
 
 
 def _windows(x: Tensor, W: int) -> Tensor:
@@ -196,3 +323,11 @@ def _by_offset(scores: Tensor, offsets: int, W: int) -> Tensor:
     G, L, columns = scores.shape
     reach = offsets - 1 if W == 2 else offsets // 2
     return scores.as_strided((G, L, offsets), (L * columns, columns + 1, 1), L - reach)
+
+
+def _shifted(bias: Tensor, columns: int, W: int) -> Tensor:
+    """The biases [G, L, offsets] where `_by_offset` has them, among zeros: [G, L, columns]."""
+    G, L, offsets = bias.shape
+    reach = offsets - 1 if W == 2 else offsets // 2
+    rows = F.pad(bias, (0, columns + 1 - offsets)).flatten(1)
+    return F.pad(rows, (L - reach, 0))[:, : L * columns].view(G, L, columns)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, refusal
-from ..common import accumulation_dtype, valid_positions, zero_padding
+from ..common import accumulation_dtype, check_lengths, valid_positions, without_autocast, zero_padding
 
 CHANNELS = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), sys.maxsize)  # of the fused forms: any number
 
@@ -24,6 +24,7 @@ def nearest_code(k: Tensor, codebook: Tensor, *, lengths: Tensor | None = None, 
     Returns:
         int64 [B, T, H].
     """
+    lengths = check_lengths("nearest_code", lengths, *k.shape[:2])
     forms = {"chunked": _chunked, "fused": _fused}
     return choose("nearest_code", backend, forms, k.device, refusal(k, codebook, channels=CHANNELS))(
         k, codebook, lengths
@@ -31,11 +32,12 @@ def nearest_code(k: Tensor, codebook: Tensor, *, lengths: Tensor | None = None, 
 
 
 def _chunked(k: Tensor, codebook: Tensor, lengths: Tensor | None) -> Tensor:
-    dtype = accumulation_dtype(k.dtype)
+    dtype = accumulation_dtype(torch.promote_types(k.dtype, codebook.dtype))
     k, codebook = zero_padding(k, lengths).to(dtype), codebook.to(dtype)
-    offset = codebook.square().sum(-1)[:, None] / -2  # [H, 1, S]
-    closeness = torch.baddbmm(offset, k.flatten(0, 1).transpose(0, 1), codebook.mT)  # [H, BT, S]
-    return closeness.max(-1).indices.T.view(k.shape[:-1])
+    with without_autocast(k.device):
+        offset = codebook.square().sum(-1)[:, None] / -2  # [H, 1, S]
+        closeness = torch.baddbmm(offset, k.flatten(0, 1).transpose(0, 1), codebook.mT)  # [H, BT, S]
+        return closeness.max(-1).indices.T.view(k.shape[:-1])
 
 
 def _fused(k: Tensor, codebook: Tensor, lengths: Tensor | None) -> Tensor:

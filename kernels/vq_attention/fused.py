@@ -28,8 +28,10 @@ from torch import Tensor
 
 from .. import backends
 from ..common import pad_channels, zero_padding
+from ..derivatives import differentiable, pullback
 from ..tiles import absorb, dot, head_rows, load_tile
-from .outside import counts_outside
+from .chunked import Outline, plain_attention
+from .outside import sums_outside
 from .state import VQState
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -625,7 +627,7 @@ def vq_attention_fused(
             bias = F.pad(bias, (0, 0, 0, 0, L, 0))
     q, k, v, codebook = (pad_channels(x.to(dtype)) for x in (q, k, v, codebook))
     sums = None if sums is None else pad_channels(sums)
-    y = _attention(q, k, v, codebook, codes, bias, sums, counts, first, lengths, L, causal)[0]
+    y = _attention(q, Outline.apply(k), v, codebook, codes, bias, sums, counts, first, lengths, L, causal)[0]
     return y[:, before:, :, :Dv].to(v.dtype), state
 
 
@@ -663,7 +665,7 @@ def _attention(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
-    counts = counts_outside(counts.unflatten(0, (B, H)), causal)
+    counts = sums_outside(counts.unflatten(0, (B, H)), causal)
     if past_counts is not None:
         counts += past_counts[:, :, None]
     means = v.new_empty(B, H, N, S, Dv)
@@ -695,10 +697,12 @@ def _(q, k, v, codebook, codes, bias, past_sums, past_counts, first, last, block
 def _attention_backward(
     do: Tensor,
     q: Tensor,
+    k: Tensor,  # an outline, for a gradient of the gradient
     v: Tensor,
     codebook: Tensor,
     codes: Tensor,
     bias: Tensor | None,
+    past_sums: Tensor | None,  # as k
     first: Tensor | None,
     last: Tensor | None,
     o: Tensor,
@@ -754,7 +758,10 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(do, q, v, codebook, codes, bias, first, last, o, log_sum, means, counts, block_len, causal, biased, resumed):
+def _(
+    do, q, k, v, codebook, codes, bias, past_sums, first, last, o, log_sum, means, counts, block_len, causal, biased,
+    resumed,
+):  # fmt: skip
     (B, _, H, _), S, Dv = q.shape, codebook.shape[1], v.shape[-1]
     d_bias, d_past = bias.shape if biased else (0,), (B, H, S, Dv) if resumed else (0,)
     inputs = (x.new_empty(x.shape) for x in (q, q, v))
@@ -762,18 +769,60 @@ def _(do, q, v, codebook, codes, bias, first, last, o, log_sum, means, counts, b
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, _, v, codebook, codes, bias, _, _, first, last, ctx.block_len, ctx.causal = inputs
-    ctx.save_for_backward(q, v, codebook, codes, bias, first, last, *output)
+    q, k, v, codebook, codes, bias, past_sums, _, first, last, ctx.block_len, ctx.causal = inputs
+    ctx.save_for_backward(q, k, v, codebook, codes, bias, past_sums, first, last, *output)
 
 
 def _gradient(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     saved, (biased, resumed) = ctx.saved_tensors, ctx.needs_input_grad[5:7]
-    dq, dk, dv, d_bias, d_past = _attention_backward(do, *saved, ctx.block_len, ctx.causal, biased, resumed)
-    bias = saved[4]
+    dq, dk, dv, d_bias, d_past = _written(do, *saved, ctx.block_len, ctx.causal, biased, resumed)
+    bias = saved[5]
     return dq, dk, dv, None, None, d_bias.to(bias.dtype) if biased else None, d_past if resumed else None, *(None,) * 5
 
 
+def _plain(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    past_sums: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
+    o: Tensor,
+    log_sum: Tensor,
+    means: Tensor,
+    counts: Tensor,
+    block_len: int,
+    causal: bool,
+    bias_needs_gradient: bool,
+    past_needs_gradient: bool,
+) -> tuple[Tensor | None, ...]:
+    """As `_attention_backward`, for PyTorch to differentiate."""
+    (B, T, H, _), L = q.shape, block_len
+    position = torch.arange(T, device=q.device)
+    valid = torch.ones(B, T, dtype=torch.bool, device=q.device)
+    valid = valid if first is None else valid & (position >= first[:, None])
+    valid = valid if last is None else valid & (position < last[:, None])
+
+    def split(x: Tensor) -> Tensor:  # [B, T, H, D] -> [B, H, N, L, D]
+        return F.pad(x, (0, 0, 0, 0, 0, -T % L)).transpose(1, 2).unflatten(2, (-1, L))
+
+    def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, past_sums: Tensor | None) -> tuple[Tensor]:
+        zeroed = (split(torch.where(valid[..., None, None], x, 0).float()) for x in (q, k, v))
+        biases = None if bias is None else split(bias.float().expand(B, T, H, -1))
+        codes_b, valid_b = split(codes[..., None])[..., 0], split(valid[..., None, None])[..., 0]
+        y = plain_attention(*zeroed, biases, past_sums, codebook.float(), codes_b, valid_b, counts, causal)
+        y = y.flatten(2, 3)[:, :, :T].transpose(1, 2)
+        return (torch.where(valid[..., None, None], y, 0).to(v.dtype),)
+
+    return pullback(form, (q, k, v, bias, past_sums), (do,))
+
+
 _attention.register_autograd(_gradient, setup_context=_setup_context)
+_written = differentiable(_attention_backward, _plain)
 
 
 def _outside(

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def counts_outside(counts: Tensor, causal: bool) -> Tensor:
-    """How many keys outside each block's window have each code, from those of each block: int64 [B, H, N, S]."""
-    N = counts.shape[2]
+def sums_outside(blocks: Tensor, causal: bool) -> Tensor:
+    """Sums over the blocks outside each block's window, of what each block has: [B, H, N, X]."""
+    N = blocks.shape[2]
     edge = min(N, 2)
-    outside = F.pad(counts[:, :, : N - edge].cumsum(2), (0, 0, edge, 0))
+    outside = F.pad(blocks[:, :, : N - edge].cumsum(2), (0, 0, edge, 0))
     if not causal:
-        outside += F.pad(counts[:, :, edge:].flip(2).cumsum(2).flip(2), (0, 0, 0, edge))
+        outside = outside + F.pad(blocks[:, :, edge:].flip(2).cumsum(2).flip(2), (0, 0, 0, edge))
     return outside
 
 

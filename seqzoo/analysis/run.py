@@ -12,7 +12,7 @@ from ..models import SequenceModel
 from ..spec import Batch
 from ..tasks import Task, build_task, stratified
 from ..training import load
-from ..training.run_folder import read_config, read_spec
+from ..training.run_folder import checked_task, read_config, read_spec
 from .mixing import WINDOW, LayerMixing, mixing_report
 
 SCHEMA = 1
@@ -69,13 +69,12 @@ def analyse_run(
         raise ConfigError(
             f"{folder} is unfinished: it has no result.json; python train.py resume={folder} continues it"
         )
-    if task is None:
-        if spec.name != config.task.name:
-            raise ConfigError(f"{folder} was trained on the user's own task {spec.name!r}: pass it as task=")
-        data_dir = data_dir or config.data_dir
-        task = build_task(config.task, data_dir=data_dir, cache_dir=cache_dir, filled=config.cache_dir)
-    if task.spec != spec:
-        raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
+
+    def build() -> Task:
+        where = data_dir or config.data_dir
+        return build_task(config.task, data_dir=where, cache_dir=cache_dir, filled=config.cache_dir)
+
+    task = checked_task(folder, config, task, build)
     if not 1 <= n <= len(task.test):
         raise ConfigError(f"n={n}: valid: 1 to {len(task.test)}, the test examples of {spec.name}")
     index = stratified(task.test.labels, n, EXAMPLES_SEED)

@@ -22,7 +22,7 @@ class TokenEmbedding(nn.Module):
         self.table = nn.Embedding(spec.vocab_size, d_model)
 
     def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        if inputs.device.type == "cpu" and not torch.compiler.is_compiling():
+        if inputs.device.type == "cpu" and inputs.numel() and not torch.compiler.is_compiling():
             low, high = inputs.aminmax()
             size = self.table.num_embeddings
             if low < 0 or high >= size:
@@ -39,19 +39,14 @@ class PixelEmbedding(nn.Module):
     A masked position has value zero after normalisation, which is the mean, and its flag set.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, spec: TaskSpec, d_model: int) -> None:
         super().__init__()
-        self.levels = spec.vocab_size
+        self.spec = spec
         self.proj = nn.Linear(spec.channels + 1, d_model)
-        self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(spec.std), persistent=False)
 
     def normalise(self, inputs: Tensor) -> Tensor:
-        """[B, T, channels] of integers -> floats of mean zero and unit variance over the data."""
-        return (inputs / (self.levels - 1) - self.mean) / self.std
+        """[B, T, channels] of integers -> what `proj` takes, of mean zero and unit variance over the data."""
+        return self.spec.normalise(inputs).to(self.proj.weight.dtype)
 
     def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         values = self.normalise(inputs)
@@ -68,8 +63,6 @@ class Embedding(nn.Module):
         position: "none", "sinusoidal" (Vaswani et al. 2017, section 3.5) or "learned".
     """
 
-    sinusoids: Tensor
-
     def __init__(self, spec: TaskSpec, d_model: int, position: str) -> None:
         super().__init__()
         if position not in POSITIONS:
@@ -79,8 +72,6 @@ class Embedding(nn.Module):
         self.inputs = TokenEmbedding(spec, d_model) if spec.kind == "tokens" else PixelEmbedding(spec, d_model)
         if position == "learned":
             self.learned = nn.Parameter(0.02 * torch.randn(spec.max_length, d_model))
-        elif position == "sinusoidal":
-            self.register_buffer("sinusoids", sinusoids(spec.max_length, d_model), persistent=False)
 
     def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         T = inputs.shape[1]
@@ -90,12 +81,12 @@ class Embedding(nn.Module):
         if self.position == "learned":
             return x + self.learned[:T]
         if self.position == "sinusoidal":
-            return x + self.sinusoids[:T]
+            return x + sinusoids(T, x.shape[-1], device=x.device).to(next(self.parameters()).dtype)
         return x
 
 
-def sinusoids(length: int, d_model: int) -> Tensor:
+def sinusoids(length: int, d_model: int, *, device: torch.device | None = None) -> Tensor:
     """[length, d_model], sines in the even channels and cosines in the odd ones."""
-    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2) / d_model)
-    angle = torch.arange(length)[:, None] * frequency
+    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, device=device) / d_model)
+    angle = torch.arange(length, device=device)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model]

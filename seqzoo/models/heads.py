@@ -3,22 +3,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels.common import valid_positions
+from ..kernels.common import valid_positions, zero_padding
 from ..spec import TaskSpec
 
 POOLINGS = ("mean", "max", "last", "first")
 
 
 def pool(x: Tensor, lengths: Tensor, how: str) -> Tensor:
-    """One vector for each sequence, from its valid positions: [B, T, D] -> [B, D]."""
+    """One vector for each sequence, from its valid positions: [B, T, D] -> [B, D]; zero where it has none."""
+    if how == "mean":
+        return zero_padding(x, lengths).sum(1) / lengths.clamp(min=1)[:, None]
     if how == "first":
-        return x[:, 0]
-    if how == "last":
-        return x[torch.arange(len(x), device=x.device), lengths - 1]
-    valid = valid_positions(lengths, x.shape[1])[..., None]
-    if how == "max":
-        return x.masked_fill(~valid, -torch.inf).amax(1)
-    return torch.where(valid, x, 0).sum(1) / lengths[:, None]
+        pooled = x[:, 0]
+    elif how == "last":
+        pooled = x[torch.arange(len(x), device=x.device), lengths - 1]
+    else:
+        pooled = x.masked_fill(~valid_positions(lengths, x.shape[1])[..., None], -torch.inf).amax(1)
+    return torch.where(lengths[:, None] > 0, pooled, 0)
 
 
 class ClassificationHead(nn.Module):

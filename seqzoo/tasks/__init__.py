@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import (
     acl_retrieval,
@@ -23,19 +24,23 @@ from .arrays import from_arrays
 from .cache import default_folder, reading
 from .config import TaskConfig
 from .data import Split, Task, epoch_order, nested, stratified
+from .identity import Fingerprint, fingerprint
 from .sources import DataError, MissingData
 
 __all__ = [
     "TASKS",
     "DataError",
+    "Fingerprint",
     "MissingData",
     "Split",
     "Task",
     "TaskConfig",
     "build_task",
     "epoch_order",
+    "fingerprint",
     "from_arrays",
     "nested",
+    "origin_of",
     "stratified",
 ]
 
@@ -57,6 +62,28 @@ TASKS: dict[str, Callable[..., Task]] = {
     "smnist": smnist.build,
     "speech_commands": speech_commands.build,
 }
+
+# Of tasks whose data may be one's own or come from more than one place: what tells them apart.
+ORIGINS: dict[str, Callable[..., dict[str, Any]]] = {
+    "acl_retrieval": acl_retrieval.origin,
+    "char_lm": char_lm.origin,
+    "lra_listops": lra_listops.origin,
+    **dict.fromkeys(lra_pathfinder.SIZES, lra_pathfinder.origin),
+}
+
+
+def origin_of(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Path | str | None) -> dict[str, Any]:
+    """What `build_task` would take the data from, as keys beside those of `config`, in JSON values.
+
+    Empty where that is the task's default, as for all tasks that know no other. It says what is read, not where that
+    lies, and reads little: an edit that leaves sizes alone shows in `fingerprint` only.
+
+    Raises:
+        DataError: as `build_task` does, of a text that is missing, or files that are incomplete or damaged.
+    """
+    if config.name not in ORIGINS:
+        return {}
+    return ORIGINS[config.name](config, **_places(data_dir, cache_dir))
 
 
 def build_task(
@@ -80,8 +107,11 @@ def build_task(
     if config.name not in TASKS:
         raise ValueError(f"no task {config.name!r}; valid: {', '.join(TASKS)}")
     with reading(None if filled is None else Path(filled).expanduser()):
-        return TASKS[config.name](
-            config,
-            data_dir=None if data_dir is None else Path(data_dir).expanduser(),
-            cache_dir=default_folder() if cache_dir is None else Path(cache_dir).expanduser(),
-        )
+        return TASKS[config.name](config, **_places(data_dir, cache_dir))
+
+
+def _places(data_dir: Path | str | None, cache_dir: Path | str | None) -> dict[str, Any]:
+    return {
+        "data_dir": None if data_dir is None else Path(data_dir).expanduser(),
+        "cache_dir": default_folder() if cache_dir is None else Path(cache_dir).expanduser(),
+    }

@@ -26,8 +26,9 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from .cache import Stored, cached
 from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
-from .sources import DataError, given_folder
+from .sources import DataError, MissingData, given_folder
 
 FOLDER = "aan"
 FILES = (("documents.jsonl", "citations.tsv"), ("scisumm_docs.jsonl", "aan_citations.tsv"))
@@ -65,10 +66,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     if settings["val_fraction"] + settings["test_fraction"] >= 1:
         raise ValueError(f"task {config.name}: val_fraction and test_fraction leave nothing to train on")
     papers, citations = _files(given_folder(FOLDER, data_dir, ADVICE))
-    request = {"max_length": config.max_length, **settings}
-    for path in (papers, citations):
-        with path.open("rb") as file:
-            request[path.suffix] = hashlib.file_digest(file, "sha256").hexdigest()
+    request = {"max_length": config.max_length, **settings, **_digests(papers, citations)}
 
     def prepare(work: Path) -> Stored:
         return _prepare(papers, citations, config.max_length, **settings)
@@ -77,6 +75,27 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     symbols = stored.facts["symbols"]
     spec = text_spec(config, symbols, num_classes=2, num_inputs=2)
     return assemble(spec, stored.arrays, symbols=symbols)
+
+
+def origin(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> dict[str, Any]:
+    """What papers and citations say; nothing where there are none."""
+    try:
+        return {"origin": _digests(*_files(given_folder(FOLDER, data_dir, ADVICE)))}
+    except MissingData:
+        return {}
+
+
+def _digests(*paths: Path) -> dict[str, str]:
+    """SHA-256 of files by what their names end in."""
+    stats = [path.stat() for path in paths]
+    return {path.suffix: _sha256(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)}
+
+
+@cache
+def _sha256(path: Path, size: int, dated: int) -> str:
+    """Of a file that has this size and date: asked for several times by one run, hashed once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prepare(

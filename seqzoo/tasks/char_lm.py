@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,13 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     if unknown:
         note += f", {unknown:,} of the test split's <unk>"
     return assemble(spec, stored.arrays, note=note, symbols=symbols)
+
+
+def origin(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> dict[str, Any]:
+    """What the text says, in place of where it is."""
+    if config.text is None:
+        return {}
+    return {"text": hashlib.sha256(read_text(config.text, data_dir)[1]).hexdigest()}
 
 
 def read_text(text: str | None, data_dir: Path | None) -> tuple[Path, bytes]:

@@ -85,7 +85,7 @@ class Split:
         """
         rows = self._rows(index)
         starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
-        longest = int(lengths.max())
+        longest = int(lengths.max()) if len(rows) else 0
         buckets = [math.ceil(share * self.spec.max_length) for share in BUCKETS]
         T = next(bucket for bucket in buckets if bucket >= longest)
 

@@ -49,9 +49,8 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     workers = settings.pop("workers")
     grammar = Grammar(**{name: settings[name] for name in GRAMMAR})
     counts = {split: settings[name] for split, name in COUNTS.items()}
-    changed = {name: settings[name] for name, published in PUBLISHED.items() if settings[name] != published}
-
-    released = None if changed else _released(data_dir, cache_dir)
+    changed = _changed(config)
+    released = _released(config, data_dir, cache_dir)
     request: dict[str, Any] = {"max_length": config.max_length, **settings}
     if released is not None:
         stats = {split: path.stat() for split, path in released.items()}
@@ -82,6 +81,12 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     )
     stored = cached(cache_dir, config.name, request, prepare)
     return assemble(spec, stored.arrays, note=", ".join(notes), symbols=SYMBOLS)
+
+
+def origin(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> dict[str, Any]:
+    """Names and bytes of the benchmark's own files where they are what is read; generated rows are the default."""
+    released = _released(config, data_dir, cache_dir)
+    return {} if released is None else {"origin": {path.name: path.stat().st_size for path in released.values()}}
 
 
 def answer(tokens: np.ndarray, spec: TaskSpec, request: Mapping[str, Any]) -> int | None:
@@ -119,8 +124,15 @@ def _generate(
     return splits
 
 
-def _released(data_dir: Path | None, cache_dir: Path) -> dict[str, Path] | None:
-    """The benchmark's own files, where their folder is found."""
+def _changed(config: TaskConfig) -> dict[str, Any]:
+    """What is asked for that the benchmark has otherwise."""
+    return {name: getattr(config, name) for name, published in PUBLISHED.items() if getattr(config, name) != published}
+
+
+def _released(config: TaskConfig, data_dir: Path | None, cache_dir: Path) -> dict[str, Path] | None:
+    """The benchmark's own files, where their folder is found and nothing else is asked for."""
+    if _changed(config):
+        return None
     folder = released_folder(FOLDER, data_dir, cache_dir)
     if folder is None:
         return None

@@ -48,10 +48,8 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         )
     parameters = published(size, settings["difficulty"])
     counts = {split: settings[name] for split, name in COUNTS.items()}
-    changed = {name: settings[name] for name, value in PUBLISHED.items() if settings[name] != value}
-
-    name = f"pathfinder{size}/{settings['difficulty']}"
-    folder = None if changed else released_folder(name, data_dir, cache_dir)
+    changed = _changed(config)
+    folder = _released(config, data_dir, cache_dir)
     request: dict[str, Any] = dict(settings)
     if folder is not None:
         request["released"] = _fingerprint(folder)
@@ -67,7 +65,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
             seed = settings["generator_seed"]
             fillers = {split: partial(generate, parameters, seed=(seed, i)) for i, split in enumerate(COUNTS)}
         arrays = _fill(work, fillers, counts, size, workers, "generating" if folder is None else "reading")
-        return Stored(arrays, {}, "generated" if folder is None else f"lra_release/{name}")
+        return Stored(arrays, {}, "generated" if folder is None else f"lra_release/{_name(config)}")
 
     notes = ["generated"] if folder is None else []
     notes += [f"{name} {value:,}" if isinstance(value, int) else str(value) for name, value in changed.items()]
@@ -83,6 +81,12 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     )
     stored = cached(cache_dir, config.name, request, prepare)
     return assemble(spec, stored.arrays, note=", ".join(notes))
+
+
+def origin(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> dict[str, Any]:
+    """Names and bytes of the benchmark's own metadata where they are what is read; generated images are the default."""
+    folder = _released(config, data_dir, cache_dir)
+    return {} if folder is None else {"origin": {path.name: path.stat().st_size for path in metadata_files(folder)}}
 
 
 def answer(values: np.ndarray, spec: TaskSpec, request: Mapping[str, Any]) -> int | None:
@@ -118,6 +122,22 @@ def _fill(
             arrays[f"{split}_values"], arrays[f"{split}_labels"] = values, labels
             arrays[f"{split}_offsets"] = np.arange(count + 1, dtype=np.int64) * size * size
     return arrays
+
+
+def _changed(config: TaskConfig) -> dict[str, Any]:
+    """What is asked for that the benchmark has otherwise."""
+    return {name: getattr(config, name) for name, published in PUBLISHED.items() if getattr(config, name) != published}
+
+
+def _released(config: TaskConfig, data_dir: Path | None, cache_dir: Path) -> Path | None:
+    """The benchmark's own folder, where it is found and nothing else is asked for."""
+    if _changed(config):
+        return None
+    return released_folder(_name(config), data_dir, cache_dir)
+
+
+def _name(config: TaskConfig) -> str:
+    return f"pathfinder{SIZES[config.name]}/{config.difficulty}"
 
 
 def _fingerprint(folder: Path) -> str:

@@ -21,6 +21,7 @@ from .sources import DataError
 
 COLUMNS = 11
 SPLIT_SEED = 42
+PNG_DEPTH = 24  # the byte of the file that says how many bits a channel has
 REPAIR = "Unpack that folder of lra_release.gz again."
 
 
@@ -104,7 +105,7 @@ def decode(
     """Fill `images` (uint8 [N, size, size]) and `labels` (int64 [N]); see `seqzoo.tasks.shards.fill`.
 
     Raises:
-        DataError: an image is missing, empty, damaged, or of another size.
+        DataError: an image is missing, empty, damaged, of another size, or of more than 8 bits a channel.
     """
 
     def write(shard: int, places: slice) -> None:
@@ -146,6 +147,8 @@ def _pixels(path: Path, size: int, where: str) -> np.ndarray:
             pixels = np.asarray(image.convert("L")) if (width, height) == (size, size) else None
     except Exception as error:  # a decoder has many ways to stumble over a damaged file
         raise DataError(f"{path} is damaged ({where}): {error}\n{REPAIR}") from error
+    if (depth := content[PNG_DEPTH]) > 8:  # of which the decoder would clip grey and cut colours
+        raise DataError(f"{path} has {depth} bits a channel, expected 8 ({where})")
     if pixels is None:
         raise DataError(f"{path} has {width} x {height} pixels, expected {size} x {size} ({where})")
     return pixels

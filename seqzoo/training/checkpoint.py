@@ -5,7 +5,9 @@ A stage's folder holds
     best.safetensors    weights of the best validation
     last.safetensors    weights, optimiser state and counters to continue from
 
-There is no generator state: every step seeds its own.
+There is no generator state: every step seeds its own. A checksum in a file's metadata is of all that the file holds,
+names, types, shapes, tensors and the rest of the metadata; whatever is read is held against it. It is XXH3, which costs
+a twentieth of writing the file: against failing disks and memory, not against forgery.
 """
 
 from __future__ import annotations
@@ -16,19 +18,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from xxhash import xxh3_128
 
 from ..files import replacing_by_name
+from ..messages import say_once
 from .errors import TrainingError
+
+CHECKSUM = "xxh3_128"  # its key in the metadata
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """Writes a state dict as safetensors; `metadata` is kept as strings in its header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    header = {key: str(value) for key, value in (metadata or {}).items()}
+    header[CHECKSUM] = _checksum(tensors, header)
     with replacing_by_name(path) as temporary:
-        header = {key: str(value) for key, value in (metadata or {}).items()}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary, header)
+        save_file(tensors, temporary, header)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -37,8 +46,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         TrainingError: the file is missing or damaged.
     """
-    with _reading(path):
-        return load_file(path)
+    return _load(path)[0]
 
 
 def load_metadata(path: Path) -> dict[str, str]:
@@ -47,8 +55,7 @@ def load_metadata(path: Path) -> dict[str, str]:
     Raises:
         TrainingError: the file is missing or damaged.
     """
-    with _reading(path), safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    return _load(path)[1]
 
 
 class Checkpoint(NamedTuple):
@@ -75,18 +82,47 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     """
     if not path.exists():
         return None
-    with _reading(path):
-        state = json.loads(load_metadata(path)["state"])
+    tensors, metadata = _load(path)
     weights: dict[str, Tensor] = {}
     optimizer: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_weights(path).items():
-        part, name = key.split("/", 1)
-        if part == "weights":
-            weights[name] = tensor
-        else:
-            index, name = name.split("/")
-            optimizer.setdefault(int(index), {})[name] = tensor.clone()  # the optimiser keeps it; the file goes
+    with _reading(path):
+        state = json.loads(metadata["state"])
+        for key, tensor in tensors.items():
+            part, name = key.split("/", 1)
+            if part == "weights":
+                weights[name] = tensor
+            else:
+                index, name = name.split("/")
+                optimizer.setdefault(int(index), {})[name] = tensor.clone()  # the optimiser keeps it; the file goes
     return Checkpoint(weights, optimizer, state)
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, of one and the same should another take its place meanwhile.
+
+    A file without a checksum, of an earlier version, is taken at its word, and that is said once.
+    """
+    with _reading(path), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        metadata = file.metadata() or {}
+        expected = metadata.pop(CHECKSUM, None)
+        if expected is None:
+            say_once(f"{path} has no checksum, being of an earlier version: it is taken as it is")
+        elif expected != _checksum(tensors, metadata):
+            raise ValueError("its checksum is not that of its contents")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    named = sorted(tensors.items())
+    described = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in named]
+    digest = xxh3_128(json.dumps([sorted(metadata.items()), described]).encode())
+    for _, tensor in named:
+        try:
+            digest.update(tensor.numpy().data)
+        except TypeError:  # a type that NumPy does not have, such as bfloat16
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -95,7 +131,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise TrainingError(f"checkpoint {path} is missing; delete {path.parent} to start from the beginning") from None
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(
             f"checkpoint {path} is damaged ({error}); delete {path.parent} to start from the beginning"
         ) from None

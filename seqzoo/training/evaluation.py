@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from ..objectives import Objective
 from ..tasks import Split
+from .errors import TrainingError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+LOOK_AT = 8  # examples at a time, to see whether anything is asked
 ON_A_GPU = 4  # times the batch that training takes: evaluation keeps nothing for a backward pass
 
 
@@ -33,6 +35,9 @@ def evaluate(
     Examples are taken in order of length, so that little is padded, and each counts once; batches hold at most
     `batch_size`, or `ON_A_GPU` times as many there, and are shared by the ranks. Random masks are the same in every
     evaluation. `before_batch` may raise.
+
+    Raises:
+        TrainingError: nothing is asked in `split`.
     """
     if fabric.device.type == "cuda":
         batch_size *= ON_A_GPU
@@ -46,13 +51,27 @@ def evaluate(
             measure = objective(model, split.batch(batches[number]), seed=number)
         for key, total in measure.totals.items():
             sums[key] = sums.get(key, 0) + total
-    return means({key: fabric.all_reduce(total, reduce_op="sum") for key, total in sums.items()})
+    metrics = means({key: fabric.all_reduce(total, reduce_op="sum") for key, total in sums.items()})
+    if not metrics:
+        raise TrainingError(f"{split.spec.name}: {objective.nothing}")
+    return metrics
+
+
+def require_questions(objective: Objective, splits: Mapping[str, Split]) -> None:
+    """Raises ValueError where `objective` asks nothing of any example of one of `splits`, given by name."""
+    for name, split in splits.items():
+        batches = map(split.batch, torch.arange(len(split)).split(LOOK_AT))
+        if not any(objective.asked(batch, seed=0).any() for batch in batches):
+            raise ValueError(f"{name} split of {split.spec.name}: {objective.nothing}")
 
 
 def means(sums: dict[str, Any]) -> dict[str, float]:
-    """Sums over "count" examples or positions as means; "correct" becomes "accuracy"."""
+    """Sums over "count" examples or positions as means, of which there are none where nothing was asked; "correct"
+    becomes "accuracy"."""
     values = {key: float(total) for key, total in sums.items()}
     count = values.pop("count")
+    if not count:
+        return {}
     return {"accuracy" if key == "correct" else key: value / count for key, value in values.items()}
 
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..blocks import after_step, auxiliary_loss
 from ..config import ConfigError, StageConfig
 from ..objectives import Objective
+from ..spec import Batch
 from ..tasks import Split, epoch_order
 from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
 from .compilation import compile_model
@@ -51,6 +52,21 @@ class State:
     training_seconds: float = 0.0  # without validations and checkpoints
     best: dict[str, float] = field(default_factory=dict)  # the best validation
     window: dict[str, float] = field(default_factory=dict)  # `Stage.window`
+    reports: dict[str, float] = field(default_factory=dict)  # of the modules, `Stage.reports`
+
+
+class MicroBatch(NamedTuple):
+    """A rank's share of one of the batches that a step accumulates.
+
+    Times the number of ranks, whose gradients are averaged, it has `asked` of all that the step asks for, and
+    `positions` of all its valid positions, over which auxiliary losses are means.
+    """
+
+    examples: Tensor  # int64 [batch], on the CPU
+    batch: Batch
+    seed: int
+    asked: Tensor | float = 1.0
+    positions: float = 1.0
 
 
 class Stage:
@@ -59,6 +75,10 @@ class Stage:
     A step is a function of (seed, stage, step, weights): the examples it sees, their masks and its dropout are drawn
     from nothing else, so that continuing from a checkpoint is exact. Batches are cut from the endless row of epochs,
     so all are full, and those of one step do not depend on how many devices share them.
+
+    The loss of a step is the mean over all answers that it asks for, on all ranks and in all batches that it
+    accumulates, however unevenly they are spread; losses that blocks have of their own are means over valid positions
+    likewise. A step that asks for nothing has a gradient of zero, and the optimiser's momentum and decay act alone.
 
     Nothing in a step waits for the device. How it fares is read after every step on a CPU, after every `READ_EVERY` on
     a GPU, and before each line of metrics, validation and checkpoint; till then a `Guard` keeps failures from the
@@ -155,7 +175,7 @@ class Stage:
                     if state.step in self.evaluations and state.evaluated < state.step:
                         bar.validation(self.validate(), seconds_left=pace.seconds_left)
                         self.save()
-                    if state.step == self.total_steps:
+                    if state.step >= self.total_steps:
                         break
                     if self.must_stop_alone() and self.wait():
                         raise Interrupted(self.folder.parent)
@@ -201,18 +221,18 @@ class Stage:
         self.optimizer.step()
         self.optimizer.zero_grad()
         after_step(self.model)
-        state.tokens += int(self.lengths[self.examples(0, self.examples_per_step)].sum())
+        state.tokens += self.positions(self.examples(0, self.examples_per_step))
         state.step += 1
 
     def differentiate(self) -> Tensor:
-        """Adds the coming step's gradients to those of the parameters; returns its loss."""
-        accumulate = self.config.accumulate
+        """Adds the coming step's gradients to those of the parameters; returns its loss, of which each rank has a part
+        and the mean is the whole."""
         loss = torch.zeros((), device=self.fabric.device)
-        for micro in range(accumulate):
-            with self.fabric.no_backward_sync(self.wrapped, enabled=micro < accumulate - 1):
+        for left, micro in zip(reversed(range(self.config.accumulate)), self.micro_batches(), strict=True):
+            with self.fabric.no_backward_sync(self.wrapped, enabled=left > 0):
                 micro_loss, totals = self.forward(self.wrapped, micro)
-                self.fabric.backward(micro_loss / accumulate)
-            loss += micro_loss.detach() / accumulate
+                self.fabric.backward(micro_loss)
+            loss += micro_loss.detach()
             for key, total in totals.items():
                 self.window[key] = self.window.get(key, 0) + total.detach()
         return loss
@@ -243,15 +263,32 @@ class Stage:
         """Whether to stop at once, with no other rank to agree with."""
         return self.fabric.world_size == 1 and self.must_stop()
 
-    def forward(self, model: nn.Module, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's share of a step's batch `micro`: the loss, and the sums its metrics are made of."""
-        rank, world_size = self.fabric.global_rank, self.fabric.world_size
-        index = self.examples(micro * self.config.batch_size, self.config.batch_size)[rank::world_size]
-        seed = derive_seed(self.seed, STAGES.index(self.name), self.state.step, micro, rank)
-        torch.manual_seed(seed)
+    def micro_batches(self) -> list[MicroBatch]:
+        """This rank's share of the coming step."""
+        rank, ranks, size = self.fabric.global_rank, self.fabric.world_size, self.config.batch_size
+        micros = []
+        for number in range(self.config.accumulate):
+            index = self.examples(number * size, size)[rank::ranks]
+            seed = derive_seed(self.seed, STAGES.index(self.name), self.state.step, number, rank)
+            micros.append(MicroBatch(index, self.train.batch(index), seed))
+        if len(micros) * ranks == 1:
+            return micros
+        asked = torch.stack([self.objective.asked(micro.batch, seed=micro.seed).sum() for micro in micros])
+        total = asked.sum()
+        if ranks > 1:
+            torch.distributed.all_reduce(total)  # Fabric's would have a GPU waited for
+        positions = self.positions(self.examples(0, self.examples_per_step))
+        return [
+            micro._replace(asked=share, positions=ranks * self.positions(micro.examples) / positions)
+            for micro, share in zip(micros, ranks * asked / total.clamp(min=1), strict=True)
+        ]
+
+    def forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of a step's loss that is `micro`'s, and the sums its metrics are made of."""
+        torch.manual_seed(micro.seed)
         with self.fabric.autocast():
-            measure = self.objective(model, self.train.batch(index), seed=seed)
-            return measure.loss + auxiliary_loss(self.model), measure.totals
+            loss, totals = self.objective(model, micro.batch, seed=micro.seed)
+            return micro.asked * loss + micro.positions * auxiliary_loss(self.model), totals
 
     def examples(self, start: int, count: int) -> Tensor:
         """`count` of the coming step's examples, int64 [count], from its `start`-th on."""
@@ -262,6 +299,10 @@ class Stage:
             parts.append(part)
             position, count = position + len(part), count - len(part)
         return torch.cat(parts)
+
+    def positions(self, examples: Tensor) -> int:
+        """How many valid positions `examples` of training have."""
+        return int(self.lengths[examples].sum())
 
     def validate(self) -> dict[str, float]:
         """Measures the validation split, and keeps the weights if none did better."""
@@ -286,9 +327,14 @@ class Stage:
                 save_weights(self.folder / "best.safetensors", self.model.state_dict(), state.best)
         if self.tracker:
             named = {f"val/{key}": value for key, value in metrics.items()}
-            self.tracker.log(self.name, state.step, state.tokens, named | module_metrics(self.model))
+            self.tracker.log(self.name, state.step, state.tokens, named | self.reports())
         self.timed = time.monotonic()
         return metrics
+
+    def reports(self) -> dict[str, float]:
+        """What the modules reported of themselves after the last step, even if that was before a checkpoint."""
+        self.state.reports |= module_metrics(self.model)
+        return self.state.reports
 
     def leave_early(self) -> None:
         """Leaves a validation early. Several ranks agree to stop after a later step instead."""
@@ -328,6 +374,7 @@ class Stage:
         self.state.seconds = self.seconds_before + started - self.started
         if self.fabric.is_global_zero:
             self.state.window = {key: total.item() for key, total in self.window.items()}
+            self.reports()
             optimizer = self.optimizer.state_dict()["state"]
             save_checkpoint(self.last, Checkpoint(self.model.state_dict(), optimizer, asdict(self.state)))
         self.saved = self.timed = time.monotonic()
@@ -335,9 +382,10 @@ class Stage:
 
     def explain_failure(self) -> str:
         """Which step, and which module was the first to compute something that is not finite: the step is repeated."""
+        micros = self.micro_batches()
 
         def forward() -> None:
-            for micro in range(self.config.accumulate):
+            for micro in micros:
                 self.forward(self.model, micro)
 
         loss = self.differentiate().item()

@@ -18,12 +18,14 @@ from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..tasks import Task, nested
 from . import provenance
-from .evaluation import evaluate
+from .evaluation import evaluate, require_questions
 from .loop import Stage
 from .memory import keep_freed_memory
 from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, part_of, sized, task_of
 from .run_folder import (
     cell_name,
+    check_task,
+    checked_task,
     in_hand,
     pretraining_key,
     read_config,
@@ -68,6 +70,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         if isinstance(config.pretrain, str):
             config = replace(config, pretrain=str(Path(config.pretrain).resolve()))
         folder = inside(Path(config.runs_dir), run_name(config, task))
+    config = replace(config, data_dir=_absolute_data_dir(config))
     if (result := read_json(folder / "result.json")) is not None:
         print(printable_lines(f"{folder} is finished; delete it to run again"), file=sys.stderr)
         return {**result, "folder": str(folder)}
@@ -76,14 +79,13 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     if fabric.device.type == "cpu":
         keep_freed_memory()
     key = pretraining_key(config, task) if config.pretrain is True else None
-    if task is None:
-        task = task_of(config, fabric)
+    task = checked_task(folder, config, task, lambda: task_of(config, fabric))
     _check_answer(config, task.spec)
     with ExitStack() as held:
         tracker = None
         if fabric.is_global_zero:
             held.enter_context(in_hand(folder))
-            write_description(folder, config, task.spec)
+            write_description(folder, config, task)
             tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
         fabric.barrier()
         try:
@@ -123,6 +125,12 @@ class _Run:
             kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
             self.examples = task.train.subset(kept)
         self.val, self.test = part_of(task.val, config.n_val), part_of(task.test, config.n_test)
+        splits = {"train": self.examples, "val": self.val}
+        if key is not None:
+            with blaming(f"objective={config.objective}"):
+                require_questions(objective_of(config, task.spec), splits)
+        with blaming(f"task={task.spec.name}"):
+            require_questions(build_objective("task", task.spec), {**splits, "test": self.test})
         with blaming(f"model={config.model.name}"):
             self.sized = sized(config, task.spec)
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
@@ -153,10 +161,12 @@ class _Run:
         """The run folder that fine-tuning starts from, and the summary of its pretraining; None: it starts anew."""
         config, folder = self.config, self.folder
         if isinstance(config.pretrain, str):
-            return Path(config.pretrain), reusable_pretraining(config, self.task.spec)
+            return Path(config.pretrain), reusable_pretraining(config, self.task)
         if self.key is None:
             return folder, None
         source = shared_pretraining(config, folder, self.key) or folder
+        if source != folder:
+            check_task(source, self.task)
         summary = read_json(source / "pretrain" / "summary.json")
         if summary is None:
             self.fabric.barrier()  # all ranks have looked
@@ -254,6 +264,14 @@ class _Run:
         """Prints to stderr, on the first rank only."""
         if self.fabric.is_global_zero:
             print(printable_lines(message), file=sys.stderr)
+
+
+def _absolute_data_dir(config: Config) -> str | None:
+    """What `data_dir` means here, wherever the run goes on; a text's relative path is under it, or here."""
+    data_dir, text = config.data_dir, config.task.text
+    if data_dir is None and text is not None and not Path(text).expanduser().is_absolute():
+        data_dir = "."
+    return None if data_dir is None else str(Path(data_dir).expanduser().absolute())
 
 
 def _check_answer(config: Config, spec: TaskSpec) -> None:

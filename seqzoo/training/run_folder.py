@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .. import records
 from ..config import Config, ConfigError, from_dict, to_dict
 from ..files import inside, lock, write_json, write_text
+from ..messages import say_once
 from ..spec import TaskSpec
-from ..tasks import Task
-from ..tasks.char_lm import read_text
+from ..tasks import Fingerprint, Task, fingerprint, origin_of
+from ..tasks.identity import digest_of_arrays
 from .errors import Busy
 
 SIZES = ("vocab_size", "max_length", "num_classes", "channels", "num_inputs")  # in a task.json
@@ -49,7 +50,7 @@ def run_name(config: Config, task: Task | None = None) -> str:
         task: the user's own, if it is not the one that `config` names.
 
     Raises:
-        DataError: the task reads a text of the user's that is not there.
+        DataError: the task reads a text of the user's that is not there, or published files that are damaged.
     """
     dropped = () if config.pretrain is True else OF_PRETRAINING
     name = config.task.name if task is None else task.spec.name
@@ -104,12 +105,13 @@ def cell_name(config: Config, task: str) -> str:
     return f"{task}-{config.model.name}-{config.recipe}-{config.objective if config.pretrain else 'none'}"
 
 
-def write_description(folder: Path, config: Config, spec: TaskSpec) -> None:
-    """`config.yaml` and `task.json`, from which `read_config` and `read_spec` rebuild the run."""
+def write_description(folder: Path, config: Config, task: Task) -> None:
+    """`config.yaml` and `task.json`, from which `read_config` and `read_spec` rebuild the run, and `check_task` knows
+    its data again."""
     from omegaconf import OmegaConf
 
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-    write_json(folder / "task.json", asdict(spec))
+    write_json(folder / "task.json", {**asdict(task.spec), "data": fingerprint(task)._asdict()})
 
 
 def read_config(folder: Path) -> Config:
@@ -136,11 +138,53 @@ def read_spec(folder: Path) -> TaskSpec:
     values = read_json(folder / "task.json")
     if values is None:
         raise ConfigError(f"{folder} is not a run folder: it has no task.json")
+    values.pop("data", None)
     values |= {key: tuple(values[key]) for key in ("mean", "std")}
     for key in SIZES:
         if not (isinstance(value := values.get(key, 1), int) and 1 <= value <= LARGEST_SIZE):
             raise ConfigError(f"{folder / 'task.json'}: {key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
     return TaskSpec(**values)
+
+
+def checked_task(folder: Path, config: Config, task: Task | None, build: Callable[[], Task]) -> Task:
+    """The task of the run in `folder`: `task`, or else what `build` makes; if begun, what it was trained on so far.
+
+    Raises:
+        ConfigError: the run needs `task` and got none; or as `check_task` does.
+    """
+    begun = (folder / "task.json").exists()
+    if task is not None:
+        task = replace(task, folder=None)  # its arrays may be others by now
+    elif begun and (name := read_spec(folder).name) != config.task.name:
+        raise ConfigError(f"{folder} was trained on the user's own task {name!r}: pass it as task=")
+    else:
+        task = build()
+    if begun:
+        check_task(folder, task)
+    return task
+
+
+def check_task(folder: Path, task: Task) -> None:
+    """Holds `task` against what the run in `folder` was trained on.
+
+    A run of an earlier version, which did not note its data, is let through, and that is said once.
+
+    Raises:
+        ConfigError: it was trained on another task, or on other data; says both.
+    """
+    spec = read_spec(folder)
+    if task.spec != spec:
+        raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
+    noted = (read_json(folder / "task.json") or {}).get("data")
+    if noted is None:
+        say_once(f"{folder} does not say which data it was trained on, being of an earlier version: not compared")
+        return
+    there, here = Fingerprint(**noted), fingerprint(task)
+    if there.sha256 != here.sha256:
+        raise ConfigError(
+            f"{folder} was trained on other data: {there}; given: {here}. Give it its own, from where data_dir and "
+            f"cache_dir in {folder / 'config.yaml'} say, or train anew on these in another runs_dir"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -157,12 +201,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def reusable_pretraining(config: Config, spec: TaskSpec) -> dict[str, Any]:
+def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
     """The summary of the pretraining in the folder `config.pretrain`, once it is known to suit `config`.
 
     Raises:
-        ConfigError: it is no run folder, its pretraining is unfinished, or the two runs differ in a key that the
-            backbone depends on; names the key.
+        ConfigError: it is no run folder, its pretraining is unfinished, or the two runs differ in their data or in a
+            key that the backbone depends on; names the key.
     """
     folder = Path(config.pretrain)
     there, here = read_config(folder), config
@@ -170,8 +214,9 @@ def reusable_pretraining(config: Config, spec: TaskSpec) -> dict[str, Any]:
         for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):
             if name not in MAY_DIFFER:
                 raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
-    for name, (theirs, ours) in _differences("task", read_spec(folder), spec):
+    for name, (theirs, ours) in _differences("task", read_spec(folder), task.spec):
         raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
+    check_task(folder, task)
     summary = read_json(folder / "pretrain" / "summary.json")
     if summary is None:
         raise ConfigError(f"pretrain={folder}: that run has no finished pretraining of its own")
@@ -201,10 +246,9 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     for key in (*WITHOUT_EFFECT, *unused, *without):
         _drop(shaping, key)
     if task is not None:
-        shaping["task"] = {"spec": asdict(task.spec), "data": _fingerprint(task)}
-    elif config.task.text is not None:  # what it says, not where it is: data_dir has no effect
-        data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
-        shaping["task"]["text"] = hashlib.sha256(read_text(config.task.text, data_dir)[1]).hexdigest()
+        shaping["task"] = {"spec": asdict(task.spec), "data": digest_of_arrays(task)}
+    else:  # what the data are, not where: data_dir itself has no effect
+        shaping["task"] |= origin_of(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir)
     # A key that is not set counts as one that is not there: adding an option leaves the names of old runs as they are.
     return hashlib.sha256(json.dumps(_without_none(shaping), sort_keys=True).encode()).hexdigest()[:8]
 
@@ -220,12 +264,3 @@ def _without_none(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {key: _without_none(value) for key, value in values.items() if value is not None}
-
-
-def _fingerprint(task: Task) -> str:
-    digest = hashlib.sha256()
-    for split in (task.train, task.val, task.test):
-        for tensor in (split.values, split.lengths, split.labels, split.targets):
-            if tensor is not None:
-                digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ from seqzoo.kernels import diagonal_scan
 from seqzoo.kernels.diagonal_scan import doubling
 
 TOLERANCE = {torch.float32: 2e-6, torch.complex64: 2e-6, torch.float64: 1e-14, torch.complex128: 1e-14}
-WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 def make(B: int, T: int, D: int, dtype: torch.dtype, constant: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,15 +28,17 @@ def make(B: int, T: int, D: int, dtype: torch.dtype, constant: bool, seed: int =
     return x, a, torch.randn(B, D, dtype=dtype, generator=generator)
 
 
-def run(x, a, h0, w, w_state, **options) -> list[Tensor]:
-    """h, the final state and the gradients of x, a and h0 for output gradients w and w_state."""
-    x, a, h0 = (y.detach().clone().requires_grad_() for y in (x, a, h0))
-    h, state = diagonal_scan(x, a, initial_state=h0, output_final_state=True, **options)
-    gradients = torch.autograd.grad((h, state), (x, a, h0), (w, w_state))
-    return [h, state, *gradients]
+def run(x, a, h0, w, w_state, factor=None, **options) -> list[Tensor]:
+    """h, the final state and the gradients of x, a, h0 and the factor, for output gradients w and w_state."""
+    leaves = [y.detach().clone().requires_grad_() for y in (x, a, h0, factor) if y is not None]
+    x, a, h0, *given = leaves
+    h, state = diagonal_scan(
+        x, a, factor=given[0] if given else None, initial_state=h0, output_final_state=True, **options
+    )
+    return [h, state, *torch.autograd.grad((h, state), leaves, (w, w_state))]
 
 
-NAMES = ("h", "state", "dx", "da", "dh0")
+NAMES = ("h", "state", "dx", "da", "dh0", "df")
 
 
 @pytest.mark.parametrize(
@@ -59,14 +61,16 @@ NAMES = ("h", "state", "dx", "da", "dh0")
         (2, 12, 300, torch.complex64, False, False, [4, 12]),
     ],
 )
-def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths, scaled):
     x, a, h0 = make(B, T, D, dtype, constant)
     w, w_state = torch.randn_like(x), torch.randn_like(h0)
+    factor = 0.1 + torch.rand(D, dtype=dtype.to_real()) if scaled else None
     options = {"reverse": reverse, "lengths": None if lengths is None else torch.tensor(lengths)}
-    wide = [y.to(WIDE.get(dtype, dtype)) for y in (x, a, h0, w, w_state)]
+    wide = [y if y is None else y.to(WIDER.get(y.dtype, y.dtype)) for y in (x, a, h0, w, w_state, factor)]
     expected = run(*wide, **options, backend="reference")
-    for name, value, target in zip(NAMES, run(x, a, h0, w, w_state, **options), expected, strict=True):
-        assert value.dtype == dtype
+    for name, value, target in zip(NAMES, run(x, a, h0, w, w_state, factor, **options), expected, strict=False):
+        assert value.dtype == (dtype.to_real() if name == "df" else dtype)
         assert_close(value, target, TOLERANCE[dtype], name)
 
 
@@ -77,9 +81,10 @@ def test_doubling_agrees_with_reference(T, constant, reverse):
     x, a, h0 = make(3, T, 4, torch.complex128, constant)
     lengths = torch.tensor([T, 0, (T + 1) // 2])
     w, w_state = torch.randn_like(x), torch.randn_like(h0)
-    expected = run(x, a, h0, w, w_state, reverse=reverse, lengths=lengths, backend="reference")
-    h, state = doubling.scan(x, a, h0, reverse, lengths)
-    gradients = doubling.scan_backward(w, w_state, h, a, h0, reverse, lengths)
+    factor = 0.1 + torch.rand(4, dtype=torch.float64)
+    expected = run(x, a, h0, w, w_state, factor, reverse=reverse, lengths=lengths, backend="reference")
+    h, state = doubling.scan(x, a, h0, reverse, lengths, factor)
+    gradients = doubling.scan_backward(w, w_state, h, a, h0, reverse, lengths, factor)
     for name, value, target in zip(NAMES, (h, state, *gradients), expected, strict=True):
         assert_close(value, target, 1e-14, name)
 
@@ -87,12 +92,13 @@ def test_doubling_agrees_with_reference(T, constant, reverse):
 @pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_gradcheck(dtype, constant):
-    inputs = [y.requires_grad_() for y in make(2, 5, 3, dtype, constant)]
+    inputs = [y.requires_grad_() for y in (*make(2, 5, 3, dtype, constant), 0.1 + torch.rand(3, dtype=torch.float64))]
     lengths = torch.tensor([5, 3])
     for reverse in (False, True):
 
-        def f(x, a, h0, reverse=reverse):
-            return diagonal_scan(x, a, initial_state=h0, output_final_state=True, reverse=reverse, lengths=lengths)
+        def f(x, a, h0, factor, reverse=reverse):
+            options = {"factor": factor, "initial_state": h0, "reverse": reverse, "lengths": lengths}
+            return diagonal_scan(x, a, output_final_state=True, **options)
 
         assert torch.autograd.gradcheck(f, inputs)
 
@@ -131,7 +137,7 @@ def test_split_and_resume(constant):
         outputs.append(h)
     h = torch.cat(outputs, 1)
     resumed = [h, state, *torch.autograd.grad((h, state), (x, a, h0), (w, w_state))]
-    for name, value, target in zip(NAMES, resumed, whole, strict=True):
+    for name, value, target in zip(NAMES, resumed, whole, strict=False):
         assert_close(value, target, 1e-14, name)
 
 
@@ -230,13 +236,15 @@ def test_concurrent_callers():
 @pytest.mark.parametrize("constant", [False, True])
 def test_opcheck(constant):
     x, a, h0 = make(2, 6, 4, torch.complex64, constant)
+    factor = 0.1 + torch.rand(4)
     permuted = x.transpose(1, 2).contiguous().transpose(1, 2)
     for values in (x, permuted):
         inputs = [y.clone().requires_grad_() for y in (values, a, h0)]
-        torch.library.opcheck(torch.ops.seqzoo.diagonal_scan.default, (*inputs, True, torch.tensor([6, 2])))
-        torch.library.opcheck(torch.ops.seqzoo.diagonal_scan.default, (*inputs[:2], None, False, None))
-    arguments = (permuted, h0, x, a, h0, False, None)
-    torch.library.opcheck(torch.ops.seqzoo.diagonal_scan_backward.default, arguments)
+        torch.library.opcheck(torch.ops.seqzoo.diagonal_scan.default, (*inputs, True, torch.tensor([6, 2]), factor))
+        torch.library.opcheck(torch.ops.seqzoo.diagonal_scan.default, (*inputs[:2], None, False, None, None))
+    for given in (None, factor):
+        arguments = (permuted, h0, x, a, h0, False, None, given)
+        torch.library.opcheck(torch.ops.seqzoo.diagonal_scan_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -280,6 +288,12 @@ def test_errors():
     for wrong in ([6, 1], [-1, 5]):
         with pytest.raises(ValueError, match=r"lengths must lie in \[0, T\] = \[0, 5\]"):
             diagonal_scan(x, a, lengths=torch.tensor(wrong))
+    with pytest.raises(ValueError, match=r"factor must be \[D\] = \[3\], got \[2\]"):
+        diagonal_scan(x, a, factor=torch.ones(2))
+    with pytest.raises(TypeError, match="factor must be real"):
+        diagonal_scan(x, a, factor=torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="factor is 0 in 1 of 3 channels"):
+        diagonal_scan(x, a, factor=torch.tensor([1.0, 0, 1]))
     with pytest.raises(ValueError, match="no backend 'fast'; valid: auto, chunked, reference"):
         diagonal_scan(x, a, backend="fast")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from seqzoo.kernels import diagonal_scan
 from seqzoo.kernels.diagonal_scan import fused
 
-NAMES = ("h", "state", "dx", "da", "dh0")
+NAMES = ("h", "state", "dx", "da")
 TOLERANCE = {torch.float32: 1e-6, torch.complex64: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -26,11 +26,14 @@ def make(B: int, T: int, D: int, dtype: torch.dtype, constant: bool, radius: flo
     return [x, a, h0, w, w_state]
 
 
-def run(x, a, h0, w, w_state, **options) -> dict[str, Tensor]:
-    x, a, h0 = (None if y is None else y.detach().clone().requires_grad_() for y in (x, a, h0))
-    h, state = diagonal_scan(x, a, initial_state=h0, output_final_state=True, **options)
-    leaves = [y for y in (x, a, h0) if y is not None]
-    return dict(zip(NAMES, (h, state, *torch.autograd.grad((h, state), leaves, (w, w_state))), strict=False))
+def run(x, a, h0, w, w_state, factor=None, **options) -> dict[str, Tensor]:
+    given = {"dx": x, "da": a, "dh0": h0, "df": factor}
+    leaves = {name: y.detach().clone().requires_grad_() for name, y in given.items() if y is not None}
+    x, a = leaves["dx"], leaves["da"]
+    states = {"initial_state": leaves.get("dh0"), "output_final_state": True}
+    h, state = diagonal_scan(x, a, factor=leaves.get("df"), **states, **options)
+    gradients = torch.autograd.grad((h, state), tuple(leaves.values()), (w, w_state))
+    return {"h": h, "state": state, **dict(zip(leaves, gradients, strict=True))}
 
 
 def check(inputs: list[Tensor | None], tolerance: float, **options) -> None:
@@ -61,8 +64,11 @@ CASES = [  # B, T, D, dtype, constant, reverse, lengths, with an initial state
 
 
 @pytest.mark.parametrize("chunk_len", [None, 16], ids=["one chunk", "chunks"])
-@pytest.mark.parametrize(("B", "T", "D", "dtype", "constant", "reverse", "lengths", "state"), CASES)
-def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths, state, chunk_len, monkeypatch):
+@pytest.mark.parametrize(
+    ("B", "T", "D", "dtype", "constant", "reverse", "lengths", "state", "scaled"),
+    [(*case, number % 2 == 0) for number, case in enumerate(CASES)],
+)
+def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths, state, scaled, chunk_len, monkeypatch):
     monkeypatch.setattr(fused, "_chunk_len", lambda programs, T, steps, device: chunk_len or T)
     x, a, h0, w, w_state = make(B, T, D, dtype, constant)
     lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE)
@@ -70,7 +76,8 @@ def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths, state
         padding = (torch.arange(T, device=DEVICE) >= lengths[:, None])[..., None]
         x, w = x.masked_fill(padding, float("nan")), w.masked_fill(padding, float("nan"))
         a = a if constant else a.masked_fill(padding, float("nan"))
-    check([x, a, h0 if state else None, w, w_state], TOLERANCE[dtype], reverse=reverse, lengths=lengths)
+    factor = 0.1 + torch.rand(D, device=DEVICE) if scaled else None
+    check([x, a, h0 if state else None, w, w_state, factor], TOLERANCE[dtype], reverse=reverse, lengths=lengths)
 
 
 @pytest.mark.parametrize("chunk_len", [None, 16], ids=["one chunk", "chunks"])
@@ -86,21 +93,21 @@ def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths, state
 def test_both_directions_at_once(B, T, D, dtype, constant, lengths, chunk_len, monkeypatch):
     monkeypatch.setattr(fused, "_chunk_len", lambda programs, T, steps, device: chunk_len or T)
     x, a, _, w, _ = make(B, T, D, dtype, constant)
-    w = torch.stack([w, torch.randn_like(w)])
+    w, factor = torch.stack([w, torch.randn_like(w)]), 0.1 + torch.rand(D, device=DEVICE)
     given = None if lengths is None else torch.tensor(lengths)
     if given is not None:
         padding = (torch.arange(T) >= given[:, None])[..., None].to(DEVICE)
         x, w = x.masked_fill(padding, float("nan")), w.masked_fill(padding, float("nan"))
 
-    def both(x, a, w, lengths, backend):
-        x, a = (y.detach().clone().requires_grad_() for y in (x, a))
-        h = diagonal_scan(x, a, reverse="both", lengths=lengths, backend=backend)
-        return [*h, *torch.autograd.grad(h, (x, a), tuple(w))]
+    def both(x, a, w, factor, lengths, backend):
+        x, a, factor = (y.detach().clone().requires_grad_() for y in (x, a, factor))
+        h = diagonal_scan(x, a, factor=factor, reverse="both", lengths=lengths, backend=backend)
+        return [*h, *torch.autograd.grad(h, (x, a, factor), tuple(w))]
 
     with poisoned():
-        actual = both(x, a, w, None if given is None else given.to(DEVICE), "fused")
-    expected = both(*(wide(y).cpu() for y in (x, a, w)), given, "reference")
-    for name, *pair in zip(("forward", "reverse", "dx", "da"), (y.cpu() for y in actual), expected, strict=True):
+        actual = both(x, a, w, factor, None if given is None else given.to(DEVICE), "fused")
+    expected = both(*(wide(y).cpu() for y in (x, a, w, factor)), given, "reference")
+    for name, *pair in zip(("forward", "reverse", "dx", "da", "df"), (y.cpu() for y in actual), expected, strict=True):
         assert_close(*pair, TOLERANCE[dtype], name)
 
 
@@ -132,14 +139,15 @@ def test_operator(dtype):
     x, a, h0, w, w_state = make(2, 9, 4, dtype, True)
     lengths = torch.tensor([9, 4], device=DEVICE)
     leaves = (x.requires_grad_(), a.requires_grad_(), h0.requires_grad_())
-    torch.library.opcheck(torch.ops.seqzoo.diagonal_scan_fused.default, (*leaves, False, lengths))
-    torch.library.opcheck(
-        torch.ops.seqzoo.diagonal_scan_fused_backward.default, (w, w_state, w, a.detach(), None, True, None)
-    )
+    factor = 0.1 + torch.rand(4, device=DEVICE)
+    torch.library.opcheck(torch.ops.seqzoo.diagonal_scan_fused.default, (*leaves, False, lengths, factor))
+    for given in (None, factor):
+        arguments = (w, w_state, w, a.detach(), None, True, None, given)
+        torch.library.opcheck(torch.ops.seqzoo.diagonal_scan_fused_backward.default, arguments)
     both = torch.ops.seqzoo.both_scans_fused
-    torch.library.opcheck(both.default, (x, a, lengths))
-    h = both(x, a, lengths).detach()
-    torch.library.opcheck(torch.ops.seqzoo.both_scans_fused_backward.default, (h, h, a.detach(), lengths))
+    torch.library.opcheck(both.default, (x, a, lengths, factor))
+    h = both(x, a, lengths, factor).detach()
+    torch.library.opcheck(torch.ops.seqzoo.both_scans_fused_backward.default, (h, h, a.detach(), lengths, factor))
 
 
 def test_what_no_kernel_takes_runs_without_one(caplog):

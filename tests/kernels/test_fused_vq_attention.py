@@ -143,7 +143,7 @@ def test_operator(causal):
     outputs = torch.ops.seqzoo.vq_attention_fused(q, k, v, codebook, codes, bias, *arguments[3:])
     torch.library.opcheck(
         torch.ops.seqzoo.vq_attention_fused_backward.default,
-        (outputs[0], q, v, codebook, codes, bias, None, lengths, *outputs, 2, causal, True, causal),
+        (outputs[0], q, k, v, codebook, codes, bias, sums, None, lengths, *outputs, 2, causal, True, causal),
     )
 
 

@@ -122,6 +122,58 @@ def test_sinusoids_are_the_published_ones():
             torch.testing.assert_close(table[position, 2 * i + 1], angle.cos())
 
 
+@pytest.mark.parametrize("spec", [TOKENS, PIXELS, PAIRS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("position", ["none", "sinusoidal", "learned"])
+@pytest.mark.parametrize("head", ["classify", "per_position"])
+def test_weights_are_all_that_a_model_is(spec, position, head):
+    """Built without memory and given some that nobody wrote, it computes the same once weights are loaded."""
+    options = {"head": head, "causal": False}
+    settings = config(block={"name": "softmax_attention", "num_heads": 2}, position=position, mlp_ratio=1)
+    trained = build_model(settings, spec, **options).eval()
+    with torch.device("meta"):
+        model = build_model(settings, spec, **options).eval()
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(torch.nan)
+    model.load_state_dict(trained.state_dict())
+    x, lengths = inputs(spec), torch.full((4, 2) if spec.num_inputs == 2 else (4,), 20)
+    assert torch.equal(model(x, lengths), trained(x, lengths))
+    weights = trained.state_dict()
+    with torch.device("meta"):
+        model = build_model(settings, spec, **options).eval()
+    model.load_state_dict(weights, assign=True)
+    assert torch.equal(model(x, lengths), trained(x, lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("spec", [TOKENS, PIXELS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("position", ["sinusoidal", "learned"])
+def test_a_cast_model_computes_in_its_dtype(dtype, spec, position):
+    settings = config(block={"name": "softmax_attention", "num_heads": 2}, position=position)
+    model = build_model(settings, spec, head="classify", causal=False)
+    x, lengths = inputs(spec), torch.tensor([20, 7, 1, 13])
+    expected = model(x, lengths)
+    scores = model.to(dtype)(x, lengths)
+    assert scores.dtype == dtype
+    torch.testing.assert_close(scores.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "first"])
+@pytest.mark.parametrize("spec", [TOKENS, PIXELS, PAIRS], ids=lambda spec: spec.name)
+def test_batches_and_sequences_of_nothing(spec, pooling):
+    settings = config(block={"name": "softmax_attention", "num_heads": 2}, pooling=pooling, position="sinusoidal")
+    model = build_model(settings, spec, head="classify", causal=False)
+    x, lengths = inputs(spec), torch.randint(1, 21, (4, 2) if spec.num_inputs == 2 else (4,))
+    assert model(x[:0], lengths[:0]).shape == (0, spec.num_classes)
+    before = model(x, lengths)
+    lengths[2] = 0
+    after = model(x, lengths)
+    torch.testing.assert_close(after[[0, 1, 3]], before[[0, 1, 3]])
+    after.square().sum().backward()
+    assert after.isfinite().all()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_hybrids_and_repeated_blocks():
     layers = ["lru", {"name": "softmax_attention", "num_heads": 2}]
     model = build_model(config(layers=layers, blocks_per_layer=2, mlp_ratio=2), TOKENS, head="classify", causal=False)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqzoo.tasks import DataError, Task, TaskConfig, acl_retrieval, build_task
+from seqzoo.tasks import DataError, Task, TaskConfig, acl_retrieval, build_task, origin_of
 from seqzoo.tasks.acl_retrieval import draw_pairs, read_citations, read_papers, split_by_citing
 
 IDS = [f"P{year:02}-{number:04}" for year in (98, 99, 0, 1) for number in range(8)]
@@ -245,3 +246,13 @@ def test_the_collection(real_data):
     cited, other = (Counter(getattr(t, key) for t in splits["train"]) for key in ("cited", "other"))
     right = [(cited[t.cited] > other[t.cited]) + (cited[t.other] < other[t.other]) for t in splits["test"]]
     assert sum(right) / (2 * len(right)) < 0.55
+
+
+def test_other_papers_are_told_apart(data_dir, tmp_path):
+    found = origin_of(config(), data_dir=data_dir, cache_dir=tmp_path)
+    assert found["origin"].keys() == {".jsonl", ".tsv"}
+    shutil.copytree(data_dir / "aan", tmp_path / "copy" / "aan")
+    assert origin_of(config(), data_dir=tmp_path / "copy", cache_dir=tmp_path) == found
+    path = tmp_path / "copy" / "aan" / "citations.tsv"
+    path.write_text(path.read_text().rsplit("\n", 1)[0])
+    assert origin_of(config(), data_dir=tmp_path / "copy", cache_dir=tmp_path) != found

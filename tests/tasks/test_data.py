@@ -55,6 +55,14 @@ def test_batch_equals_a_loop(kind, num_inputs):
     assert batch.index.tolist() == index.tolist()
 
 
+@pytest.mark.parametrize("num_inputs", [1, 2])
+def test_a_batch_of_nothing(num_inputs):
+    split, _ = make_split([5, 1, 39, 80], num_inputs=num_inputs)
+    batch = split.batch(torch.empty(0, dtype=torch.int64))
+    assert batch.inputs.shape == ((0, 10) if num_inputs == 1 else (0, 2, 10))
+    assert batch.lengths.shape == ((0,) if num_inputs == 1 else (0, 2))
+
+
 @pytest.mark.parametrize(
     ("longest", "padded"), [(1, 10), (10, 10), (11, 20), (20, 20), (21, 40), (41, 60), (60, 60), (61, 80), (80, 80)]
 )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from task_configs import small_listops
 
-from seqzoo.tasks import DataError, build_task, lra_listops
+from seqzoo.tasks import DataError, build_task, lra_listops, origin_of
 from seqzoo.tasks.listops_generator import generate
 from seqzoo.tasks.listops_grammar import EOS, SYMBOLS, Grammar, evaluate, tokenise
 
@@ -403,3 +404,17 @@ def lengths_differ(ours: np.ndarray, theirs: np.ndarray) -> bool:
 def labels_differ(shares: np.ndarray, counts: np.ndarray) -> bool:
     expected = shares * counts.sum()
     return bool(((counts - expected) ** 2 / expected).sum() > 21.67)  # the 99th percentile
+
+
+def test_released_rows_are_told_from_generated_ones(released):
+    folder, config, tmp_path = released
+    places = {"data_dir": tmp_path / "data", "cache_dir": tmp_path / "cache"}
+    found = origin_of(config, **places)
+    assert found["origin"].keys() == {"basic_train.tsv", "basic_val.tsv", "basic_test.tsv"}
+    shutil.copytree(folder, tmp_path / "copy" / "listops-1000")
+    assert origin_of(config, data_dir=tmp_path / "copy", cache_dir=tmp_path / "cache") == found, "moved, not changed"
+    with (folder / "basic_val.tsv").open("a") as file:
+        file.write("[MAX 1 2 ]\t2\n")
+    assert origin_of(config, **places) != found
+    config.num_train = 3
+    assert origin_of(config, **places) == {}, "so many are generated"

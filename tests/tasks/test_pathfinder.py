@@ -3,10 +3,12 @@ from __future__ import annotations
 import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from seqzoo.files import LinkError
-from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, pathfinder_release
+from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, origin_of, pathfinder_release
 from seqzoo.tasks.pathfinder_release import COLUMNS, read_metadata
 from seqzoo.tasks.shards import array_file
 
@@ -124,6 +126,18 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+COLOURS_OF_16_BITS = (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0))
+    + chunk(b"IDAT", zlib.compress(bytes(32 * (1 + 32 * 6))))
+    + chunk(b"IEND", b"")
+)
+
+
 @pytest.fixture
 def released(tmp_path, monkeypatch):
     """50 images in the released layout, two of them in a batch 10 that comes after batch 2, and their pixels."""
@@ -190,8 +204,10 @@ def test_changed_metadata_is_read_anew(released):
         (png(np.arange(1024, dtype=np.uint8).reshape(32, 32))[:-30], r"sample_7\.png is damaged .*2\.npy, row 8"),
         (b"GIF89a" + bytes(100), r"sample_7\.png is damaged .*2\.npy, row 8"),
         (png(np.zeros((32, 31), np.uint8)), r"sample_7\.png has 31 x 32 pixels, expected 32 x 32 .*2\.npy, row 8"),
+        (png(np.full((32, 32), 4000, np.uint16)), r"sample_7\.png has 16 bits a channel, expected 8 .*2\.npy, row 8"),
+        (COLOURS_OF_16_BITS, r"sample_7\.png has 16 bits a channel, expected 8 .*2\.npy, row 8"),
     ],
-    ids=["empty", "missing", "cut", "format", "size"],
+    ids=["empty", "missing", "cut", "format", "size", "depth", "depth of colours"],
 )
 def test_damaged_images_are_named(released, content, message):
     folder, pixels, _ = released
@@ -290,3 +306,15 @@ def test_no_link_in_place_of_an_array_is_followed(tmp_path, victim, name):
     (tmp_path / name).symlink_to(victim)
     with suppress(LinkError):
         array_file(tmp_path / "values.npy", (5,), np.uint8)[:] = 1
+
+
+def test_released_images_are_told_from_generated_ones(released):
+    folder, _, tmp_path = released
+    places = {"data_dir": tmp_path / "data", "cache_dir": tmp_path / "cache"}
+    found = origin_of(config(), **places)
+    assert found["origin"].keys() == {"2.npy", "10.npy"}
+    with (folder / "metadata" / "10.npy").open("a") as file:
+        file.write("imgs/10 sample_2.png 2 0 1.0 14 4 2 0.5 1 1\n")
+    assert origin_of(config(), **places) != found
+    assert origin_of(config(num_train=8), **places) == {}
+    assert origin_of(config(difficulty="curv_baseline"), **places) == {}

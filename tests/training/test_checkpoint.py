@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from seqzoo.messages import say_once
 from seqzoo.training import TrainingError
 from seqzoo.training.checkpoint import (
+    CHECKSUM,
     Checkpoint,
     load_checkpoint,
     load_metadata,
@@ -68,6 +73,48 @@ def test_a_truncated_file_is_named(tmp_path, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(TrainingError, match=r"last\.safetensors is damaged"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flipped_bit_is_never_read_in_silence(tmp_path, capsys, dtype):
+    """Wherever it is: a number, a name, a type, a shape, a counter, the checksum."""
+    path = tmp_path / "last.safetensors"
+    saved = Checkpoint({"w": torch.tensor([[1, 0, 1]]).to(dtype)}, {0: {"step": torch.tensor(3.0)}}, {"step": 3})
+    save_checkpoint(path, saved)
+    content = path.read_bytes()
+    read = 0
+    for at in range(len(content)):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        with suppress(TrainingError):
+            loaded = load_checkpoint(path)
+            assert "has no checksum" in capsys.readouterr().err, at
+            assert loaded.state == saved.state
+            assert torch.equal(loaded.weights["w"], saved.weights["w"])
+            assert torch.equal(loaded.optimizer[0]["step"], saved.optimizer[0]["step"])
+            say_once.cache_clear()
+            read += 1
+    assert 0 < read <= len(CHECKSUM), "those whose checksum has another name"
+
+
+def test_weights_that_have_changed_are_named(tmp_path):
+    path = tmp_path / "best.safetensors"
+    save_weights(path, weights(2.0))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match=r"best\.safetensors is damaged \(its checksum is not"):
+        load_weights(path)
+
+
+def test_weights_of_before_are_read_and_that_is_said_once(tmp_path, capsys):
+    path = tmp_path / "best.safetensors"
+    save_file(weights(2.0), path, {"accuracy": "0.5"})
+    for _ in range(2):
+        torch.testing.assert_close(load_weights(path), weights(2.0), rtol=0, atol=0)
+    assert load_metadata(path) == {"accuracy": "0.5"}
+    assert capsys.readouterr().err.count(f"{path} has no checksum") == 1
 
 
 def test_missing_weights_are_named(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -26,9 +27,20 @@ from seqzoo.training.tracker import Tracker
 
 
 def build_stage(
-    task, folder, *, objective=None, tracked=False, seed=0, dropout=0.1, precision="fp32", options=None, **changes
+    task,
+    folder,
+    *,
+    objective=None,
+    tracked=False,
+    seed=0,
+    dropout=0.1,
+    precision="fp32",
+    block=None,
+    options=None,
+    **changes,
 ):
-    config = tiny_config(folder, precision=precision, finetuning=changes, model={"dropout": dropout})
+    model = {"dropout": dropout, **({"block": block} if block else {})}
+    config = tiny_config(folder, precision=precision, finetuning=changes, model=model)
     torch.manual_seed(seed)
     folder.mkdir(exist_ok=True)
     return Stage(
@@ -68,6 +80,13 @@ class Signalling:
         if self.left == 0:
             os.kill(os.getpid(), self.number)
         return self.inner(model, batch, seed=seed)
+
+
+def test_a_stage_past_its_last_step_ends(task, tmp_path):
+    before = build_stage(task, tmp_path, tokens=600).run()
+    shorter = build_stage(task, tmp_path, tokens=300)
+    assert before.step > shorter.total_steps
+    assert shorter.run() == before
 
 
 def test_learns_and_keeps_the_best_weights(task, tmp_path):
@@ -128,6 +147,20 @@ def test_resuming_is_bitwise_exact(task, tmp_path, number, at):
     for name, tensor in load_checkpoint(tmp_path / "whole" / "finetune" / "last.safetensors").weights.items():
         assert torch.equal(weights[name], tensor), name
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [9, 11])  # before and in the first validation
+def test_what_blocks_report_outlives_an_interruption(task, tmp_path, at):
+    block = {"name": "vq_attention", "block_len": 4, "codebook_size": 8}
+    build_stage(task, tmp_path / "whole", tracked=True, block=block).run()
+    objective = Signalling(build_objective("task", task.spec), at, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        build_stage(task, tmp_path / "cut", tracked=True, block=block, objective=objective).run()
+    assert not [line for line in lines(tmp_path / "cut") if "val/loss" in line]
+    build_stage(task, tmp_path / "cut", tracked=True, block=block).run()
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+    reported = [line for line in lines(tmp_path / "cut") if "backbone.layers.0.branch/codes_used" in line]
+    assert len(reported) == 3
 
 
 def test_resuming_from_an_older_checkpoint_rewrites_the_lines_after_it(task, tmp_path):
@@ -319,6 +352,20 @@ def test_evaluation_counts_every_example_once(task, tmp_path):
         scores = stage.model.eval()(batch.inputs, batch.lengths)
     assert metrics["accuracy"] == (scores.argmax(-1) == batch.labels).double().mean().item()
     assert metrics["loss"] == pytest.approx(nn.functional.cross_entropy(scores, batch.labels).item(), rel=1e-5)
+
+
+def test_a_rank_without_an_example_evaluates_nothing(task, tmp_path, monkeypatch):
+    """Where there are more ranks than examples; it adds 0 to every sum of the others."""
+    stage, one, sums = build_stage(task, tmp_path), task.val.subset(torch.tensor([3])), []
+    monkeypatch.setattr(type(stage.fabric), "world_size", 2)
+    monkeypatch.setattr(stage.fabric, "all_reduce", lambda total, reduce_op: sums.append(total) or total)
+    for rank in (0, 1):
+        monkeypatch.setattr(type(stage.fabric), "global_rank", rank)
+        with suppress(TrainingError):  # as this rank alone has nothing
+            evaluate(stage.model, stage.objective, one, batch_size=8, fabric=stage.fabric)
+    assert len(sums) == 6
+    assert sums[0] == 1
+    assert not any(sums[3:])
 
 
 def test_masks_of_a_validation_are_always_the_same(task, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from uneven_steps import CASES, first_step
 
 from seqzoo.training.checkpoint import load_checkpoint
 
@@ -20,15 +21,33 @@ run(tiny_config(sys.argv[1], pretrain=pretrain, model={"dropout": 0.0}), task=to
 """
 
 
-def launch(tmp_path: Path, name: str, *, processes: int, kind: str) -> Path:
-    """Trains in some processes; returns the run folder."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+STEPS = """
+import sys
+from pathlib import Path
+import torch
+from uneven_steps import CASES, first_step
+for case in CASES:
+    for accumulate in (1, 2):
+        cut = {"batch_size": 8 // accumulate, "accumulate": accumulate}
+        step = first_step(case, Path(sys.argv[1]), block="vq_attention", **cut)
+        if torch.distributed.get_rank() == 0:
+            torch.save(step, f"{sys.argv[1]}/{case} {accumulate}")
+"""
+
+
+def start(script: str, tmp_path: Path, *arguments: str, processes: int) -> None:
+    """Runs a script in some processes."""
+    path = tmp_path / "script.py"
+    path.write_text(script)
     tests = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, str(script), str(tmp_path / name), kind]
-    subprocess.run(command, env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, *launcher, str(path), *arguments], env=environment, check=True, timeout=300)
+
+
+def launch(tmp_path: Path, name: str, *, processes: int, kind: str) -> Path:
+    """Trains in some processes; returns the run folder."""
+    start(SCRIPT, tmp_path, str(tmp_path / name), kind, processes=processes)
     (folder,) = (tmp_path / name).iterdir()
     return folder
 
@@ -53,3 +72,16 @@ def test_two_processes_pretrain(tmp_path):
     assert len(losses) == 3
     assert losses[-1] < losses[0]
     assert json.loads((folder / "result.json").read_text())["tokens_seen"]["pretrain"] >= 2400
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path):
+    """Whatever each of them asks for."""
+    start(STEPS, tmp_path, str(tmp_path), processes=2)
+    for case in CASES:
+        whole = first_step(case, tmp_path, block="vq_attention", batch_size=8, accumulate=1)
+        for accumulate in (1, 2):
+            step = torch.load(tmp_path / f"{case} {accumulate}")
+            assert step.keys() == whole.keys()
+            for name, tensor in whole.items():
+                torch.testing.assert_close(step[name], tensor, rtol=1e-4, atol=1e-6, msg=f"{case}: {name}")

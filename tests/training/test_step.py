@@ -51,8 +51,9 @@ def pixel_task():
     )
 
 
-def stage_without_numbers(task, folder, monkeypatch, *, objective, block, pixel_loss="cross_entropy"):
-    config = tiny_config(folder, model={"block": {"name": block, **BLOCKS[block]}})
+def stage_without_numbers(task, folder, monkeypatch, *, objective, block, pixel_loss="cross_entropy", accumulate=1):
+    stages = {"finetuning": {"accumulate": accumulate}}
+    config = tiny_config(folder, model={"block": {"name": block, **BLOCKS[block]}}, **stages)
     fabric = build_fabric(config)
     fabric.strategy._root_device = torch.device("meta")
     monkeypatch.setattr(fabric._accelerator, "setup_device", lambda device: None)
@@ -82,6 +83,15 @@ def stage_without_numbers(task, folder, monkeypatch, *, objective, block, pixel_
 @pytest.mark.parametrize("objective", ["task", "masked", "causal"])
 def test_a_step_waits_for_no_device(task, tmp_path, monkeypatch, block, objective):
     stage = stage_without_numbers(task, tmp_path, monkeypatch, objective=objective, block=block)
+    with Copies() as copies:
+        stage.take_step()
+    assert copies.found == []
+
+
+@pytest.mark.parametrize("objective", ["task", "masked", "causal"])
+def test_batches_are_weighed_where_they_are(task, tmp_path, monkeypatch, objective):
+    options = {"objective": objective, "block": "vq_attention", "accumulate": 3}
+    stage = stage_without_numbers(task, tmp_path, monkeypatch, **options)
     with Copies() as copies:
         stage.take_step()
     assert copies.found == []
