@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config import Config, ConfigError
+from ..messages import printable_lines
 from ..models import task_head
 from ..objectives import build_objective
 from ..records import is_name
@@ -112,9 +113,9 @@ def _compare(folder: Path, config: Config, accuracy: float, n: int) -> None:
     before = (read_json(folder / "result.json") or {}).get("test", {}).get("accuracy")
     explained = max(1 / n, ROUNDING[config.precision])
     if before is not None and abs(accuracy - before) > explained + 1e-9:
-        print(
+        said = (
             f"{folder}: the accuracy is {accuracy:.4f} here and {before:.4f} in its result.json. Rounding explains "
             f"{explained:.4f} of difference, on {n:,} examples in {config.precision}; more says that weights, data or "
-            "code are not what they were",
-            file=sys.stderr,
+            "code are not what they were"
         )
+        print(printable_lines(said), file=sys.stderr)
