@@ -15,8 +15,18 @@ def unknown(what: str, given: str, valid: Iterable[str]) -> str:
     return f"no {what} {given!r}{meant}; valid: {', '.join(valid)}"
 
 
+def printable(text: str) -> str:
+    """`text` in one line that a terminal shows as it is: what would not be printed is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable`, of every line of `text`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 @cache
 def say_once(message: str) -> None:
     """Prints to stderr what this process has not said yet, on the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+        print(printable_lines(message), file=sys.stderr)

@@ -21,7 +21,7 @@ from . import (
     speech_commands,
 )
 from .arrays import from_arrays
-from .cache import default_folder
+from .cache import default_folder, reading
 from .config import TaskConfig
 from .data import Split, Task, epoch_order, nested, stratified
 from .identity import Fingerprint, fingerprint
@@ -86,12 +86,19 @@ def origin_of(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Pat
     return ORIGINS[config.name](config, **_places(data_dir, cache_dir))
 
 
-def build_task(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Path | str | None) -> Task:
+def build_task(
+    config: TaskConfig,
+    *,
+    data_dir: Path | str | None,
+    cache_dir: Path | str | None,
+    filled: Path | str | None = None,
+) -> Task:
     """The task `config` names: from the cache, or built from data under `data_dir`, a download, or a generator.
 
     Args:
         data_dir: where the published folders or archives are, as their publishers lay them out; only read.
         cache_dir: where downloads and tokenised data are kept; None takes the user's cache folder.
+        filled: another such folder that may hold them already; only read.
 
     Raises:
         ValueError: there is no such task, or a key of `config` does not suit it.
@@ -99,7 +106,8 @@ def build_task(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Pa
     """
     if config.name not in TASKS:
         raise ValueError(f"no task {config.name!r}; valid: {', '.join(TASKS)}")
-    return TASKS[config.name](config, **_places(data_dir, cache_dir))
+    with reading(None if filled is None else Path(filled).expanduser()):
+        return TASKS[config.name](config, **_places(data_dir, cache_dir))
 
 
 def _places(data_dir: Path | str | None, cache_dir: Path | str | None) -> dict[str, Any]:

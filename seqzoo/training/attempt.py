@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, compose, seconds
+from ..files import LinkError
+from ..messages import printable_lines
 from ..tasks import DataError
 from .errors import Busy, Interrupted, TrainingError
 from .run import run
@@ -34,7 +36,7 @@ def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
         return fail(str(error), MISUSED)
     except Busy as error:
         return fail(str(error), BUSY)
-    except (DataError, TrainingError) as error:
+    except (DataError, TrainingError, LinkError) as error:
         return fail(str(error), FAILED)
     except Interrupted as stopped:
         if deadline is not None and time.monotonic() >= deadline:
@@ -49,12 +51,12 @@ def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
 def say(message: str) -> None:
     """Prints, on the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
-        print(message)
+        print(printable_lines(message))
 
 
 def fail(message: str, status: int) -> int:
     """Says what went wrong and returns `status`."""
-    print(f"train.py: {message}", file=sys.stderr)
+    print(printable_lines(f"train.py: {message}"), file=sys.stderr)
     return status
 
 

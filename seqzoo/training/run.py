@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
+from ..files import inside, write_json, write_text
+from ..messages import printable_lines
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
@@ -32,8 +34,6 @@ from .run_folder import (
     run_name,
     shared_pretraining,
     write_description,
-    write_json,
-    write_text,
 )
 from .search import search_lr
 from .tracker import Tracker
@@ -61,6 +61,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         TrainingError: training failed; what had been saved is kept.
         Busy: another process has this run, or its pretraining, in hand.
         Interrupted: by a signal or the deadline, with everything saved.
+        LinkError: a symbolic link stands where the run would write; the folder that `config.resume` names may be one.
     """
     if config.resume is not None:
         folder = Path(config.resume)
@@ -68,10 +69,10 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     else:
         if isinstance(config.pretrain, str):
             config = replace(config, pretrain=str(Path(config.pretrain).resolve()))
-        folder = Path(config.runs_dir) / run_name(config, task)
+        folder = inside(Path(config.runs_dir), run_name(config, task))
     config = replace(config, data_dir=_absolute_data_dir(config))
     if (result := read_json(folder / "result.json")) is not None:
-        print(f"{folder} is finished; delete it to run again", file=sys.stderr)
+        print(printable_lines(f"{folder} is finished; delete it to run again"), file=sys.stderr)
         return {**result, "folder": str(folder)}
 
     fabric = build_fabric(config)
@@ -191,7 +192,7 @@ class _Run:
             "deadline": self.deadline,
         }
         if config.lr == "search":
-            lr = search_lr(model, objective, self.examples, self.val, stage, folder=folder / "search", **shared)
+            lr = search_lr(model, objective, self.examples, self.val, stage, folder=inside(folder, "search"), **shared)
             stage = replace(stage, lr=lr)
         trainer = Stage(
             model,
@@ -262,7 +263,7 @@ class _Run:
     def say(self, message: str) -> None:
         """Prints to stderr, on the first rank only."""
         if self.fabric.is_global_zero:
-            print(message, file=sys.stderr)
+            print(printable_lines(message), file=sys.stderr)
 
 
 def _absolute_data_dir(config: Config) -> str | None:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from seqzoo.files import LinkError
 from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, origin_of, pathfinder_release
 from seqzoo.tasks.pathfinder_release import COLUMNS, read_metadata
 from seqzoo.tasks.shards import array_file
@@ -297,6 +299,13 @@ def test_any_image_is_read_or_refused(tmp_path, place, noise):
     except DataError as error:
         message = str(error)
     assert message == "" or str(path) in message
+
+
+@pytest.mark.parametrize("name", ["values.npy", "values.npy.tmp"])
+def test_no_link_in_place_of_an_array_is_followed(tmp_path, victim, name):
+    (tmp_path / name).symlink_to(victim)
+    with suppress(LinkError):
+        array_file(tmp_path / "values.npy", (5,), np.uint8)[:] = 1
 
 
 def test_released_images_are_told_from_generated_ones(released):
