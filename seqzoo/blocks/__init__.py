@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from ..messages import unknown
+from ..valid import Range, check_options
 from .base import Block, State, after_step, auxiliary_loss
 from .gau import GAU
 from .linear_attention import LinearAttention
@@ -25,6 +26,8 @@ BLOCKS: dict[str, type[Block]] = {
     "s4d": S4D,
 }
 
+NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
+
 
 def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any) -> Block:
     """A block of `BLOCKS` by name.
@@ -36,7 +39,8 @@ def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any
         **options: the keyword arguments of the block's class.
 
     Raises:
-        ValueError: an unknown name or option; the message names the valid ones.
+        ValueError: an unknown name or option, or one of the wrong type or out of its range; the message says what is
+            valid.
     """
     if name not in BLOCKS:
         raise ValueError(unknown("block", name, BLOCKS))
@@ -44,6 +48,7 @@ def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any
     for option in options:
         if option not in valid:
             raise ValueError(unknown(f"option of {name}", option, valid))
+    check_options(BLOCKS[name].__init__, options, default=NUMBERS)
     return BLOCKS[name](d_model, causal=causal, **options)
 
 

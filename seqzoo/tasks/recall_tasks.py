@@ -51,8 +51,6 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     recall = RECALL[config.name]
     settings = config.settings(*recall.options, *COUNTS.values(), "generator_seed")
     options = {name: settings[name] for name in recall.options}
-    if settings["generator_seed"] < 0:
-        raise ValueError(f"task {config.name}: generator_seed is {settings['generator_seed']}; valid: 0 and more")
 
     symbols = [*recall.symbols(options["num_symbols"]), "<mask>", "<pad>"]
     spec = TaskSpec(

@@ -8,15 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
+from ..models import task_head
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..tasks import Task, nested
 from . import provenance
 from .evaluation import evaluate
+from .feasible import check_stage
 from .loop import Stage
 from .memory import keep_freed_memory
 from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, part_of, sized, task_of
@@ -77,16 +80,19 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     key = pretraining_key(config, task) if config.pretrain is True else None
     if task is None:
         task = task_of(config, fabric)
-    _check_answer(config, task.spec)
+    planned = _Run(config, task, folder, key, fabric, deadline)  # what cannot be run ends here, and leaves no folder
     with ExitStack() as held:
         tracker = None
         if fabric.is_global_zero:
-            held.enter_context(in_hand(folder))
+            try:
+                held.enter_context(in_hand(folder))
+            except OSError as error:
+                raise ConfigError(f"runs_dir={config.runs_dir}: {folder} cannot be made: {error.strerror}") from None
             write_description(folder, config, task.spec)
             tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
         fabric.barrier()
         try:
-            result = _Run(config, task, folder, key, fabric, tracker, deadline).result()
+            result = planned.result(tracker)
         except BaseException:
             if tracker:
                 tracker.finish(None)
@@ -99,11 +105,16 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
 
 
 class _Run:
-    """A run under way: both stages, and the test.
+    """A run: both stages, and the test. Making one reads and writes nothing of its own, and allocates no model.
 
     Args:
         key: of the pretraining that it needs; None: it needs none of its own.
+
+    Raises:
+        ConfigError: it cannot be run.
     """
+
+    tracker: Tracker | None = None
 
     def __init__(
         self,
@@ -112,11 +123,11 @@ class _Run:
         folder: Path,
         key: str | None,
         fabric: Fabric,
-        tracker: Tracker | None,
         deadline: float | None,
     ) -> None:
+        _check_answer(config, task.spec)
         self.config, self.task, self.folder, self.key = config, task, folder, key
-        self.fabric, self.tracker, self.deadline = fabric, tracker, deadline
+        self.fabric, self.deadline = fabric, deadline
         self.examples = task.train
         if config.train_fraction is not None:
             kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
@@ -128,11 +139,20 @@ class _Run:
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
         with blaming(f"tuning={config.tuning}"):
             self.trained = count_trained(self.sized, task.spec, config)
+        self.reused = reusable_pretraining(config, task.spec) if isinstance(config.pretrain, str) else None
+        with torch.device("meta"):
+            if key is not None:
+                model = model_of(config, task.spec, objective_of(config, task.spec).head)
+                check_stage("pretraining", config.pretraining, model, self.examples, fabric)
+            model = tune(model_of(config, task.spec, task_head(task.spec)), config)
+            check_stage("finetuning", config.finetuning, model, self.examples, fabric)
 
-    def result(self) -> dict[str, Any]:
-        """Trains, or goes on training, and tests; the content of `result.json`."""
+    def result(self, tracker: Tracker | None) -> dict[str, Any]:
+        """Trains, or goes on training, and tests; the content of `result.json`. `tracker` is the first rank's."""
+        self.tracker = tracker
         config, fabric, size = self.config, self.fabric, f"width {self.sized.d_model}, {self.params:,} parameters"
-        self.say(f"{self.sized.name}: {size}, {self.flops / 1e6:.3g} MFLOP a token")
+        asked = "" if config.size is None else f", the nearest to size={config.size}"
+        self.say(f"{self.sized.name}: {size}, {self.flops / 1e6:.3g} MFLOP a token{asked}")
         if config.tuning != "full":
             alone = "" if config.pretrain else "; without pretraining: the backbone stays a random one"
             self.say(f"tuning={config.tuning} moves {self.trained:,} parameters{alone}")
@@ -152,7 +172,7 @@ class _Run:
         """The run folder that fine-tuning starts from, and the summary of its pretraining; None: it starts anew."""
         config, folder = self.config, self.folder
         if isinstance(config.pretrain, str):
-            return Path(config.pretrain), reusable_pretraining(config, self.task.spec)
+            return Path(config.pretrain), self.reused
         if self.key is None:
             return folder, None
         source = shared_pretraining(config, folder, self.key) or folder
@@ -195,6 +215,9 @@ class _Run:
             flops_per_token=flops_per_token(self.sized, self.task.spec, causal=config.causal, head=objective.head),
             advice=fits if config.recipe != fitting else "Fewer tokens or a smaller model would make it shorter",
         )
+        if stage.warmup_steps > trainer.total_steps:
+            steps = f"{stage.warmup_steps:,} steps of warmup in {trainer.total_steps:,}"
+            self.say(f"{name}: {steps}: the learning rate never reaches {stage.lr:g}")
         state = trainer.run()
         tokens_per_second = state.tokens / state.training_seconds
         return {
@@ -256,7 +279,9 @@ class _Run:
 
 
 def _check_answer(config: Config, spec: TaskSpec) -> None:
-    """Raises ConfigError where every position is asked for the next and the run would be of something else."""
+    """Raises ConfigError where a task asks for something else than the run would learn."""
+    if config.pretrain and config.pixel_loss != "cross_entropy" and spec.kind != "pixels":
+        raise ConfigError(f"pixel_loss={config.pixel_loss}: {spec.name} has no pixels; valid: cross_entropy")
     if spec.answer != "next":
         return
     if not config.causal:
