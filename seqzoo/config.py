@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import reduce
@@ -68,7 +67,7 @@ class StageConfig:
 
     tokens: Tokens | None = None  # budget in tokens, padding not counted; this or `epochs`
     epochs: Epochs | None = None
-    batch_size: Count = 32
+    batch_size: Width = 32
     accumulate: Count = 1  # batches summed into one optimiser step
     lr: Positive = 1e-3
     recurrence_lr_factor: NotNegative = 0.5  # learning rate of recurrence parameters (decay rates, phases), times lr
@@ -255,7 +254,7 @@ def is_text(override: str) -> bool:
 def parse_text(key: str, value: str) -> str | bool | None:
     """The value of a text key as it stands on the command line; all that has a meaning is
 
-    - null, where the key may be, and true and false for `pretrain`;
+    - null and, for `pretrain`, true and false;
     - quotes around the whole, as Hydra reads them, which are left away.
 
     Raises:
@@ -265,10 +264,10 @@ def parse_text(key: str, value: str) -> str | bool | None:
     from hydra.core.override_parser.types import QuotedString
     from hydra.errors import HydraException
 
-    word, kinds = value.lower(), kinds_of(_hint_of(key))
-    if word == "null" and types.NoneType in kinds:
+    word = value.lower()
+    if word == "null":
         return None
-    if word in ("true", "false") and str not in kinds:
+    if word in ("true", "false") and str not in kinds_of(_hint_of(key)):
         return word == "true"
     if value[:1] in ("'", '"') and value[-1:] == value[:1]:
         try:

@@ -5,6 +5,7 @@ Upper bounds are far above what anybody has used, and below what no machine hold
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -33,9 +34,9 @@ class Range(NamedTuple):
 LARGEST = 2**63 - 1  # int64
 
 Count = Annotated[int, Range(1, 1 << 20)]  # of what memory holds
-Width = Annotated[int, Range(1, 1 << 16)]  # of a layer
+Width = Annotated[int, Range(1, 1 << 16)]  # of a layer, or a batch
 Length = Annotated[int, Range(2, 1 << 20)]  # of a sequence
-Examples = Annotated[int, Range(1, 100_000_000)]
+Examples = Annotated[int, Range(1, 10_000_000)]
 Limit = Annotated[int, Range(1, LARGEST)]  # on what there is: more than that is all of it
 Number = Annotated[int, Range(0, LARGEST)]  # that costs nothing: a seed, a threshold
 Tokens = Annotated[int, Range(1, 10**24)]  # of a budget, which may take for ever
@@ -49,6 +50,11 @@ Between = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
 
 AS_IT_STANDS = "as it stands"
 Text = Annotated[str, AS_IT_STANDS]  # anything, such as a path: no grammar reads it
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine, in use or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_ranges(group: Any, prefix: str = "", *, absent: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ..messages import unknown
@@ -39,9 +40,14 @@ def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any
         **options: the keyword arguments of the block's class.
 
     Raises:
-        ValueError: an unknown name or option, or one of the wrong type or out of its range; the message says what is
-            valid.
+        ValueError: as `check_block` does, or options that do not go together; the message says what is valid.
     """
+    check_block(name, options)
+    return BLOCKS[name](d_model, causal=causal, **options)
+
+
+def check_block(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where a block or one of its options does not exist, or is of the wrong type or out of range."""
     if name not in BLOCKS:
         raise ValueError(unknown("block", name, BLOCKS))
     valid = [key for key in inspect.signature(BLOCKS[name]).parameters if key not in ("d_model", "causal")]
@@ -49,7 +55,6 @@ def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any
         if option not in valid:
             raise ValueError(unknown(f"option of {name}", option, valid))
     check_options(BLOCKS[name].__init__, options, default=NUMBERS)
-    return BLOCKS[name](d_model, causal=causal, **options)
 
 
 __all__ = [
@@ -66,4 +71,5 @@ __all__ = [
     "after_step",
     "auxiliary_loss",
     "build_block",
+    "check_block",
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from ..blocks import build_block
+from ..blocks import build_block, check_block
 from ..spec import TaskSpec
 from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
 from .embedding import Embedding
@@ -41,8 +41,23 @@ class ModelConfig:
             raise ValueError(f"model.name={self.name}: valid: what can be part of a folder's name")
         if self.layers is not None and not self.layers:
             raise ValueError("model.layers=[]: valid: null, or a block for each layer")
+        for block in self.blocks():
+            check_block(**block)
         if self.init not in INITS:
             raise ValueError(f"model.init={self.init}: valid: {', '.join(INITS)}")
+
+    def blocks(self) -> list[dict[str, Any]]:
+        """The "name" and "options" of each layer's block.
+
+        Raises:
+            ValueError: there is something else in its place.
+        """
+        listed = [self.block] * self.num_layers if self.layers is None else self.layers
+        blocks = [dict(entry) if isinstance(entry, Mapping) else {"name": entry} for entry in listed]
+        for block in blocks:
+            if not isinstance(block.get("name"), str):
+                raise ValueError(f"no block {block}; valid: a block's name, or a mapping of its name and options")
+        return [{"name": block.pop("name"), "options": block} for block in blocks]
 
 
 class Residual(nn.Module):
@@ -76,9 +91,9 @@ class Backbone(nn.Module):
         D = config.d_model
         self.embedding = Embedding(spec, D, config.position)
         self.layers = nn.ModuleList()
-        for options in _blocks(config):
+        for planned in config.blocks():
             for _ in range(config.blocks_per_layer):
-                block = build_block(d_model=D, causal=causal, **options)
+                block = build_block(planned["name"], D, causal=causal, **planned["options"])
                 self.layers.append(Residual(block, D, config.dropout, mixes=True))
             if config.mlp_ratio:
                 hidden = round(config.mlp_ratio * D)
@@ -175,17 +190,3 @@ def _head(config: ModelConfig, spec: TaskSpec, head: str) -> nn.Module:
     if spec.num_inputs == 2:
         return PairHead(config.d_model, spec.num_classes, pooling=config.pooling)
     return ClassificationHead(config.d_model, spec.num_classes, pooling=config.pooling, kind=config.head)
-
-
-def _blocks(config: ModelConfig) -> list[dict[str, Any]]:
-    """The name and options of each layer's block."""
-    listed = [config.block] * config.num_layers if config.layers is None else config.layers
-    blocks = [dict(entry) if isinstance(entry, Mapping) else {"name": entry} for entry in listed]
-    for block in blocks:
-        if not isinstance(block.get("name"), str):
-            raise ValueError(f"no block {block}; valid: a block's name, or a mapping of its name and options")
-        if set_here := block.keys() & {"d_model", "causal"}:
-            raise ValueError(
-                f"a block takes {' and '.join(sorted(set_here))} from the model; valid: model.d_model, causal"
-            )
-    return blocks

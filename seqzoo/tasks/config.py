@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from ..valid import Between, Count, Examples, Length, Number, Range, Text, check_ranges
+from ..valid import Between, Count, Examples, Length, Number, Range, Text, Width, check_ranges
 
 COUNTS = {"train": "num_train", "val": "num_val", "test": "num_test"}  # the key of each split's size
-POSITIONS = 10**11  # of all splits together, generated: bytes, at least
+POSITIONS = 2 * 10**10  # of all splits together, generated: bytes, at least
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class TaskConfig:
     num_pairs: Count | None = None
     num_queries: Count | None = None
     num_tokens: Count | None = None
-    num_symbols: Count | None = None
+    num_symbols: Width | None = None
 
     # character language modelling
     text: Text | None = None  # a UTF-8 file, its path absolute or relative to data_dir

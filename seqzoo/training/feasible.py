@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def check_stage(name: str, stage: StageConfig, model: SequenceModel, train: Split, fabric: Fabric) -> None:
     """Raises ConfigError where a stage cannot be trained.
 
-    Memory is refused for what no implementation could do without: weights, gradients and moments, and of each layer its
-    input at every position of a batch.
+    Memory is refused for what training cannot do without: weights, gradients and moments; and, at every position of a
+    batch, what goes into the norm of each layer that is trained and what comes out.
 
     Args:
         name: of the stage's keys, "pretraining" or "finetuning".
@@ -40,7 +40,7 @@ def check_stage(name: str, stage: StageConfig, model: SequenceModel, train: Spli
         )
     layers = 1 if model.backbone.frozen else len(model.backbone.layers)
     positions = stage.batch_size * tokens / len(train) / fabric.world_size
-    needed += round(4 * positions * model.backbone.norm.normalized_shape[0] * layers)
+    needed += round(2 * 4 * positions * model.backbone.norm.normalized_shape[0] * layers)
     if needed > memory:
         raise ConfigError(
             f"{name}.batch_size={stage.batch_size}: {needed / 1e9:,.0f} GB at least, of {memory / 1e9:,.0f} GB here; "

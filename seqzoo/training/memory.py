@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 
 import torch
 from torch import nn
+
+from ..valid import physical_memory
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT = 1 << 30  # bytes
@@ -30,7 +31,7 @@ def held_by(device: torch.device) -> int:
     """Bytes of memory that a device has in all, in use or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return physical_memory()
 
 
 def needed_to_train(model: nn.Module) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
-from ..models import task_head
+from ..models import SequenceModel, build_model, task_head
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
@@ -70,7 +71,9 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         if isinstance(config.pretrain, str):
             config = replace(config, pretrain=str(Path(config.pretrain).resolve()))
         folder = Path(config.runs_dir) / run_name(config, task)
-    if (result := read_json(folder / "result.json")) is not None:
+    with _reaching(folder):
+        result = read_json(folder / "result.json")
+    if result is not None:
         print(f"{folder} is finished; delete it to run again", file=sys.stderr)
         return {**result, "folder": str(folder)}
 
@@ -84,10 +87,8 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     with ExitStack() as held:
         tracker = None
         if fabric.is_global_zero:
-            try:
+            with _reaching(folder):
                 held.enter_context(in_hand(folder))
-            except OSError as error:
-                raise ConfigError(f"runs_dir={config.runs_dir}: {folder} cannot be made: {error.strerror}") from None
             write_description(folder, config, task.spec)
             tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
         fabric.barrier()
@@ -135,17 +136,23 @@ class _Run:
         self.val, self.test = part_of(task.val, config.n_val), part_of(task.test, config.n_test)
         with blaming(f"model={config.model.name}"):
             self.sized = sized(config, task.spec)
+        if key is not None:
+            model = self.on_meta(objective_of(config, task.spec).head)
+            check_stage("pretraining", config.pretraining, model, self.examples, fabric)
+        model = self.on_meta(task_head(task.spec))
+        with blaming(f"tuning={config.tuning}"), torch.device("meta"):
+            model = tune(model, config)
+        check_stage("finetuning", config.finetuning, model, self.examples, fabric)
+        with blaming(f"model={config.model.name}"):
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
-        with blaming(f"tuning={config.tuning}"):
-            self.trained = count_trained(self.sized, task.spec, config)
+        self.trained = count_trained(self.sized, task.spec, config)
         self.reused = reusable_pretraining(config, task.spec) if isinstance(config.pretrain, str) else None
-        with torch.device("meta"):
-            if key is not None:
-                model = model_of(config, task.spec, objective_of(config, task.spec).head)
-                check_stage("pretraining", config.pretraining, model, self.examples, fabric)
-            model = tune(model_of(config, task.spec, task_head(task.spec)), config)
-            check_stage("finetuning", config.finetuning, model, self.examples, fabric)
+
+    def on_meta(self, head: str) -> SequenceModel:
+        """The model with `head`, of tensors without memory."""
+        with blaming(f"model={self.config.model.name}"), torch.device("meta"):
+            return build_model(self.sized, self.task.spec, head=head, causal=self.config.causal)
 
     def result(self, tracker: Tracker | None) -> dict[str, Any]:
         """Trains, or goes on training, and tests; the content of `result.json`. `tracker` is the first rank's."""
@@ -276,6 +283,15 @@ class _Run:
         """Prints to stderr, on the first rank only."""
         if self.fabric.is_global_zero:
             print(message, file=sys.stderr)
+
+
+@contextmanager
+def _reaching(folder: Path) -> Iterator[None]:
+    """Says of an OSError that it is where the run's folder was to be."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}; valid: runs_dir=<a folder that can be written>") from None
 
 
 def _check_answer(config: Config, spec: TaskSpec) -> None:
