@@ -11,6 +11,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any
 
+from .blocks import check_block
 from .messages import printable, shortened, unknown
 from .models import ModelConfig
 from .models.size import parse_size
@@ -179,7 +180,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         key, _, value = override.partition("=")
         *path, last = key.split(".")
         reduce(getitem, path, plain)[last] = parse_text(key, value)
-    return from_dict(plain)
+    config = from_dict(plain)
+    _check_budget("pretraining", config.pretraining)
+    return config
 
 
 def from_dict(plain: Any) -> Config:
@@ -359,8 +362,19 @@ def _validate(config: Config) -> None:
             )
     if config.share is not None:
         _split_budget(config, config.share)
+    _check_budget("finetuning", config.finetuning)
+    if config.pretrain:  # folders of before have a budget of 0 where nothing is pretrained
+        _check_budget("pretraining", config.pretraining)
+    for block in config.model.blocks():
+        check_block(**block)
     if config.objective == "causal" and config.pretrain:
         config.causal = True
+
+
+def _check_budget(name: str, stage: StageConfig) -> None:
+    for key in ("tokens", "epochs"):
+        if getattr(stage, key) == 0:
+            raise ConfigError(f"{name}.{key}=0: valid: null, or above 0")
 
 
 def _split_budget(config: Config, share: float) -> None:
@@ -375,14 +389,15 @@ def _split_budget(config: Config, share: float) -> None:
         raise ConfigError(f"share={share}: nothing is pretrained; valid: pretrain=true, or share=0")
     if pretraining.tokens is not None and finetuning.tokens is not None:
         tokens = pretraining.tokens + finetuning.tokens
-        pretraining.tokens = round(share * tokens)
-        finetuning.tokens = tokens - pretraining.tokens
-        if finetuning.tokens == 0 or (share > 0 and pretraining.tokens == 0):
+        part = round(share * tokens)
+        if share > 0 and part in (0, tokens):
             raise ConfigError(f"share={share}: of {tokens:,} tokens a stage gets none; valid: 0, or a share for both")
+        finetuning.tokens = tokens - part
+        pretraining.tokens = part or pretraining.tokens
     elif pretraining.epochs is not None and finetuning.epochs is not None:
         epochs = pretraining.epochs + finetuning.epochs
-        pretraining.epochs = share * epochs
-        finetuning.epochs = epochs - pretraining.epochs
+        finetuning.epochs = epochs - share * epochs
+        pretraining.epochs = share * epochs or pretraining.epochs
     else:
         raise ConfigError(
             f"share={share}: pretraining has tokens={pretraining.tokens} epochs={pretraining.epochs}, finetuning "

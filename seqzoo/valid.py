@@ -39,8 +39,8 @@ Length = Annotated[int, Range(2, 1 << 20)]  # of a sequence
 Examples = Annotated[int, Range(1, 10_000_000)]
 Limit = Annotated[int, Range(1, LARGEST)]  # on what there is: more than that is all of it
 Number = Annotated[int, Range(0, LARGEST)]  # that costs nothing: a seed, a threshold
-Tokens = Annotated[int, Range(1, 10**24)]  # of a budget, which may take for ever
-Epochs = Annotated[float, Range(0, 10**12, open_low=True)]
+Tokens = Annotated[int, Range(0, 10**24)]  # of a budget, which may take for ever
+Epochs = Annotated[float, Range(0, 10**12)]
 Positive = Annotated[float, Range(0, 1_000_000, open_low=True)]
 NotNegative = Annotated[float, Range(0, 1_000_000)]
 Factor = Annotated[float, Range(0, 64, open_low=True)]  # of a width

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from ..blocks import build_block, check_block
+from ..blocks import build_block
 from ..spec import TaskSpec
 from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
 from .embedding import Embedding
@@ -41,8 +41,6 @@ class ModelConfig:
             raise ValueError(f"model.name={self.name}: valid: what can be part of a folder's name")
         if self.layers is not None and not self.layers:
             raise ValueError("model.layers=[]: valid: null, or a block for each layer")
-        for block in self.blocks():
-            check_block(**block)
         if self.init not in INITS:
             raise ValueError(f"model.init={self.init}: valid: {', '.join(INITS)}")
 
