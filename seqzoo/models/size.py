@@ -61,9 +61,7 @@ def fit_width(config: ModelConfig, spec: TaskSpec, size: str, *, causal: bool) -
 
     low, high = 1, 1
     if at(low) > 2 * n:
-        raise ValueError(
-            f"size={size}: {config.name} is larger, {measure}:{at(low):,.0f}, at its smallest width, {step}"
-        )
+        raise ValueError(f"size={size}: {config.name} has {measure}:{at(low):,.0f} at its smallest width, {step}")
     while at(high) < n:
         low, high = high, 2 * high
         if high * step > WIDEST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,6 @@ def build_task(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Pa
         raise ValueError(f"no task {config.name!r}; valid: {', '.join(TASKS)}")
     return TASKS[config.name](
         config,
-        data_dir=None if data_dir is None else Path(data_dir).expanduser(),
-        cache_dir=default_folder() if cache_dir is None else Path(cache_dir).expanduser(),
+        data_dir=None if data_dir is None else Path(os.path.expanduser(data_dir)),
+        cache_dir=default_folder() if cache_dir is None else Path(os.path.expanduser(cache_dir)),
     )

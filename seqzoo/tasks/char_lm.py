@@ -15,6 +15,7 @@ What has to be decided for bits per character to mean something is decided thus:
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def read_text(text: str | None, data_dir: Path | None) -> tuple[Path, bytes]:
     """
     if text is None:
         raise MissingData("char_lm has no text of its own; give it one: task.text=<a UTF-8 file>")
-    path = (data_dir or Path()) / Path(text).expanduser()  # an absolute path stays what it is
+    path = (data_dir or Path()) / Path(os.path.expanduser(text))  # an absolute path stays what it is
     if not path.is_file():
         raise MissingData(f"{path} is no file; task.text takes a UTF-8 file, its path absolute or relative to data_dir")
     try:

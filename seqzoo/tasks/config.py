@@ -53,7 +53,7 @@ class TaskConfig:
     text: Text | None = None  # a UTF-8 file, its path absolute or relative to data_dir
 
     def __post_init__(self) -> None:
-        check_ranges(self, "task.", absent=True)
+        check_ranges(self, f"task={self.name}: task.", absent=True)
         counts = [count for key in COUNTS.values() if (count := getattr(self, key)) is not None]
         if sum(counts) * self.max_length > POSITIONS:
             raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -193,7 +194,7 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     if task is not None:
         shaping["task"] = {"spec": asdict(task.spec), "data": _fingerprint(task)}
     elif config.task.text is not None:  # what it says, not where it is: data_dir has no effect
-        data_dir = None if config.data_dir is None else Path(config.data_dir).expanduser()
+        data_dir = None if config.data_dir is None else Path(os.path.expanduser(config.data_dir))
         shaping["task"]["text"] = hashlib.sha256(read_text(config.task.text, data_dir)[1]).hexdigest()
     # A key that is not set counts as one that is not there: adding an option leaves the names of old runs as they are.
     return hashlib.sha256(json.dumps(_without_none(shaping), sort_keys=True).encode()).hexdigest()[:8]

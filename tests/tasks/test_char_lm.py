@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_said(tmp_path):
 def test_values_out_of_range(tmp_path):
     with pytest.raises(ValueError, match=r"val_fraction 0.5 and test_fraction 0.5 leave nothing to train on"):
         build(tmp_path, val_fraction=0.5, test_fraction=0.5)
-    with pytest.raises(ValueError, match=r"test_fraction is 1\.0"):
+    with pytest.raises(ValueError, match=r"test_fraction=1\.0"):
         build(tmp_path, test_fraction=1.0)
 
 
