@@ -94,7 +94,11 @@ def _prepare(
     points = code_points(text)
     num_val, num_test = (round(share * len(points)) for share in (val_fraction, test_fraction))
     parts = dict(
-        zip(("train", "val", "test"), np.split(points, [len(points) - num_val - num_test, -num_test]), strict=True)
+        zip(
+            ("train", "val", "test"),
+            np.split(points, [len(points) - num_val - num_test, len(points) - num_test]),
+            strict=True,
+        )
     )
     if min(map(len, parts.values())) < 2:
         counts = ", ".join(f"{len(part)} for {split}" for split, part in parts.items())

@@ -109,6 +109,8 @@ def test_what_cannot_be_read_is_said(tmp_path):
         build(tmp_path, "")
     with pytest.raises(DataError, match="has 20 characters, 17 for train, 1 for val, 2 for test"):
         build(tmp_path, "a" * 20)
+    with pytest.raises(DataError, match="has 3 characters, 3 for train, 0 for val, 0 for test"):
+        build(tmp_path, "abc")
     assert not list((tmp_path / "cache").glob("char_lm-*")), "nothing half-built"
 
 
