@@ -56,8 +56,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     `study=<name>` stands for the overrides in `configs/study/<name>.yaml`, less those of keys that are given too.
 
     Raises:
-        ConfigError: an override of no key, or that is not Hydra's syntax; a sweep that has no list of values; or an
-            unknown study.
+        ConfigError: an override that is not Hydra's syntax, a sweep that has no list of values, or an unknown study.
     """
     overrides = _with_study(overrides)
     return [list(cell) for cell in itertools.product(*(_values(override) for override in overrides))]
