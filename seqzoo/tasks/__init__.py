@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,16 @@ def build_task(
     """
     if config.name not in TASKS:
         raise ValueError(f"no task {config.name!r}; valid: {', '.join(TASKS)}")
-    with reading(None if filled is None else Path(filled).expanduser()):
+    with reading(None if filled is None else _user_path(filled)):
         return TASKS[config.name](config, **_places(data_dir, cache_dir))
 
 
 def _places(data_dir: Path | str | None, cache_dir: Path | str | None) -> dict[str, Any]:
     return {
-        "data_dir": None if data_dir is None else Path(data_dir).expanduser(),
-        "cache_dir": default_folder() if cache_dir is None else Path(cache_dir).expanduser(),
+        "data_dir": None if data_dir is None else _user_path(data_dir),
+        "cache_dir": default_folder() if cache_dir is None else _user_path(cache_dir),
     }
+
+
+def _user_path(path: Path | str) -> Path:
+    return Path(os.path.expanduser(path))  # leaves a name that is nobody's as it is

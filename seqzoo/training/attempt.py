@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -71,4 +72,4 @@ def report(result: dict[str, Any]) -> None:
     if result["task_note"]:
         say(f"note: {result['task_note']}")
     say(f"run folder: {result['folder']}")
-    say(f"compare: python eval_lra.py {Path(result['folder']).parent}")
+    say(f"compare: python eval_lra.py {shlex.quote(str(Path(result['folder']).parent))}")

@@ -130,8 +130,14 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise TrainingError(f"checkpoint {path} is missing; delete {path.parent} to start from the beginning") from None
+        raise TrainingError(f"checkpoint {path} is missing; {_anew(path)}") from None
     except (SafetensorError, KeyError, ValueError) as error:
-        raise TrainingError(
-            f"checkpoint {path} is damaged ({error}); delete {path.parent} to start from the beginning"
-        ) from None
+        raise TrainingError(f"checkpoint {path} is damaged ({error}); {_anew(path)}") from None
+
+
+def _anew(path: Path) -> str:
+    """How to have a stage trained again whose checkpoint is at `path`."""
+    stage, run = path.parent, path.parent.parent
+    result = run / "result.json"
+    also = f" and {result}, for the run is finished," if result.exists() else ""
+    return f"delete {stage}{also} to start it from the beginning"

@@ -209,6 +209,8 @@ def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
             key that the backbone depends on; names the key.
     """
     folder = Path(config.pretrain)
+    if not folder.is_dir():
+        raise ConfigError(f"pretrain={folder}: no such folder; valid: true, false, or the folder of a run")
     there, here = read_config(folder), config
     for key in ("causal", "objective", "size", "train_fraction", "model", "task"):
         for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):

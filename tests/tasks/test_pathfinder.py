@@ -74,8 +74,8 @@ def test_the_same_from_the_cache_and_from_other_workers(tmp_path):
     [
         ({"max_length": 1000}, "max_length is 1000; an image has 1024 pixels, uncut"),
         ({"difficulty": "hard"}, "difficulty is 'hard'; valid: curv_baseline"),
-        ({"num_val": 0}, "each split needs at least one"),
-        ({"workers": 0}, "workers is 0"),
+        ({"num_val": 0}, "num_val=0: valid: 1 or more"),
+        ({"workers": 0}, "workers=0"),
     ],
 )
 def test_settings_out_of_range(change, message, tmp_path):
