@@ -53,7 +53,8 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
             given = f"{lengths.dtype} {list(lengths.shape)}"
             hint = "; a mask [B, T], true where steps count, becomes mask.sum(1)" if lengths.dim() == 2 else ""
         raise ValueError(
-            f"{what}: lengths must be integers [{B}], how many steps of each sequence count, got {given}{hint}"
+            f"{what}: lengths must be int64 [{B}] or narrower integers, how many steps of each sequence count, "
+            f"got {given}{hint}"
         )
     if B and lengths.device.type == "cpu" and type(lengths) is Tensor and _outside_of_graphs():
         low, high = (int(end) for end in torch.aminmax(lengths))

@@ -24,7 +24,7 @@ def forward_mode() -> bool:
 
 def gradient(
     written: Callable[[], Sequence[Tensor | None]],
-    form: Callable[..., Sequence[Tensor]],
+    form: Callable[..., Sequence[Tensor | None]],
     inputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:
@@ -49,7 +49,7 @@ def gradient(
 
 
 def pullback(
-    form: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+    form: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """The gradients that PyTorch makes of form(*inputs), None where an input is, and differentiable themselves."""
     with torch.enable_grad():

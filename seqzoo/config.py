@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .messages import unknown
+from .blocks import check_block
+from .messages import printable, shortened, unknown
 from .models import ModelConfig
 from .models.size import parse_size
 from .tasks import TaskConfig
+from .valid import (
+    AS_IT_STANDS,
+    BelowOne,
+    Count,
+    Epochs,
+    Fraction,
+    Limit,
+    NotNegative,
+    Number,
+    Positive,
+    Range,
+    Text,
+    Tokens,
+    Width,
+    check_ranges,
+    hints_of,
+    kinds_of,
+    marks_of,
+)
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 GROUPS = ("model", "task", "recipe", "launcher")
@@ -27,50 +50,56 @@ CHOICES = {
     "launcher.cluster": (None, "local", "slurm"),
     "wandb.mode": (None, "online", "offline", "disabled"),
 }
+PATHS = ("runs_dir", "data_dir", "cache_dir", "resume", "pretrain", "task.text")
+# A block's options are its class's and a launcher's are submitit's: any may be given, and they name the valid ones.
+FREE = ("model.block.", "launcher.options.")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says which key, what was given and what is valid."""
+    """A configuration that cannot be run; the message, one line, says which key, what was given and what is valid."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(kw_only=True)
 class StageConfig:
     """How long and how fast one stage, pretraining or fine-tuning, learns."""
 
-    tokens: int | None = None  # budget in tokens, padding not counted; this or `epochs`
-    epochs: float | None = None
-    batch_size: int = 32
-    accumulate: int = 1  # batches summed into one optimiser step
-    lr: float = 1e-3
-    recurrence_lr_factor: float = 0.5  # learning rate of recurrence parameters (decay rates, phases), times lr
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
+    tokens: Tokens | None = None  # budget in tokens, padding not counted; this or `epochs`
+    epochs: Epochs | None = None
+    batch_size: Width = 32
+    accumulate: Count = 1  # batches summed into one optimiser step
+    lr: Positive = 1e-3
+    recurrence_lr_factor: NotNegative = 0.5  # learning rate of recurrence parameters (decay rates, phases), times lr
+    weight_decay: NotNegative = 0.0
+    warmup_steps: Number = 0
     schedule: str = "cosine"  # after the warmup: cosine to zero, or constant
-    clip: float | None = None  # largest global gradient norm
-    evaluations: int = 10  # validations in the stage; the best one's weights are kept
+    clip: Positive | None = None  # largest global gradient norm
+    evaluations: Count = 10  # validations in the stage; the best one's weights are kept
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
     """Of `tuning=lora`; see `seqzoo.training.lora`."""
 
-    rank: int = 8
-    alpha: int = 16  # the product of the low-rank factors counts alpha / rank times
-    lr_ratio: float = 16.0  # learning rate of the second factor, which starts at zero, over that of the first
+    rank: Width = 8
+    alpha: Count = 16  # the product of the low-rank factors counts alpha / rank times
+    lr_ratio: Positive = 16.0  # learning rate of the second factor, which starts at zero, over that of the first
 
 
 @dataclass(kw_only=True)
 class LadderConfig:
     """Of `tuning=ladder`; see `seqzoo.models.ladder`."""
 
-    reduction: int = 8  # d_model over the width of the side network
+    reduction: Width = 8  # d_model over the width of the side network
 
 
 @dataclass(kw_only=True)
 class WandbConfig:
     mode: str | None = None  # null: online when a key is set, else offline
-    project: str = "seqzoo"
-    entity: str | None = None
+    project: Text = "seqzoo"
+    entity: Text | None = None
 
 
 @dataclass(kw_only=True)
@@ -78,7 +107,7 @@ class LauncherConfig:
     """Where the runs of a sweep are computed."""
 
     cluster: str | None = None  # null: this process, one run after another; local or slurm: submitit's, a job a run
-    parallel: int = 1  # jobs at a time
+    parallel: Annotated[int, Range(1, 10_000)] = 1  # jobs at a time
     options: dict[str, Any] = field(default_factory=dict)  # of submitit's AutoExecutor.update_parameters
 
 
@@ -89,7 +118,9 @@ class Config:
     model: ModelConfig
     task: TaskConfig
     recipe: str
-    pretrain: Any = False  # false, true, or the folder of a run whose pretraining is to be reused
+    pretrain: Annotated[Any, AS_IT_STANDS] = (
+        False  # false, true, or the folder of a run whose pretraining is to be reused
+    )
     objective: str = "masked"
     causal: bool = False
     size: str | None = None
@@ -97,31 +128,34 @@ class Config:
     pixel_loss: str = "cross_entropy"
     pretraining: StageConfig = field(default_factory=StageConfig)
     finetuning: StageConfig = field(default_factory=StageConfig)
-    share: float | None = None  # of both budgets together, for pretraining; None once the budgets say it
-    train_fraction: float | None = None  # of the train split, for both stages; None: all of it
+    share: BelowOne | None = None  # of both budgets together, for pretraining; None once the budgets say it
+    train_fraction: Fraction | None = None  # of the train split, for both stages; None: all of it
     tuning: str = "full"  # what fine-tuning moves
     lora: LoraConfig = field(default_factory=LoraConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
-    seed: int = 0
-    n_val: int | None = None
-    n_test: int | None = None
+    seed: Number = 0
+    n_val: Limit | None = None
+    n_test: Limit | None = None
     precision: str = "fp32"
     device: str = "auto"
     compile: bool = False
-    data_dir: str | None = None
-    cache_dir: str | None = None
-    runs_dir: str = "runs"
-    resume: str | None = None
+    data_dir: Text | None = None
+    cache_dir: Text | None = None
+    runs_dir: Text = "runs"
+    resume: Text | None = None
     budget: str | None = None
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The configuration that `overrides` (Hydra's syntax, `model=lru seed=1 finetuning.lr=3e-4`) ask for.
+    """The configuration that `overrides` ask for: Hydra's syntax, `model=lru seed=1 finetuning.lr=3e-4`.
+
+    Keys that are text, such as `runs_dir`, are no matter of syntax: `parse_text` says what they are given.
 
     Raises:
-        ConfigError: an unknown group entry or key, or a value of the wrong type; names the valid ones.
+        ConfigError: an unknown group entry or key, or a value of the wrong type or out of its range; names the valid
+            ones.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -130,19 +164,25 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _check_choices_of_groups(overrides)
+    check_keys(overrides)
     ConfigStore.instance().store(name="schema", node=Config)
-    # A block's options are its class's, a launcher's are submitit's, neither the configuration's: any may be added, and
-    # they name the valid ones.
-    free = ("model.block.", "launcher.options.")
-    overrides = [f"++{override}" if override.startswith(free) else override for override in overrides]
+    texts = [override for override in overrides if is_text(override)]
+    others = [
+        f"++{override}" if override.startswith(FREE) else override for override in overrides if override not in texts
+    ]
     try:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
-            raw = hydra_compose("train", overrides=overrides)
-        plain = OmegaConf.to_container(raw, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+            raw = hydra_compose("train", overrides=others)
+        plain: Any = OmegaConf.to_container(raw, resolve=True)
+    except (HydraException, OmegaConfBaseException, OverflowError, RecursionError, ValueError) as error:
         raise ConfigError(_explain(error)) from None
-    return from_dict(plain)
+    for override in texts:
+        key, _, value = override.partition("=")
+        *path, last = key.split(".")
+        reduce(getitem, path, plain)[last] = parse_text(key, value)
+    config = from_dict(plain)
+    _check_budget("pretraining", config.pretraining)
+    return config
 
 
 def from_dict(plain: Any) -> Config:
@@ -156,11 +196,13 @@ def from_dict(plain: Any) -> Config:
 
     try:
         config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
+        _validate(config)
+    except ConfigError:
+        raise
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from None
-    except ValueError as error:  # raised by a group's own checks
+    except (OverflowError, ValueError) as error:  # of a group's own checks, or a number that is no float
         raise ConfigError(str(error)) from None
-    _validate(config)
     return config
 
 
@@ -188,11 +230,81 @@ def available(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def _check_choices_of_groups(overrides: Sequence[str]) -> None:
+def check_keys(overrides: Sequence[str]) -> None:
+    """Raises ConfigError where an override names a key or a group's entry that does not exist; says which do."""
     for override in overrides:
-        key, _, value = override.partition("=")
+        shown, (key, equals, value) = shortened(override), override.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"{shown or repr(shown)}: valid: key=value")
+        if key.lstrip("+~").startswith(FREE):
+            continue
+        if key.startswith(("+", "~")):
+            raise ConfigError(f"{shown}: no key can be added or taken away; valid: {shown.lstrip('+~')}")
+        _hint_of(key)
         if key in GROUPS and value not in available(key):
             raise ConfigError(unknown(key, value, available(key)))
+
+
+def is_text(override: str) -> bool:
+    """Whether it sets a key whose value is text, taken as it stands."""
+    key, _, _ = override.partition("=")
+    try:
+        return not key.startswith(FREE) and AS_IT_STANDS in marks_of(_hint_of(key))
+    except ConfigError:
+        return False
+
+
+def parse_text(key: str, value: str) -> str | bool | None:
+    """The value of a text key as it stands on the command line; all that has a meaning is
+
+    - null and, for `pretrain`, true and false;
+    - quotes around the whole, as Hydra reads them, which are left away.
+
+    Raises:
+        ConfigError: it is not UTF-8, or an interpolation.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import QuotedString
+    from hydra.errors import HydraException
+
+    word = value.lower()
+    if word == "null":
+        return None
+    if word in ("true", "false") and str not in kinds_of(_hint_of(key)):
+        return word == "true"
+    if value[:1] in ("'", '"') and value[-1:] == value[:1]:
+        try:
+            quoted = OverridesParser.create().parse_override(f"{key}={value}")._value
+        except HydraException:
+            quoted = None
+        if isinstance(quoted, QuotedString):
+            value = quoted.text
+    if "${" in value:
+        raise ConfigError(f"{key}={value}: valid: text without ${{, which would be an interpolation")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{key}={value}: valid: UTF-8") from None
+    return value
+
+
+def _hint_of(key: str) -> Any:
+    """The annotation of a dotted key.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
+    declared: Any = Config
+    hint: Any = None
+    prefix = ""
+    for part in key.split("."):
+        hints = hints_of(declared) if hasattr(declared, "__dataclass_fields__") else {}
+        if part not in hints:
+            raise ConfigError(unknown("key", key, (prefix + name for name in hints)))
+        hint = hints[part]
+        prefix += f"{part}."
+        declared = kinds_of(hint)[0]
+    return hint
 
 
 def _explain(error: BaseException) -> str:
@@ -203,7 +315,7 @@ def _explain(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
     if cause is None:
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and is_dataclass(cause.object_type):
         key = cause.full_key or ""
         prefix = key.rpartition(".")[0]
@@ -214,18 +326,21 @@ def _explain(error: BaseException) -> str:
 
 def _validate(config: Config) -> None:
     for key, valid in CHOICES.items():
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
+        value = reduce(getattr, key.split("."), config)
         if value not in valid:
             shown = ", ".join("null" if choice is None else choice for choice in valid)
             raise ConfigError(f"{key}={value}: valid: {shown}")
     if not isinstance(config.pretrain, bool | str):
         raise ConfigError(f"pretrain={config.pretrain}: valid: true, false, or the folder of a run")
-    if config.seed < 0:
-        raise ConfigError(f"seed={config.seed}: valid: 0 or more")
-    if config.launcher.parallel < 1:
-        raise ConfigError(f"launcher.parallel={config.launcher.parallel}: valid: 1 or more")
+    check_ranges(config)
+    for key in PATHS:
+        *path, last = key.split(".")
+        group = reduce(getattr, path, config)
+        place = getattr(group, last)
+        if place == "":
+            raise ConfigError(f"{key}='': valid: a path")
+        if isinstance(place, str):
+            setattr(group, last, os.path.expanduser(place))
     if config.budget is not None:
         seconds(config.budget)
         if config.launcher.cluster is not None:
@@ -237,16 +352,6 @@ def _validate(config: Config) -> None:
             parse_size(config.size)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    for key, value in (
-        ("lora.rank", config.lora.rank),
-        ("lora.alpha", config.lora.alpha),
-        ("lora.lr_ratio", config.lora.lr_ratio),
-        ("ladder.reduction", config.ladder.reduction),
-    ):
-        if value <= 0:
-            raise ConfigError(f"{key}={value}: valid: above 0")
-    if config.train_fraction is not None and not 0 < config.train_fraction <= 1:
-        raise ConfigError(f"train_fraction={config.train_fraction}: valid: null, or above 0 and up to 1")
     if config.train_fraction == 1:  # the same run as without it, in the same folder
         config.train_fraction = None
     for name in ("pretraining", "finetuning"):
@@ -255,13 +360,21 @@ def _validate(config: Config) -> None:
             raise ConfigError(
                 f"{name} takes one budget: tokens or epochs, got tokens={stage.tokens} epochs={stage.epochs}"
             )
-        for key, lowest in (("batch_size", 1), ("accumulate", 1), ("evaluations", 1), ("warmup_steps", 0)):
-            if getattr(stage, key) < lowest:
-                raise ConfigError(f"{name}.{key}={getattr(stage, key)}: valid: {lowest} or more")
     if config.share is not None:
         _split_budget(config, config.share)
+    _check_budget("finetuning", config.finetuning)
+    if config.pretrain:  # folders of before have a budget of 0 where nothing is pretrained
+        _check_budget("pretraining", config.pretraining)
+    for block in config.model.blocks():
+        check_block(**block)
     if config.objective == "causal" and config.pretrain:
         config.causal = True
+
+
+def _check_budget(name: str, stage: StageConfig) -> None:
+    for key in ("tokens", "epochs"):
+        if getattr(stage, key) == 0:
+            raise ConfigError(f"{name}.{key}=0: valid: null, or above 0")
 
 
 def _split_budget(config: Config, share: float) -> None:
@@ -270,20 +383,21 @@ def _split_budget(config: Config, share: float) -> None:
     What is left is the plain configuration of that run, so that it has the same run folder however it was asked for.
     """
     pretraining, finetuning = config.pretraining, config.finetuning
-    if not 0 <= share < 1:
-        raise ConfigError(f"share={share}: valid: null, or 0 and more and below 1")
     if isinstance(config.pretrain, str):
         raise ConfigError(f"share={share}: pretrain={config.pretrain} has had its budget; valid: pretrain=true")
     if share > 0 and not config.pretrain:
         raise ConfigError(f"share={share}: nothing is pretrained; valid: pretrain=true, or share=0")
     if pretraining.tokens is not None and finetuning.tokens is not None:
         tokens = pretraining.tokens + finetuning.tokens
-        pretraining.tokens = round(share * tokens)
-        finetuning.tokens = tokens - pretraining.tokens
+        part = round(share * tokens)
+        if share > 0 and part in (0, tokens):
+            raise ConfigError(f"share={share}: of {tokens:,} tokens a stage gets none; valid: 0, or a share for both")
+        finetuning.tokens = tokens - part
+        pretraining.tokens = part or pretraining.tokens
     elif pretraining.epochs is not None and finetuning.epochs is not None:
         epochs = pretraining.epochs + finetuning.epochs
-        pretraining.epochs = share * epochs
-        finetuning.epochs = epochs - pretraining.epochs
+        finetuning.epochs = epochs - share * epochs
+        pretraining.epochs = share * epochs or pretraining.epochs
     else:
         raise ConfigError(
             f"share={share}: pretraining has tokens={pretraining.tokens} epochs={pretraining.epochs}, finetuning "

@@ -6,17 +6,34 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 
+SHOWN = 80  # characters of what was given
 
-def unknown(what: str, given: str, valid: Iterable[str]) -> str:
+
+def unknown(what: str, given: object, valid: Iterable[str]) -> str:
     """The message for a name that is not among the valid ones, with the nearest that is."""
-    valid = list(valid)
+    given, valid = shortened(str(given)), list(valid)
     near = difflib.get_close_matches(given, valid, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
     return f"no {what} {given!r}{meant}; valid: {', '.join(valid)}"
+
+
+def shortened(given: str) -> str:
+    """What was given, without its end where that would fill the screen."""
+    return given if len(given) <= SHOWN else f"{given[:SHOWN]}..."
+
+
+def printable(text: str) -> str:
+    """`text` in one line that a terminal shows as it is: what would not be printed is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable`, of every line of `text`."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 @cache
 def say_once(message: str) -> None:
     """Prints to stderr what this process has not said yet, on the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+        print(printable_lines(message), file=sys.stderr)

@@ -18,3 +18,14 @@ if not torch.cuda.is_available():
 def _seed():
     """The same draws in every run: a test passes or fails for what it tests, whichever others run before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A file elsewhere, for links to lead to: nothing may change it or come to lie beside it."""
+    path = tmp_path / "elsewhere" / "victim"
+    path.parent.mkdir()
+    path.write_text("precious")
+    yield path
+    assert path.read_text() == "precious"
+    assert list(path.parent.iterdir()) == [path]

@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
+    "files": 0,
+    "records": 0,
     "kernels": 0,
     "blocks": 1,
     "models": 2,

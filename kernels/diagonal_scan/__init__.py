@@ -30,7 +30,10 @@ def _fused_both(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _one_by_one(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda x, a, lengths, factor: tuple(scan(x, a, None, down, lengths, factor)[0] for down in (False, True))
+    return lambda x, a, lengths, factor: (
+        scan(x, a, None, False, lengths, factor)[0],
+        scan(x, a, None, True, lengths, factor)[0],
+    )
 
 
 # Of the fused form: any number.

@@ -288,7 +288,7 @@ def scan_backward(
     """As `doubling.scan_backward`."""
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     d_initial = torch.empty_like(d_state, memory_format=torch.contiguous_format)
-    options = {"factor": factor, "down": not reverse, "h": h, "initial": initial_state}
+    options: dict[str, Any] = {"factor": factor, "down": not reverse, "h": h, "initial": initial_state}
     da, of_factor = _launch(dh, a, dx, d_state, d_initial, lengths, **options)
     assert da is not None
     if factor is None or of_factor is None:
@@ -317,7 +317,7 @@ def _both_scans_backward(
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     da, of_factor = _launch(dh, a, dx, None, None, lengths, factor=factor, both=True, h=h)
     assert da is not None
-    return dx.sum(0), da, _no_factor(h) if of_factor is None else of_factor / factor
+    return dx.sum(0), da, _no_factor(h) if factor is None or of_factor is None else of_factor / factor
 
 
 @_both_scans.register_fake

@@ -111,7 +111,8 @@ def _array(x: Tensor) -> np.ndarray:
 
 def _steps(x: Tensor, lengths: Tensor | None) -> np.ndarray:
     B, T, _ = x.shape
-    return np.full(B, T) if lengths is None else _array(check_lengths("diagonal_scan", lengths, B, T))
+    checked = check_lengths("diagonal_scan", lengths, B, T)
+    return np.full(B, T) if checked is None else _array(checked)
 
 
 @cache

@@ -98,15 +98,17 @@ class _Bidirectional(torch.autograd.Function):
         q, k, v, directions, hidden, *kept = ctx.saved_tensors
 
         def written() -> tuple[Tensor | None, ...]:
-            return _gradients(q, k, v, directions, *kept, do, learnt=ctx.needs_input_grad[3])
+            return _gradients(ctx.needs_input_grad[3], do, q, k, v, directions, *kept)
 
-        def form(*inputs: Tensor) -> tuple[Tensor]:
-            return (_bidirectional(*inputs, hidden),)
+        def form(q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> tuple[Tensor]:
+            return (_bidirectional(q, k, v, directions, hidden),)
 
         return *gradient(written, form, (q, k, v, directions), (do,)), None
 
 
 def _gradients(
+    learnt: bool,
+    do: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -116,9 +118,6 @@ def _gradients(
     means: Tensor,
     count: Tensor,
     o: Tensor,
-    do: Tensor,
-    *,
-    learnt: bool,
 ) -> tuple[Tensor | None, ...]:
     with without_autocast(do.device):  # whatever `backward` is called under
         M, directions = directions.shape[-1], _on_cache_lines(directions)

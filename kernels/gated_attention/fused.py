@@ -587,10 +587,10 @@ def _plain(
 
     def form(*inputs: Any) -> tuple[Tensor]:
         *rows, bias, initial = inputs
-        options = {"chunk_len": chunk_len, "causal": causal, "scale": scale, "lengths": lengths}
         if earlier is None:
-            stateless = {"initial_state": None, "output_final_state": False}
-            return (gated_attention_chunked(*rows, bias=bias, **options, **stateless)[0],)
+            options: dict[str, Any] = {"chunk_len": chunk_len, "causal": causal, "scale": scale, "lengths": lengths}
+            options |= {"initial_state": None, "output_final_state": False}
+            return (gated_attention_chunked(*rows, bias=bias, **options)[0],)
         u, q_quad, k_quad, q_lin, k_lin, v = (zero_padding(x, lengths).float() for x in rows)
         with without_autocast(v.device):
             offsets = None if bias is None else by_offset(bias, chunk_len, causal)

@@ -105,13 +105,15 @@ class _WithoutDecay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors[:4]
-        written = partial(_gradients, ctx.causal, *ctx.saved_tensors, do, d_final)
+        saved = ctx.saved_tensors  # once: a checkpoint makes them anew for each look
+        inputs, written = saved[:4], partial(_gradients, ctx.causal, do, d_final, *saved)
         return None, *gradient(written, partial(_without_decay, ctx.causal), inputs, (do, d_final))
 
 
 def _gradients(
     causal: bool,
+    do: Tensor,
+    d_final: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -120,8 +122,6 @@ def _gradients(
     total: Tensor | None,
     o: Tensor,
     n: Tensor | None,
-    do: Tensor,
-    d_final: Tensor,
 ) -> tuple[Tensor, ...]:
     with without_autocast(do.device):  # whatever `backward` is called under
         Dv = v.shape[-1]

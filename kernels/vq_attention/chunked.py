@@ -162,7 +162,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *kept, k, v, bias = ctx.saved_tensors
         q, _, values, weights, share, codes, codebook, past_sums = kept
-        written = partial(_gradients, ctx.causal, None if bias is None else bias.shape[-1], *kept, dy)
+        written = partial(_gradients, ctx.causal, None if bias is None else bias.shape[-1], dy, *kept)
 
         def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, past_sums: Tensor | None) -> tuple[Tensor]:
             v = values[1 : len(q) + 1].view_as(v) + v - v.detach()
@@ -176,6 +176,7 @@ class _Attention(torch.autograd.Function):
 def _gradients(
     causal: bool,
     offsets: int | None,
+    dy: Tensor,
     q: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -184,7 +185,6 @@ def _gradients(
     codes: Tensor,
     codebook: Tensor,
     past_sums: Tensor | None,
-    dy: Tensor,
 ) -> tuple[Tensor | None, ...]:
     (B, H, N, L, Dv), (S, D) = dy.shape, codebook.shape[1:]
     G, W = B * H * N, 2 if causal else 3
@@ -256,6 +256,7 @@ def _plain(
         if bias is not None:
             scores = scores + _shifted(bias.reshape(G, L, -1), scores.shape[-1], W)
         if weights is None:
+            assert prior is not None
             scores = scores + prior
             if causal:
                 never = torch.finfo(scores.dtype).min

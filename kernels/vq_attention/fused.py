@@ -811,10 +811,10 @@ def _plain(
         return F.pad(x, (0, 0, 0, 0, 0, -T % L)).transpose(1, 2).unflatten(2, (-1, L))
 
     def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, past_sums: Tensor | None) -> tuple[Tensor]:
-        zeroed = (split(torch.where(valid[..., None, None], x, 0).float()) for x in (q, k, v))
+        q_b, k_b, v_b = (split(torch.where(valid[..., None, None], x, 0).float()) for x in (q, k, v))
         biases = None if bias is None else split(bias.float().expand(B, T, H, -1))
         codes_b, valid_b = split(codes[..., None])[..., 0], split(valid[..., None, None])[..., 0]
-        y = plain_attention(*zeroed, biases, past_sums, codebook.float(), codes_b, valid_b, counts, causal)
+        y = plain_attention(q_b, k_b, v_b, biases, past_sums, codebook.float(), codes_b, valid_b, counts, causal)
         y = y.flatten(2, 3)[:, :, :T].transpose(1, 2)
         return (torch.where(valid[..., None, None], y, 0).to(v.dtype),)
 

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import write_json
+from ..messages import printable_lines
 from ..tasks import DataError
 from ..training import TrainingError
-from ..training.run_folder import write_json
 from .figure import save_figure
 from .run import RunMixing, analyse_run
 
@@ -28,19 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="a finished run")
     parser.add_argument("-n", type=int, default=8, metavar="EXAMPLES", help="of the test set; 8 unless given")
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lie, if not where the run found them")
-    parser.add_argument("--cache-dir", metavar="FOLDER", help="where prepared data are kept, if not where the run did")
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="where prepared data are kept")
     given = parser.parse_args(arguments)
     if not given.run.is_dir():
         parser.error(f"{str(given.run)!r} is not a folder")
     try:
         found = analyse_run(given.run, n=given.n, data_dir=given.data_dir, cache_dir=given.cache_dir)
+        write_json(given.run / "mixing.json", found.to_json())
+        save_figure(found, given.run / "mixing.png")
     except (OSError, ValueError, DataError, TrainingError) as error:
-        print(f"{given.run} cannot be analysed: {error}", file=sys.stderr)
+        print(printable_lines(f"{given.run} cannot be analysed: {error}"), file=sys.stderr)
         return FAILED
-    write_json(given.run / "mixing.json", found.to_json())
-    save_figure(found, given.run / "mixing.png")
     _print(found)
-    print(f"\nWritten to {given.run}: mixing.json, mixing.png")
+    print(printable_lines(f"\nWritten to {given.run}: mixing.json, mixing.png"))
     return 0
 
 

@@ -6,6 +6,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import replacing
+from ..messages import printable
 from .mixing import LayerMixing
 from .run import RunMixing
 
@@ -51,11 +53,13 @@ def save_figure(found: RunMixing, path: Path) -> None:
         row[0].set_ylabel(TITLES[stage], fontsize=9)
     above.colorbar(image, ax=grid, shrink=0.6, label="weight, times uniform (output down, input across)")
     direction = "causal" if found.causal else "bidirectional"
-    above.suptitle(f"{found.task} · {found.model} ({found.stages['initial'][0].block}, {direction})", fontsize=10)
+    title = f"{found.task} · {found.model} ({found.stages['initial'][0].block}, {direction})"
+    above.suptitle(printable(title), fontsize=10, parse_math=False)
     _draw_profiles(below.subplots(), found)
     drawn = BytesIO()
     figure.savefig(drawn, dpi=130)
-    Image.open(drawn).convert("RGB").quantize(PALETTE).save(path, optimize=True)
+    with replacing(path) as file:
+        Image.open(drawn).convert("RGB").quantize(PALETTE).save(file, format="PNG", optimize=True)
 
 
 def _summary(layer: LayerMixing) -> str:

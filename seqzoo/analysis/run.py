@@ -53,7 +53,8 @@ def analyse_run(
     Args:
         run_folder: a finished run's folder.
         n: examples; each class as frequent as in the whole test set.
-        data_dir, cache_dir: where the data are now, if not where the run found them.
+        data_dir: where the data are now, if not where the run found them.
+        cache_dir: where prepared data are kept; None takes the user's cache folder. The run's own is only read.
         task: the data, for a run on a task of the user's own.
 
     Raises:
@@ -70,7 +71,8 @@ def analyse_run(
         )
 
     def build() -> Task:
-        return build_task(config.task, data_dir=data_dir or config.data_dir, cache_dir=cache_dir or config.cache_dir)
+        where = data_dir or config.data_dir
+        return build_task(config.task, data_dir=where, cache_dir=cache_dir, filled=config.cache_dir)
 
     task = checked_task(folder, config, task, build)
     if not 1 <= n <= len(task.test):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ..messages import unknown
+from ..valid import Range, check_options
 from .base import Block, State, upgraded
 from .gau import GAU
 from .learning import after_step, attach, auxiliary_loss
@@ -27,6 +29,8 @@ BLOCKS: dict[str, type[Block]] = {
     "s4d": S4D,
 }
 
+NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
+
 
 def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any) -> Block:
     """A block of `BLOCKS` by name.
@@ -38,15 +42,21 @@ def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any
         **options: the keyword arguments of the block's class.
 
     Raises:
-        ValueError: an unknown name or option; the message names the valid ones.
+        ValueError: as `check_block` does, or options that do not go together; the message says what is valid.
     """
+    check_block(name, options)
+    return BLOCKS[name](d_model, causal=causal, **options)
+
+
+def check_block(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where a block or one of its options does not exist, or is of the wrong type or out of range."""
     if name not in BLOCKS:
         raise ValueError(unknown("block", name, BLOCKS))
     valid = [key for key in inspect.signature(BLOCKS[name]).parameters if key not in ("d_model", "causal")]
     for option in options:
         if option not in valid:
             raise ValueError(unknown(f"option of {name}", option, valid))
-    return BLOCKS[name](d_model, causal=causal, **options)
+    check_options(BLOCKS[name].__init__, options, default=NUMBERS)
 
 
 __all__ = [
@@ -65,5 +75,6 @@ __all__ = [
     "attach",
     "auxiliary_loss",
     "build_block",
+    "check_block",
     "upgraded",
 ]

@@ -163,7 +163,7 @@ def head_dim(block: str, d_model: int, num_heads: int) -> int:
     Raises:
         ValueError: the heads do not divide the width.
     """
-    if num_heads < 1 or d_model % num_heads:
+    if not 1 <= num_heads <= d_model or d_model % num_heads:
         divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
         raise ValueError(f"{block}: num_heads={num_heads} does not divide d_model={d_model}; valid: {divisors}")
     return d_model // num_heads

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import GatedAttentionState, attention, gated_attention
 from ..kernels.common import accumulation_dtype, without_autocast, zero_padding
+from ..valid import Factor
 from .base import Block, advance, grow
 from .rotary import rotate
 
@@ -72,7 +73,7 @@ class GAU(Block):
         *,
         causal: bool = False,
         attention: str = "flash",
-        expand: float = 2.0,
+        expand: Factor = 2.0,
         key_dim: int = 128,
         chunk_len: int = 256,
         distance_bias: bool = True,

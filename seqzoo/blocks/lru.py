@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype
+from ..valid import BelowOne, Count
 from .base import Block, advance
 from .wide import Wide, default_dtype
 
@@ -44,11 +45,11 @@ class LRU(Block):
         d_model: int,
         *,
         causal: bool = False,
-        state_dim: int | None = None,
+        state_dim: Count | None = None,
         r_min: float = 0.9,
         r_max: float = 0.999,
         max_phase: float = 2 * math.pi,
-        dropout: float = 0.0,
+        dropout: BelowOne = 0.0,
     ) -> None:
         super().__init__(d_model, causal=causal)
         N = self.state_dim = d_model if state_dim is None else state_dim

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, valid_positions, without_autocast
+from ..valid import BelowOne
 from .base import Block, advance
 from .lru import RecurrentState
 from .wide import Wide, default_dtype
@@ -45,7 +46,7 @@ class S4D(Block):
         state_dim: int = 64,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        dropout: float = 0.0,
+        dropout: BelowOne = 0.0,
     ) -> None:
         super().__init__(d_model, causal=causal)
         if state_dim < 2 or state_dim % 2:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..kernels import VQState, vq_attention
 from ..kernels.common import accumulation_dtype, valid_positions, without_autocast
+from ..valid import Factor
 from .base import Block, head_dim
 from .quantizers import FiniteScalarQuantizer, VectorQuantizer
 
@@ -39,7 +40,7 @@ class VQAttention(Block):
         *,
         causal: bool = False,
         num_heads: int = 1,
-        expand: float = 2.0,
+        expand: Factor = 2.0,
         codebook_size: int = 128,
         block_len: int = 64,
         quantizer: str = "vq",

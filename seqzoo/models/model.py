@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
 from ..blocks import build_block
 from ..spec import TaskSpec
+from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
 from .embedding import Embedding
 from .heads import ClassificationHead, PairHead, PositionHead
 
@@ -20,23 +21,41 @@ RANDOM_STD = 0.1
 class ModelConfig:
     """What a model is made of."""
 
-    name: str
-    d_model: int
-    num_layers: int
-    num_heads: int | None = None  # of blocks that have heads, whose options refer to it
+    name: Text
+    d_model: Width
+    num_layers: Annotated[int, Range(1, 1000)]
+    num_heads: Width | None = None  # of blocks that have heads, whose options refer to it
     block: dict[str, Any] = field(default_factory=dict)  # name, and options of the block's class
     layers: list[Any] | None = None  # hybrids: a block for each layer, a name or a mapping like `block`
-    blocks_per_layer: int = 1  # gated blocks that do an MLP's work stand twice in a layer
-    mlp_ratio: float = 0.0  # hidden width of each layer's MLP over d_model; 0: none
+    blocks_per_layer: Annotated[int, Range(1, 16)] = 1  # gated blocks that do an MLP's work stand twice in a layer
+    mlp_ratio: NotNegative = 0.0  # hidden width of each layer's MLP over d_model; 0: none
     position: str = "none"  # absolute positions in the embedding: none, sinusoidal or learned
     pooling: str = "mean"  # mean, max, last or first
     head: str = "linear"  # linear or mlp
-    dropout: float = 0.0  # of residual branches
+    dropout: BelowOne = 0.0  # of residual branches
     init: str = "structured"  # of parameters: what each module was designed with, or all of them N(0, 0.1²)
 
     def __post_init__(self) -> None:
+        check_ranges(self, "model.")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"model.name={self.name}: valid: what can be part of a folder's name")
+        if self.layers is not None and not self.layers:
+            raise ValueError("model.layers=[]: valid: null, or a block for each layer")
         if self.init not in INITS:
             raise ValueError(f"model.init={self.init}: valid: {', '.join(INITS)}")
+
+    def blocks(self) -> list[dict[str, Any]]:
+        """The "name" and "options" of each layer's block.
+
+        Raises:
+            ValueError: there is something else in its place.
+        """
+        listed = [self.block] * self.num_layers if self.layers is None else self.layers
+        blocks = [dict(entry) if isinstance(entry, Mapping) else {"name": entry} for entry in listed]
+        for block in blocks:
+            if not isinstance(block.get("name"), str):
+                raise ValueError(f"no block {block}; valid: a block's name, or a mapping of its name and options")
+        return [{"name": block.pop("name"), "options": block} for block in blocks]
 
 
 class Residual(nn.Module):
@@ -70,12 +89,15 @@ class Backbone(nn.Module):
         D = config.d_model
         self.embedding = Embedding(spec, D, config.position)
         self.layers = nn.ModuleList()
-        for options in _blocks(config):
+        for planned in config.blocks():
             for _ in range(config.blocks_per_layer):
-                block = build_block(d_model=D, causal=causal, **options)
+                block = build_block(planned["name"], D, causal=causal, **planned["options"])
                 self.layers.append(Residual(block, D, config.dropout, mixes=True))
             if config.mlp_ratio:
-                self.layers.append(Residual(mlp(D, round(config.mlp_ratio * D)), D, config.dropout, mixes=False))
+                hidden = round(config.mlp_ratio * D)
+                if hidden < 1:
+                    raise ValueError(f"mlp_ratio={config.mlp_ratio} of d_model={D}: valid: 0, or a width of 1 or more")
+                self.layers.append(Residual(mlp(D, hidden), D, config.dropout, mixes=False))
         self.norm = nn.LayerNorm(D)
 
     def forward(self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -166,12 +188,3 @@ def _head(config: ModelConfig, spec: TaskSpec, head: str) -> nn.Module:
     if spec.num_inputs == 2:
         return PairHead(config.d_model, spec.num_classes, pooling=config.pooling)
     return ClassificationHead(config.d_model, spec.num_classes, pooling=config.pooling, kind=config.head)
-
-
-def _blocks(config: ModelConfig) -> list[dict[str, Any]]:
-    """The name and options of each layer's block."""
-    listed = config.layers or [config.block] * config.num_layers
-    blocks = [dict(entry) if isinstance(entry, Mapping) else {"name": entry} for entry in listed]
-    if not blocks or any("name" not in block for block in blocks):
-        raise ValueError("a model needs num_layers of 1 or more and a block with a name, or layers")
-    return blocks

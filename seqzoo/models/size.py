@@ -48,7 +48,7 @@ def fit_width(config: ModelConfig, spec: TaskSpec, size: str, *, causal: bool) -
         size: "params:<n>" for n parameters, or "flops:<n>" for n operations per token; n may end in k, M or G.
 
     Raises:
-        ValueError: `size` is not of that form, or no width up to 16,384 reaches it.
+        ValueError: `size` is not of that form, no width up to 16,384 reaches it, or the smallest is twice as large.
     """
     measure, n = parse_size(size)
     step = 2 * (config.num_heads or 4)  # heads of an even width
@@ -60,6 +60,8 @@ def fit_width(config: ModelConfig, spec: TaskSpec, size: str, *, causal: bool) -
         return flops_per_token(sized, spec, causal=causal)
 
     low, high = 1, 1
+    if at(low) > 2 * n:
+        raise ValueError(f"size={size}: {config.name} has {measure}:{at(low):,.0f} at its smallest width, {step}")
     while at(high) < n:
         low, high = high, 2 * high
         if high * step > WIDEST:

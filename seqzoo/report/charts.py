@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from .comparison import Cell, Conditions
 from .intervals import Interval
+from .sheet import to_sheet
 
 SCRATCH, PRETRAINED, MATCHED = "from scratch", "self-pretrained", "from scratch, same total"
+CSV_HEADER = ("panel", "series", "x_label", "x", "y_label", "y", "low", "high", "interval", "note", "runs")
 Kind = Literal["bars", "lines", "scatter"]
 
 
@@ -76,17 +76,15 @@ def chart_of(name: str, title: str, caption: str, panels: list[Panel], findings:
 
 def to_csv(chart: Chart, base: Path) -> str:
     """One line a point, as drawn; run folders relative to `base`."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["panel", "series", "x_label", "x", "y_label", "y", "low", "high", "interval", "note", "runs"])
+    lines: list[Sequence[object]] = [CSV_HEADER]
     for panel in chart.panels:
         for series in panel.series:
             for point in series.points:
                 low, high, kind = point.interval or (None, None, None)
                 runs = " ".join(relative(run, base) for run in point.runs)
                 place = one_line(panel.title), series.label, panel.x_label, point.x, panel.y_label, point.y
-                writer.writerow([*place, low, high, kind, point.note, runs])
-    return text.getvalue()
+                lines.append([*place, low, high, kind, point.note, runs])
+    return to_sheet(lines)
 
 
 def relative(path: Path, base: Path) -> str:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import LinkError, write_text
+from ..messages import printable, printable_lines
 from .comparison import cells_of, compare
 from .results import load_results
 from .tables import build_report, print_report, to_csv, to_markdown
@@ -41,7 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{str(folder)!r} is not a folder")
     if given.report and (given.report.suffix != ".html" or given.report.is_dir()):
         parser.error(f"--report {given.report}: valid: a file whose name ends in .html")
-    return _evaluate(folders[0]) if checkpoints else _report(folders, given.out or folders[0], given.report)
+    if checkpoints:
+        return _evaluate(folders[0])
+    try:
+        return _report(folders, given.out or folders[0], given.report)
+    except LinkError as error:
+        return _fail(str(error))
 
 
 def _report(folders: list[Path], out: Path, page: Path | None) -> int:
@@ -52,21 +59,19 @@ def _report(folders: list[Path], out: Path, page: Path | None) -> int:
     report = build_report(comparisons, left_out)
     print_report(report)
     if not comparisons:
-        print(f"No finished run to report in {', '.join(map(str, folders))}.", file=sys.stderr)
-        return 1
+        return _fail(f"No finished run to report in {', '.join(map(str, folders))}.")
 
     from .figures import save_figure
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(to_markdown(report), encoding="utf-8")
-    (out / "table.csv").write_text(to_csv(comparisons), encoding="utf-8")
+    write_text(out / "table.md", to_markdown(report))
+    write_text(out / "table.csv", to_csv(comparisons))
     save_figure(comparisons, out / "figure.png")
-    print(f"\nWritten to {out}: table.md, table.csv, figure.png")
+    print(printable_lines(f"\nWritten to {out}: table.md, table.csv, figure.png"))
     if page:
         from .page import write_page
 
         files = write_page(page, cells, left_out)
-        print(f"Written: {page}, and its figures to {files}")
+        print(printable_lines(f"Written: {page}, and its figures to {files}"))
     return 0
 
 
@@ -77,9 +82,14 @@ def _evaluate(folder: Path) -> int:
     try:
         metrics = evaluate_run(folder)
     except (OSError, ValueError, DataError, TrainingError) as error:
-        print(f"{folder} cannot be evaluated: {error}", file=sys.stderr)
-        return 1
+        return _fail(f"{folder} cannot be evaluated: {error}")
     width = max(map(len, metrics))
     for name, value in metrics.items():
-        print(f"{name:<{width}} {value:.4f}" if isinstance(value, float) else f"{name:<{width}} {value}")
+        shown = f"{value:.4f}" if isinstance(value, float) else printable(str(value))
+        print(f"{name:<{width}} {shown}")
     return 0
+
+
+def _fail(message: str) -> int:
+    print(printable_lines(message), file=sys.stderr)
+    return 1

@@ -40,7 +40,7 @@ def read_curve(folder: Path, stage: str, metric: str) -> list[tuple[int, float]]
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if isinstance(entry, dict) and entry.get("stage") == stage:
             tokens, value = entry.get("tokens"), entry.get(metric)
@@ -121,4 +121,4 @@ def _where_pretrained(result: Result) -> Path:
     """The folder whose metrics hold this run's pretraining."""
     if result.pretrain_run is None:
         return result.folder
-    return result.folder.parent / Path(result.pretrain_run).name
+    return result.folder.parent / result.pretrain_run

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_bytes
 from .charts import MATCHED, PRETRAINED, SCRATCH, Chart, Panel, Point, Series, short
 from .comparison import Comparison
 from .gains import scratch_against_pretrained
@@ -33,7 +34,7 @@ def save_figure(comparisons: Sequence[Comparison], path: Path) -> None:
     plain = [comparison for comparison in comparisons if comparison.conditions.plain]
     chart = scratch_against_pretrained(plain or comparisons)
     assert chart, "a comparison has rows"
-    path.write_bytes(to_png(chart))
+    write_bytes(path, to_png(chart))
 
 
 def to_png(chart: Chart) -> bytes:

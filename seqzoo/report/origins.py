@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..messages import printable
 from .charts import relative, short
 from .results import Pretraining, Result
 
@@ -56,7 +57,7 @@ def run_lines(results: Iterable[Result], base: Path) -> list[list[str]]:
     return [
         [
             str(number),
-            relative(result.folder, base),
+            printable(relative(result.folder, base)),
             result.model,
             f"{result.params:,}",
             result.task,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
+from ..files import inside, write_bytes, write_text
+from ..messages import printable
 from . import studies
 from .charts import Chart, relative, to_csv
 from .comparison import Cell, Comparison, compare
@@ -53,13 +56,15 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut]) -
 
     Returns:
         The folder beside the page.
+
+    Raises:
+        LinkError: that folder is a symbolic link.
     """
-    files = path.parent / f"{path.stem}{FIGURES}"
-    files.mkdir(parents=True, exist_ok=True)
+    files = inside(path.parent, f"{path.stem}{FIGURES}")
     results = [result for cell in cells for result in cell.results]
     numbers = {result.folder: number for number, result in enumerate(results, start=1)}
     plain = [comparison for comparison in compare(cells) if comparison.conditions.plain]
-    (files / "main.csv").write_text(table_csv(plain), encoding="utf-8")
+    write_text(files / "main.csv", table_csv(plain))
     sources = Sources()
     sections = [_section(charts, files) for charts in _charts(cells, plain) if charts]
     page = _template().render(
@@ -71,9 +76,9 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut]) -
         mixing=_mixing(results, path.parent),
         run_header=RUN_HEADER,
         runs=run_lines(results, path.parent),
-        left_out=[(relative(run.folder, path.parent), run.reason) for run in left_out],
+        left_out=[(printable(relative(run.folder, path.parent)), printable(run.reason)) for run in left_out],
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return files
 
 
@@ -102,8 +107,8 @@ def _section(charts: Sequence[Chart], files: Path) -> Section:
     pictures = []
     for chart in charts:
         picture = to_png(chart)
-        (files / f"{chart.name}.png").write_bytes(picture)
-        (files / f"{chart.name}.csv").write_text(to_csv(chart, files.parent), encoding="utf-8")
+        write_bytes(files / f"{chart.name}.png", picture)
+        write_text(files / f"{chart.name}.csv", to_csv(chart, files.parent))
         links = [(kind.upper(), _address(files / f"{chart.name}.{kind}", files.parent)) for kind in ("png", "csv")]
         heading = f"{chart.title}. " if len(charts) > 1 else ""
         pictures.append(_picture(picture, chart.alt, heading + chart.caption, links, chart.findings))
@@ -119,8 +124,9 @@ def _mixing(results: Iterable[Result], base: Path) -> list[Picture]:
             continue
         files = [path, path.with_suffix(".json")]
         links = [(file.name, _address(file, base)) for file in files if file.is_file()]
-        alt = f"What each position of {result.model} attends to on {result.task}, run {result.folder.name}"
-        pictures.append(_picture(content, alt, result.folder.name, links))
+        name = printable(result.folder.name)
+        alt = f"What each position of {result.model} attends to on {result.task}, run {name}"
+        pictures.append(_picture(content, alt, name, links))
     return pictures
 
 
@@ -133,7 +139,7 @@ def _picture(
 
 
 def _address(path: Path, base: Path) -> str:
-    return quote(relative(path, base))
+    return quote(os.fsencode(relative(path, base)))
 
 
 def _template() -> Template:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
+
+from ..messages import printable
+from ..records import is_name, read_json
 
 SCHEMA = 1
 FIGURES = "_files"  # after the name of a report page: the folder of its figures
@@ -100,8 +102,8 @@ def read_result(folder: Path) -> Result:
     if not path.exists():
         raise FileNotFoundError("no result.json: the run is unfinished")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+        record = read_json(path)
+    except ValueError as error:
         raise ValueError(f"result.json cannot be read: {error}") from None
 
     if (schema := _field(record, "schema", int)) != SCHEMA:
@@ -139,14 +141,17 @@ def read_result(folder: Path) -> Result:
         tuning=_optional(record, "tuning", "full", str),
         init=_optional(record, "init", "structured", str),
         trained_params=_optional(record, "trained_params", params, int),
-        pretrain_run=_optional(record, "pretrain_run", None, str, NoneType),
+        pretrain_run=_name(record, "pretrain_run"),
         pretrain_tokens=_field(record, "tokens_seen.pretrain", int) if pretrain else 0,
         speed=_optional(record, "tokens_per_second.finetune", None, float, int, NoneType),
         utilisation=_optional(record, "mfu.finetune", None, float, int, NoneType),
         seconds=_optional(record, "seconds.total", None, float, int, NoneType),
         rates={s: rate for s in stages if (rate := _optional(record, f"lr.{s}", None, float, int, NoneType))},
         commit=_optional(record, "commit", "unknown", str),
-        versions=_optional(record, "versions", {}, dict),
+        versions={
+            printable(name): printable(str(version))
+            for name, version in _optional(record, "versions", {}, dict).items()
+        },
     )
 
 
@@ -167,7 +172,7 @@ def load_results(folders: Iterable[Path]) -> tuple[list[Result], list[LeftOut]]:
 
 
 def _field(record: Any, key: str, *types: type) -> Any:
-    """The value under a dotted key; JSON types are exact, so `true` is no integer."""
+    """The value under a dotted key, text as it can be shown; JSON types are exact, so `true` is no integer."""
     value = record
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -176,7 +181,7 @@ def _field(record: Any, key: str, *types: type) -> Any:
     if type(value) not in types:
         valid = " or ".join("null" if kind is NoneType else kind.__name__ for kind in types)
         raise ValueError(f"result.json: {key} is {value!r}, not {valid}")
-    return value
+    return printable(value) if isinstance(value, str) else value
 
 
 def _optional(record: Any, key: str, default: Any, *types: type) -> Any:
@@ -187,6 +192,13 @@ def _optional(record: Any, key: str, default: Any, *types: type) -> Any:
             return default
         value = value[part]
     return _field(record, key, *types)
+
+
+def _name(record: Any, key: str) -> str | None:
+    value = _optional(record, key, None, str, NoneType)
+    if value is not None and not is_name(value):
+        raise ValueError(f"result.json: {key} is {value!r}, not the name of a folder")
+    return value
 
 
 def _budget(record: Any, *stages: str) -> int:

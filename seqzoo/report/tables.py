@@ -5,15 +5,15 @@ Language modelling has bits per character instead, and neither pretraining nor p
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..messages import printable
 from .comparison import Cell, Comparison, Conditions, Row
 from .intervals import Interval
 from .published import Figure, published
 from .results import LeftOut
+from .sheet import to_sheet
 
 ABSENT = "-"
 MEASURED = ("model", "params (M)", "scratch", "pretrained", "difference")
@@ -69,7 +69,7 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
             rows = [(row.size.model, millions(row.size.params), score(row.scratch)) for row in comparison.rows]
         tables.append(Table(title(comparison), header, rows))
         legend += [line for line in notes if line not in legend]
-    return Report(tables, [*legend, *sources.notes], [f"{run.folder}: {run.reason}" for run in left_out])
+    return Report(tables, [*legend, *sources.notes], [printable(f"{run.folder}: {run.reason}") for run in left_out])
 
 
 class Sources:
@@ -151,22 +151,23 @@ def to_markdown(report: Report) -> str:
     blocks = []
     for table in report.tables:
         rule = ("---", *["---:"] * (len(table.header) - 1))
-        lines = (f"| {' | '.join(cells)} |" for cells in (table.header, rule, *table.rows))
-        blocks += [table.title, "\n".join(lines)]
+        lines = (f"| {' | '.join(map(_in_markdown, cells))} |" for cells in (table.header, rule, *table.rows))
+        blocks += [_in_markdown(table.title), "\n".join(lines)]
     blocks.append("\n".join(f"- {note}" for note in report.notes))
     if report.left_out:
-        blocks += ["Left out:", "\n".join(f"- {line}" for line in report.left_out)]
+        blocks += ["Left out:", "\n".join(f"- {_in_markdown(line)}" for line in report.left_out)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _in_markdown(text: str) -> str:
+    """`text` that is neither a tag of HTML nor ends its place in a table."""
+    return text.replace("<", "&lt;").replace("|", "\\|")
 
 
 def to_csv(comparisons: Iterable[Comparison]) -> str:
     """One line for each row of each table, scores at full precision, accuracies in [0, 1]; empty where none is."""
     lines = [_csv_line(comparison, row) for comparison in comparisons for row in comparison.rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return to_sheet([list(lines[0]) if lines else [], *(line.values() for line in lines)])
 
 
 def _csv_line(comparison: Comparison, row: Row) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from . import (
     speech_commands,
 )
 from .arrays import from_arrays
-from .cache import default_folder
+from .cache import default_folder, reading
 from .config import TaskConfig
 from .data import Split, Task, epoch_order, nested, stratified
 from .identity import Fingerprint, fingerprint
@@ -86,12 +87,19 @@ def origin_of(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Pat
     return ORIGINS[config.name](config, **_places(data_dir, cache_dir))
 
 
-def build_task(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Path | str | None) -> Task:
+def build_task(
+    config: TaskConfig,
+    *,
+    data_dir: Path | str | None,
+    cache_dir: Path | str | None,
+    filled: Path | str | None = None,
+) -> Task:
     """The task `config` names: from the cache, or built from data under `data_dir`, a download, or a generator.
 
     Args:
         data_dir: where the published folders or archives are, as their publishers lay them out; only read.
         cache_dir: where downloads and tokenised data are kept; None takes the user's cache folder.
+        filled: another such folder that may hold them already; only read.
 
     Raises:
         ValueError: there is no such task, or a key of `config` does not suit it.
@@ -99,11 +107,16 @@ def build_task(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Pa
     """
     if config.name not in TASKS:
         raise ValueError(f"no task {config.name!r}; valid: {', '.join(TASKS)}")
-    return TASKS[config.name](config, **_places(data_dir, cache_dir))
+    with reading(None if filled is None else _user_path(filled)):
+        return TASKS[config.name](config, **_places(data_dir, cache_dir))
 
 
 def _places(data_dir: Path | str | None, cache_dir: Path | str | None) -> dict[str, Any]:
     return {
-        "data_dir": None if data_dir is None else Path(data_dir).expanduser(),
-        "cache_dir": default_folder() if cache_dir is None else Path(cache_dir).expanduser(),
+        "data_dir": None if data_dir is None else _user_path(data_dir),
+        "cache_dir": default_folder() if cache_dir is None else _user_path(cache_dir),
     }
+
+
+def _user_path(path: Path | str) -> Path:
+    return Path(os.path.expanduser(path))  # leaves a name that is nobody's as it is

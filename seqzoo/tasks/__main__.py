@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ..config import Config, ConfigError, compose
-from ..messages import unknown
+from ..messages import printable, printable_lines, unknown
 from . import TASKS, DataError, MissingData, Split, Task, build_task
 from .cache import origin
 from .checks import verify
@@ -138,14 +138,14 @@ def _print_table(rows: list[tuple[str, ...]]) -> None:
         text = column in ("task", "source", "folder")
         table.add_column(column, justify="left" if text else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print(table)
 
 
 def _verify(task: Task) -> int:
     verdict = verify(task)
     name = task.spec.name
-    print("\n  ".join([f"{name}:", *verdict.notes]))
+    print(printable_lines("\n  ".join([f"{name}:", *verdict.notes])))
     if verdict.faults:
         return _fail("\n  ".join([f"{name} is not as it should be:", *verdict.faults]), FAILED)
     return 0
@@ -160,7 +160,7 @@ def _show(task: Task, n: int, name: str, out: Path | None) -> int:
             save_sheet(task, name, examples, path)
         except (OSError, ValueError) as error:
             return _fail(f"--out {path}: {error}", MISUSED)
-        print(path)
+        print(printable(str(path)))
         return 0
     if out is not None:
         return _fail(f"--out {out}: {task.spec.name} is text, which is printed; leave --out away", MISUSED)
@@ -169,7 +169,7 @@ def _show(task: Task, n: int, name: str, out: Path | None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"seqzoo.tasks: {message}", file=sys.stderr)
+    print(printable_lines(f"seqzoo.tasks: {message}"), file=sys.stderr)
     return status
 
 

@@ -21,14 +21,19 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from .. import __version__
+from ..files import LinkError, flush, without_links, write_text
+from ..files import lock as lock_file
+from ..messages import printable
+from ..records import is_name, read_json
 from .sources import DataError, unwritable
 
 FORMAT = 3  # raise when what is stored, or how it is made, changes
@@ -36,6 +41,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, None)  # None: NumPy's own, of a file that w
 DATED_BACK = 60  # seconds: more than the coarsest clock of a file system
 
 log = logging.getLogger(__name__)
+_filled: ContextVar[Path | None] = ContextVar("_filled", default=None)
 
 
 class Stored(NamedTuple):
@@ -53,6 +59,22 @@ class _Damaged(Exception):
 def default_folder() -> Path:
     """Where tokenised and generated data are kept unless a folder is named: the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqzoo"
+
+
+@contextmanager
+def reading(folder: Path | None) -> Iterator[None]:
+    """Inside it, what another cache folder holds serves too; nothing is written there."""
+    token = _filled.set(folder)
+    try:
+        yield
+    finally:
+        _filled.reset(token)
+
+
+def places(cache_dir: Path) -> list[Path]:
+    """The folders to look in for what `cache_dir` may hold."""
+    filled = _filled.get()
+    return [cache_dir] if filled is None else [cache_dir, filled]
 
 
 def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callable[[Path], Stored]) -> Stored:
@@ -73,11 +95,11 @@ def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callab
     asked: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "name": name, **request}))
     key = hashlib.sha256(_canonical(asked)).hexdigest()[:16]
     entry = cache_dir / f"{name}-{key}"
+    for place in places(cache_dir):
+        with suppress(_Damaged):
+            if stored := _load(place / entry.name, asked, dating=place == cache_dir):
+                return stored
     stored = None
-    with suppress(_Damaged):
-        stored = _load(entry, asked)
-    if stored is not None:
-        return stored
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         held = lock(cache_dir / f".{entry.name}.lock")
@@ -87,7 +109,7 @@ def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callab
         try:
             stored = _load(entry, asked)  # another process may have built it while this one waited
         except _Damaged as damage:
-            log.warning("%s is damaged and will be built again: %s", entry, damage)
+            log.warning("%s is damaged and will be built again: %s", entry, printable(str(damage)))
         if stored is None:
             work = cache_dir / f".{entry.name}.work"
             _save(entry, asked, _build(build, work), work)
@@ -136,24 +158,16 @@ def check(entry: Path) -> dict[str, Any]:
     return manifest
 
 
-def lock(path: Path) -> IO[str]:
+def lock(path: Path) -> IO[bytes]:
     """An open file that one process has at a time, until it closes it or dies."""
-    import fcntl  # POSIX only, so not where the module is imported
-
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.warning("waiting for another process, which has %s", path)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+    return lock_file(path, lambda: log.warning("waiting for another process, which has %s", path))
 
 
 def _build(build: Callable[[Path], Stored], work: Path) -> Stored:
     try:
-        return build(work)
+        return build(without_links(work))
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in FULL or isinstance(error, LinkError):
             raise unwritable(work.parent, error) from error
         raise
 
@@ -189,9 +203,7 @@ def _save(entry: Path, request: dict[str, Any], stored: Stored, work: Path) -> N
             "files": files,
         }
         manifest["sha256"] = hashlib.sha256(_canonical(manifest)).hexdigest()
-        with (partial / "manifest.json").open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            _flush(file)
+        write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
         shutil.rmtree(entry, ignore_errors=True)
         partial.rename(entry)
     except BaseException as error:
@@ -207,9 +219,9 @@ def _write(path: Path, array: np.ndarray, work: Path) -> None:
         with suppress(OSError):  # a file system without hard links
             os.link(made, path)  # stays in `work` too, should this process be killed before the entry is whole
             return
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         np.save(file, array)
-        _flush(file)
+        flush(file)
 
 
 def _made_in(work: Path, array: np.ndarray) -> Path | None:
@@ -224,14 +236,11 @@ def _made_in(work: Path, array: np.ndarray) -> Path | None:
     return made if (whole.shape, whole.dtype) == (array.shape, array.dtype) else None
 
 
-def _flush(file: IO[Any]) -> None:
-    """To the disk, or a power cut after the renaming could leave a whole-looking entry of zeros."""
-    file.flush()
-    os.fsync(file.fileno())
+def _load(entry: Path, request: dict[str, Any], *, dating: bool = True) -> Stored | None:
+    """The entry, None where there is none; raises _Damaged where it is not what was written.
 
-
-def _load(entry: Path, request: dict[str, Any]) -> Stored | None:
-    """The entry, None where there is none; raises _Damaged where it is not what was written."""
+    Its files are dated as the manifest says where they are not, so that they are not hashed again, unless not `dating`.
+    """
     if not entry.is_dir():
         return None
     manifest = _manifest(entry)
@@ -245,8 +254,9 @@ def _load(entry: Path, request: dict[str, Any]) -> Stored | None:
             stat = path.stat()
             if (stat.st_size, stat.st_mtime_ns) != (expected["bytes"], date * 10**9):
                 _check_bytes(path, expected)
-                with suppress(OSError):  # in a folder that is only read
-                    os.utime(path, (date, date))
+                with suppress(OSError):  # of a folder that cannot be written
+                    if dating:
+                        os.utime(path, (date, date), follow_symlinks=False)
             arrays[path.stem] = np.load(path, mmap_mode="c")
         except (OSError, ValueError) as error:
             raise _Damaged(str(error)) from error
@@ -255,12 +265,14 @@ def _load(entry: Path, request: dict[str, Any]) -> Stored | None:
 
 def _manifest(entry: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        manifest = read_json(entry / "manifest.json")
+    except (OSError, ValueError) as error:
         raise _Damaged(f"manifest.json: {error}") from error
     written = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
     if written is None or written != hashlib.sha256(_canonical(manifest)).hexdigest():
         raise _Damaged("manifest.json has changed since it was written")
+    if not all(map(is_name, manifest["files"])):
+        raise _Damaged("manifest.json names files elsewhere")
     return manifest
 
 

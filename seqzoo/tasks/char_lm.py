@@ -15,6 +15,7 @@ What has to be decided for bits per character to mean something is decided thus:
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def read_text(text: str | None, data_dir: Path | None) -> tuple[Path, bytes]:
     """
     if text is None:
         raise MissingData("char_lm has no text of its own; give it one: task.text=<a UTF-8 file>")
-    path = (data_dir or Path()) / Path(text).expanduser()  # an absolute path stays what it is
+    path = (data_dir or Path()) / Path(os.path.expanduser(text))  # an absolute path stays what it is
     if not path.is_file():
         raise MissingData(f"{path} is no file; task.text takes a UTF-8 file, its path absolute or relative to data_dir")
     try:
@@ -101,7 +102,11 @@ def _prepare(
     points = code_points(text)
     num_val, num_test = (round(share * len(points)) for share in (val_fraction, test_fraction))
     parts = dict(
-        zip(("train", "val", "test"), np.split(points, [len(points) - num_val - num_test, -num_test]), strict=True)
+        zip(
+            ("train", "val", "test"),
+            np.split(points, [len(points) - num_val - num_test, len(points) - num_test]),
+            strict=True,
+        )
     )
     if min(map(len, parts.values())) < 2:
         counts = ", ".join(f"{len(part)} for {split}" for split, part in parts.items())

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import inside
 from . import pictures
 from .config import TaskConfig
 from .data import Task
@@ -61,7 +62,7 @@ def build(
     """
 
     def read() -> tuple[Pictures, Pictures]:
-        folder = provide(ARCHIVE, data_dir, cache_dir / "downloads")
+        folder = provide(ARCHIVE, data_dir, inside(cache_dir, "downloads"))
         return _read(folder, TRAIN_FILES, convert), _read(folder, TEST_FILES, convert)
 
     return pictures.build(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
+
+from ..valid import Between, Count, Examples, Length, Number, Range, Text, Width, check_ranges
 
 COUNTS = {"train": "num_train", "val": "num_val", "test": "num_test"}  # the key of each split's size
+POSITIONS = 2 * 10**10  # of all splits together, generated: bytes, at least
 
 
 @dataclass(kw_only=True)
@@ -13,55 +16,50 @@ class TaskConfig:
     """What shapes a task's data. The first three keys are every task's; the others are None where they do not apply."""
 
     name: str
-    max_length: int  # in tokens, <eos> included; longer sequences are cut
-    mask_ratio: float  # share of positions hidden in masked pretraining
+    max_length: Length  # in tokens, <eos> included; longer sequences are cut
+    mask_ratio: Between  # share of positions hidden in masked pretraining
 
     # cut from the published training split, so that nothing is ever chosen by looking at the test split
-    val_fraction: float | None = None
-    split_seed: int | None = None
-    test_fraction: float | None = None  # of data that are published without a test split
+    val_fraction: Between | None = None
+    split_seed: Number | None = None
+    test_fraction: Between | None = None  # of data that are published without a test split
 
-    min_frequency: int | None = None  # text: rarer characters are <unk>
+    min_frequency: Number | None = None  # text: rarer characters are <unk>
 
     difficulty: str | None = None  # Pathfinder, see `seqzoo.tasks.pathfinder_parameters.DIFFICULTIES`
 
     # ListOps, see `seqzoo.tasks.listops_grammar.Grammar`; the bounds on generated lengths are excluded
-    max_depth: int | None = None
-    max_args: int | None = None
-    min_length: int | None = None
-    length_bound: int | None = None
+    max_depth: Annotated[int, Range(1, 1000)] | None = None
+    max_args: Annotated[int, Range(1, 1000)] | None = None
+    min_length: Annotated[int, Range(0, 1 << 20)] | None = None
+    length_bound: Length | None = None
 
     # what is generated
-    num_train: int | None = None
-    num_val: int | None = None
-    num_test: int | None = None
-    generator_seed: int | None = None  # also of the pairs that are drawn for acl_retrieval
-    workers: int | None = None  # threads that generate, None for one a core; does not change the data
+    num_train: Examples | None = None
+    num_val: Examples | None = None
+    num_test: Examples | None = None
+    generator_seed: Number | None = None  # also of the pairs that are drawn for acl_retrieval
+    workers: Annotated[int, Range(1, 1024)] | None = (
+        None  # threads that generate, None for one a core; does not change the data
+    )
 
     # recall, see `seqzoo.tasks.recall`; with num_train, num_val, num_test and generator_seed
-    num_pairs: int | None = None
-    num_queries: int | None = None
-    num_tokens: int | None = None
-    num_symbols: int | None = None
+    num_pairs: Count | None = None
+    num_queries: Count | None = None
+    num_tokens: Count | None = None
+    num_symbols: Width | None = None
 
     # character language modelling
-    text: str | None = None  # a UTF-8 file, its path absolute or relative to data_dir
+    text: Text | None = None  # a UTF-8 file, its path absolute or relative to data_dir
 
     def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ValueError(f"task={self.name}: max_length is {self.max_length}; valid: 2 and more")
-        for key in ("mask_ratio", "val_fraction", "test_fraction"):
-            share = getattr(self, key)
-            if share is not None and not 0 < share < 1:
-                raise ValueError(f"task={self.name}: {key} is {share}; valid: between 0 and 1, both excluded")
-        for key in COUNTS.values():
-            count = getattr(self, key)
-            if count is not None and count < 1:
-                raise ValueError(
-                    f"task={self.name}: {key} is {count}; valid: 1 and more, each split needs at least one"
-                )
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"task={self.name}: workers is {self.workers}; valid: 1 and more, or null for one a core")
+        check_ranges(self, f"task={self.name}: task.", absent=True)
+        counts = [count for key in COUNTS.values() if (count := getattr(self, key)) is not None]
+        if sum(counts) * self.max_length > POSITIONS:
+            raise ValueError(
+                f"task={self.name}: {sum(counts):,} sequences of up to {self.max_length:,} positions; valid: up to "
+                f"{POSITIONS:,} positions together"
+            )
 
     def settings(self, *names: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
         """The keys that a task reads besides the common ones.

@@ -23,7 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from .cache import lock
+from ..files import inside, without_links, write_text
+from ..records import read_json
+from .cache import lock, places
 from .sources import DataError, MissingData, unwritable
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 ARCHIVES = ("lra_release.gz", "lra_release.tar.gz")
 ROOT = "lra_release/lra_release/"
+UNPACKED = "downloads/lra_release"  # in the cache
 CHUNK = 1 << 20
 LARGEST_READ = 16 * CHUNK
 
@@ -50,15 +53,15 @@ def released_folder(folder: str, data_dir: Path | None, cache_dir: Path) -> Path
     """
     if data_dir is None:
         return None
-    unpacked = cache_dir / "downloads" / "lra_release"
-    for place in (data_dir, data_dir / ROOT, unpacked):
+    unpacked = cache_dir / UNPACKED
+    for place in (data_dir, data_dir / ROOT, *(place / UNPACKED for place in places(cache_dir))):
         if (place / folder).is_dir():
             return place / folder
     archive = next((data_dir / name for name in ARCHIVES if (data_dir / name).is_file()), None)
     if archive is None:
         return None
     try:
-        unpacked.mkdir(parents=True, exist_ok=True)
+        inside(inside(cache_dir, "downloads"), unpacked.name).mkdir(parents=True, exist_ok=True)
         with lock(unpacked / ".lock"):
             if not (unpacked / folder).is_dir():  # else another process was faster
                 _unpack(archive, folder, unpacked)
@@ -85,7 +88,7 @@ def _unpack(archive: Path, folder: str, unpacked: Path) -> None:
     identity = {"bytes": stat.st_size, "dated": stat.st_mtime_ns}
     if _lacks(contents, identity, folder):
         return
-    partial = unpacked / f".{folder.replace('/', '-')}.partial"
+    partial = without_links(unpacked / f".{folder.replace('/', '-')}.partial")
     digests: dict[str, str] = {}  # of the files in `folder`, by name
     files: Counter[str] = Counter()  # in each folder of the release
     total = 0
@@ -94,21 +97,22 @@ def _unpack(archive: Path, folder: str, unpacked: Path) -> None:
             full = member.name.removeprefix("./")
             if not full.startswith(ROOT):
                 continue
-            inside = full.removeprefix(ROOT)
+            within = full.removeprefix(ROOT)
             if member.isfile():
-                files[inside.rpartition("/")[0]] += 1
-            if inside.startswith(f"{folder}/") and not member.isdir():
-                name = PurePosixPath(inside).relative_to(folder)
+                files[within.rpartition("/")[0]] += 1
+            if within.startswith(f"{folder}/") and not member.isdir():
+                name = PurePosixPath(within).relative_to(folder)
                 if content is None or ".." in name.parts:
                     raise DataError(f"{archive}: {member.name} is no plain file in {folder}; nothing is unpacked")
                 digests[str(name)] = _write(member.size, content, partial / name)
                 total += member.size
-    contents.write_text(json.dumps({"archive": identity, "files": files}, indent=1), encoding="utf-8")
+    write_text(contents, json.dumps({"archive": identity, "files": files}, indent=1))
     if not digests:
         return
     for path in [path for path in partial.rglob("*") if path.is_file()]:
         if path.relative_to(partial).as_posix() not in digests:
             path.unlink()  # of another archive, whose unpacking was stopped
+    inside(unpacked, PurePosixPath(folder).parts[0])
     (unpacked / folder).parent.mkdir(parents=True, exist_ok=True)
     partial.rename(unpacked / folder)
     listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
@@ -119,7 +123,7 @@ def _unpack(archive: Path, folder: str, unpacked: Path) -> None:
 def _lacks(contents: Path, identity: dict[str, int], folder: str) -> bool:
     """Whether the archive was read to its end before and `folder` was not in it."""
     try:
-        known = json.loads(contents.read_text(encoding="utf-8"))
+        known = read_json(contents)
     except (OSError, ValueError):
         return False
     return known["archive"] == identity and not any(f"{name}/".startswith(f"{folder}/") for name in known["files"])

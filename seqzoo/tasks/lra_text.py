@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import inside
 from .cache import Stored, cached
 from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
@@ -44,7 +45,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     settings = config.settings("val_fraction", "split_seed", "min_frequency")
 
     def prepare(work: Path) -> Stored:
-        folder = provide(ACL_IMDB, data_dir, cache_dir / "downloads")
+        folder = provide(ACL_IMDB, data_dir, inside(cache_dir, "downloads"))
         return _prepare(folder, config.max_length, **settings)
 
     stored = cached(cache_dir, config.name, {"max_length": config.max_length, **settings}, prepare)

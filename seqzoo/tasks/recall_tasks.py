@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..spec import TaskSpec
+from ..valid import physical_memory
 from .config import COUNTS, TaskConfig
 from .data import Task, assemble, token_dtype
 from .recall import associative_recall, induction_heads, selective_copying
@@ -51,8 +52,6 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     recall = RECALL[config.name]
     settings = config.settings(*recall.options, *COUNTS.values(), "generator_seed")
     options = {name: settings[name] for name in recall.options}
-    if settings["generator_seed"] < 0:
-        raise ValueError(f"task {config.name}: generator_seed is {settings['generator_seed']}; valid: 0 and more")
 
     symbols = [*recall.symbols(options["num_symbols"]), "<mask>", "<pad>"]
     spec = TaskSpec(
@@ -66,6 +65,13 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         pad_id=len(symbols) - 1,
         mask_ratio=config.mask_ratio,
     )
+    dtypes = _dtypes(spec)
+    needed = config.max_length * sum(settings[key] for key in COUNTS.values()) * sum(each.itemsize for each in dtypes)
+    if needed > physical_memory():
+        raise ValueError(
+            f"num_train={settings['num_train']}: {needed / 1e9:,.0f} GB of sequences, which are kept in memory, of "
+            f"{physical_memory() / 1e9:,.0f} GB here; valid: fewer or shorter ones"
+        )
     arrays: dict[str, np.ndarray] = {}
     for number, (split, count) in enumerate(COUNTS.items()):
         seed = int(np.random.SeedSequence([settings["generator_seed"], number]).generate_state(1)[0])
@@ -80,9 +86,7 @@ def _draw(
 ) -> dict[str, np.ndarray]:
     """The arrays of a split, as `assemble` takes them."""
     T, generator = spec.max_length, torch.Generator().manual_seed(seed)
-    dtype = token_dtype(spec.vocab_size)
-    values = np.empty((n, T), dtype)
-    targets = np.empty((n, T), np.promote_types(dtype, np.int16))  # which holds IGNORED
+    values, targets = (np.empty((n, T), dtype) for dtype in _dtypes(spec))
     for start in range(0, n, DRAWN_AT_ONCE):
         tokens, answers = draw(DRAWN_AT_ONCE, length=T, generator=generator, **options)
         rows = slice(start, min(n, start + DRAWN_AT_ONCE))
@@ -94,3 +98,9 @@ def _draw(
         f"{split}_offsets": np.arange(n + 1, dtype=np.int64) * T,
         f"{split}_labels": np.zeros(n, np.int64),
     }
+
+
+def _dtypes(spec: TaskSpec) -> tuple[np.dtype, np.dtype]:
+    """Of values and of targets."""
+    dtype = np.dtype(token_dtype(spec.vocab_size))
+    return dtype, np.promote_types(dtype, np.int16)  # which holds IGNORED

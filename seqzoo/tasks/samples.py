@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import replacing
+from ..messages import printable
 from ..spec import IGNORED
 from .data import Split, Task, epoch_order
 
@@ -47,7 +49,7 @@ def decode(tokens: np.ndarray, symbols: Sequence[str]) -> str:
         return " ".join(map(str, tokens.tolist()))
     characters = all(len(symbol) == 1 or symbol.startswith("<") for symbol in symbols)
     shown = ("" if characters else " ").join(symbols[token] for token in tokens.tolist())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+    return printable(shown)
 
 
 def save_sheet(task: Task, name: str, examples: Sequence[int], path: Path) -> None:
@@ -55,6 +57,7 @@ def save_sheet(task: Task, name: str, examples: Sequence[int], path: Path) -> No
 
     Raises:
         ValueError: the file's ending names no kind of picture.
+        FileNotFoundError: it is to lie in a folder that is not there.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -78,7 +81,10 @@ def save_sheet(task: Task, name: str, examples: Sequence[int], path: Path) -> No
             panel.plot(sequence, linewidth=0.5)
         panel.set_title(f"{example}: label {int(split.labels[example])}", fontsize=9)
     figure.suptitle(f"{task.spec.name}, {name}")
-    figure.savefig(path, dpi=150)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:] or "png")
 
 
 def sequences(split: Split, example: int) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import inside, replacing_by_name
 from .sources import DataError
 
 ROWS_PER_SHARD = 256
@@ -25,19 +26,16 @@ def array_file(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> n
     Raises:
         DataError: there is no room for it on the disk, which is found out here and not hours later.
     """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-        try:
-            _reserve(partial)
-        except OSError as error:
-            partial.unlink()
-            raise DataError(
-                f"{path}: {int(np.prod(shape)) * np.dtype(dtype).itemsize / 1e9:.1f} GB do not fit on the disk.\n"
-                "Free some space, or set cache_dir=<path> to a folder on another disk."
-            ) from error
-        partial.rename(path)
+    if not inside(path.parent, path.name).exists():
+        with replacing_by_name(path) as partial:
+            np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+            try:
+                _reserve(partial)
+            except OSError as error:
+                raise DataError(
+                    f"{path}: {int(np.prod(shape)) * np.dtype(dtype).itemsize / 1e9:.1f} GB do not fit on the disk.\n"
+                    "Free some space, or set cache_dir=<path> to a folder on another disk."
+                ) from error
     return np.lib.format.open_memmap(path, mode="r+")
 
 

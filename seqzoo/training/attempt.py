@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, compose, seconds
+from ..files import LinkError
+from ..messages import printable_lines
 from ..tasks import DataError
 from .errors import Busy, Interrupted, TrainingError
 from .run import run
@@ -34,7 +37,7 @@ def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
         return fail(str(error), MISUSED)
     except Busy as error:
         return fail(str(error), BUSY)
-    except (DataError, TrainingError) as error:
+    except (DataError, TrainingError, LinkError) as error:
         return fail(str(error), FAILED)
     except Interrupted as stopped:
         if deadline is not None and time.monotonic() >= deadline:
@@ -49,12 +52,12 @@ def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
 def say(message: str) -> None:
     """Prints, on the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
-        print(message)
+        print(printable_lines(message))
 
 
 def fail(message: str, status: int) -> int:
     """Says what went wrong and returns `status`."""
-    print(f"train.py: {message}", file=sys.stderr)
+    print(printable_lines(f"train.py: {message}"), file=sys.stderr)
     return status
 
 
@@ -69,4 +72,4 @@ def report(result: dict[str, Any]) -> None:
     if result["task_note"]:
         say(f"note: {result['task_note']}")
     say(f"run folder: {result['folder']}")
-    say(f"compare: python eval_lra.py {Path(result['folder']).parent}")
+    say(f"compare: python eval_lra.py {shlex.quote(str(Path(result['folder']).parent))}")

@@ -5,6 +5,7 @@ continued if it was interrupted, until all are done or the time is up.
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import time
 import traceback
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIGS, Config, ConfigError, compose, seconds
-from ..messages import unknown
+from ..config import CONFIGS, Config, ConfigError, compose, is_text, seconds
+from ..messages import shortened, unknown
 from ..tasks import DataError
 from .attempt import BUSY, DONE, FAILED, INTERRUPTED, MISUSED, UNFINISHED, attempt, fail, say
 from .run_folder import pretraining_key, run_name
@@ -22,6 +23,8 @@ from .run_folder import pretraining_key, run_name
 TASKS_FIRST = ("lra_image", "lra_pathfinder", "lra_listops", "lra_text")
 MODELS_FIRST = ("transformer", "lru")
 STUDY = "study="
+SWEEP = re.compile(r"(choice|range)\(.*\)", re.DOTALL)  # as Hydra writes them, beside a,b,c
+OUTSIDE_QUOTES = re.compile(r"""(?:^|(?<=,))(?:'[^']*'|"[^"]*"|[^,])*""", re.DOTALL)  # what commas part
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,24 +58,22 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigError: an override that is not Hydra's syntax, a sweep that has no list of values, or an unknown study.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     overrides = _with_study(overrides)
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}; valid: key=value") from None
-    choices = []
-    for text, override in zip(overrides, parsed, strict=True):
-        if not override.is_sweep_override():
-            choices.append([text])
-        elif override.is_discrete_sweep():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            raise ConfigError(f"{text} has no list of values to sweep over; valid: a,b,c or range(...) or choice(...)")
-    return [list(cell) for cell in itertools.product(*choices)]
+    return [list(cell) for cell in itertools.product(*(_values(override) for override in overrides))]
+
+
+def single(overrides: Sequence[str]) -> list[str]:
+    """The overrides of one run, in which a comma in a path is a part of it.
+
+    Raises:
+        ConfigError: as `expand` does; or they ask for several runs.
+    """
+    if any(override.startswith(STUDY) for override in overrides):
+        raise ConfigError("study= stands for several runs; add -m to run them one after another")
+    for override in overrides:
+        if not is_text(override) and len(_values(override)) > 1:
+            raise ConfigError(f"{override} are {len(_values(override))} runs; add -m to run them one after another")
+    return list(overrides)
 
 
 def run_campaign(sweep: Sequence[Sequence[str]]) -> int:
@@ -178,6 +179,29 @@ def _here(cells: Sequence[Cell], deadline: float | None) -> Iterator[tuple[Cell,
             yield from ((cell, BUSY) for cell in busy)
             return
         waiting = busy
+
+
+def _values(override: str) -> list[str]:
+    """An override for each value that a sweep is to try."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
+    from hydra.errors import HydraException
+
+    key, _, value = override.partition("=")
+    if is_text(override) and not SWEEP.fullmatch(value):
+        return [f"{key}={part.strip()}" for part in OUTSIDE_QUOTES.findall(value)]
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except (HydraException, RecursionError, ValueError):
+        raise ConfigError(
+            f"{shortened(override)} cannot be read; valid: key=value, the value in quotes if it is more than "
+            "letters, digits and . - _ / of ASCII: 'key=\"value\"'"
+        ) from None
+    if not parsed.is_sweep_override():
+        return [override]
+    if not isinstance(parsed.value(), ChoiceSweep | RangeSweep):
+        raise ConfigError(f"{override} has no list of values to sweep over; valid: a,b,c or range(...) or choice(...)")
+    return [f"{key}={value}" for value in parsed.sweep_string_iterator()]
 
 
 def _with_study(overrides: Sequence[str]) -> list[str]:

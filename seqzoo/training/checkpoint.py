@@ -13,7 +13,6 @@ a twentieth of writing the file: against failing disks and memory, not against f
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,27 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from xxhash import xxh3_128
 
+from ..files import replacing_by_name
 from ..messages import say_once
 from .errors import TrainingError
 
 CHECKSUM = "xxh3_128"  # its key in the metadata
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; on leaving without an error it becomes `path`, in one step.
-
-    It has reached the disk before it is renamed, so that a power failure leaves the old file or the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
@@ -53,7 +36,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     header = {key: str(value) for key, value in (metadata or {}).items()}
     header[CHECKSUM] = _checksum(tensors, header)
-    with replacing(path) as temporary:
+    with replacing_by_name(path) as temporary:
         save_file(tensors, temporary, header)
 
 
@@ -147,8 +130,14 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise TrainingError(f"checkpoint {path} is missing; delete {path.parent} to start from the beginning") from None
+        raise TrainingError(f"checkpoint {path} is missing; {_anew(path)}") from None
     except (SafetensorError, KeyError, ValueError) as error:
-        raise TrainingError(
-            f"checkpoint {path} is damaged ({error}); delete {path.parent} to start from the beginning"
-        ) from None
+        raise TrainingError(f"checkpoint {path} is damaged ({error}); {_anew(path)}") from None
+
+
+def _anew(path: Path) -> str:
+    """How to have a stage trained again whose checkpoint is at `path`."""
+    stage, run = path.parent, path.parent.parent
+    result = run / "result.json"
+    also = f" and {result}, for the run is finished," if result.exists() else ""
+    return f"delete {stage}{also} to start it from the beginning"

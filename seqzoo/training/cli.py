@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..config import GROUPS, ConfigError, available, compose, to_dict
+from ..config import GROUPS, ConfigError, available, check_keys, compose, to_dict
 from .attempt import BUSY, MISUSED, UNFINISHED, attempt, fail
-from .campaign import expand, run_campaign
+from .campaign import expand, run_campaign, single
 
 EPILOGUE = """{groups}
 
@@ -45,24 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.multirun:
             return run_campaign(cells)
+        check_keys(cells[0])
         if any(override.startswith("launcher") and override != "launcher=here" for override in cells[0]):
             raise ConfigError("launcher= queues the runs of a sweep; add -m, for one run too")
     except ConfigError as error:
         return fail(str(error), MISUSED)
     status = attempt(cells[0])
     return UNFINISHED if status == BUSY else status
-
-
-def single(overrides: Sequence[str]) -> list[str]:
-    """The overrides of one run.
-
-    Raises:
-        ConfigError: they ask for several.
-    """
-    cells = expand(overrides)
-    if len(cells) > 1:
-        raise ConfigError(f"{' '.join(overrides)} are {len(cells)} runs; add -m to run them one after another")
-    return cells[0]
 
 
 def _print_config(overrides: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 
@@ -13,7 +14,7 @@ class Interrupted(KeyboardInterrupt):
     """A run stopped by Ctrl-C or SIGTERM after its state was saved; `folder` is what `resume=` takes."""
 
     def __init__(self, folder: Path):
-        super().__init__(f"stopped and saved; resume={folder} continues")
+        super().__init__(f"stopped and saved; {shlex.quote(f'resume={folder}')} continues")
         self.folder = folder
 
 

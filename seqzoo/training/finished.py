@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..config import Config, ConfigError
+from ..messages import printable_lines
 from ..models import task_head
 from ..objectives import build_objective
+from ..records import is_name
 from ..tasks import Task
 from .checkpoint import load_weights
 from .evaluation import evaluate
@@ -48,9 +50,9 @@ def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
         model = tune(model, config)
         model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
     elif stage == "pretrain":
-        named = (read_json(folder / "result.json") or {}).get("pretrain_run")  # None: the run's own
+        named = _beside(folder)
         given = Path(config.pretrain) if isinstance(config.pretrain, str) else None
-        source = given if given and given.exists() else folder.parent / named if named else folder
+        source = given if given and given.exists() else named or folder
         transfer_backbone(model, source / "pretrain" / "best.safetensors")
     return model.eval()
 
@@ -78,7 +80,7 @@ def evaluate_run(
     if data_dir is not None:
         config.data_dir = str(data_dir)
     fabric = build_fabric(config)
-    task = checked_task(folder, config, task, lambda: task_of(config, fabric))
+    task = checked_task(folder, config, task, lambda: task_of(config, fabric, read=True))
     test = part_of(task.test, config.n_test)
     metrics = evaluate(
         model.to(fabric.device),
@@ -92,14 +94,28 @@ def evaluate_run(
     return {"model": config.model.name, "task": spec.name, **metrics, "n_test": len(test), "folder": str(folder)}
 
 
+def _beside(folder: Path) -> Path | None:
+    """The run folder whose pretraining a run reused, by the name that its result gives; None: it was its own.
+
+    Raises:
+        ConfigError: it is not the name of a folder beside it.
+    """
+    name = (read_json(folder / "result.json") or {}).get("pretrain_run")
+    if name is None:
+        return None
+    if not is_name(name):
+        raise ConfigError(f"{folder / 'result.json'}: pretrain_run={name!r}: valid: the name of a folder beside it")
+    return folder.parent / name
+
+
 def _compare(folder: Path, config: Config, accuracy: float, n: int) -> None:
     """Says where an accuracy on `n` test examples is not what the run's own result has, if it has one."""
     before = (read_json(folder / "result.json") or {}).get("test", {}).get("accuracy")
     explained = max(1 / n, ROUNDING[config.precision])
     if before is not None and abs(accuracy - before) > explained + 1e-9:
-        print(
+        said = (
             f"{folder}: the accuracy is {accuracy:.4f} here and {before:.4f} in its result.json. Rounding explains "
             f"{explained:.4f} of difference, on {n:,} examples in {config.precision}; more says that weights, data or "
-            "code are not what they were",
-            file=sys.stderr,
+            "code are not what they were"
         )
+        print(printable_lines(said), file=sys.stderr)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import after_step, auxiliary_loss
-from ..config import ConfigError, StageConfig
+from ..config import StageConfig
 from ..objectives import Objective
 from ..spec import Batch
 from ..tasks import Split, epoch_order
@@ -96,7 +96,6 @@ class Stage:
         deadline: the moment of `time.monotonic()` at which to stop as if interrupted.
 
     Raises:
-        ConfigError: the batch cannot be shared equally by the ranks.
         TrainingError: the checkpoint in `folder` is damaged.
     """
 
@@ -118,8 +117,6 @@ class Stage:
         flops_per_token: float | None = None,
         deadline: float | None = None,
     ):
-        if stage.batch_size % fabric.world_size:
-            raise ConfigError(f"batch_size={stage.batch_size}: valid: a multiple of the {fabric.world_size} processes")
         self.objective, self.config, self.name, self.seed = objective, stage, name, seed
         self.folder, self.fabric, self.tracker, self.advice = folder, fabric, tracker, advice
         self.flops_per_token, self.deadline = flops_per_token, deadline

@@ -60,8 +60,12 @@ def blaming(choice: str) -> Iterator[None]:
         raise ConfigError(f"{choice}: {error}") from None
 
 
-def task_of(config: Config, fabric: Fabric) -> Task:
+def task_of(config: Config, fabric: Fabric, *, read: bool = False) -> Task:
     """The task that a run trains on and tests with.
+
+    Args:
+        read: `config` was read from a folder that may be somebody else's, so that nothing is written where it says:
+            prepared data may lie there, and are kept in the user's own cache folder.
 
     Raises:
         ConfigError: an option of the task is out of its range.
@@ -69,7 +73,8 @@ def task_of(config: Config, fabric: Fabric) -> Task:
     """
     # One process downloads and generates, the others read.
     with fabric.rank_zero_first(), blaming(f"task={config.task.name}"):
-        return build_task(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir)
+        cache_dir, filled = (None, config.cache_dir) if read else (config.cache_dir, None)
+        return build_task(config.task, data_dir=config.data_dir, cache_dir=cache_dir, filled=filled)
 
 
 def sized(config: Config, spec: TaskSpec) -> ModelConfig:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
+from ..files import LinkError, inside, write_json, write_text
+from ..messages import printable_lines
+from ..models import SequenceModel, build_model, task_head
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..tasks import Task, nested
 from . import provenance
 from .evaluation import evaluate, require_questions
+from .feasible import check_stage
 from .loop import Stage
 from .memory import keep_freed_memory
 from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, part_of, sized, task_of
@@ -32,8 +39,6 @@ from .run_folder import (
     run_name,
     shared_pretraining,
     write_description,
-    write_json,
-    write_text,
 )
 from .search import search_lr
 from .tracker import Tracker
@@ -61,6 +66,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         TrainingError: training failed; what had been saved is kept.
         Busy: another process has this run, or its pretraining, in hand.
         Interrupted: by a signal or the deadline, with everything saved.
+        LinkError: a symbolic link stands where the run would write; the folder that `config.resume` names may be one.
     """
     if config.resume is not None:
         folder = Path(config.resume)
@@ -68,10 +74,14 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     else:
         if isinstance(config.pretrain, str):
             config = replace(config, pretrain=str(Path(config.pretrain).resolve()))
-        folder = Path(config.runs_dir) / run_name(config, task)
+        runs_dir = Path(config.runs_dir)
+        with _reaching(runs_dir):
+            folder = inside(runs_dir, run_name(config, task))
     config = replace(config, data_dir=_absolute_data_dir(config))
-    if (result := read_json(folder / "result.json")) is not None:
-        print(f"{folder} is finished; delete it to run again", file=sys.stderr)
+    with _reaching(folder):
+        result = read_json(folder / "result.json")
+    if result is not None:
+        print(printable_lines(f"{folder} is finished; delete it to run again"), file=sys.stderr)
         return {**result, "folder": str(folder)}
 
     fabric = build_fabric(config)
@@ -79,16 +89,17 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         keep_freed_memory()
     key = pretraining_key(config, task) if config.pretrain is True else None
     task = checked_task(folder, config, task, lambda: task_of(config, fabric))
-    _check_answer(config, task.spec)
+    planned = _Run(config, task, folder, key, fabric, deadline)  # what cannot be run ends here, and leaves no folder
     with ExitStack() as held:
         tracker = None
         if fabric.is_global_zero:
-            held.enter_context(in_hand(folder))
+            with _reaching(folder):
+                held.enter_context(in_hand(folder))
             write_description(folder, config, task)
             tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
         fabric.barrier()
         try:
-            result = _Run(config, task, folder, key, fabric, tracker, deadline).result()
+            result = planned.result(tracker)
         except BaseException:
             if tracker:
                 tracker.finish(None)
@@ -101,11 +112,16 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
 
 
 class _Run:
-    """A run under way: both stages, and the test.
+    """A run: both stages, and the test. Making one reads and writes nothing of its own, and allocates no model.
 
     Args:
         key: of the pretraining that it needs; None: it needs none of its own.
+
+    Raises:
+        ConfigError: it cannot be run.
     """
+
+    tracker: Tracker | None = None
 
     def __init__(
         self,
@@ -114,11 +130,11 @@ class _Run:
         folder: Path,
         key: str | None,
         fabric: Fabric,
-        tracker: Tracker | None,
         deadline: float | None,
     ) -> None:
+        _check_answer(config, task.spec)
         self.config, self.task, self.folder, self.key = config, task, folder, key
-        self.fabric, self.tracker, self.deadline = fabric, tracker, deadline
+        self.fabric, self.deadline = fabric, deadline
         self.examples = task.train
         if config.train_fraction is not None:
             kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
@@ -132,15 +148,30 @@ class _Run:
             require_questions(build_objective("task", task.spec), {**splits, "test": self.test})
         with blaming(f"model={config.model.name}"):
             self.sized = sized(config, task.spec)
+        if key is not None:
+            model = self.on_meta(objective_of(config, task.spec).head)
+            check_stage("pretraining", config.pretraining, model, self.examples, fabric)
+        model = self.on_meta(task_head(task.spec))
+        with blaming(f"tuning={config.tuning}"), torch.device("meta"):
+            model = tune(model, config)
+        check_stage("finetuning", config.finetuning, model, self.examples, fabric)
+        with blaming(f"model={config.model.name}"):
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
-        with blaming(f"tuning={config.tuning}"):
-            self.trained = count_trained(self.sized, task.spec, config)
+        self.trained = count_trained(self.sized, task.spec, config)
+        self.reused = reusable_pretraining(config, task) if isinstance(config.pretrain, str) else None
 
-    def result(self) -> dict[str, Any]:
-        """Trains, or goes on training, and tests; the content of `result.json`."""
+    def on_meta(self, head: str) -> SequenceModel:
+        """The model with `head`, of tensors without memory."""
+        with blaming(f"model={self.config.model.name}"), torch.device("meta"):
+            return build_model(self.sized, self.task.spec, head=head, causal=self.config.causal)
+
+    def result(self, tracker: Tracker | None) -> dict[str, Any]:
+        """Trains, or goes on training, and tests; the content of `result.json`. `tracker` is the first rank's."""
+        self.tracker = tracker
         config, fabric, size = self.config, self.fabric, f"width {self.sized.d_model}, {self.params:,} parameters"
-        self.say(f"{self.sized.name}: {size}, {self.flops / 1e6:.3g} MFLOP a token")
+        asked = "" if config.size is None else f", the nearest to size={config.size}"
+        self.say(f"{self.sized.name}: {size}, {self.flops / 1e6:.3g} MFLOP a token{asked}")
         if config.tuning != "full":
             alone = "" if config.pretrain else "; without pretraining: the backbone stays a random one"
             self.say(f"tuning={config.tuning} moves {self.trained:,} parameters{alone}")
@@ -160,7 +191,7 @@ class _Run:
         """The run folder that fine-tuning starts from, and the summary of its pretraining; None: it starts anew."""
         config, folder = self.config, self.folder
         if isinstance(config.pretrain, str):
-            return Path(config.pretrain), reusable_pretraining(config, self.task)
+            return Path(config.pretrain), self.reused
         if self.key is None:
             return folder, None
         source = shared_pretraining(config, folder, self.key) or folder
@@ -191,7 +222,7 @@ class _Run:
             "deadline": self.deadline,
         }
         if config.lr == "search":
-            lr = search_lr(model, objective, self.examples, self.val, stage, folder=folder / "search", **shared)
+            lr = search_lr(model, objective, self.examples, self.val, stage, folder=inside(folder, "search"), **shared)
             stage = replace(stage, lr=lr)
         trainer = Stage(
             model,
@@ -205,6 +236,9 @@ class _Run:
             flops_per_token=flops_per_token(self.sized, self.task.spec, causal=config.causal, head=objective.head),
             advice=fits if config.recipe != fitting else "Fewer tokens or a smaller model would make it shorter",
         )
+        if stage.warmup_steps > trainer.total_steps:
+            steps = f"{stage.warmup_steps:,} steps of warmup in {trainer.total_steps:,}"
+            self.say(f"{name}: {steps}: the learning rate never reaches {stage.lr:g}")
         state = trainer.run()
         tokens_per_second = state.tokens / state.training_seconds
         return {
@@ -262,19 +296,32 @@ class _Run:
     def say(self, message: str) -> None:
         """Prints to stderr, on the first rank only."""
         if self.fabric.is_global_zero:
-            print(message, file=sys.stderr)
+            print(printable_lines(message), file=sys.stderr)
 
 
 def _absolute_data_dir(config: Config) -> str | None:
     """What `data_dir` means here, wherever the run goes on; a text's relative path is under it, or here."""
     data_dir, text = config.data_dir, config.task.text
-    if data_dir is None and text is not None and not Path(text).expanduser().is_absolute():
+    if data_dir is None and text is not None and not os.path.isabs(os.path.expanduser(text)):
         data_dir = "."
-    return None if data_dir is None else str(Path(data_dir).expanduser().absolute())
+    return None if data_dir is None else os.path.abspath(os.path.expanduser(data_dir))
+
+
+@contextmanager
+def _reaching(folder: Path) -> Iterator[None]:
+    """Says of an OSError that it is where the run's folder was to be."""
+    try:
+        yield
+    except LinkError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}; valid: runs_dir=<a folder that can be written>") from None
 
 
 def _check_answer(config: Config, spec: TaskSpec) -> None:
-    """Raises ConfigError where every position is asked for the next and the run would be of something else."""
+    """Raises ConfigError where a task asks for something else than the run would learn."""
+    if config.pretrain and config.pixel_loss != "cross_entropy" and spec.kind != "pixels":
+        raise ConfigError(f"pixel_loss={config.pixel_loss}: {spec.name} has no pixels; valid: cross_entropy")
     if spec.answer != "next":
         return
     if not config.causal:

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .. import records
 from ..config import Config, ConfigError, from_dict, to_dict
+from ..files import inside, lock, write_json, write_text
 from ..messages import say_once
 from ..spec import TaskSpec
 from ..tasks import Fingerprint, Task, fingerprint, origin_of
 from ..tasks.identity import digest_of_arrays
-from .checkpoint import replacing
 from .errors import Busy
 
+SIZES = ("vocab_size", "max_length", "num_classes", "channels", "num_inputs")  # in a task.json
+LARGEST_SIZE = 1 << 20
+FOLDERS = ("pretrain", "finetune", "wandb", ".wandb")  # that a run, or W&B, makes in its own
 # Where a run reads, writes and computes, which is not what it computes.
 WITHOUT_EFFECT = (
     *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),
@@ -83,15 +87,16 @@ def in_hand(folder: Path) -> Iterator[None]:
 
     Raises:
         Busy: another process has it.
+        LinkError: a folder in it, or its lock, is a symbolic link.
     """
-    import fcntl  # POSIX only, so not where the module is imported
+
+    def busy() -> None:
+        raise Busy(f"another process is at work on {folder}; the same command later goes on")
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"another process is at work on {folder}; the same command later goes on") from None
+    for name in FOLDERS:
+        inside(folder, name)
+    with lock(folder / "lock", busy):
         yield
 
 
@@ -105,8 +110,7 @@ def write_description(folder: Path, config: Config, task: Task) -> None:
     its data again."""
     from omegaconf import OmegaConf
 
-    with replacing(folder / "config.yaml") as temporary:
-        OmegaConf.save(OmegaConf.create(to_dict(config)), temporary)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
     write_json(folder / "task.json", {**asdict(task.spec), "data": fingerprint(task)._asdict()})
 
 
@@ -114,21 +118,31 @@ def read_config(folder: Path) -> Config:
     """The configuration a run was started with.
 
     Raises:
-        ConfigError: `folder` is not a run folder.
+        ConfigError: `folder` is not a run folder, or its config.yaml is more than plain values, or not valid.
     """
-    from omegaconf import OmegaConf
-
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
-    return from_dict(OmegaConf.to_container(OmegaConf.load(path)))
+    try:
+        return from_dict(records.read_yaml(path))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def read_spec(folder: Path) -> TaskSpec:
-    """The task a run was trained on."""
-    values: dict[str, Any] = json.loads((folder / "task.json").read_text())
+    """The task a run was trained on.
+
+    Raises:
+        ConfigError: `folder` has no task.json, or one that cannot be read.
+    """
+    values = read_json(folder / "task.json")
+    if values is None:
+        raise ConfigError(f"{folder} is not a run folder: it has no task.json")
     values.pop("data", None)
     values |= {key: tuple(values[key]) for key in ("mean", "std")}
+    for key in SIZES:
+        if not (isinstance(value := values.get(key, 1), int) and 1 <= value <= LARGEST_SIZE):
+            raise ConfigError(f"{folder / 'task.json'}: {key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
     return TaskSpec(**values)
 
 
@@ -161,7 +175,7 @@ def check_task(folder: Path, task: Task) -> None:
     spec = read_spec(folder)
     if task.spec != spec:
         raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
-    noted = json.loads((folder / "task.json").read_text()).get("data")
+    noted = (read_json(folder / "task.json") or {}).get("data")
     if noted is None:
         say_once(f"{folder} does not say which data it was trained on, being of an earlier version: not compared")
         return
@@ -174,19 +188,17 @@ def check_task(folder: Path, task: Task) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file, or None where there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """A JSON file of a run folder, or None where there is none.
 
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON file that is there as a whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file that is there as a whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return records.read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
@@ -197,6 +209,8 @@ def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
             key that the backbone depends on; names the key.
     """
     folder = Path(config.pretrain)
+    if not folder.is_dir():
+        raise ConfigError(f"pretrain={folder}: no such folder; valid: true, false, or the folder of a run")
     there, here = read_config(folder), config
     for key in ("causal", "objective", "size", "train_fraction", "model", "task"):
         for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):

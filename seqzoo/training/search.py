@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from ..config import StageConfig
+from ..files import inside, write_json
 from ..objectives import Objective
 from ..tasks import Split
 from .errors import Interrupted, TrainingError
 from .loop import Stage, budget
-from .run_folder import read_json, write_json
+from .run_folder import read_json
 
 GRID = (1e-4, 5e-4, 1e-3, 5e-3)
 """The learning rates that Amos, Berant and Gupta (2024) report in tables 4 to 6, less the few in between."""
@@ -44,7 +45,7 @@ def search_lr(
     tokens = max(1, round(SHARE * budget(stage, len(train), int(train.lengths.sum()))[0]))
     scores = {}
     for lr in GRID:
-        trial = folder / f"lr-{lr:g}"
+        trial = inside(folder, f"lr-{lr:g}")
         summary = read_json(trial / "summary.json")
         if summary is None:
             short = replace(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..config import WandbConfig
-from .checkpoint import replacing
+from ..files import append, write_text
+from ..messages import printable_lines
 
 STAGES = ("pretrain", "finetune")
 Mode = Literal["online", "offline", "disabled"]
@@ -32,7 +33,7 @@ class Tracker:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, group: str, wandb: WandbConfig):
         self.path = folder / "metrics.jsonl"
-        self.path.touch()
+        append(self.path, "")
         self.run: Any = None
         mode = wandb_mode(wandb.mode)
         if mode != "disabled":
@@ -45,18 +46,16 @@ class Tracker:
         for line in self.path.read_text().splitlines(keepends=True):
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # the process died while writing it
+            except (ValueError, RecursionError):  # the process died while writing it
                 break
             if (STAGES.index(entry["stage"]), entry["step"]) <= here:
                 kept.append(line)
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(kept))
+        write_text(self.path, "".join(kept))
 
     def log(self, stage: str, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Appends what is known after `step` steps of `stage`."""
         entry = {"stage": stage, "step": step, "tokens": tokens, **metrics}
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append(self.path, json.dumps(entry) + "\n")
         if self.run is not None:
             named = {f"{stage}/{key}": value for key, value in entry.items() if key != "stage"}
             self._guard(lambda: self.run.log(named))
@@ -72,8 +71,8 @@ class Tracker:
         import wandb as client
 
         identity = folder / "wandb_id"  # one W&B run per folder, however often it is resumed
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:16])
+        if identity.is_symlink() or not identity.exists():
+            write_text(identity, uuid.uuid4().hex[:16])
         self.run = client.init(
             project=wandb.project,
             entity=wandb.entity,
@@ -94,7 +93,8 @@ class Tracker:
             action()
         except Exception as error:
             self.run = None
-            warnings.warn(f"W&B failed and is switched off for this run; {self.path} goes on: {error}", stacklevel=3)
+            said = f"W&B failed and is switched off for this run; {self.path} goes on: {error}"
+            warnings.warn(printable_lines(said), stacklevel=3)
 
 
 def wandb_mode(configured: str | None) -> Mode:

@@ -9,6 +9,7 @@ from tiny_runs import toy_task
 
 import seqzoo.analysis.__main__ as command
 from seqzoo.analysis import analyse_run
+from seqzoo.analysis.figure import save_figure
 from seqzoo.config import ConfigError
 from seqzoo.training import load
 from seqzoo.training.checkpoint import load_weights
@@ -96,3 +97,17 @@ def test_command_says_what_it_cannot_do(pretrained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main([str(tmp_path / "nowhere")])
     assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mixing.json", "mixing.png"])
+def test_the_command_follows_no_link(pretrained, task, victim, monkeypatch, name):
+    monkeypatch.setattr(command, "analyse_run", lambda *a, data_dir, cache_dir, **k: analyse_run(*a, **k, task=task))
+    (pretrained / name).symlink_to(victim)
+    (pretrained / f"{name}.tmp").symlink_to(victim)
+    assert command.main([str(pretrained), "-n", "1"]) == 0
+    assert not (pretrained / name).is_symlink()
+
+
+def test_names_that_a_run_gives_are_text_in_the_picture(runs, task, tmp_path):
+    found = analyse_run(runs[0], n=1, task=task)
+    save_figure(replace(found, model="\x1b[31m $\\frac$", task="a\nb"), tmp_path / "mixing.png")

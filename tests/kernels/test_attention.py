@@ -105,6 +105,36 @@ def test_queries_behind_a_cache(backend):
     assert (with_padding[:, 2] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference", "fused"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "lengths"), [(12, 9, None), (6, 9, [9, 4]), (12, 9, [0, 3]), (9, 9, [5, 9])]
+)
+def test_across_sequences_every_query_counts(queries, keys, lengths, backend):
+    q, k, v = (t.detach().float() for t in inputs(2, queries, keys, 4, 2, 16, 16))
+    given = torch.tensor(lengths or [keys, keys])
+    options = {"lengths": None if lengths is None else given}
+    if queries == keys:
+        options["query_lengths"] = torch.tensor([queries, queries])
+    y = attention(q, k, v, **options, backend=backend)
+    for b, n in enumerate(given.tolist()):
+        expected = torch.zeros_like(y[b])
+        if n:
+            q_b, k_b, v_b = (x[b].transpose(0, 1).double() for x in (q, k[:, :n], v[:, :n]))
+            expected = torch.nn.functional.scaled_dot_product_attention(q_b, k_b, v_b, enable_gqa=True).transpose(0, 1)
+        assert_close(y[b], expected, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference", "fused"])
+def test_queries_have_lengths_of_their_own(backend):
+    q, k, v = (t.detach().float() for t in inputs(3, 5, 7, 2, 2, 16, 16))
+    lengths, asked = torch.tensor([7, 2, 0]), torch.tensor([1, 5, 3])
+    whole = attention(q, k, v, lengths=lengths, backend=backend)
+    padding = (torch.arange(5) >= asked[:, None])[..., None, None]
+    y = attention(q.masked_fill(padding, math.nan), k, v, lengths=lengths, query_lengths=asked, backend=backend)
+    assert (y.masked_select(padding) == 0).all()
+    torch.testing.assert_close(y.masked_fill(padding, 0), whole.masked_fill(padding, 0))
+
+
 def test_large_logits_stay_exact():
     tensors = inputs(2, 65, 65, 2, 2, 16, 16)
     expected = attention(*tensors, scale=30.0, backend="reference")
@@ -116,8 +146,12 @@ def test_errors_say_what_is_valid():
     q, k, v = inputs(1, 4, 4, 4, 4, 8, 8)
     with pytest.raises(ValueError, match="3 key/value heads do not divide 4"):
         attention(q, k[:, :, :3], v[:, :, :3])
-    with pytest.raises(ValueError, match="need position"):
-        attention(q[:, :2], k, v)
+    with pytest.raises(ValueError, match="2 causal queries against 4 keys need position"):
+        attention(q[:, :2], k, v, causal=True)
+    with pytest.raises(ValueError, match="query_lengths are for causal=False"):
+        attention(q, k, v, causal=True, query_lengths=torch.tensor([4]))
+    with pytest.raises(ValueError, match=r"\(query_lengths\): lengths must lie in \[0, T\] = \[0, 4\], got \[5\]"):
+        attention(q, k, v, query_lengths=torch.tensor([5]))
     with pytest.raises(ValueError, match="valid: auto, chunked, reference"):
         attention(q, k, v, backend="cuda")
     with pytest.raises(ValueError, match=r"lengths must be int64 \[1\]"):

@@ -276,3 +276,18 @@ def test_errors_say_what_is_valid():
         vq_attention(q, k, v, codebook, block_len=4, bias=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="valid: causal=True"):
         vq_attention(q, k, v, codebook, block_len=4, output_final_state=True)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.05])
+def test_the_nearest_code_is_found_under_autocast(spread):
+    torch.manual_seed(0)
+    mean = torch.nn.functional.normalize(torch.randn(64), dim=0) * 64**0.25
+    codebook, k = mean + spread * torch.randn(1, 128, 64), mean + spread * torch.randn(2, 100, 1, 64)
+    nearest = torch.cdist(k.double().flatten(0, 2), codebook[0].double()).argmin(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = nearest_code(k, codebook)
+    assert torch.equal(codes, nearest_code(k, codebook))
+    assert (codes.flatten() != nearest).sum() <= 1  # a tie
+    # Keys in half precision do not narrow the codebook.
+    wide = nearest_code(k.bfloat16().float(), codebook)
+    assert torch.equal(nearest_code(k.bfloat16(), codebook, backend="chunked"), wide)

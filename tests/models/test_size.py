@@ -59,3 +59,5 @@ def test_sizes_are_read():
             parse_size(wrong)
     with pytest.raises(ValueError, match="no width up to 16,384"):
         fit_width(tiny("lru"), TOKENS, "params:1000G", causal=False)
+    with pytest.raises(ValueError, match=r"size=flops:0.5: lru has flops:2,048 at its smallest width, 8"):
+        fit_width(tiny("lru"), TOKENS, "flops:0.5", causal=False)

@@ -110,3 +110,86 @@ def test_a_checkpoint_that_cannot_be_evaluated(tmp_path, capsys, monkeypatch):
     )
     assert main([f"checkpoint={tmp_path}"]) == 1
     assert "no model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["", ".tmp"])
+def test_no_link_where_a_report_is_written_is_followed(write_run, tmp_path, victim, suffix):
+    runs, out = write_run().parent, tmp_path / "out"
+    (out / "report_files").mkdir(parents=True)
+    arguments = [str(runs), "--out", str(out), "--report", str(out / "report.html")]
+    assert main(arguments) == 0
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    for path in files:
+        path.unlink()
+        path.with_name(path.name + suffix).symlink_to(victim)
+    assert main(arguments) == 0
+    assert not [path for path in out.rglob("*") if path.is_symlink()]
+
+
+def test_a_folder_of_figures_that_is_a_link_is_refused(write_run, tmp_path, victim, capsys):
+    runs = write_run().parent
+    (tmp_path / "report_files").symlink_to(victim.parent)
+    assert main([str(runs), "--report", str(tmp_path / "report.html")]) == 1
+    assert "report_files is a symbolic link" in capsys.readouterr().err
+
+
+def test_a_folder_to_write_to_may_be_a_link(write_run, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    assert main([str(write_run().parent), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "there" / "table.md").is_file()
+
+
+@pytest.mark.parametrize("pretrain", [False, True])
+def test_what_runs_say_is_shown_as_text(write_run, tmp_path, capsys, pretrain):
+    escape = "\x1b[31m\x07\u202e\n"
+    text = {"model": "=cmd", "task_note": "| <img>", "hardware": "@x", "recipe": "-1+1"}
+    text = {key: f"{value}{escape}" for key, value in text.items()}
+    first = write_run(pretrain=pretrain, **text, commit=escape, versions={escape: escape})
+    runs = first.parent
+    first.rename(runs / f"run{escape}")
+    broken = runs / f"broken{escape}"
+    broken.mkdir()
+    (broken / "result.json").write_text("{")
+    (runs / f"again{escape}").mkdir()
+    (runs / f"again{escape}" / "result.json").write_text('{"schema": "' + "\\u001b" + '"}')
+    assert main([str(runs), "--out", str(tmp_path / "out"), "--report", str(tmp_path / "out" / "page.html")]) == 0
+    printed = capsys.readouterr()
+    texts = [printed.out, printed.err]
+    texts += [path.read_text() for path in (tmp_path / "out").rglob("*") if path.suffix in (".md", ".csv", ".html")]
+    assert len(texts) > 5
+    for said in texts:
+        assert not {"\x1b", "\x07", "\u202e"} & {*said}
+    assert r"broken\x1b[31m\x07\u202e\n" in printed.out
+    lines = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith(r"'=cmd\x1b[31m")
+    assert "<img>" not in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_what_an_evaluation_says_is_shown_as_text(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("seqzoo.training.evaluate_run", lambda folder: {"model": "\x1b[31m", "accuracy": 0.5})
+    assert main([f"checkpoint={tmp_path}"]) == 0
+    assert r"\x1b[31m" in capsys.readouterr().out
+    (tmp_path / "\x1b[31m").mkdir()
+    monkeypatch.undo()
+    assert main([f"checkpoint={tmp_path / chr(27)}[31m"]) == 1
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../../..", "..", "a/b", ""])
+def test_a_pretraining_is_named_by_a_folder_beside_the_run(write_run, capsys, name):
+    runs = write_run(pretrain=True, pretrain_run=name).parent
+    assert main([str(runs)]) == 1
+    assert "pretrain_run is" in capsys.readouterr().out
+
+
+def test_a_deep_result_costs_no_more_than_its_run(write_run, capsys):
+    runs = write_run().parent
+    (write_run() / "result.json").write_text("[" * 100_000)
+    other = write_run(seed=1, pretrain=True)
+    for name in ("mixing.json", "metrics.jsonl"):
+        (other / name).write_text("[" * 100_000)
+    assert main([str(runs), "--report", str(runs / "page.html")]) == 0
+    assert "nested too deeply" in capsys.readouterr().out

@@ -64,12 +64,12 @@ def test_a_missing_key_is_named(name, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_length": 1}, "max_length is 1"),
-        ({"mask_ratio": 1.0}, "mask_ratio is 1.0"),
+        ({"max_length": 1}, "max_length=1"),
+        ({"mask_ratio": 1.0}, "mask_ratio=1.0"),
         ({"val_fraction": 0.0}, "val_fra"),
-        ({"test_fraction": 1.5}, "test_fraction is 1.5"),
-        ({"num_test": 0}, "num_test is 0; valid: 1 and more, each split needs at least one"),
-        ({"workers": -1}, "workers is -1; valid: 1 and more, or null for one a core"),
+        ({"test_fraction": 1.5}, "test_fraction=1.5"),
+        ({"num_test": 0}, "num_test=0: valid: 1 or more"),
+        ({"workers": -1}, "workers=-1: valid: 1 or more"),
     ],
 )
 def test_values_out_of_range(change, message):

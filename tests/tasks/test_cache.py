@@ -356,3 +356,77 @@ def test_any_changed_byte_is_seen(position, change):
             data = bytearray(path.read_bytes())
             data[position] ^= change
             path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [".{}.lock", ".{}.work", ".{}.partial", "{}"])
+@pytest.mark.parametrize("to", ["file", "folder"])
+def test_no_link_in_a_cache_is_followed(tmp_path, victim, name, to):
+    folder = tmp_path / "cache"
+    cached(folder, "toy", {}, Builder())
+    entry = entry_of(folder)
+    shutil.rmtree(entry)
+    (folder / name.format(entry.name)).unlink(missing_ok=True)
+    (folder / name.format(entry.name)).symlink_to(victim if to == "file" else victim.parent)
+    with pytest.raises(DataError, match="cannot be written"):
+        cached(folder, "toy", {}, lambda work: Stored({"x": mapped(work, np.zeros(3))}, {}, ""))
+
+
+def test_no_link_in_the_work_of_a_build_is_followed(tmp_path, victim):
+    folder = tmp_path / "cache"
+    cached(folder, "toy", {}, Builder())
+    entry = entry_of(folder)
+    shutil.rmtree(entry)
+    work = folder / f".{entry.name}.work"
+    work.mkdir()
+    (work / "made.npy").symlink_to(victim)
+    with pytest.raises(DataError, match=r"made\.npy is a symbolic link"):
+        cached(folder, "toy", {}, lambda work: Stored({"x": mapped(work, np.zeros(3))}, {}, ""))
+
+
+def test_a_file_elsewhere_keeps_its_date(tmp_path, victim):
+    """Links in an entry lead where they lead: they are read."""
+    cached(tmp_path / "cache", "toy", {}, Builder())
+    array = entry_of(tmp_path / "cache") / "x.npy"
+    moved = array.rename(tmp_path / "x.npy")
+    os.utime(moved, (1, 1))
+    array.symlink_to(moved)
+    assert cached(tmp_path / "cache", "toy", {}, Builder()).arrays["x"][5] == 5
+    assert moved.stat().st_mtime == 1
+
+
+def test_a_cache_may_be_a_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "there")
+    cached(tmp_path / "cache", "toy", {}, Builder())
+    assert entry_of(tmp_path / "there").is_dir()
+
+
+def test_another_cache_is_read_and_not_written(tmp_path):
+    build = Builder()
+    cached(tmp_path / "theirs", "toy", {}, build)
+    array = entry_of(tmp_path / "theirs") / "x.npy"
+    os.utime(array, (1, 1))
+    with cache.reading(tmp_path / "theirs"):
+        assert cached(tmp_path / "own", "toy", {}, build).arrays["x"][5] == 5
+        assert not (tmp_path / "own").exists()
+        array.write_bytes(b"damaged")
+        assert cached(tmp_path / "own", "toy", {}, build).arrays["x"][5] == 5
+    assert array.read_bytes() == b"damaged"
+    assert entry_of(tmp_path / "own").is_dir()
+    assert build.calls == 2
+
+
+def test_a_manifest_names_no_file_elsewhere(tmp_path):
+    build = Builder()
+    cached(tmp_path / "cache", "toy", {}, build)
+    path = entry_of(tmp_path / "cache") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    shutil.copy(path.with_name("x.npy"), tmp_path / "x.npy")
+    manifest["files"] = {"../../x.npy": manifest["files"]["x.npy"]}
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(cache._canonical(manifest)).hexdigest()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="names files elsewhere"):
+        manifest_of(path.parent)
+    assert cached(tmp_path / "cache", "toy", {}, build).arrays["x"][5] == 5
+    assert build.calls == 2

@@ -109,13 +109,15 @@ def test_what_cannot_be_read_is_said(tmp_path):
         build(tmp_path, "")
     with pytest.raises(DataError, match="has 20 characters, 17 for train, 1 for val, 2 for test"):
         build(tmp_path, "a" * 20)
+    with pytest.raises(DataError, match="has 3 characters, 3 for train, 0 for val, 0 for test"):
+        build(tmp_path, "abc")
     assert not list((tmp_path / "cache").glob("char_lm-*")), "nothing half-built"
 
 
 def test_values_out_of_range(tmp_path):
     with pytest.raises(ValueError, match=r"val_fraction 0.5 and test_fraction 0.5 leave nothing to train on"):
         build(tmp_path, val_fraction=0.5, test_fraction=0.5)
-    with pytest.raises(ValueError, match=r"test_fraction is 1\.0"):
+    with pytest.raises(ValueError, match=r"test_fraction=1\.0"):
         build(tmp_path, test_fraction=1.0)
 
 

@@ -158,7 +158,7 @@ def test_cut_expressions_are_noted(tmp_path):
     assert (task.train.values[task.train.offsets[1:] - 1] == EOS).all()
 
 
-@pytest.mark.parametrize(("change", "message"), [({"num_val": 0}, "at least one"), ({"workers": 0}, "workers is 0")])
+@pytest.mark.parametrize(("change", "message"), [({"num_val": 0}, "num_val=0"), ({"workers": 0}, "workers=0")])
 def test_settings_out_of_range(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         build_task(small_listops(**change), data_dir=None, cache_dir=tmp_path)

@@ -93,6 +93,12 @@ def test_show(tmp_path, tasks, capsys):
         (["prepare", "lra_imag"], "no task 'lra_imag' (did you mean 'lra_image'?); valid: "),
         (["prepare", "lra_listops", "task.num_tran=3"], "did you mean 'task.num_train'?"),
         (["prepare", "lra_listops", "task.num_val=0"], "task=lra_listops: "),
+        (
+            ["prepare", "lra_listops", "task.max_args=1000000000"],
+            "max_args=1000000000: valid: 1 or more and up",
+        ),
+        (["prepare", "lra_listops", "task.num_train=1,2"], "num_train"),
+        (["prepare", "lra_listops", "seed=é"], "seed=é"),
         (["prepare", "recipe=tiny"], "name a task, or all"),
         (["show", "all"], "show takes one task"),
         (["show", "lra_image", "lra_text"], "show takes one task"),

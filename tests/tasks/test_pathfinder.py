@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from seqzoo.files import LinkError
 from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, origin_of, pathfinder_release
 from seqzoo.tasks.pathfinder_release import COLUMNS, read_metadata
 from seqzoo.tasks.shards import array_file
@@ -72,8 +74,8 @@ def test_the_same_from_the_cache_and_from_other_workers(tmp_path):
     [
         ({"max_length": 1000}, "max_length is 1000; an image has 1024 pixels, uncut"),
         ({"difficulty": "hard"}, "difficulty is 'hard'; valid: curv_baseline"),
-        ({"num_val": 0}, "each split needs at least one"),
-        ({"workers": 0}, "workers is 0"),
+        ({"num_val": 0}, "num_val=0: valid: 1 or more"),
+        ({"workers": 0}, "workers=0"),
     ],
 )
 def test_settings_out_of_range(change, message, tmp_path):
@@ -297,6 +299,13 @@ def test_any_image_is_read_or_refused(tmp_path, place, noise):
     except DataError as error:
         message = str(error)
     assert message == "" or str(path) in message
+
+
+@pytest.mark.parametrize("name", ["values.npy", "values.npy.tmp"])
+def test_no_link_in_place_of_an_array_is_followed(tmp_path, victim, name):
+    (tmp_path / name).symlink_to(victim)
+    with suppress(LinkError):
+        array_file(tmp_path / "values.npy", (5,), np.uint8)[:] = 1
 
 
 def test_released_images_are_told_from_generated_ones(released):

@@ -100,9 +100,9 @@ def test_the_note_tells_the_difficulty(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("induction_heads", {"num_val": 0}, "num_val is 0; valid: 1 and more"),
-        ("induction_heads", {"generator_seed": -1}, "generator_seed is -1; valid: 0 and more"),
-        ("induction_heads", {"num_symbols": 0}, "num_symbols=0; valid: 1 and more"),
+        ("induction_heads", {"num_val": 0}, "num_val=0: valid: 1 or more"),
+        ("induction_heads", {"generator_seed": -1}, "generator_seed=-1: valid: 0 or more"),
+        ("induction_heads", {"num_symbols": 0}, "num_symbols=0: valid: 1 or more"),
         ("induction_heads", {"max_length": 2}, "length=2; valid: 3 and more"),
         ("selective_copying", {"num_tokens": 17}, "num_tokens=17 in length=32; valid: 1 to 16"),
         ("associative_recall", {"num_pairs": 10}, "num_pairs=10 with num_symbols=9; valid: 1 to 9"),

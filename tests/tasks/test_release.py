@@ -329,3 +329,25 @@ def test_any_extended_headers_are_read_or_refused(name, size, kind, magic, conte
         except DataError:
             assert not (place / "cache/downloads/lra_release/tsv_data").exists()
         assert {path.name for path in place.iterdir()} <= {"data", "cache"}
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".lock", ".listops-1000.partial", ".listops-1000.partial/basic_val.tsv", "listops-1000"]
+)
+def test_no_link_in_the_cache_is_followed(place, victim, name):
+    unpacked = place / "cache" / "downloads" / "lra_release"
+    link = unpacked / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim if "." in name.split("/")[-1] else victim.parent / "none")
+    with pytest.raises(DataError, match=f"{link.name} is a symbolic link"):
+        find("listops-1000", place)
+    link.unlink()
+    assert files_of(find("listops-1000", place)) == {"basic_train.tsv": b"train", "basic_val.tsv": b"val"}
+
+
+def test_a_list_of_what_the_archive_holds_is_replaced(place, victim):
+    unpacked = place / "cache" / "downloads" / "lra_release"
+    unpacked.mkdir(parents=True)
+    (unpacked / "contents.json").symlink_to(victim)
+    assert find("listops-1000", place) is not None
+    assert not (unpacked / "contents.json").is_symlink()

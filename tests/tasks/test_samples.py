@@ -57,3 +57,17 @@ def test_a_sheet(tmp_path, shape):
     task = from_arrays("pictures", kind="pixels", inputs=list(inputs), labels=[0, 1] * 10)
     save_sheet(task, "train", pick(task.train, 5), tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_sheet_replaces_a_link(tmp_path, victim):
+    task = from_arrays("pictures", kind="pixels", inputs=[np.zeros(9, np.uint8)] * 20, labels=[0, 1] * 10)
+    for name in ("sheet.png", "sheet.pdf.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    save_sheet(task, "train", [0], tmp_path / "sheet.png")
+    save_sheet(task, "train", [0], tmp_path / "sheet.pdf")
+    assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "sheet.pdf").read_bytes()[:4] == b"%PDF"
+
+
+def test_what_stands_in_data_is_shown_as_text():
+    assert decode(np.array([0, 1]), ("\x1b[31m", "\u202e")) == "\\x1b[31m \\u202e"

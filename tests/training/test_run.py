@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,6 +175,18 @@ def test_an_unfinished_run_continues_with_its_second_stage(task, tmp_path, monke
     assert Path(result["folder"]) == folder
     assert result["test"] == expected["test"]
     assert result["tokens_seen"] == expected["tokens_seen"]
+
+
+def test_the_advice_on_damaged_weights_of_a_finished_run_works(task, tmp_path):
+    config = tiny_config(tmp_path)
+    done = run(config, task=task)
+    folder = Path(done["folder"])
+    (folder / "finetune" / "best.safetensors").write_bytes(b"")
+    with pytest.raises(TrainingError, match=f"delete {folder}/finetune and {folder}/result.json, for the run is"):
+        load(folder)
+    shutil.rmtree(folder / "finetune")
+    (folder / "result.json").unlink()
+    assert run(replace(config, resume=str(folder)), task=task)["test"] == done["test"]
 
 
 def test_names_say_what_shapes_the_result(task, tmp_path):

@@ -1,0 +1,55 @@
+"""What every operation does with the lengths of its sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seqzoo.kernels import attention, diagonal_scan, favor_attention, gated_attention, linear_attention, vq_attention
+
+B, T, H, D = 2, 5, 1, 16
+
+
+def operations() -> dict:
+    torch.manual_seed(0)
+    q, k, v = (torch.rand(B, T, H, D) for _ in range(3))
+    flat, directions, codebook = torch.rand(B, T, D), torch.rand(H, 3, D), torch.rand(H, 4, D)
+    return {
+        "attention": lambda **to: attention(q, k, v, **to),
+        "diagonal_scan": lambda **to: diagonal_scan(flat, torch.rand(D), **to),
+        "favor_attention": lambda **to: favor_attention(q, k, v, directions, **to),
+        "gated_attention": lambda **to: gated_attention(*(flat,) * 6, chunk_len=2, **to),
+        "linear_attention": lambda **to: linear_attention(q, k, v, **to),
+        "vq_attention": lambda **to: vq_attention(q, k, v, codebook, block_len=2, **to),
+    }
+
+
+OPERATIONS = operations()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_lengths_of_any_integer_dtype(name, dtype):
+    torch.manual_seed(0)
+    expected = OPERATIONS[name](lengths=torch.tensor([5, 2]))
+    torch.manual_seed(0)
+    assert torch.equal(OPERATIONS[name](lengths=torch.tensor([5, 2], dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([5, 2], r"lengths must be int64 \[2\] or narrower integers, how many steps of each sequence count, got list"),
+        (torch.tensor([5.0, 2.0]), r"got torch.float32 \[2\]"),
+        (torch.tensor([True, False]), r"got torch.bool \[2\]"),
+        (torch.ones(2, 5, dtype=torch.bool), r"a mask \[B, T\], true where steps count, becomes mask.sum\(1\)"),
+        (torch.tensor([5]), r"got torch.int64 \[1\]"),
+        (torch.tensor([6, 1]), r"lengths must lie in \[0, T\] = \[0, 5\], got \[6, 1\]"),
+        (torch.tensor([-1, 1]), r"lengths must lie in \[0, T\]"),
+    ],
+    ids=["list", "float", "bool", "mask", "short", "long", "negative"],
+)
+def test_what_no_lengths_are_is_refused(name, lengths, message):
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        OPERATIONS[name](lengths=lengths)
