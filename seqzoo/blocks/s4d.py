@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, valid_positions, without_autocast
+from ..kernels.derivatives import forward_mode
 from ..valid import BelowOne
 from .base import Block, advance
 from .lru import RecurrentState
@@ -123,7 +124,7 @@ def convolve(
     """
     (B, T, D), P, L = x.shape, step.shape[1], min(CHUNK, x.shape[1])
     N = -(-T // L)
-    x_c = _Transpose.apply(F.pad(x, (0, 0, 0, N * L - T)).flatten(0, 1)).view(D, B * N, L)
+    x_c = _transpose(F.pad(x, (0, 0, 0, N * L - T)).flatten(0, 1)).view(D, B * N, L)
     lag = torch.arange(L + 1, device=x.device)
     powers = torch.polar((step.real[..., None] * lag).exp(), step.imag[..., None] * lag)  # [D, P, L + 1], exp(step)^l
     rising, falling = powers[..., :L], powers[..., :L].flip(-1)
@@ -147,7 +148,7 @@ def convolve(
     else:
         kernel = F.pad(kernel, (L - 1, 0))
     y = torch.baddbmm(y, x_c, kernel.unfold(-1, L, 1).flip(1))
-    y = _Transpose.apply(y.view(D, -1)).view(B, N * L, D)[:, :T]
+    y = _transpose(y.view(D, -1)).view(B, N * L, D)[:, :T]
     if before is None:
         return y, None
 
@@ -177,6 +178,10 @@ def _read(states: Tensor, weights: Tensor) -> Tensor:
     """What chunks read from states, Re Σ_p states_p weights_p: [B, N, D, P] and [D, P, L] -> [D, BN, L]."""
     reals = torch.view_as_real(states).flatten(3).permute(2, 0, 1, 3).flatten(1, 2)  # [D, BN, 2P]
     return reals @ torch.view_as_real(weights.conj_physical()).permute(0, 1, 3, 2).flatten(1, 2)
+
+
+def _transpose(x: Tensor) -> Tensor:
+    return x.t().contiguous() if forward_mode() else _Transpose.apply(x)
 
 
 class _Transpose(torch.autograd.Function):
