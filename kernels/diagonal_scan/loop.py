@@ -217,7 +217,7 @@ def _constant_backward_items(
         else:
             f = factor[channels]
             dx[b, t, channels] = f * p
-            df_sum = (p * np.conj(h[b, t, channels])).real
+            df_sum = p * np.conj(h[b, t, channels])
         ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
         a_conj, da_sum = np.conj(a[channels]), np.zeros_like(p)
         for _ in range(1, n):
@@ -227,21 +227,23 @@ def _constant_backward_items(
                 _prefetch(dh[b, t + step, channels], byte)
                 _prefetch(dx[b, t + step, channels], byte)
             h_t, dh_t, dx_t = h[b, t, channels], dh[b, t, channels], dx[b, t, channels]
-            for d in range(p.shape[0]):
-                da_sum[d] += p[d] * np.conj(h_t[d])
             if factor is None:
+                for d in range(p.shape[0]):
+                    da_sum[d] += p[d] * np.conj(h_t[d])
                 for d in range(p.shape[0]):
                     p[d] = p[d] * a_conj[d] + dh_t[d]
                     dx_t[d] = p[d]
             else:
                 for d in range(p.shape[0]):
+                    da_sum[d] += p[d] * np.conj(h_t[d])
+                    df_sum[d] += dh_t[d] * np.conj(h_t[d])
+                for d in range(p.shape[0]):
                     p[d] = p[d] * a_conj[d] + dh_t[d]
                     dx_t[d] = f[d] * p[d]
-                    df_sum[d] += (dh_t[d] * np.conj(h_t[d])).real
         da[b, channels] = da_sum + p * np.conj(initial[b, channels])
         d_state[b, channels] = p * a_conj
         if factor is not None:
-            d_factor[b, channels] = df_sum - (d_state[b, channels] * np.conj(initial[b, channels])).real
+            d_factor[b, channels] = (df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real
 
 
 @_compile
@@ -263,7 +265,7 @@ def _varying_backward_items(start, stop, block, dh, h, a, factor, initial, lengt
         else:
             f = factor[channels]
             dx[b, t, channels] = f * p
-            df_sum = (p * np.conj(h[b, t, channels])).real
+            df_sum = p * np.conj(h[b, t, channels])
         ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
         for _ in range(1, n):
             a_after, da_after = a[b, t, channels], da[b, t, channels]
@@ -275,18 +277,20 @@ def _varying_backward_items(start, stop, block, dh, h, a, factor, initial, lengt
                 _prefetch(a[b, t, channels], byte)
                 _prefetch(da[b, t, channels], byte)
             h_t, dh_t, dx_t = h[b, t, channels], dh[b, t, channels], dx[b, t, channels]
-            for d in range(p.shape[0]):
-                da_after[d] = p[d] * np.conj(h_t[d])
             if factor is None:
+                for d in range(p.shape[0]):
+                    da_after[d] = p[d] * np.conj(h_t[d])
                 for d in range(p.shape[0]):
                     p[d] = p[d] * np.conj(a_after[d]) + dh_t[d]
                     dx_t[d] = p[d]
             else:
                 for d in range(p.shape[0]):
+                    da_after[d] = p[d] * np.conj(h_t[d])
+                    df_sum[d] += dh_t[d] * np.conj(h_t[d])
+                for d in range(p.shape[0]):
                     p[d] = p[d] * np.conj(a_after[d]) + dh_t[d]
                     dx_t[d] = f[d] * p[d]
-                    df_sum[d] += (dh_t[d] * np.conj(h_t[d])).real
         da[b, t, channels] = p * np.conj(initial[b, channels])
         d_state[b, channels] = p * np.conj(a[b, t, channels])
         if factor is not None:
-            d_factor[b, channels] = df_sum - (d_state[b, channels] * np.conj(initial[b, channels])).real
+            d_factor[b, channels] = (df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real
