@@ -120,3 +120,13 @@ def test_import_costs_little_more_than_torch(tmp_path):
     pairs = [(seconds("torch"), seconds("seqzoo")) for _ in range(5)]
     torch_alone, seqzoo = map(min, zip(*pairs, strict=True))
     assert seqzoo <= 1.3 * torch_alone, f"import seqzoo takes {seqzoo:.2f} s, import torch {torch_alone:.2f} s"
+
+
+def test_a_package_of_the_name_kernels_is_not_found_in_a_checkout():
+    """transformers imports one if it can; a second import of ours would register its operators anew."""
+    script = (
+        "import sys, seqzoo.kernels, kernels\n"
+        "assert kernels.__file__ is None\n"
+        "assert not [name for name in sys.modules if name.startswith('kernels.')]"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
