@@ -1,4 +1,4 @@
-"""Blocks in forward mode and to the second derivative: the ways that PyTorch has of making them agree with each other."""
+"""Blocks in forward mode and to the second derivative: PyTorch's ways of making them agree with each other."""
 
 from __future__ import annotations
 
