@@ -80,6 +80,21 @@ def differentiable(operator: CustomOpDef, plain: Callable[..., Sequence[Tensor |
     return lambda *arguments: plain(*arguments) if forward_mode() else operator(*arguments)
 
 
+class Outline(torch.autograd.Function):
+    """A tensor's shape and place in the graph, without its values and their memory.
+
+    What is kept for a gradient of the gradient must lead back to each input, and is not to hold it a second time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class _Differentiable(torch.autograd.Function):
     """A gradient made by hand, with the derivatives of the plain one."""
 

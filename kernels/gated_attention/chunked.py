@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, without_autocast, zero_padding
-from ..derivatives import forward_mode, gradient
+from ..derivatives import Outline, forward_mode, gradient
 from ..diagonal_scan import diagonal_scan
 from .resume import Resumed
 from .state import GatedAttentionState
@@ -135,14 +135,14 @@ class _ReluSquared(torch.autograd.Function):
         k: Tensor,  # [B, N, C, S]
         v: Tensor,  # [B, N, C, E]
         bias: Tensor | None,  # [R, C], or one for each sequence [B, 1, R, C]
+        outline: Tensor | None,  # of the bias
         causal: bool,
     ) -> Tensor:  # [B, N, R, E]
         root = q @ k.mT
         if bias is not None:
             root += bias
         root = (root.tril_() if causal else root).relu_()
-        ctx.causal = causal
-        ctx.save_for_backward(q, k, v, bias, root)
+        ctx.save_for_backward(q, k, v, outline, root)
         return root.square() @ v
 
     @staticmethod
@@ -157,20 +157,24 @@ class _ReluSquared(torch.autograd.Function):
                 return dw @ k, dw.mT @ q, dv, d_bias
 
         def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-            return (_plain(q, k, v, bias, ctx.causal),)
+            with without_autocast(do.device):
+                scores = _scores(q, k, bias)
+                return ((root + scores - scores.detach()).relu().square() @ v,)
 
-        return *gradient(written, form, (q, k, v, bias), (do,)), None
+        dq, dk, dv, d_bias = gradient(written, form, (q, k, v, bias), (do,))
+        return dq, dk, dv, None, d_bias, None
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-    """`_ReluSquared` for PyTorch to differentiate."""
-    with without_autocast(q.device):
-        scores = q @ k.mT if bias is None else q @ k.mT + bias
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    return q @ k.mT if bias is None else q @ k.mT + bias
+
+
+def _relu_squared(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    if forward_mode():
+        scores = _scores(q, k, bias)
         return (scores.tril() if causal else scores).relu().square() @ v
-
-
-def _relu_squared(*arguments: Any) -> Tensor:
-    return _plain(*arguments) if forward_mode() else _ReluSquared.apply(*arguments)
+    values, outline = (None, None) if bias is None else (bias.detach(), Outline.apply(bias))
+    return _ReluSquared.apply(q, k, v, values, outline, causal)
 
 
 def _resume(

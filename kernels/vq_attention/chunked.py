@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, valid_positions, without_autocast, zero_padding
-from ..derivatives import forward_mode, gradient
+from ..derivatives import Outline, forward_mode, gradient
 from .outside import read_outside, read_outside_backward, sums_outside
 from .state import VQState
 
@@ -90,21 +90,6 @@ def _attend(
     values = (None if x is None else x.detach() for x in (v, bias))
     outlines = (None if x is None else Outline.apply(x) for x in (k, v, bias))
     return _Attention.apply(q.reshape(-1, *q.shape[-2:]), *values, *outlines, *others)
-
-
-class Outline(torch.autograd.Function):
-    """A tensor's shape and place in the graph, without its values and their memory.
-
-    What is kept for a gradient of the gradient must lead back to each input, and is not to hold it a second time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.new_zeros(()).expand(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
 
 
 class _Attention(torch.autograd.Function):

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from .. import backends
 from ..common import pad_channels, zero_padding
-from ..derivatives import differentiable, pullback
+from ..derivatives import Outline, differentiable, pullback
 from ..tiles import absorb, dot, head_rows, load_tile
-from .chunked import Outline, plain_attention
+from .chunked import plain_attention
 from .outside import sums_outside
 from .state import VQState
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,14 @@ def test_a_task_of_impossible_size_is_refused(folder, key, value):
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ConfigError, match=f"task.json: {key}="):
         read_spec(folder)
+
+
+@pytest.mark.parametrize("key", ["num_layers", "d_model"])
+def test_a_model_of_impossible_size_is_refused(folder, key):
+    path = folder / "config.yaml"
+    path.write_text(re.sub(rf"{key}: \d+", f"{key}: 100000000", path.read_text()))
+    with pytest.raises(ConfigError, match=f"model.{key}=100000000: valid"):
+        read_config(folder)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\udcff", " " * (1 << 24) + "{}"])
