@@ -56,15 +56,22 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
             f"{what}: lengths must be int64 [{B}] or narrower integers, how many steps of each sequence count, "
             f"got {given}{hint}"
         )
-    if B and lengths.device.type == "cpu" and type(lengths) is Tensor and _outside_of_graphs():
+    if B and lengths.device.type == "cpu" and type(lengths) is Tensor and _can_be_looked_at(lengths):
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > T:
             raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
     return lengths.long()
 
 
-def _outside_of_graphs() -> bool:
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+def _can_be_looked_at(x: Tensor) -> bool:
+    """Whether `x` has values here: in graphs there are none, and under vmap one for each of a batch."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
 
 
 def pad_channels(x: Tensor) -> Tensor:

@@ -18,12 +18,13 @@ from typing import IO, Any
 
 
 class LinkError(OSError):
-    """A symbolic link where this project writes a file or folder of its own."""
+    """A symbolic link, or something else that is no file, where this project writes a file or folder of its own."""
 
     def __init__(self, path: Path) -> None:
+        other = path.exists() and not path.is_symlink()
         self.strerror = (
-            f"{path} is a symbolic link: what is written there would land elsewhere; valid: a folder or file of its "
-            "own, or none"
+            f"{path} is {'no regular file' if other else 'a symbolic link'}: what is written there would land "
+            "elsewhere; valid: a folder or file of its own, or none"
         )
         super().__init__(self.strerror)
 
@@ -160,9 +161,17 @@ def _remove(path: Path) -> None:
 
 
 def _not_a_link(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:  # a pipe would be waited for
+        file = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError:
-        if os.path.islink(path):
+        if os.path.lexists(path) and not os.path.isdir(path) and not _is_file(os.lstat(path)):
             raise LinkError(Path(path)) from None
         raise
+    if not _is_file(os.fstat(file)):
+        os.close(file)
+        raise LinkError(Path(path))
+    return file
+
+
+def _is_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ def read_json(path: Path) -> Any:
         ValueError: it is no JSON, too large or nested too deeply.
     """
     try:
-        return json.loads(_read(path, LARGEST))
+        return json.loads(read_text(path, LARGEST))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -35,13 +37,16 @@ def read_yaml(path: Path) -> Any:
     import yaml
     from omegaconf import OmegaConf
 
-    text = _read(path, LARGEST_YAML)
+    text = read_text(path, LARGEST_YAML)
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if fault := _fault(event, depth):
                 raise ValueError(f"line {event.start_mark.line + 1}: {fault}; valid: plain values")
+        value = yaml.safe_load(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {type(value).__name__} in place of keys and values")
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except yaml.YAMLError as error:
         raise ValueError(f"it is no YAML: {' '.join(str(error).split())}") from None
@@ -65,9 +70,17 @@ def _fault(event: Any, depth: int) -> str | None:
     return "it is nested too deeply" if depth > DEEPEST else None
 
 
-def _read(path: Path, largest: int) -> str:
-    with path.open("rb") as file:
-        content = file.read(largest + 1)
-    if len(content) > largest:
+def read_text(path: Path, largest: int | None = None) -> str:
+    """What is in a file, of `largest` bytes at most.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is larger, not UTF-8, or a folder, a device or a pipe, which could be waited for without end.
+    """
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(-1 if largest is None else largest + 1)
+    if largest is not None and len(content) > largest:
         raise ValueError(f"it is larger than {largest:,} bytes")
     return content.decode()

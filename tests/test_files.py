@@ -134,3 +134,10 @@ def test_folders_that_a_user_names_may_be_links(folder, tmp_path):
     append(tmp_path / "named" / "lines", "new")
     lock(tmp_path / "named" / "lock", pytest.fail).close()
     assert sorted(path.name for path in folder.iterdir()) == ["file", "lines", "lock"]
+
+
+@pytest.mark.parametrize("write", [lambda path: append(path, "x"), lambda path: lock(path, lambda: None)])
+def test_a_pipe_is_neither_waited_for_nor_written_to(folder, write):
+    os.mkfifo(folder / "name")
+    with pytest.raises(LinkError, match="name is no regular file"):
+        write(folder / "name")

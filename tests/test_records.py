@@ -1,8 +1,10 @@
 """Files of somebody else's are data, and none is too much."""
 
+import os
+
 import pytest
 
-from seqzoo.records import LARGEST, is_name, read_json, read_yaml
+from seqzoo.records import LARGEST, is_name, read_json, read_text, read_yaml
 
 
 @pytest.fixture
@@ -38,6 +40,9 @@ def test_json_that_is_read(path):
         ("[" * 17, "nested too deeply"),
         ("a: " + "{b: " * 17, "nested too deeply"),
         ("a: [", "it is no YAML"),
+        ("3", "it holds int in place of keys and values"),
+        ("- a", "it holds list in place"),
+        ("", "it holds NoneType in place"),
         ("a: b: c", "it is no YAML"),
         ("a: 1\na: 2", "it is no YAML"),
         ("a: \x00", "it is no YAML"),
@@ -53,6 +58,13 @@ def test_yaml_that_is_refused(path, content, message):
 def test_yaml_that_is_read(path):
     path.write_text("a: [1, 1e-3, null, true]\nb: {c: é, d: '1', e: $x}\n# ${comment}\n", encoding="utf-8")
     assert read_yaml(path) == {"a": [1, 0.001, None, True], "b": {"c": "é", "d": "1", "e": "$x"}}
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml, read_text])
+def test_a_pipe_is_not_waited_for(path, read):
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="no regular file"):
+        read(path)
 
 
 def test_names():

@@ -63,7 +63,8 @@ def diagonal_scan(
     Args:
         x: [B, T, D] floating point or complex.
         a: coefficients in x's dtype: [D] constant in time, or [B, T, D]. a_t = 0 forgets everything before that step.
-        factor: f, real [D], not 0: multiplies x on its way into the state, at no pass over memory more.
+        factor: f, real [D], not 0: multiplies x on its way into the state, at no pass over memory more. Its gradient is
+            made from h less what `initial_state` left in it, so that it is only as exact as |f x| is beside that.
         initial_state: [B, D], what comes before the first step taken; real where x is, complex where x is.
         output_final_state: whether to return the state after the last step taken too. It continues the sequence as the
             `initial_state` of another call; gradients flow through both.

@@ -85,6 +85,11 @@ class Block(Learning, ABC):
         lengths = self._check(x, lengths)
         if state is None:
             state = self.initial_state(x.shape[0], device=x.device)
+        elif not isinstance(getattr(state, "position", None), Tensor):
+            raise ValueError(
+                f"{type(self).__name__}: a state is what initial_state or extend gave, or None to begin, "
+                f"got {type(state).__name__}"
+            )
         elif len(state.position) != x.shape[0]:
             raise ValueError(
                 f"{type(self).__name__}: a state of {len(state.position)} sequences for x of {x.shape[0]}; "

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 PATIENCE = 256  # passes without an `after_step`, before that is said
 # What a module knows of passes and of a loop, which no copy or file of it does.
-FRESH = {"_auxiliary": None, "_spent": False, "_passes": 0, "_optimizer": None}
+FRESH = {"_auxiliary": None, "_spent": False, "_passes": 0, "_optimizer": None, "_hook": None}
 
 
 class Learning(nn.Module):
@@ -25,6 +26,7 @@ class Learning(nn.Module):
     _spent: bool  # whether a gradient has come by since the last of the unread losses
     _passes: int  # that wait for `after_step`
     _optimizer: weakref.ref[Optimizer] | None  # with whose steps `after_step` comes
+    _hook: RemovableHandle | None  # by which it does
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,13 +138,15 @@ def attach(module: nn.Module, optimizer: Optimizer) -> None:
     optimizer = getattr(optimizer, "optimizer", optimizer)
     for block in module.modules():
         if isinstance(block, Learning) and _attached_to(block) is not optimizer:
+            if block._hook is not None:
+                block._hook.remove()
             block._optimizer = weakref.ref(optimizer)
-            optimizer.register_step_post_hook(partial(_follow, block))
+            block._hook = optimizer.register_step_post_hook(partial(_follow, block))
 
 
 def _follow(block: Learning, optimizer: Optimizer, *_: Any) -> None:
     skipped = getattr(optimizer, "found_inf", None)  # a fused optimiser is told by the scaler, and skips by itself
-    if _attached_to(block) is optimizer and not (skipped is not None and skipped.item()):
+    if skipped is None or not skipped.item():
         _step(block)
 
 
@@ -159,7 +163,7 @@ def _step(block: Learning) -> None:
 
 def _spend(block: weakref.ref[Learning], _: Tensor) -> None:
     learner = block()
-    if learner is not None:
+    if learner is not None and not torch.is_grad_enabled():  # with a graph it is a penalty's, and more is to come
         learner._spent = True
 
 

@@ -17,13 +17,16 @@ INITS = ("structured", "random")
 RANDOM_STD = 0.1
 
 
+MOST_LAYERS = 1000
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """What a model is made of."""
 
     name: Text
     d_model: Width
-    num_layers: Annotated[int, Range(1, 1000)]
+    num_layers: Annotated[int, Range(1, MOST_LAYERS)]
     num_heads: Width | None = None  # of blocks that have heads, whose options refer to it
     block: dict[str, Any] = field(default_factory=dict)  # name, and options of the block's class
     layers: list[Any] | None = None  # hybrids: a block for each layer, a name or a mapping like `block`
@@ -39,8 +42,9 @@ class ModelConfig:
         check_ranges(self, "model.")
         if not self.name or "/" in self.name:
             raise ValueError(f"model.name={self.name}: valid: what can be part of a folder's name")
-        if self.layers is not None and not self.layers:
-            raise ValueError("model.layers=[]: valid: null, or a block for each layer")
+        if self.layers is not None and not 0 < len(self.layers) <= MOST_LAYERS:
+            given = f"{len(self.layers):,} layers" if self.layers else "[]"
+            raise ValueError(f"model.layers={given}: valid: null, or a block for each layer, up to {MOST_LAYERS:,}")
         if self.init not in INITS:
             raise ValueError(f"model.init={self.init}: valid: {', '.join(INITS)}")
 

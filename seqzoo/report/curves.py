@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..records import read_text
 from .charts import (
     PRETRAINED,
     SCRATCH,
@@ -33,8 +34,8 @@ def read_curve(folder: Path, stage: str, metric: str) -> list[tuple[int, float]]
     Empty where the run has none. Reading ends at a line that was cut off while it was written.
     """
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(folder / "metrics.jsonl").splitlines()
+    except (OSError, ValueError):
         return []
     curve = []
     for line in lines:

@@ -23,7 +23,8 @@ from .run_folder import pretraining_key, run_name
 TASKS_FIRST = ("lra_image", "lra_pathfinder", "lra_listops", "lra_text")
 MODELS_FIRST = ("transformer", "lru")
 STUDY = "study="
-SWEEP = re.compile(r"(choice|range)\(.*\)", re.DOTALL)  # as Hydra writes them, beside a,b,c
+CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)  # as Hydra writes them, beside a,b,c
+RANGE = re.compile(r"range\(.*\)", re.DOTALL)
 OUTSIDE_QUOTES = re.compile(r"""(?:^|(?<=,))(?:'[^']*'|"[^"]*"|[^,])*""", re.DOTALL)  # what commas part
 
 
@@ -188,8 +189,9 @@ def _values(override: str) -> list[str]:
     from hydra.errors import HydraException
 
     key, _, value = override.partition("=")
-    if is_text(override) and not SWEEP.fullmatch(value):
-        return [f"{key}={part.strip()}" for part in OUTSIDE_QUOTES.findall(value)]
+    if is_text(override) and not RANGE.fullmatch(value):
+        choice = CHOICE.fullmatch(value)
+        return [f"{key}={part.strip()}" for part in OUTSIDE_QUOTES.findall(choice[1] if choice else value)]
     try:
         parsed = OverridesParser.create().parse_override(override)
     except (HydraException, RecursionError, ValueError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..config import ConfigError, StageConfig
 from ..models import SequenceModel
 from ..tasks import Split
@@ -12,6 +14,16 @@ from .memory import held_by, needed_to_train
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+def check_model(model: SequenceModel, device: torch.device) -> None:
+    """Raises ConfigError where `device` does not hold the weights of `model`, which may be on the meta device."""
+    memory, needed = held_by(device), sum(tensor.nbytes for tensor in model.state_dict().values())
+    if needed > memory:
+        raise ConfigError(
+            f"{needed / 1e9:,.0f} GB of weights, of {memory / 1e9:,.0f} GB here; valid: a smaller model, such as "
+            "model.d_model or model.num_layers"
+        )
 
 
 def check_stage(name: str, stage: StageConfig, model: SequenceModel, train: Split, fabric: Fabric) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import Config, ConfigError
@@ -16,9 +17,10 @@ from ..records import is_name
 from ..tasks import Task
 from .checkpoint import load_weights
 from .evaluation import evaluate
+from .feasible import check_model
 from .parts import build_fabric, model_of, part_of, task_of
 from .run_folder import checked_task, read_config, read_json, read_spec
-from .transfer import transfer_backbone
+from .transfer import require_fit, transfer_backbone
 from .tuning import tune
 
 LOADABLE = ("initial", "pretrain", "finetune")
@@ -45,10 +47,19 @@ def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
         raise ConfigError(f"stage={stage}: valid: {', '.join(LOADABLE)}")
     if stage == "pretrain" and not config.pretrain:
         raise ConfigError(f"stage=pretrain: {folder} was trained from scratch; valid: initial, finetune")
+    with torch.device("meta"):  # nothing is allocated for a model that its weights or this machine do not know
+        model = model_of(config, spec, task_head(spec))
+    check_model(model, torch.device("cpu"))
+    weights, path = {}, folder / "finetune" / "best.safetensors"
+    if stage == "finetune":
+        with torch.device("meta"):
+            model = tune(model, config)
+        weights = load_weights(path)
+        require_fit(model, weights, path)
     model = model_of(config, spec, task_head(spec))
     if stage == "finetune":
         model = tune(model, config)
-        model.load_state_dict(load_weights(folder / "finetune" / "best.safetensors"))
+        model.load_state_dict(weights)
     elif stage == "pretrain":
         named = _beside(folder)
         given = Path(config.pretrain) if isinstance(config.pretrain, str) else None

@@ -29,6 +29,7 @@ from .peak import matmul_flops_per_second
 from .progress import Pace, ProgressBar, duration
 from .schedule import lr_factor
 from .tracker import STAGES, Tracker
+from .transfer import require_fit
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -139,6 +140,7 @@ class Stage:
         self.guard = Guard(optimizer, fabric.device)
         self.last = folder / "last.safetensors"
         if checkpoint := load_checkpoint(self.last):
+            require_fit(self.model, checkpoint.weights, self.last)
             self.model.load_state_dict(checkpoint.weights)
             try:
                 restore(optimizer, checkpoint.optimizer)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import Config, ConfigError, StageConfig, to_dict
 from ..files import LinkError, inside, write_json, write_text
-from ..messages import printable_lines
+from ..messages import printable, printable_lines
 from ..models import SequenceModel, build_model, task_head
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
@@ -81,7 +81,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
     with _reaching(folder):
         result = read_json(folder / "result.json")
     if result is not None:
-        print(printable_lines(f"{folder} is finished; delete it to run again"), file=sys.stderr)
+        print(printable(f"{folder} is finished; delete it to run again"), file=sys.stderr)
         return {**result, "folder": str(folder)}
 
     fabric = build_fabric(config)

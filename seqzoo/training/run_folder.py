@@ -71,7 +71,7 @@ def shared_pretraining(config: Config, folder: Path, key: str) -> Path | None:
     if (folder / "pretrain" / "summary.json").exists():
         return folder
     beside = folder.parent.glob(f"*-{config.model.name}-*-s{config.seed}-*/pretrain/key")
-    same = [path.parent for path in sorted(beside) if path.read_text() == key and path.parents[1] != folder]
+    same = [path.parent for path in sorted(beside) if path.parents[1] != folder and _key_in(path) == key]
     for pretraining in same:
         if (pretraining / "summary.json").exists():
             return pretraining.parent
@@ -79,6 +79,13 @@ def shared_pretraining(config: Config, folder: Path, key: str) -> Path | None:
         with in_hand(pretraining.parent):
             pass
     return None
+
+
+def _key_in(path: Path) -> str | None:
+    try:
+        return records.read_text(path, records.LARGEST)
+    except ValueError:
+        return None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from ..config import WandbConfig
 from ..files import append, write_text
 from ..messages import printable_lines
+from ..records import read_text
 
 STAGES = ("pretrain", "finetune")
 Mode = Literal["online", "offline", "disabled"]
@@ -43,7 +44,7 @@ class Tracker:
         """Forgets the lines that a run continuing after `step` steps of `stage` will write again."""
         here = (STAGES.index(stage), step)
         kept = []
-        for line in self.path.read_text().splitlines(keepends=True):
+        for line in read_text(self.path).splitlines(keepends=True):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):  # the process died while writing it
@@ -78,7 +79,7 @@ class Tracker:
             entity=wandb.entity,
             mode=mode,
             dir=folder,
-            id=identity.read_text(),
+            id=read_text(identity),
             resume="allow",
             name=folder.name,
             group=group,

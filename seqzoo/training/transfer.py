@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks import upgraded
 from .checkpoint import load_weights
@@ -37,19 +38,33 @@ def transfer_backbone(model: nn.Module, checkpoint: Path) -> Transfer:
             has been loaded then.
     """
     weights, own = upgraded(model, load_weights(checkpoint)), model.state_dict()
-    given = {name for name in weights if name.startswith(BACKBONE)}
-    wanted = {name for name in own if name.startswith(BACKBONE)}
-    problems = [f"{name} is missing" for name in sorted(wanted - given)]
-    problems += [f"{name} is unexpected" for name in sorted(given - wanted)]
-    problems += [
-        f"{name} has shape {list(weights[name].shape)}, the model wants {list(own[name].shape)}"
-        for name in sorted(given & wanted)
-        if weights[name].shape != own[name].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    given = {name: tensor for name, tensor in weights.items() if name.startswith(BACKBONE)}
+    wanted = {name: tensor for name, tensor in own.items() if name.startswith(BACKBONE)}
+    if problems := _problems(given, wanted):
         raise TrainingError(
-            f"the backbone in {checkpoint} does not fit: {shown}. Pretrain and fine-tune with the same model options"
+            f"the backbone in {checkpoint} does not fit: {problems}. Pretrain and fine-tune with the same model options"
         )
-    model.load_state_dict({name: weights[name] for name in given}, strict=False)
-    return Transfer(tuple(sorted(given)), tuple(sorted(weights.keys() - given)), tuple(sorted(own.keys() - wanted)))
+    model.load_state_dict(given, strict=False)
+    return Transfer(
+        tuple(sorted(given)), tuple(sorted(weights.keys() - given.keys())), tuple(sorted(own.keys() - wanted.keys()))
+    )
+
+
+def require_fit(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Raises TrainingError where `weights` are not those of `model`, which may be on the meta device."""
+    if problems := _problems(upgraded(model, weights), model.state_dict()):
+        raise TrainingError(
+            f"the weights in {checkpoint} do not fit the model that the run's config.yaml describes: {problems}; "
+            "valid: the two as one run left them"
+        )
+
+
+def _problems(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - given.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(given.keys() - wanted.keys())]
+    problems += [
+        f"{name} has shape {list(given[name].shape)}, the model wants {list(wanted[name].shape)}"
+        for name in sorted(given.keys() & wanted.keys())
+        if given[name].shape != wanted[name].shape
+    ]
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -448,7 +448,7 @@ def test_sequences_of_no_steps(name, options, causal):
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        (torch.tensor([4]), r"integers \[3\].* got torch.int64 \[1\]"),
+        (torch.tensor([4]), r"int64 \[3\] or narrower integers.* got torch.int64 \[1\]"),
         (torch.tensor([10.0, 4.0, 2.0]), "torch.float32"),
         ([10, 4, 2], "got list"),
         (torch.ones(3, 10, dtype=torch.bool), r"mask.*mask.sum\(1\)"),

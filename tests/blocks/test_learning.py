@@ -234,3 +234,25 @@ def test_wrapped_optimizers():
     attach(block, loop.optimizer)
     loop.step()
     assert block.steps == 1
+
+
+def test_attached_back_and_forth_counts_once():
+    block = build_block("performer", 8)
+    first, second = (torch.optim.SGD(block.parameters(), 0.1) for _ in range(2))
+    for optimizer in (first, second, first):
+        attach(block, optimizer)
+    block(torch.randn(1, 4, 8)).sum().backward()
+    first.step()
+    assert block.steps == 1
+    second.step()
+    assert block.steps == 1
+
+
+def test_a_gradient_penalty_keeps_the_loss_that_is_due():
+    torch.manual_seed(0)
+    block, x = build_block("vq_attention", 8, codebook_size=4, block_len=4), torch.randn(2, 8, 8, requires_grad=True)
+    y = block(x)
+    once = block._auxiliary.loss.item()
+    torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    block(x)
+    assert auxiliary_loss(block).item() == pytest.approx(2 * once)

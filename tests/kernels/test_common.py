@@ -53,3 +53,9 @@ def test_lengths_of_any_integer_dtype(name, dtype):
 def test_what_no_lengths_are_is_refused(name, lengths, message):
     with pytest.raises(ValueError, match=f"{name}: .*{message}"):
         OPERATIONS[name](lengths=lengths)
+
+
+def test_lengths_are_looked_at_inside_function_transforms():
+    x = torch.rand(B, T, D)
+    with pytest.raises(ValueError, match="lengths must lie in"):
+        torch.func.jvp(lambda x: diagonal_scan(x, torch.ones(D), lengths=torch.tensor([9, 1])), (x,), (x,))

@@ -163,6 +163,23 @@ def test_a_model_of_impossible_size_is_refused(folder, key):
         read_config(folder)
 
 
+def test_layers_without_end_are_refused(folder):
+    path = folder / "config.yaml"
+    path.write_text(re.sub("layers: null", f"layers: [{', '.join(['lru'] * 1001)}]", path.read_text()))
+    with pytest.raises(ConfigError, match=r"model\.layers=1,001 layers: valid"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("mlp_ratio", 9999), ("d_model", 65536)])
+def test_no_memory_is_taken_for_a_model_that_its_weights_do_not_fit(folder, task, key, value):
+    path = folder / "config.yaml"
+    path.write_text(re.sub(rf"{key}: [0-9.]+", f"{key}: {value}", path.read_text()))
+    with pytest.raises((TrainingError, ConfigError), match=r"do not fit|GB of"):
+        load(folder)
+    with pytest.raises((TrainingError, ConfigError), match=r"not fit|GB of"):
+        resumed(folder, task)
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\udcff", " " * (1 << 24) + "{}"])
 def test_json_that_cannot_be_read_is_named(folder, content):
     (folder / "task.json").write_bytes(content.encode(errors="surrogateescape"))
