@@ -207,5 +207,5 @@ def test_exact_steps_are_of_training_alone_and_end():
         model.load_state_dict(plain.state_dict())  # the codes have moved
     assert same()
     assert torch.equal(resumed(x), block(x))
-    with pytest.raises(ValueError, match="exact_steps=-1; valid: 0 or more"):
+    with pytest.raises(ValueError, match="exact_steps=-1: valid: 0 or more"):
         build_block("vq_attention", 16, exact_steps=-1)
