@@ -154,10 +154,15 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError:  # a folder, empty but for what a killed process left
+        try:
+            os.rmdir(path)
+        except OSError:
+            shutil.rmtree(path)
 
 
 def _not_a_link(path: str, flags: int) -> int:
