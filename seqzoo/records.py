@@ -38,15 +38,16 @@ def read_yaml(path: Path) -> Any:
     from omegaconf import OmegaConf
 
     text = read_text(path, LARGEST_YAML)
-    depth = 0
+    depth, root = 0, None
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if fault := _fault(event, depth):
                 raise ValueError(f"line {event.start_mark.line + 1}: {fault}; valid: plain values")
-        value = yaml.safe_load(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds {type(value).__name__} in place of keys and values")
+            if root is None and isinstance(event, yaml.NodeEvent):
+                root = event
+        if not isinstance(root, yaml.MappingStartEvent):
+            raise ValueError(f"it holds {type(yaml.safe_load(text)).__name__} in place of keys and values")
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except yaml.YAMLError as error:
         raise ValueError(f"it is no YAML: {' '.join(str(error).split())}") from None

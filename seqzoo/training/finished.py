@@ -49,11 +49,11 @@ def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
         raise ConfigError(f"stage=pretrain: {folder} was trained from scratch; valid: initial, finetune")
     with torch.device("meta"):  # nothing is allocated for a model that its weights or this machine do not know
         model = model_of(config, spec, task_head(spec))
+        if stage == "finetune":
+            model = tune(model, config)
     check_model(model, torch.device("cpu"))
     weights, path = {}, folder / "finetune" / "best.safetensors"
     if stage == "finetune":
-        with torch.device("meta"):
-            model = tune(model, config)
         weights = load_weights(path)
         require_fit(model, weights, path)
     model = model_of(config, spec, task_head(spec))
