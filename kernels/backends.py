@@ -11,36 +11,42 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import cache, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import measured
 from .derivatives import forward_mode
 
 DEFAULT = os.environ.get("SEQZOO_BACKEND", "auto")
 if DEFAULT not in ("auto", "fused", "chunked", "reference"):
     raise ValueError(f"SEQZOO_BACKEND={DEFAULT!r}; valid: auto, fused, chunked, reference")
 OLDEST_ARCHITECTURE = 80  # sm_80, Ampere
-# Whether "auto" takes Triton on a GPU. Compilers have been wrong about gradients before: not until
-# `benchmarks/gpu.py --check` has passed on one.
-FUSED_ON_GPU = False
+# Heads of up to 32 channels with at most two warps: more of them are what reports of illegal accesses with Triton 3.6
+# to 3.7.1 on Hopper have in common. 0 or 1; where only few warps passed their checks, they are taken anyway.
+_FEW_WARPS = os.environ.get("SEQZOO_FEW_WARPS", "0")
+if _FEW_WARPS not in ("0", "1"):
+    raise ValueError(f"SEQZOO_FEW_WARPS={_FEW_WARPS!r}; valid: 0, 1")
+FEW_WARPS = _FEW_WARPS == "1"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None and (torch.version.cuda is not None or INTERPRETED)
 
 
-def choose(
-    operation: str,
-    backend: str,
-    implementations: Mapping[str, Callable[..., Any]],
-    device: torch.device,
-    refused: str | None = None,
-) -> Callable[..., Any]:
-    """The implementation of `operation` that `backend` names; "auto" takes the fastest one there is on `device`.
+class Fit(NamedTuple):
+    """What of a call decides which form of an operation runs."""
 
-    Args:
-        refused: what of this call the fused form cannot take. It is said once, and the chunked form runs.
+    device: torch.device
+    dtype: torch.dtype  # what is computed with
+    width: int  # channels, in the class that `measured` knows; 0: of no matter
+    refused: str | None  # what of the call the fused form cannot take
+
+
+def choose(operation: str, backend: str, implementations: Mapping[str, Callable[..., Any]], fit: Fit) -> Any:
+    """The implementation of `operation` that `backend` names; "auto" takes the fastest one known for such a call.
+
+    What the fused form refuses is said once, and the chunked form runs.
 
     Raises:
         ValueError: `backend` is unknown, or the operation has no such form here.
@@ -49,13 +55,13 @@ def choose(
     if backend == "auto" and DEFAULT in forms:
         backend = DEFAULT
     elif backend == "auto":
-        on_gpu = FUSED_ON_GPU and device.type == "cuda" and architecture(device) >= OLDEST_ARCHITECTURE
-        backend = "fused" if on_gpu and "fused" in forms else "chunked"
+        backend = "fused" if "fused" in forms and _fused_is_faster(operation, fit) else "chunked"
     if backend not in forms:
         why = ""
         if backend == "fused" and backend in implementations:
             why = "; the fused form needs Triton and a build of PyTorch for CUDA, or TRITON_INTERPRET=1"
         raise ValueError(f"{operation} has no backend {backend!r}; valid: auto, {', '.join(forms)}{why}")
+    refused = fit.refused
     if backend == "fused" and refused is None and forward_mode():
         refused = "no kernel has a derivative in forward mode"
     if backend == "fused" and refused is not None:
@@ -65,22 +71,36 @@ def choose(
     return forms[backend]
 
 
-def refusal(*tensors: Tensor, channels: Mapping[torch.dtype, int], also: str | None = None) -> str | None:
-    """What of its inputs the fused form of an operation cannot take, None if there is nothing.
+def _fused_is_faster(operation: str, fit: Fit) -> bool:
+    if fit.device.type != "cuda":
+        return False
+    dtype = str(fit.dtype).removeprefix("torch.")
+    return measured.Key(architecture(fit.device), operation, dtype, fit.width) in measured.FASTER
+
+
+def fit(
+    *tensors: Tensor, channels: Mapping[torch.dtype, int], also: str | None = None, width: int | None = None
+) -> Fit:
+    """How a call fits the kernels of its operation.
 
     Args:
         tensors: computed with in the dtype that they promote to, [..., channels].
-        channels: the most it takes in each dtype.
+        channels: the most that the fused form takes in each dtype.
         also: something else that it does not take.
+        width: the class of widths, where it is not that of the widest tensor.
     """
     dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    widest = max(x.shape[-1] for x in tensors)
+    refused: str | None
     if dtype not in channels:
-        return f"no kernel computes in {dtype}"
-    if max(x.shape[-1] for x in tensors) > channels[dtype]:
-        return f"no kernel takes more than {channels[dtype]} channels in {dtype}"
-    if not all(x.numel() for x in tensors):
-        return f"there is nothing in {[list(x.shape) for x in tensors]}"
-    return also
+        refused = f"no kernel computes in {dtype}"
+    elif widest > channels[dtype]:
+        refused = f"no kernel takes more than {channels[dtype]} channels in {dtype}"
+    elif not all(x.numel() for x in tensors):
+        refused = f"there is nothing in {[list(x.shape) for x in tensors]}"
+    else:
+        refused = also
+    return Fit(tensors[0].device, dtype, measured.width_class(widest) if width is None else width, refused)
 
 
 @cache
@@ -101,8 +121,3 @@ def architecture(device: torch.device) -> int:
 def multiprocessors(device: torch.device) -> int:
     """How many streaming multiprocessors a GPU has, and thus programs that can run at a time; 1 on a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def newest(table: Mapping[int, Any], device: torch.device) -> Any:
-    """The entry of a table by architecture for the newest one that `device` is not older than."""
-    return table[max(known for known in table if known <= architecture(device))]

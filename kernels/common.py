@@ -74,6 +74,11 @@ def _can_be_looked_at(x: Tensor) -> bool:
     return True
 
 
+def contiguous(*tensors: Any) -> list[Any]:
+    """As kernels index them, by shape alone; None stays None."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
 def pad_channels(x: Tensor) -> Tensor:
     """x with channels of 0 behind its own, as many as loads of 16 bytes want: a multiple of 16."""
     missing = -x.shape[-1] % 16

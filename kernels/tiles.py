@@ -23,6 +23,12 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def valid_steps(lengths, b, T):
+    """How many of T steps are valid, whatever stands in `lengths` [B]: nothing outside of tensors is ever touched."""
+    return tl.minimum(tl.maximum(tl.load(lengths + b), 0), T).to(tl.int32)
+
+
+@triton.jit
 def place(step, n, down):
     """Where in memory a step of a pass over a sequence lies, from its end if `down`. What is past the end stays."""
     return tl.where(down & (step < n), n - 1 - step, step).to(tl.int64)

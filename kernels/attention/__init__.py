@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, refusal
+from ..backends import choose, fit
 from ..common import check_lengths
 from .chunked import attention_chunked
 from .reference import attention_reference
@@ -86,7 +86,7 @@ def attention(
         asked = check_lengths("attention (query_lengths)", query_lengths, B, T)
         position = end - (T if asked is None else asked)
     learnt = "no kernel has a gradient of the scale" if isinstance(scale, Tensor) and scale.requires_grad else None
-    run = choose("attention", backend, FORMS, q.device, refusal(q, k, v, channels=MAX_CHANNELS, also=learnt))
+    run = choose("attention", backend, FORMS, fit(q, k, v, channels=MAX_CHANNELS, also=learnt))
     if scale is None:
         scale = 1 / math.sqrt(D)
     elif isinstance(scale, Tensor):

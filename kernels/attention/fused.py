@@ -11,6 +11,7 @@ Blocks of keys that every query of the block sees are taken without a mask. Expo
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
-from ..common import pad_channels
+from ..blocks import Blocks
+from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
-from ..tiles import absorb, dot, head_rows, load_tile
+from ..launching import launch
+from ..tiles import absorb, dot, head_rows, load_tile, valid_steps
 from .chunked import attention_chunked
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -29,50 +31,15 @@ PRECISIONS = {torch.float32: "tf32x3", torch.float16: "fp16", torch.bfloat16: "b
 
 
 class Config(NamedTuple):
+    """Of `forward`, of `query`, the gradient of q, and of `key`, those of k and v."""
+
     queries: int  # in a block
     keys: int
     num_warps: int
     num_stages: int
 
 
-class Configs(NamedTuple):
-    forward: Config
-    query: Config  # the gradient of q
-    key: Config  # those of k and v
-
-
-def _configs_of(*blocks: tuple[int, int, int, int]) -> Configs:
-    return Configs(*(Config(*block) for block in blocks))
-
-
-# For heads of up to 64, 128 and 256 channels, by the size of a number in bytes.
-FLOAT32 = _configs_of((32, 32, 4, 3), (32, 32, 4, 2), (16, 32, 4, 2))
-CONFIGS = {
-    80: {
-        2: (
-            _configs_of((128, 64, 8, 3), (64, 64, 4, 2), (32, 32, 8, 2)),
-            _configs_of((128, 32, 8, 3), (64, 32, 4, 2), (32, 64, 8, 2)),
-            _configs_of((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
-        ),
-        4: (FLOAT32,),
-    },
-    90: {
-        2: (
-            _configs_of((128, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2)),
-            _configs_of((128, 64, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
-            _configs_of((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-        ),
-        4: (FLOAT32,),
-    },
-    100: {
-        2: (
-            _configs_of((128, 64, 4, 3), (64, 64, 4, 2), (32, 64, 8, 3)),
-            _configs_of((128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
-            _configs_of((64, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
-        ),
-        4: (FLOAT32._replace(query=Config(64, 32, 8, 2)),),
-    },
-}
+BLOCKS = Blocks("attention", Path(__file__).with_name("blocks.csv"), Config)
 
 
 @triton.jit
@@ -80,9 +47,9 @@ def _sequence(lengths, position, b, S):
     """How many keys of a sequence are valid, and where its first query stands."""
     n, before = S, 0
     if lengths is not None:
-        n = tl.load(lengths + b).to(tl.int32)
+        n = valid_steps(lengths, b, S)
     if position is not None:
-        before = tl.load(position + b).to(tl.int32)
+        before = tl.minimum(tl.load(position + b), S).to(tl.int32)
     return n, before
 
 
@@ -383,9 +350,14 @@ def _attention(
     (B, T, H, _), Dv = q.shape, v.shape[-1]
     o = q.new_empty(B, T, H, Dv)
     log_sum = q.new_empty(B, T, H, dtype=torch.float32)
-    arguments = (*_contiguous(q, k, v, scales), scale, o, log_sum, lengths, position, *_sizes(q, k, v))
-    config = _configs(q, v).forward
-    _forward_kernel[(B * H * triton.cdiv(T, config.queries),)](*arguments, **_meta(q, v, config, causal))
+    q, k, v, scales, lengths, position = contiguous(q, k, v, scales, lengths, position)
+    config = _config("forward", q, v)
+    launch(
+        _forward_kernel,
+        B * H * triton.cdiv(T, config.queries),
+        *(q, k, v, scales, scale, o, log_sum, lengths, position, *_sizes(q, k, v)),
+        **_meta(q, v, config, causal),
+    )
     return o, log_sum
 
 
@@ -405,13 +377,15 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
     delta = (do.float() * o).sum(-1)
-    q, k, v, scales, do = _contiguous(q, k, v, scales, do)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    q, k, v, scales, lengths, position, do = contiguous(q, k, v, scales, lengths, position, do)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     arguments, ends = (q, k, v, scales, scale, do, log_sum, delta), (lengths, position, *_sizes(q, k, v))
-    _, by_query, by_key = _configs(q, v)
-    programs = B * H * triton.cdiv(T, by_query.queries), B * G * triton.cdiv(S, by_key.keys)
-    _query_kernel[programs[:1]](*arguments, dq, *ends, **_meta(q, v, by_query, causal))
-    _key_kernel[programs[1:]](*arguments, dk, dv, *ends, **_meta(q, v, by_key, causal))
+    config = _config("query", q, v)
+    programs = B * H * triton.cdiv(T, config.queries)
+    launch(_query_kernel, programs, *arguments, dq, *ends, **_meta(q, v, config, causal))
+    config = _config("key", q, v)
+    programs = B * G * triton.cdiv(S, config.keys)
+    launch(_key_kernel, programs, *arguments, dk, dv, *ends, **_meta(q, v, config, causal))
     return dq, dk, dv
 
 
@@ -463,10 +437,6 @@ _attention.register_autograd(_gradient, setup_context=_setup_context)
 _written = differentiable(_attention_backward, _plain)
 
 
-def _contiguous(*tensors: Any) -> list[Any]:
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     (_, T, H, D), (S, G, Dv) = q.shape, v.shape[1:]
     return T, S, H, G, D, Dv
@@ -476,9 +446,8 @@ def _channels(x: Tensor) -> int:
     return max(16, triton.next_power_of_2(x.shape[-1]))
 
 
-def _configs(q: Tensor, v: Tensor) -> Configs:
-    widest = max(_channels(q), _channels(v))
-    return backends.newest(CONFIGS, q.device)[q.element_size()][max(0, widest.bit_length() - 7)]
+def _config(kernel: str, q: Tensor, v: Tensor) -> Config:
+    return BLOCKS.of(kernel, q.device, q.dtype, max(_channels(q), _channels(v)))
 
 
 def _meta(q: Tensor, v: Tensor, config: Config, causal: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, refusal
+from ..backends import choose, fit
 from ..common import check_lengths
 from .chunked import diagonal_scan_chunked
 from .reference import diagonal_scan_reference
@@ -91,12 +91,12 @@ def diagonal_scan(
     lengths = check_lengths("diagonal_scan", lengths, *x.shape[:2])
     if reverse not in (False, True, "both"):
         raise ValueError(f'diagonal_scan: reverse={reverse!r}; valid: False, True, "both"')
-    refused = refusal(x, channels=CHANNELS)
+    fitting = fit(x, channels=CHANNELS, width=0)
     if reverse == "both":
         if initial_state is not None or output_final_state:
             raise ValueError("diagonal_scan: a state belongs to one direction; valid with it: reverse=False or True")
-        return choose("diagonal_scan", backend, BOTH, x.device, refused)(x, a, lengths, factor)
-    implementation = choose("diagonal_scan", backend, FORMS, x.device, refused)
+        return choose("diagonal_scan", backend, BOTH, fitting)(x, a, lengths, factor)
+    implementation = choose("diagonal_scan", backend, FORMS, fitting)
     h, final_state = implementation(x, a, initial_state, reverse, lengths, factor)
     return (h, final_state) if output_final_state else h
 

@@ -17,6 +17,7 @@ sequence's length: there a state passes unchanged.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backends
-from ..common import accumulation_dtype
+from ..blocks import Blocks
+from ..common import accumulation_dtype, contiguous
 from ..derivatives import differentiable
-from ..tiles import place
+from ..launching import launch
+from ..tiles import place, valid_steps
 from . import doubling
 from .operator import register
 
@@ -42,7 +45,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-CONFIGS = {80: Config(8, 64, 1, 4), 90: Config(8, 64, 1, 3), 100: Config(8, 64, 1, 4)}
+BLOCKS = Blocks("diagonal_scan", Path(__file__).with_name("blocks.csv"), Config)
 
 
 @triton.jit
@@ -97,7 +100,7 @@ def _coefficients(a, step, n, column, width, down, CONSTANT: tl.constexpr, BACKW
     return ar, -ai if BACKWARD else ai
 
 
-@triton.jit(do_not_specialize=["T", "chunk_len", "chunks"])
+@triton.jit(do_not_specialize=["B", "T", "chunk_len", "chunks"])
 def _scan_kernel(
     x,  # [B, T, D]; on the way back, the gradient of h
     a,  # [D] or [B, T, D]
@@ -133,7 +136,7 @@ def _scan_kernel(
         b, down = entry % B, (entry >= B) != BACKWARD
     column = (tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
     inside = column < width
-    n = T if lengths is None else tl.load(lengths + b).to(tl.int32)
+    n = T if lengths is None else valid_steps(lengths, b, T)
     shared, sequence = b.to(tl.int64) * T * width, entry.to(tl.int64) * T * width
     x += sequence if BACKWARD else shared
     if not CONSTANT:
@@ -372,14 +375,14 @@ def _launch(
     (B, T, D), parts = y.shape[-3:], 2 if x.is_complex() else 1
     entries = 2 * B if both else B
     backward, constant, width = h is not None, a.dim() == 1, D * parts
-    config = backends.newest(CONFIGS, x.device)
+    config = BLOCKS.of("scan", x.device, x.dtype)
     block = parts * min(config.channels, triton.next_power_of_2(D))
     blocks = triton.cdiv(width, block)
     chunk_len = _chunk_len(entries * blocks, T, config.steps, x.device)
     chunks = triton.cdiv(T, chunk_len)
 
     of_coefficients = of_factor = None
-    factor = None if factor is None else factor.contiguous()
+    factor, lengths = contiguous(factor, lengths)
     if backward and factor is not None:
         of_factor = x.new_empty(entries, chunks, width, dtype=torch.float32)
     if backward:
@@ -399,18 +402,29 @@ def _launch(
         "num_warps": config.num_warps,
     }
     sizes = (B, T, width, chunk_len, chunks)
-    grid = (entries * chunks * blocks,)
+    programs = entries * chunks * blocks
     if chunks > 1:
         ends, through, starts = (x.new_empty(entries, chunks, width, dtype=torch.float32) for _ in range(3))
-        _scan_kernel[grid](
-            *(*arrays, None, None, ends, through, None, None, None, factor, None, lengths), *sizes, **meta
+        launch(
+            _scan_kernel,
+            programs,
+            *(*arrays, None, None, ends, through, None, None, None, factor, None, lengths, *sizes),
+            **meta,
         )
-        _carry_kernel[(entries * blocks,)](
-            before, ends, through, starts, width, chunks, PARTS=parts, WIDTH=block, num_warps=config.num_warps
+        launch(
+            _carry_kernel,
+            entries * blocks,
+            *(before, ends, through, starts, width, chunks),
+            PARTS=parts,
+            WIDTH=block,
+            num_warps=config.num_warps,
         )
         before = starts
-    _scan_kernel[grid](
-        *(*arrays, _numbers(y), before, after, None, *behind, factor, of_factor, lengths), *sizes, **meta
+    launch(
+        _scan_kernel,
+        programs,
+        *(*arrays, _numbers(y), before, after, None, *behind, factor, of_factor, lengths, *sizes),
+        **meta,
     )
     if of_factor is not None:
         of_factor = of_factor.unflatten(-1, (D, parts)).sum((0, 1, 3))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, refusal
+from ..backends import choose, fit
 from ..common import check_lengths
 from .chunked import favor_attention_chunked
 from .reference import favor_attention_reference
@@ -76,8 +76,7 @@ def favor_attention(
     _check(q, k, v, projection, causal, initial_state, output_final_state)
     lengths = check_lengths("favor_attention", lengths, *q.shape[:2])
     learnt = "no kernel has a gradient of the projection" if projection.requires_grad else None
-    refused = refusal(q, k, v, channels=MAX_CHANNELS, also=learnt)
-    implementation = choose("favor_attention", backend, FORMS, q.device, refused)
+    implementation = choose("favor_attention", backend, FORMS, fit(q, k, v, channels=MAX_CHANNELS, also=learnt))
     projection = projection.expand(q.shape[2], -1, -1)
     o, final_state = implementation(q, k, v, projection, causal, initial_state, lengths)
     return (o, final_state) if output_final_state else o

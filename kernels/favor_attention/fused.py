@@ -22,6 +22,7 @@ float32 on the matrix unit: three TF32 products for float32, one for float16, wh
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backends
-from ..common import pad_channels
+from ..blocks import Blocks
+from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
-from ..tiles import dot, head_rows, load_tile
+from ..launching import launch
+from ..tiles import dot, head_rows, load_tile, valid_steps
 from .chunked import favor_attention_chunked
 from .state import FavorState
 
@@ -41,11 +44,14 @@ MIN_SEGMENT = 512  # steps, where time is cut only to give the GPU enough to do
 PROGRAMS = 2  # wanted for each multiprocessor, before time is cut
 CARRIED = 1024  # numbers of a state that one program carries from segment to segment
 GROUP = 64  # steps that are taken in the same way; blocks of steps divide it, and it divides `SEGMENT`
-SAFE_RISE = tl.constexpr(40.0)  # exp(40) times the least normal number of single precision is still below rounding
+SAFE_RISE = 40.0  # exp(40) times the least normal number of single precision is still below rounding
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "bf16"}
 
 
 class Config(NamedTuple):
+    """Of `sums`, the state that keys make; of `output`; of `feature`, the gradient of the state that queries see; and
+    of `query`, `key` and `value`, those of q, k and v."""
+
     rows: int  # features of a block that goes through time, or steps of one that goes through features
     columns: int
     partners: int  # steps that rows of steps make pairs with at a time
@@ -53,166 +59,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-class Configs(NamedTuple):
-    sums: Config  # the state that keys make
-    output: Config
-    feature: Config  # the gradient of the state that queries see
-    query: Config  # that of q
-    key: Config
-    value: Config
-
-
-def _configs_of(**blocks: tuple[int, int, int, int, int]) -> Configs:
-    return Configs(**{of: Config(*block) for of, block in blocks.items()})
-
-
-# For heads of up to 64 and 128 channels, by what products are made in: what the compiler puts in registers entirely.
-CONFIGS = {
-    80: {
-        "bf16": (
-            _configs_of(
-                sums=(64, 32, 32, 4, 2),
-                output=(64, 32, 32, 4, 2),
-                feature=(64, 32, 32, 8, 2),
-                query=(64, 32, 32, 4, 2),
-                key=(32, 32, 32, 4, 2),
-                value=(64, 32, 32, 4, 2),
-            ),
-            _configs_of(
-                sums=(64, 32, 32, 8, 2),
-                output=(64, 32, 16, 8, 2),
-                feature=(64, 32, 32, 8, 2),
-                query=(64, 32, 32, 8, 2),
-                key=(64, 32, 32, 8, 2),
-                value=(32, 32, 16, 4, 2),
-            ),
-        ),
-        "tf32": (
-            _configs_of(
-                sums=(64, 16, 16, 4, 2),
-                output=(32, 16, 16, 4, 2),
-                feature=(64, 16, 16, 4, 2),
-                query=(64, 16, 16, 4, 2),
-                key=(64, 16, 16, 4, 2),
-                value=(64, 16, 16, 4, 2),
-            ),
-            _configs_of(
-                sums=(64, 16, 16, 8, 2),
-                output=(32, 16, 16, 4, 2),
-                feature=(32, 16, 16, 4, 2),
-                query=(32, 16, 16, 4, 2),
-                key=(32, 16, 16, 4, 2),
-                value=(32, 16, 16, 4, 2),
-            ),
-        ),
-        "tf32x3": (
-            _configs_of(
-                sums=(32, 16, 16, 8, 2),
-                output=(32, 16, 16, 8, 2),
-                feature=(16, 16, 16, 4, 2),
-                query=(32, 16, 16, 8, 2),
-                key=(16, 32, 16, 8, 2),
-                value=(16, 16, 32, 8, 2),
-            ),
-        ),
-    },
-    90: {
-        "bf16": (
-            _configs_of(
-                sums=(64, 64, 32, 8, 2),
-                output=(64, 64, 32, 8, 2),
-                feature=(64, 64, 32, 8, 2),
-                query=(64, 32, 32, 8, 2),
-                key=(64, 32, 32, 4, 2),
-                value=(64, 64, 32, 8, 2),
-            ),
-            _configs_of(
-                sums=(64, 32, 32, 4, 2),
-                output=(64, 32, 32, 8, 2),
-                feature=(64, 32, 32, 4, 2),
-                query=(64, 16, 16, 4, 2),
-                key=(32, 32, 32, 4, 2),
-                value=(64, 32, 16, 8, 2),
-            ),
-        ),
-        "tf32": (
-            _configs_of(
-                sums=(64, 16, 16, 4, 2),
-                output=(64, 16, 16, 4, 2),
-                feature=(64, 16, 16, 4, 2),
-                query=(64, 16, 16, 4, 2),
-                key=(64, 16, 16, 4, 2),
-                value=(64, 16, 16, 4, 2),
-            ),
-            _configs_of(
-                sums=(32, 16, 16, 4, 2),
-                output=(32, 16, 16, 8, 2),
-                feature=(32, 16, 16, 4, 2),
-                query=(32, 16, 16, 4, 2),
-                key=(32, 16, 16, 4, 2),
-                value=(32, 16, 16, 8, 2),
-            ),
-        ),
-        "tf32x3": (
-            _configs_of(
-                sums=(32, 16, 16, 4, 2),
-                output=(32, 16, 16, 8, 2),
-                feature=(16, 16, 16, 4, 2),
-                query=(32, 16, 16, 8, 2),
-                key=(16, 32, 16, 8, 2),
-                value=(32, 16, 16, 8, 2),
-            ),
-        ),
-    },
-    100: {
-        "bf16": (
-            _configs_of(
-                sums=(64, 64, 32, 8, 2),
-                output=(64, 32, 32, 8, 2),
-                feature=(64, 64, 32, 8, 2),
-                query=(64, 64, 32, 8, 2),
-                key=(64, 64, 32, 8, 2),
-                value=(64, 64, 32, 8, 2),
-            ),
-            _configs_of(
-                sums=(64, 32, 32, 4, 2),
-                output=(64, 16, 16, 4, 2),
-                feature=(64, 32, 32, 4, 2),
-                query=(64, 32, 32, 8, 3),
-                key=(64, 32, 32, 8, 2),
-                value=(32, 16, 16, 4, 2),
-            ),
-        ),
-        "tf32": (
-            _configs_of(
-                sums=(64, 16, 16, 8, 2),
-                output=(64, 16, 16, 8, 2),
-                feature=(64, 16, 16, 8, 2),
-                query=(64, 16, 16, 8, 2),
-                key=(64, 16, 16, 8, 2),
-                value=(64, 16, 16, 8, 2),
-            ),
-            _configs_of(
-                sums=(32, 16, 16, 4, 2),
-                output=(64, 16, 16, 4, 2),
-                feature=(32, 16, 16, 4, 2),
-                query=(64, 16, 16, 4, 2),
-                key=(32, 16, 16, 4, 2),
-                value=(64, 16, 16, 4, 2),
-            ),
-        ),
-        "tf32x3": (
-            _configs_of(
-                sums=(32, 16, 16, 4, 2),
-                output=(16, 16, 16, 8, 2),
-                feature=(32, 16, 16, 4, 2),
-                query=(32, 16, 32, 8, 2),
-                key=(16, 32, 16, 8, 2),
-                value=(16, 16, 32, 8, 2),
-            ),
-        ),
-    },
-}
+BLOCKS = Blocks("favor_attention", Path(__file__).with_name("blocks.csv"), Config)
 
 
 class State(NamedTuple):
@@ -243,7 +90,7 @@ def _half_square(k_t):
 
 @triton.jit
 def _length(lengths, b, T):
-    return T if lengths is None else tl.load(lengths + b).to(tl.int32)
+    return T if lengths is None else valid_steps(lengths, b, T)
 
 
 @triton.jit
@@ -251,7 +98,7 @@ def _column(x, at, AXIS: tl.constexpr):
     """x without the axis, where it is `at`."""
     index = tl.arange(0, x.shape[AXIS])
     here = (index == at)[None, :] if AXIS == 1 else (index == at)[:, None]
-    return tl.max(tl.where(here, x, float("-inf")), AXIS)
+    return tl.sum(tl.where(here, x, 0.0), AXIS)  # a maximum would lose NaN on a GPU
 
 
 @triton.jit
@@ -280,6 +127,7 @@ def _sums_kernel(
     segments,
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
+    RISE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -311,7 +159,7 @@ def _sums_kernel(
         if CAUSAL:
             begins = past % GROUP == 0
             since = tl.where(begins, _column(scores, 0, 1), since)
-            rises = tl.where(begins, 0, rises) | tl.max((peak > since + SAFE_RISE).to(tl.int32), 0)
+            rises = tl.where(begins, 0, rises) | tl.max((peak > since + RISE).to(tl.int32), 0)
             at = (head.to(tl.int64) * blocks + first // ROWS) * tl.cdiv(T, GROUP) + past // GROUP
             tl.store(steep + at, rises != 0)
         highest = tl.maximum(R, peak)
@@ -861,13 +709,13 @@ def _favor_attention(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o; the logarithm of the sums of weights [B, T, H]; the state behind the last key: sums, norm and log_scale."""
-    q, k, v, projection = (x.contiguous() for x in (q, k, v, projection))
+    q, k, v, projection, lengths = contiguous(q, k, v, projection, lengths)
     seen, tops, last, steep = _states(k, v, projection, sums, norm, log_scale, lengths, causal)
     o, log_sum = v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     plan = _plan(q, v, projection, causal)
     top = (tops[:, :, :-1] if causal else tops[:, :, -1:]).contiguous()
     _launch_both(
-        _output_kernel, plan, plan.configs.output, (q, k, v, projection, *seen, top, o, log_sum, steep, lengths)
+        _output_kernel, plan, plan.config("output"), (q, k, v, projection, *seen, top, o, log_sum, steep, lengths)
     )
     return o, log_sum, last.sums, last.norm, tops[:, :, -1].contiguous()
 
@@ -897,8 +745,8 @@ def _favor_attention_backward(
     The states between segments are made again: kept, they would take as much room as q, k and v.
     """
     delta = (do.float() * o).sum(-1)
-    q, k, v, projection, do = (x.contiguous() for x in (q, k, v, projection, do))
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    q, k, v, projection, lengths, do = contiguous(q, k, v, projection, lengths, do)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     states = States(State(last_sums, last_norm), last_log_scale[:, :, None], State(last_sums, last_norm), None)
     if causal:
         states = _states(k, v, projection, sums, norm, log_scale, lengths, causal)
@@ -908,12 +756,12 @@ def _favor_attention_backward(
     plan = _plan(q, v, projection, causal)
     around = (log_sum, delta)
     _launch_both(
-        _query_kernel, plan, plan.configs.query, (q, k, v, do, projection, *seen, before, *around, dq, steep, lengths)
+        _query_kernel, plan, plan.config("query"), (q, k, v, do, projection, *seen, before, *around, dq, steep, lengths)
     )
 
-    cut = plan if causal else _cut(plan, plan.configs.feature, q)
+    cut = plan if causal else _cut(plan, "feature")
     d_seen = _empty(v, projection, cut.segments)
-    _launch(_feature_kernel, cut, cut.configs.feature, (q, do, projection, before, log_sum, delta, *d_seen, lengths))
+    _launch(_feature_kernel, cut, cut.config("feature"), (q, do, projection, before, log_sum, delta, *d_seen, lengths))
     d_start = State(*(q.new_empty(0, dtype=torch.float32) for _ in range(2)))
     if causal:
         d_last = State(d_last_sums.contiguous(), d_last_norm.contiguous())
@@ -922,12 +770,12 @@ def _favor_attention_backward(
     else:
         d_behind = State(*(x.sum(2) for x in d_seen))
     _launch_both(
-        _key_kernel, plan, plan.configs.key, (q, k, v, do, projection, behind, *d_behind, *around, dk, steep, lengths)
+        _key_kernel, plan, plan.config("key"), (q, k, v, do, projection, behind, *d_behind, *around, dk, steep, lengths)
     )
     _launch_both(
         _value_kernel,
         plan,
-        plan.configs.value,
+        plan.config("value"),
         (q, k, do, projection, behind, d_behind.sums, log_sum, dv, steep, lengths),
     )
     return dq, dk, dv, d_start.sums, d_start.norm
@@ -1001,13 +849,13 @@ def _states(
     causal: bool,
 ) -> States:
     plan = _plan(k, v, projection, causal)
-    plan = plan if causal else _cut(plan, plan.configs.sums, k)
+    plan = plan if causal else _cut(plan, "sums")
     added = _empty(v, projection, plan.segments)
     top = torch.empty_like(added.norm)
-    (B, T, H, M, _, _), rows = plan.sizes, plan.configs.sums.rows
+    (B, T, H, M, _, _), rows = plan.sizes, plan.config("sums").rows
     steep = k.new_zeros(B, H, triton.cdiv(M, rows), triton.cdiv(T, GROUP), dtype=torch.bool) if causal else None
     arguments = (k, v, projection, *added, top, steep, lengths)
-    _launch(_sums_kernel, plan, plan.configs.sums, arguments, GROUP=GROUP)
+    _launch(_sums_kernel, plan, plan.config("sums"), arguments, GROUP=GROUP, RISE=SAFE_RISE)
     start = torch.full_like(top[:, :, 0], -torch.inf) if log_scale is None else log_scale
     tops = torch.cat([start[:, :, None], top], 2).cummax(2).values  # [B, H, segments + 1, M]
     gains = (top - _or_zero(tops[:, :, 1:])).exp()
@@ -1034,9 +882,13 @@ def _carry(
     B, H, segments, M = fades.shape
     for start, add, carried, end in zip(first or (None, None), added, kept, last, strict=True):
         width = add.shape[4] if add.dim() == 5 else 1
-        grid = (B * H * triton.cdiv(M * width, CARRIED),)
-        _carry_kernel[grid](
-            start, add, gains, fades, carried, end, M, width, segments, DOWN=down, BLOCK=CARRIED, num_warps=4
+        launch(
+            _carry_kernel,
+            B * H * triton.cdiv(M * width, CARRIED),
+            *(start, add, gains, fades, carried, end, M, width, segments),
+            DOWN=down,
+            BLOCK=CARRIED,
+            num_warps=4,
         )
     return State(*kept), State(*last)
 
@@ -1048,28 +900,30 @@ def _empty(v: Tensor, projection: Tensor, segments: int) -> State:
 
 
 class Plan(NamedTuple):
-    configs: Configs
+    device: torch.device
+    dtype: torch.dtype
     sizes: tuple[int, ...]  # B, T, H, M, D, Dv
     segment_len: int
     segments: int
     meta: dict[str, Any]
 
+    def config(self, kernel: str) -> Config:
+        return BLOCKS.of(kernel, self.device, self.dtype, max(self.meta["DK"], self.meta["DV"]))
+
 
 def _plan(q: Tensor, v: Tensor, projection: Tensor, causal: bool) -> Plan:
     (B, T, H, D), M, Dv = q.shape, projection.shape[1], v.shape[-1]
     DK, DV = (max(16, triton.next_power_of_2(width)) for width in (D, Dv))
-    precision = PRECISIONS[q.dtype]
-    configs = backends.newest(CONFIGS, q.device)[precision][max(DK, DV) > 64]
     segment_len = SEGMENT if causal else T
-    meta = {"CAUSAL": causal, "PRECISION": precision, "DK": DK, "DV": DV}
-    return Plan(configs, (B, T, H, M, D, Dv), segment_len, triton.cdiv(T, segment_len), meta)
+    meta = {"CAUSAL": causal, "PRECISION": PRECISIONS[q.dtype], "DK": DK, "DV": DV}
+    return Plan(q.device, q.dtype, (B, T, H, M, D, Dv), segment_len, triton.cdiv(T, segment_len), meta)
 
 
-def _cut(plan: Plan, config: Config, q: Tensor) -> Plan:
+def _cut(plan: Plan, kernel: str) -> Plan:
     """With time in segments where blocks of features are too few for the GPU."""
-    B, T, H, M, _, _ = plan.sizes
+    (B, T, H, M, _, _), config = plan.sizes, plan.config(kernel)
     programs = B * H * triton.cdiv(M, config.rows)
-    segments = min(PROGRAMS * backends.multiprocessors(q.device) // programs, T // MIN_SEGMENT)
+    segments = min(PROGRAMS * backends.multiprocessors(plan.device) // programs, T // MIN_SEGMENT)
     if segments < 2:
         return plan
     segment_len = triton.cdiv(triton.cdiv(T, segments), config.columns) * config.columns
@@ -1080,7 +934,9 @@ def _launch(kernel: Any, plan: Plan, config: Config, arguments: tuple[Any, ...],
     B, T, H, M, _, _ = plan.sizes
     through_time = kernel in (_sums_kernel, _feature_kernel)
     blocks = plan.segments * triton.cdiv(M, config.rows) if through_time else triton.cdiv(T, config.rows)
-    kernel[(B * H * blocks,)](
+    launch(
+        kernel,
+        B * H * blocks,
         *arguments,
         *plan.sizes[1:],
         plan.segment_len,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, refusal
+from ..backends import Fit, choose, fit
 from ..common import check_lengths
 from .chunked import gated_attention_chunked
 from .reference import gated_attention_reference
@@ -87,8 +87,7 @@ def gated_attention(
     _check(u, q_quad, k_quad, q_lin, k_lin, v, chunk_len, bias, causal, initial_state, output_final_state)
     lengths = check_lengths("gated_attention", lengths, *u.shape[:2])
     single = u.shape[1] == 1 and (initial_state is not None or output_final_state)
-    refused = _refused(u, v, q_quad, k_quad, q_lin, k_lin, single=single)
-    run = choose("gated_attention", backend, FORMS, v.device, refused)
+    run = choose("gated_attention", backend, FORMS, _fit(u, v, q_quad, k_quad, q_lin, k_lin, single=single))
     o, state = run(
         u,
         q_quad,
@@ -107,9 +106,9 @@ def gated_attention(
     return (o, state) if output_final_state else o
 
 
-def _refused(u: Tensor, v: Tensor, *keys: Tensor, single: bool) -> str | None:
+def _fit(u: Tensor, v: Tensor, *keys: Tensor, single: bool) -> Fit:
     also = "no kernel makes a single step with a state" if single else None
-    return refusal(u[..., :1], v[..., :1], *keys, channels=MAX_CHANNELS, also=also)  # u and v may be of any width
+    return fit(u[..., :1], v[..., :1], *keys, channels=MAX_CHANNELS, also=also)  # u and v may be of any width
 
 
 def _check(

@@ -30,6 +30,7 @@ float16, whose range squares and sums would leave.
 from __future__ import annotations
 
 from functools import reduce
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +40,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backends
-from ..common import pad_channels, without_autocast, zero_padding
+from ..blocks import Blocks
+from ..common import contiguous, pad_channels, without_autocast, zero_padding
 from ..derivatives import differentiable, pullback
+from ..launching import launch
 from ..linear_attention.fused import State, carry
-from ..tiles import dot
+from ..tiles import dot, valid_steps
 from .chunked import by_offset, gated_attention_chunked, in_chunks
 from .resume import Resumed
 from .state import GatedAttentionState
@@ -53,6 +56,9 @@ PRECISIONS = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "b
 
 
 class Config(NamedTuple):
+    """Of `values`, channels are those of v; of `scores` and `bias`, those of v in a step; `bias` has as many columns as
+    rows; of `memory`, rows are steps, columns channels of k and channels those of v."""
+
     rows: int  # in a block
     columns: int
     channels: int
@@ -60,45 +66,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-class Configs(NamedTuple):
-    values: Config  # channels of v
-    scores: Config  # channels of v, in a step
-    bias: Config  # as many columns as rows; channels of v, in a step
-    memory: Config  # steps, channels of k, channels of v
-
-
-def _configs_of(*blocks: tuple[int, int, int, int, int]) -> Configs:
-    return Configs(*(Config(*block) for block in blocks))
-
-
-FLOAT32 = (_configs_of((16, 32, 64, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 2), (32, 32, 64, 4, 2)),)
-# For keys of up to 128 and 256 channels, by what products are made in.
-CONFIGS = {
-    80: {
-        "bf16": (
-            _configs_of((64, 32, 128, 4, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 2), (32, 64, 128, 4, 2)),
-            _configs_of((64, 32, 64, 8, 2), (32, 32, 64, 8, 2), (64, 64, 32, 8, 2), (32, 64, 128, 4, 2)),
-        ),
-        "tf32": (_configs_of((32, 32, 64, 4, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 2), (32, 32, 64, 4, 2)),),
-        "tf32x3": FLOAT32,
-    },
-    90: {
-        "bf16": (
-            _configs_of((64, 64, 256, 8, 2), (64, 64, 64, 8, 3), (64, 64, 64, 4, 3), (32, 128, 128, 8, 3)),
-            _configs_of((64, 64, 128, 8, 2), (64, 64, 64, 8, 2), (64, 64, 64, 4, 2), (64, 128, 128, 8, 3)),
-        ),
-        "tf32": (_configs_of((64, 32, 64, 8, 2), (64, 32, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 64, 4, 2)),),
-        "tf32x3": FLOAT32,
-    },
-    100: {
-        "bf16": (
-            _configs_of((64, 64, 128, 4, 2), (64, 32, 32, 8, 2), (64, 64, 64, 8, 2), (64, 64, 128, 4, 2)),
-            _configs_of((64, 32, 128, 4, 2), (64, 32, 64, 8, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2)),
-        ),
-        "tf32": (_configs_of((64, 32, 64, 8, 2), (64, 32, 32, 8, 2), (64, 64, 32, 4, 2), (32, 64, 64, 4, 2)),),
-        "tf32x3": FLOAT32,
-    },
-}
+BLOCKS = Blocks("gated_attention", Path(__file__).with_name("blocks.csv"), Config)
 
 
 @triton.jit
@@ -110,7 +78,7 @@ def _block(item, lengths, T, C, ROWS: tl.constexpr):
     b = (item // (blocks * chunks)).to(tl.int64)
     n = T
     if lengths is not None:
-        n = tl.load(lengths + b).to(tl.int32)
+        n = valid_steps(lengths, b, T)
     return b, n, chunk, tl.minimum(tl.maximum(n - chunk * C, 0), C), item % blocks * ROWS
 
 
@@ -404,7 +372,7 @@ def _memory_kernel(
     segment, b = item % segments, (item // segments).to(tl.int64)
     n = T
     if lengths is not None:
-        n = tl.load(lengths + b).to(tl.int32)
+        n = valid_steps(lengths, b, T)
     N = tl.cdiv(T, C)
     index = tl.arange(0, ROWS)
     at, inside = key[:, None] * E + channel[None, :], (key < S)[:, None] & (channel < E)[None, :]
@@ -625,7 +593,7 @@ def _call(
     causal: bool,
     scale: float,
 ) -> Call:
-    bias = None if bias is None else bias.contiguous()
+    bias, earlier, lengths = contiguous(bias, earlier, lengths)
     return Call(bias, earlier, lengths, min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
 
 
@@ -644,10 +612,12 @@ def _values(
     mirrored: bool = False,
 ) -> None:
     (B, T, S), E = q.shape, v.shape[-1]
-    config = _configs(q).values
+    config = _config("values", q)
     DV = _at_most(config.channels, E)
     blocks = B * triton.cdiv(T, call.C) * triton.cdiv(call.C, config.rows)
-    _values_kernel[(blocks * triton.cdiv(E, DV),)](
+    launch(
+        _values_kernel,
+        blocks * triton.cdiv(E, DV),
         *(q, k, q_lin, call.bias, memory, v, u, do, out, dy),
         *(call.lengths, call.earlier, call.scale, call.middle),
         *(q.stride(1), v.stride(1), v.stride(1) if u is None else u.stride(1), T, call.C, S, E),
@@ -665,8 +635,10 @@ def _scores(
     """Gradients of q and of q_lin, x those of y; mirrored, of k and of k_lin."""
     (B, T, S), E = q.shape, v.shape[-1]
     dq, dq_lin = q.new_empty(q.shape), q.new_empty(q.shape)
-    config = _configs(q).scores
-    _scores_kernel[(B * triton.cdiv(T, call.C) * triton.cdiv(call.C, config.rows),)](
+    config = _config("scores", q)
+    launch(
+        _scores_kernel,
+        B * triton.cdiv(T, call.C) * triton.cdiv(call.C, config.rows),
         *(q, k, call.bias, memory, x, v, dq, dq_lin),
         *(call.lengths, call.earlier, call.scale, call.middle),
         *(q.stride(1), x.stride(1), v.stride(1), T, call.C, S, E),
@@ -683,14 +655,16 @@ def _bias_gradient(call: Call, q: Tensor, k: Tensor, dy: Tensor, v: Tensor) -> T
     """[offsets]."""
     assert call.bias is not None
     (B, T, S), E = q.shape, v.shape[-1]
-    config = _configs(q).bias
+    config = _config("bias", q)
     side = config.rows
     blocks = triton.cdiv(call.C, side)
     diagonals = blocks if call.causal else 2 * blocks - 1
     items = B * triton.cdiv(T, call.C)
     groups = _pieces(diagonals, items, q.device)
     sums = q.new_empty(groups, diagonals, side, side, dtype=torch.float32)
-    _bias_kernel[(groups * diagonals,)](
+    launch(
+        _bias_kernel,
+        groups * diagonals,
         *(q, k, call.bias, dy, v, sums),
         *(call.lengths, call.scale, call.middle, q.stride(1), dy.stride(1), v.stride(1), T, call.C, S, E),
         *(items, groups),
@@ -719,7 +693,7 @@ def _memory(
     Mirrored, over those that see it, of q dyᵀ / m; and over all, which see the state.
     """
     (B, T, S), E = k.shape, v.shape[-1]
-    config = _configs(k).memory
+    config = _config("memory", k)
     C = call.C if call.causal else STEPS
     N = triton.cdiv(T, C)
     if call.causal and N == 1 and initial is None and not want_end:
@@ -729,8 +703,10 @@ def _memory(
     chunks = triton.cdiv(N, _pieces(programs, N, k.device))
     segments = triton.cdiv(N, chunks)
 
-    def launch(start: Tensor | None, before: Tensor | None, after: Tensor | None) -> None:
-        _memory_kernel[(programs * segments,)](
+    def run(start: Tensor | None, before: Tensor | None, after: Tensor | None) -> None:
+        launch(
+            _memory_kernel,
+            programs * segments,
             *(k, v, start, before, after, call.lengths, call.earlier),
             *(k.stride(1), v.stride(1), T, C, S, E, chunks, segments),
             SHARED=mirrored,
@@ -746,13 +722,13 @@ def _memory(
     start = None if initial is None else initial.contiguous()
     if segments > 1 or not call.causal:
         added = sums()
-        launch(None, None, added)
+        run(None, None, added)
         if not call.causal:
             return added.sum(1).to(_wide(k.dtype)), None
         start = carry(None if start is None else State(start), State(added), None).memory
     before = k.new_empty(B, N, S, E, dtype=_wide(k.dtype))
     end = sums() if want_end else None
-    launch(start, before, end)
+    run(start, before, end)
     return before, None if end is None else end[:, -1].contiguous()
 
 
@@ -781,9 +757,8 @@ def _pieces(programs: int, most: int, device: torch.device) -> int:
     return max(1, min(PROGRAMS * backends.multiprocessors(device) // programs, most))
 
 
-def _configs(q: Tensor) -> Configs:
-    tables = backends.newest(CONFIGS, q.device)[PRECISIONS[q.dtype]]
-    return tables[max(0, (q.shape[-1] - 1).bit_length() - 7)]
+def _config(kernel: str, q: Tensor) -> Config:
+    return BLOCKS.of(kernel, q.device, q.dtype, q.shape[-1])
 
 
 def _meta(call: Call, q: Tensor, config: Config) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, refusal
+from ..backends import Fit, choose, fit
 from ..common import check_lengths
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
@@ -79,17 +79,17 @@ def linear_attention(
     """
     _check(q, k, v, log_decay, causal, normalize, initial_state, output_final_state)
     lengths = check_lengths("linear_attention", lengths, *q.shape[:2])
-    implementation = choose("linear_attention", backend, FORMS, q.device, _refused(q, k, v, log_decay, causal))
+    implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
     o, final_state = implementation(q, k, v, log_decay, causal, normalize, initial_state, lengths, output_final_state)
     return (o, final_state) if output_final_state else o
 
 
-def _refused(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool) -> str | None:
+def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool) -> Fit:
     most = MAX_CHANNELS
     if log_decay is not None and log_decay.dim() == 3:
         most = {dtype: min(channels, MAX_CHANNELS_PER_STEP) for dtype, channels in most.items()}
     decays = "no kernel decays in both directions" if not causal and log_decay is not None else None
-    return refusal(q, k, v, channels=most, also=decays)
+    return fit(q, k, v, channels=most, also=decays)
 
 
 def _check(

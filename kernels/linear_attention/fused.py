@@ -24,6 +24,7 @@ products for float32, one for float16, whose range sums would leave.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,41 +33,29 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backends
-from ..common import zero_padding
+from ..blocks import Blocks
+from ..common import contiguous, zero_padding
 from ..derivatives import differentiable, pullback
-from ..tiles import dot, place
+from ..launching import launch
+from ..tiles import dot, place, valid_steps
 from .chunked import linear_attention_chunked
 
 MIN_SEGMENT = 512  # steps
 PROGRAMS = 2  # wanted for each multiprocessor, before time is cut
+MAX_VALUES = 128  # channels of v in a program
 CARRIED = 1024  # numbers of a state that one program carries from segment to segment
 
 
 class Config(NamedTuple):
+    """Of `pass`, and of `decayed`, a pass with a decay for each step."""
+
     steps: int  # in a chunk
     state: int  # numbers of the state that a program keeps, at most
     num_warps: int
     num_stages: int
 
 
-# For heads of up to 64, 128 and 256 channels, by what products are made in.
-CONFIGS = {
-    80: {
-        "bf16": (Config(32, 4096, 4, 2), Config(32, 4096, 8, 2), Config(16, 4096, 8, 2)),
-        "tf32": (Config(16, 4096, 4, 2), Config(16, 4096, 8, 2)),
-        "tf32x3": (Config(16, 1024, 4, 2),),
-    },
-    90: {
-        "bf16": (Config(64, 4096, 4, 2), Config(64, 8192, 8, 2), Config(64, 8192, 8, 2)),
-        "tf32": (Config(32, 4096, 8, 2), Config(32, 4096, 8, 2)),
-        "tf32x3": (Config(16, 2048, 4, 2),),
-    },
-    100: {
-        "bf16": (Config(64, 4096, 4, 2), Config(64, 8192, 8, 2), Config(64, 4096, 8, 2)),
-        "tf32": (Config(16, 4096, 4, 2), Config(16, 4096, 8, 2)),
-        "tf32x3": (Config(16, 2048, 4, 2),),
-    },
-}
+BLOCKS = Blocks("linear_attention", Path(__file__).with_name("blocks.csv"), Config)
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "bf16"}
 
 
@@ -124,7 +113,7 @@ def _linear_kernel(
     segment = item % segments
     head = item // segments  # of B·H
     b, h = (head // H).to(tl.int64), head % H
-    n = T if lengths is None else tl.load(lengths + b).to(tl.int32)
+    n = T if lengths is None else valid_steps(lengths, b, T)
     i, dk, dv = tl.arange(0, STEPS), tl.arange(0, DK), block * DV + tl.arange(0, DV)
     in_k, in_v = dk < Dk, dv < Dv
 
@@ -225,11 +214,13 @@ def _linear_kernel(
         if memory_end is not None:
             tl.store(memory_end + at * Dk * Dv + matrix, S, mask=in_matrix)
         if keys_end is not None:
-            tl.store(keys_end + at * Dk + dk, z, mask=in_k)
+            if block == 0:
+                tl.store(keys_end + at * Dk + dk, z, mask=in_k)
         if values_end is not None:
             tl.store(values_end + at * Dv + dv, r, mask=in_v)
         if o is None and through is not None:
-            tl.store(through + item, decayed)
+            if block == 0:
+                tl.store(through + item, decayed)
 
 
 @triton.jit(do_not_specialize=["segments"])
@@ -446,10 +437,9 @@ class Plan(NamedTuple):
 def _plan(q: Tensor, v: Tensor, g: Tensor | None) -> Plan:
     (B, T, H, Dk), Dv = q.shape, v.shape[-1]
     DK = max(16, triton.next_power_of_2(Dk))
-    config = backends.newest(CONFIGS, q.device)[PRECISIONS[q.dtype]][max(0, DK.bit_length() - 7)]
-    if g is not None and g.dim() == 3:  # the decay between all pairs wants as many registers as the pairs
-        config = config._replace(steps=max(16, config.steps // 2), num_warps=8)
-    DV = max(16, min(triton.next_power_of_2(Dv), config.state // DK))
+    per_step = g is not None and g.dim() == 3  # the decay between all pairs wants as many registers as the pairs
+    config = BLOCKS.of("decayed" if per_step else "pass", q.device, q.dtype, DK)
+    DV = max(16, min(triton.next_power_of_2(Dv), config.state // DK, MAX_VALUES))
     segment_len = _segment_len(B * H * triton.cdiv(Dv, DV), T, config.steps, q.device)
     return Plan(config, DK, DV, segment_len, triton.cdiv(T, segment_len))
 
@@ -531,8 +521,8 @@ def carry(start: State | None, added: State, through: Tensor | None) -> State:
         if add is not None:
             heads, segments = add.shape[:2]
             size = add[0, 0].numel()
-            grid = (heads * triton.cdiv(size, CARRIED),)
-            _carry_kernel[grid](first, add, through, out, size, segments, BLOCK=CARRIED)
+            programs = heads * triton.cdiv(size, CARRIED)
+            launch(_carry_kernel, programs, first, add, through, out, size, segments, BLOCK=CARRIED)
     return before
 
 
@@ -553,14 +543,16 @@ def _launch(
     assert q is not None
     assert v is not None
     (B, T, H, Dk), Dv = q.shape, v.shape[-1]
-    _linear_kernel[(B * H * plan.segments * triton.cdiv(Dv, plan.DV),)](
-        *(None if x is None else x.contiguous() for x in (q, k, v, g, q_more, k_more)),
+    launch(
+        _linear_kernel,
+        B * H * plan.segments * triton.cdiv(Dv, plan.DV),
+        *contiguous(q, k, v, g, q_more, k_more),
         o,
         inverse,
         *(start or State(None)),
         *(end or State(None)),
         through,
-        lengths,
+        *contiguous(lengths),
         T,
         H,
         Dk,

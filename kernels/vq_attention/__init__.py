@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import choose, refusal
+from ..backends import choose, fit
 from ..common import check_lengths
 from .chunked import vq_attention_chunked
 from .codes import CHANNELS, nearest_code
@@ -95,13 +95,7 @@ def vq_attention(
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError("vq_attention: only causal attention has a state; valid: causal=True")
     lengths = check_lengths("vq_attention", lengths, B, T)
-    run = choose(
-        "vq_attention",
-        backend,
-        FORMS,
-        q.device,
-        refusal(q, k, v, channels=CHANNELS),
-    )
+    run = choose("vq_attention", backend, FORMS, fit(q, k, v, channels=CHANNELS))
     if codes is None:
         codes = nearest_code(k, codebook, lengths=lengths)
     y, state = run(

@@ -5,7 +5,7 @@ import sys
 import torch
 from torch import Tensor
 
-from ..backends import choose, refusal
+from ..backends import choose, fit
 from ..common import accumulation_dtype, check_lengths, valid_positions, without_autocast, zero_padding
 
 CHANNELS = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), sys.maxsize)  # of the fused forms: any number
@@ -26,9 +26,7 @@ def nearest_code(k: Tensor, codebook: Tensor, *, lengths: Tensor | None = None, 
     """
     lengths = check_lengths("nearest_code", lengths, *k.shape[:2])
     forms = {"chunked": _chunked, "fused": _fused}
-    return choose("nearest_code", backend, forms, k.device, refusal(k, codebook, channels=CHANNELS))(
-        k, codebook, lengths
-    )
+    return choose("nearest_code", backend, forms, fit(k, codebook, channels=CHANNELS))(k, codebook, lengths)
 
 
 def _chunked(k: Tensor, codebook: Tensor, lengths: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ Source: Lingle, "Transformer-VQ" (ICLR 2024), section 3; Dao, "FlashAttention-2"
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
-from ..common import pad_channels, zero_padding
+from ..blocks import Blocks
+from ..common import contiguous, pad_channels, zero_padding
 from ..derivatives import Outline, differentiable, pullback
-from ..tiles import absorb, dot, head_rows, load_tile
+from ..launching import launch
+from ..tiles import absorb, dot, head_rows, load_tile, valid_steps
 from .chunked import plain_attention
 from .outside import sums_outside
 from .state import VQState
@@ -40,6 +42,9 @@ ADDED = 1024  # numbers that one program adds up over blocks
 
 
 class Config(NamedTuple):
+    """Of `forward`, of `query`, the gradient of q, of `key`, that of k, of `value`, those of v and of the means, and of
+    `sums`."""
+
     queries: int  # in a tile
     keys: int  # or codes
     channels: int  # of a product at a time
@@ -48,26 +53,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-class Configs(NamedTuple):
-    forward: Config
-    query: Config  # the gradient of q
-    key: Config  # that of k
-    value: Config  # those of v and of the means
-    sums: Config
-
-
-def _configs_of(*tiles: tuple[int, int, int, int, int, int]) -> Configs:
-    return Configs(*(Config(*tile) for tile in tiles))
-
-
-FLOAT32 = _configs_of((32, 32, 32, 64, 4, 2), *((32, 32, 32, 32, 4, 2),) * 4)
-TILE, WIDE = (64, 64, 64, 64, 4, 2), (64, 64, 64, 64, 8, 2)  # with four warps, and with eight
-# By the size of a number in bytes.
-CONFIGS = {
-    80: {2: _configs_of((64, 64, 64, 128, 8, 2), WIDE, TILE, TILE, TILE), 4: FLOAT32},
-    90: {2: _configs_of((64, 64, 64, 128, 4, 2), WIDE, TILE, TILE, TILE), 4: FLOAT32},
-    100: {2: _configs_of((64, 64, 64, 128, 8, 2), (64, 32, 64, 64, 4, 2), WIDE, TILE, TILE), 4: FLOAT32},
-}
+BLOCKS = Blocks("vq_attention", Path(__file__).with_name("blocks.csv"), Config)
 
 
 @triton.jit
@@ -100,9 +86,9 @@ def _bounds(first, last, b, T):
     """The first valid position of a sequence, and the one behind its last."""
     begin, end = 0, T
     if first is not None:
-        begin = tl.load(first + b).to(tl.int32)
+        begin = valid_steps(first, b, T)
     if last is not None:
-        end = tl.load(last + b).to(tl.int32)
+        end = valid_steps(last, b, T)
     return begin, end
 
 
@@ -576,6 +562,8 @@ def _outside_kernel(
                 sums += added * tl.load(share + (cell + block) * S + code, mask=there, other=0.0)
             tl.store(whole + head * size + at, sums, mask=inside)
     if BEFORE:
+        if BEHIND:
+            tl.debug_barrier()  # `behind` is read by other threads than those that wrote it
         sums = tl.zeros([BLOCK], tl.float32)
         if start is not None:
             sums = tl.load(start + head * size + at, mask=inside, other=0.0)
@@ -649,16 +637,19 @@ def _attention(
     """o; log2 of the sums of weights [B, T, H]; and of keys outside each window, by code, means and numbers."""
     (B, T, H, D), S, Dv, L = q.shape, codebook.shape[1], v.shape[-1], block_len
     N = triton.cdiv(T, L)
-    q, v, codes, codebook, bias, past_sums = _contiguous(q, v, codes, codebook, bias, past_sums)
-    configs, precision = _configs(q), PRECISIONS[q.dtype]
+    q, v, codes, codebook, bias, past_sums, first, last = contiguous(
+        q, v, codes, codebook, bias, past_sums, first, last
+    )
 
     sums = q.new_empty(B * H, N, S, Dv, dtype=torch.float32)
     counts = torch.empty(B * H, N, S, dtype=torch.int32, device=q.device)
-    config = configs.sums
+    config = _config("sums", q, v)
     out = _width(config.out, Dv)
-    _sums_kernel[(B * H * N * triton.cdiv(S, config.queries) * triton.cdiv(Dv, out),)](
+    launch(
+        _sums_kernel,
+        B * H * N * triton.cdiv(S, config.queries) * triton.cdiv(Dv, out),
         *(v, codes, sums, counts, first, last, T, H, S, Dv, L),
-        PRECISION=precision,
+        PRECISION=PRECISIONS[q.dtype],
         CODES=config.queries,
         KEYS=config.keys,
         OUT=out,
@@ -671,12 +662,16 @@ def _attention(
     means = v.new_empty(B, H, N, S, Dv)
     _outside(sums, _share(counts), past_sums, means, None, before=True, behind=not causal)
 
-    o, log_sum = torch.empty_like(v), q.new_empty(B, T, H, dtype=torch.float32)
+    o, log_sum = v.new_empty(v.shape), q.new_empty(B, T, H, dtype=torch.float32)
     arguments = (*_arguments(q, v, codebook, codes, bias, means, counts), log_sum, first, last)
-    config = configs.forward
+    config = _config("forward", q, v)
     out = _width(config.out, Dv)
-    _forward_kernel[(B * H * N * triton.cdiv(L, config.queries) * triton.cdiv(Dv, out),)](
-        *(*arguments, o, T, H, S, D, Dv, L, _offsets(bias)), **_meta(q, config, out), CAUSAL=causal
+    launch(
+        _forward_kernel,
+        B * H * N * triton.cdiv(L, config.queries) * triton.cdiv(Dv, out),
+        *(*arguments, o, T, H, S, D, Dv, L, _offsets(bias)),
+        **_meta(q, config, out),
+        CAUSAL=causal,
     )
     return o, log_sum, means, counts
 
@@ -689,7 +684,7 @@ def _(q, k, v, codebook, codes, bias, past_sums, past_counts, first, last, block
         v.new_empty(v.shape),
         q.new_empty(B, T, H, dtype=torch.float32),
         v.new_empty(B, H, N, S, Dv),
-        codes.new_empty(B, H, N, S),
+        codes.new_empty(B, H, N, S, dtype=torch.int64),
     )
 
 
@@ -717,35 +712,46 @@ def _attention_backward(
     """Gradients of q, k, v, the bias and the past sums, the last two empty where none is to be had."""
     (B, T, H, D), S, Dv, L, N = q.shape, codebook.shape[1], v.shape[-1], block_len, counts.shape[2]
     delta = (do.float() * o).sum(-1)
-    do, q, v, codes, codebook, bias = _contiguous(do, q, v, codes, codebook, bias)
+    do, q, v, codes, codebook, bias, first, last = contiguous(do, q, v, codes, codebook, bias, first, last)
     q, keys, v, codebook, means, log_counts, bias, bias_stride = _arguments(q, v, codebook, codes, bias, means, counts)
-    configs, offsets = _configs(q), _offsets(bias)
-    cells = B * H * N
+    cells, offsets = B * H * N, _offsets(bias)
 
-    dq, dk, dv = (torch.empty_like(x) for x in (q, q, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, q, v))
     d_bias = q.new_zeros(B, T, H, offsets, dtype=torch.float32) if bias_needs_gradient else None
-    config, out = configs.query, _width(configs.query.out, D)
-    _query_kernel[(cells * triton.cdiv(L, config.queries) * triton.cdiv(D, out),)](
+    config = _config("query", q, v)
+    out = _width(config.out, D)
+    launch(
+        _query_kernel,
+        cells * triton.cdiv(L, config.queries) * triton.cdiv(D, out),
         *(q, keys, v, codebook, means, log_counts, bias, bias_stride, log_sum, first, last, do, delta, dq, d_bias),
         *(T, H, S, D, Dv, L, offsets),
         **_meta(q, config, out),
         CAUSAL=causal,
     )
-    config, out = configs.key, _width(configs.key.out, D)
-    _key_kernel[(cells * triton.cdiv(L, config.keys) * triton.cdiv(D, out),)](
+    config = _config("key", q, v)
+    out = _width(config.out, D)
+    launch(
+        _key_kernel,
+        cells * triton.cdiv(L, config.keys) * triton.cdiv(D, out),
         *(q, keys, v, bias, bias_stride, log_sum, first, last, do, delta, dk, T, H, D, Dv, L, offsets),
         **_meta(q, config, out),
         CAUSAL=causal,
     )
     d_means, outside = (q.new_empty(B, H, N, S, Dv, dtype=torch.float32) for _ in range(2))
-    config, out = configs.value, _width(configs.value.out, Dv)
-    _means_kernel[(cells * triton.cdiv(S, config.keys) * triton.cdiv(Dv, out),)](
-        *(q, codebook, log_counts, log_sum, first, last, do, d_means, T, H, S, D, Dv, L), **_meta(q, config, out)
+    config = _config("value", q, v)
+    out = _width(config.out, Dv)
+    launch(
+        _means_kernel,
+        cells * triton.cdiv(S, config.keys) * triton.cdiv(Dv, out),
+        *(q, codebook, log_counts, log_sum, first, last, do, d_means, T, H, S, D, Dv, L),
+        **_meta(q, config, out),
     )
     d_past = q.new_empty((B, H, S, Dv) if past_needs_gradient else (0,), dtype=torch.float32)
     whole = d_past if past_needs_gradient else None
     _outside(d_means, _share(counts), None, outside, whole, before=not causal, behind=True, given=True)
-    _value_kernel[(cells * triton.cdiv(L, config.keys) * triton.cdiv(Dv, out),)](
+    launch(
+        _value_kernel,
+        cells * triton.cdiv(L, config.keys) * triton.cdiv(Dv, out),
         *(q, keys, codes, outside, bias, bias_stride, log_sum, first, last, do, dv, T, H, S, D, Dv, L, offsets),
         **_meta(q, config, out),
         CAUSAL=causal,
@@ -838,8 +844,14 @@ def _outside(
 ) -> None:
     B, H, N, S, Dv = out.shape
     scratch = torch.empty_like(x) if before and behind else None
-    _outside_kernel[(B * H * triton.cdiv(S * Dv, ADDED),)](
-        *(x, share, start, scratch, out, whole, N, S, Dv), BEFORE=before, BEHIND=behind, GIVEN=given, BLOCK=ADDED
+    launch(
+        _outside_kernel,
+        B * H * triton.cdiv(S * Dv, ADDED),
+        *(x, share, start, scratch, out, whole, N, S, Dv),
+        BEFORE=before,
+        BEHIND=behind,
+        GIVEN=given,
+        BLOCK=ADDED,
     )
 
 
@@ -856,16 +868,12 @@ def _arguments(
     return q, codebook[heads, codes], v, codebook, means, counts.float().log2(), bias, bias_stride
 
 
-def _contiguous(*tensors: Any) -> list[Any]:
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
 def _offsets(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.shape[-1]
 
 
-def _configs(q: Tensor) -> Configs:
-    return backends.newest(CONFIGS, q.device)[q.element_size()]
+def _config(kernel: str, q: Tensor, v: Tensor) -> Config:
+    return BLOCKS.of(kernel, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
 
 
 def _width(most: int, channels: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backends
+from ..blocks import Blocks
+from ..common import contiguous
+from ..launching import launch
 from ..tiles import dot
 
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -23,11 +26,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-CONFIGS = {
-    80: {2: Config(64, 64, 64, 4, 3), 4: Config(32, 32, 32, 4, 2)},
-    90: {2: Config(128, 64, 64, 4, 3), 4: Config(64, 32, 32, 4, 2)},
-    100: {2: Config(64, 64, 64, 4, 3), 4: Config(64, 32, 32, 4, 2)},
-}
+BLOCKS = Blocks("nearest_code", Path(__file__).with_name("nearest.csv"), Config)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -76,21 +75,27 @@ def _nearest_kernel(
 
 @torch.library.custom_op("seqzoo::nearest_code_fused", mutates_args=())
 def nearest_code_fused(k: Tensor, codebook: Tensor, valid: Tensor | None) -> Tensor:
-    """int64 [B, T, H], of k [B, T, H, D] and codebook [H, S, D]; keys that are not `valid` [B, T] are not read."""
+    """int64 [B, T, H], of k [B, T, H, D] and codebook [H, S, D], in the wider of their dtypes.
+
+    Keys that are not `valid` [B, T] are not read.
+    """
     B, T, H, D = k.shape
-    codebook = codebook.to(k.dtype)
-    config = backends.newest(CONFIGS, k.device)[k.element_size()]
+    dtype = torch.promote_types(k.dtype, codebook.dtype)
+    k, codebook, valid = contiguous(k.to(dtype), codebook.to(dtype), valid)
+    config = BLOCKS.of("nearest", k.device, dtype, D)
     codes = torch.empty(B, T, H, dtype=torch.int64, device=k.device)
-    _nearest_kernel[(triton.cdiv(B * T, config.keys) * H,)](
-        k.contiguous(),
-        codebook.contiguous(),
+    launch(
+        _nearest_kernel,
+        triton.cdiv(B * T, config.keys) * H,
+        k,
+        codebook,
         codes,
-        None if valid is None else valid.contiguous(),
+        valid,
         B * T,
         H,
         codebook.shape[1],
         D,
-        PRECISION=PRECISIONS[k.dtype],
+        PRECISION=PRECISIONS[dtype],
         KEYS=config.keys,
         CODES=config.codes,
         CHANNELS=config.channels,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqzoo.kernels import backends
+from seqzoo.kernels import backends, measured
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -21,62 +21,83 @@ FORMS = {"chunked": "the chunked one", "reference": "the definition", "fused": "
 def _a_gpu(monkeypatch):
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(backends, "DEFAULT", "auto")
-    monkeypatch.setattr(backends, "FUSED_ON_GPU", True)
+    key = measured.Key(90, "op", "bfloat16", 64)
+    monkeypatch.setattr(measured, "FASTER", {key: measured.Measured(0, "a card", "a run")})
     monkeypatch.setattr(backends, "architecture", lambda device: 90)
 
 
-def test_auto_takes_triton_on_a_gpu_only():
-    assert backends.choose("op", "auto", FORMS, GPU) == "the fused one"
-    assert backends.choose("op", "auto", FORMS, CPU) == "the chunked one"
-    assert backends.choose("op", "auto", {"chunked": "the chunked one"}, GPU) == "the chunked one"
+def fit(device: torch.device, dtype=torch.bfloat16, width=64, refused=None) -> backends.Fit:
+    return backends.Fit(device, dtype, width, refused)
 
 
-def test_auto_leaves_old_gpus_alone(monkeypatch):
-    monkeypatch.setattr(backends, "architecture", lambda device: 75)
-    assert backends.choose("op", "auto", FORMS, GPU) == "the chunked one"
+def test_auto_takes_triton_where_it_was_measured_to_be_faster():
+    assert backends.choose("op", "auto", FORMS, fit(GPU)) == "the fused one"
+    assert backends.choose("op", "auto", {"chunked": "the chunked one"}, fit(GPU)) == "the chunked one"
+
+
+@pytest.mark.parametrize(
+    ("operation", "other"),
+    [("op", fit(CPU)), ("another", fit(GPU)), ("op", fit(GPU, torch.float16)), ("op", fit(GPU, width=128))],
+)
+def test_auto_takes_triton_nowhere_else(operation, other):
+    assert backends.choose(operation, "auto", FORMS, other) == "the chunked one"
+
+
+@pytest.mark.parametrize("architecture", [75, 86, 100, 120])
+def test_auto_leaves_other_gpus_alone(monkeypatch, architecture):
+    monkeypatch.setattr(backends, "architecture", lambda device: architecture)
+    assert backends.choose("op", "auto", FORMS, fit(GPU)) == "the chunked one"
+
+
+def test_a_graph_knows_what_was_measured():
+    def asked(x: torch.Tensor) -> torch.Tensor:
+        known = measured.Key(90, "op", str(x.dtype).removeprefix("torch."), measured.width_class(x.shape[-1]))
+        return x + 1 if known in measured.FASTER else x
+
+    asked_in_a_graph = torch.compile(asked, backend="eager", fullgraph=True)
+    assert asked_in_a_graph(torch.zeros(50, dtype=torch.bfloat16)).all()
+    assert not asked_in_a_graph(torch.zeros(32, dtype=torch.bfloat16)).any()
 
 
 def test_the_environment_names_another_default(monkeypatch):
     monkeypatch.setattr(backends, "DEFAULT", "fused")
-    assert backends.choose("op", "auto", FORMS, CPU) == "the fused one"
-    assert backends.choose("op", "chunked", FORMS, CPU) == "the chunked one"
-    assert backends.choose("op", "auto", {"chunked": "the chunked one"}, CPU) == "the chunked one"
+    assert backends.choose("op", "auto", FORMS, fit(CPU)) == "the fused one"
+    assert backends.choose("op", "chunked", FORMS, fit(CPU)) == "the chunked one"
+    assert backends.choose("op", "auto", {"chunked": "the chunked one"}, fit(CPU)) == "the chunked one"
 
 
-def test_the_environment_is_checked():
-    environment = {**os.environ, "SEQZOO_BACKEND": "cuda", "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize(
+    ("variable", "value", "valid"),
+    [("SEQZOO_BACKEND", "cuda", "auto, fused, chunked, reference"), ("SEQZOO_FEW_WARPS", "two", "0, 1")],
+)
+def test_the_environment_is_checked(variable, value, valid):
+    environment = {**os.environ, variable: value, "PYTHONPATH": str(ROOT)}
     process = subprocess.run([sys.executable, "-c", "import seqzoo"], env=environment, capture_output=True, text=True)
-    assert "SEQZOO_BACKEND='cuda'; valid: auto, fused, chunked, reference" in process.stderr
+    assert f"{variable}={value!r}; valid: {valid}" in process.stderr
 
 
 def test_what_is_refused_is_said_once(caplog):
     for _ in range(2):
-        assert backends.choose("op", "fused", FORMS, GPU, "no kernel likes it here") == "the chunked one"
+        assert backends.choose("op", "fused", FORMS, fit(GPU, refused="no kernel likes it here")) == "the chunked one"
     assert caplog.text.count("op: no kernel likes it here; the chunked form runs in place of the fused one") == 1
-    assert backends.choose("op", "reference", FORMS, GPU, "no kernel likes it here") == "the definition"
+    assert backends.choose("op", "reference", FORMS, fit(GPU, refused="no kernel likes it here")) == "the definition"
 
 
 def test_errors(monkeypatch):
     with pytest.raises(ValueError, match="op has no backend 'fast'; valid: auto, chunked, reference, fused"):
-        backends.choose("op", "fast", FORMS, GPU)
+        backends.choose("op", "fast", FORMS, fit(GPU))
     monkeypatch.setattr(backends, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="valid: auto, chunked, reference; the fused form needs Triton"):
-        backends.choose("op", "fused", FORMS, GPU)
+        backends.choose("op", "fused", FORMS, fit(GPU))
 
 
-def test_refusal():
+def test_what_of_a_call_is_looked_at():
     channels = {torch.float32: 8, torch.bfloat16: 16}
     x, wide = torch.zeros(2, 8), torch.zeros(2, 9)
-    assert backends.refusal(x, x.bfloat16(), channels=channels) is None
-    assert backends.refusal(wide.bfloat16(), channels=channels) is None
-    assert "more than 8 channels in torch.float32" in backends.refusal(x, wide.bfloat16(), channels=channels)
-    assert "computes in torch.float64" in backends.refusal(x.double(), channels=channels)
-    assert "there is nothing in [[0, 8]]" in backends.refusal(x[:0], channels=channels)
-    assert backends.refusal(x, channels=channels, also="no kernel today") == "no kernel today"
-
-
-def test_a_table_is_read_at_the_newest_architecture_there_is(monkeypatch):
-    table = {80: "a", 90: "b", 100: "c"}
-    for known, entry in ((80, "a"), (86, "a"), (90, "b"), (120, "c")):
-        monkeypatch.setattr(backends, "architecture", lambda device, known=known: known)
-        assert backends.newest(table, GPU) == entry
+    assert backends.fit(x, x.bfloat16(), channels=channels) == (CPU, torch.float32, 16, None)
+    assert backends.fit(wide.bfloat16(), channels=channels) == (CPU, torch.bfloat16, 16, None)
+    assert backends.fit(wide.bfloat16(), channels=channels, width=0).width == 0
+    assert "more than 8 channels in torch.float32" in backends.fit(x, wide.bfloat16(), channels=channels).refused
+    assert "computes in torch.float64" in backends.fit(x.double(), channels=channels).refused
+    assert "there is nothing in [[0, 8]]" in backends.fit(x[:0], channels=channels).refused
+    assert backends.fit(x, channels=channels, also="no kernel today").refused == "no kernel today"
