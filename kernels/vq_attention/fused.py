@@ -595,7 +595,7 @@ def vq_attention_fused(
     output_final_state: bool,
     lengths: Tensor | None,
 ) -> tuple[Tensor, VQState | None]:
-    (B, T, H, _), S, Dv, L = q.shape, codebook.shape[1], v.shape[-1], block_len
+    (B, T, H, _), S, Dv, L, out_dtype = q.shape, codebook.shape[1], v.shape[-1], block_len, v.dtype
     dtype, state, past = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype), None, initial_state
     if output_final_state:
         values = zero_padding(v, lengths).float()
@@ -616,7 +616,7 @@ def vq_attention_fused(
     q, k, v, codebook = (pad_channels(x.to(dtype)) for x in (q, k, v, codebook))
     sums = None if sums is None else pad_channels(sums)
     y = _attention(q, Outline.apply(k), v, codebook, codes, bias, sums, counts, first, lengths, L, causal)[0]
-    return y[:, before:, :, :Dv].to(v.dtype), state
+    return y[:, before:, :, :Dv].to(out_dtype), state
 
 
 @torch.library.custom_op("seqzoo::vq_attention_fused", mutates_args=())
