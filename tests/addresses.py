@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from quick_interpreter import PatchedLanguage, quick
 from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
@@ -164,27 +165,23 @@ def _ends(*bounds: Any, num_stages: Any = None, **_: Any) -> list[int]:
     return [*steps[:2], *steps[2:][-1:]]
 
 
+class _ShortenedLanguage(PatchedLanguage):
+    def patched(self, scope: Any) -> None:
+        scope.set_attr(tl, "range", _ends)
+        scope.set_attr(tl, "associative_scan", lambda x, *_, **__: x)  # of numbers, not of addresses; and slow
+
+
 @contextmanager
 def _patched(seen: _Seen, kernel: InterpretedFunction) -> Iterator[None]:
     replaced = {"create_masked_load": seen.load, "create_masked_store": seen.store, "create_int_cast": seen.cast}
     replaced |= {name: seen.checked(name, exact) for name, exact in EXACT.items()}
-    patch_language, scopes = interpreter._patch_lang, {}
-
-    def patch(function: Any) -> Any:
-        """Once a module, where the interpreter does it in every call: half of the time."""
-        module = function.__module__
-        if module not in scopes:
-            scopes[module] = patch_language(function)
-            scopes[module].set_attr(tl, "range", _ends)
-            scopes[module].set_attr(tl, "associative_scan", lambda x, *_, **__: x)  # not of addresses, and slow
-        return scopes[module]
-
     with ExitStack() as stack:
+        stack.enter_context(quick())
         for name, new in replaced.items():
             stack.enter_context(mock.patch.object(interpreter_builder, name, new))
-        stack.enter_context(mock.patch.object(interpreter, "_patch_lang", patch))
-        stack.callback(lambda: [scope.restore() for scope in reversed(scopes.values())])
-        patch(kernel.fn)
+        language = _ShortenedLanguage()
+        stack.enter_context(mock.patch.object(interpreter, "_patch_lang", language))
+        stack.callback(language(kernel.fn).restore)
         kernel.fn.__globals__["range"] = _ends  # the interpreter puts names of its own there too, which must stay
         stack.callback(kernel.fn.__globals__.pop, "range")
         stack.enter_context(np.errstate(all="ignore"))
