@@ -40,7 +40,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor | None:
     """`lengths` as int64, or None.
 
-    Values are looked at where that costs nothing: on a CPU, outside of graphs. A GPU would be waited for.
+    Values are looked at where that costs nothing: on a CPU, outside of graphs. A GPU would be waited for: there, what
+    lies outside [0, T] counts as the nearest end.
 
     Raises:
         ValueError: they are not integers [B], or lie outside [0, T].
@@ -60,7 +61,8 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > T:
             raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
-    return lengths.long()
+        return lengths.long()
+    return lengths.long().clamp(0, T)
 
 
 def _can_be_looked_at(x: Tensor) -> bool:
