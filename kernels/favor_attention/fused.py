@@ -718,7 +718,7 @@ def _favor_attention(
     _launch_both(
         _output_kernel, plan, plan.config("output"), (q, k, v, projection, *seen, top, o, log_sum, steep, lengths)
     )
-    return o, log_sum, last.sums, last.norm, tops[:, :, -1].contiguous()
+    return o, log_sum, last.sums, last.norm, tops[:, :, -1].clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("seqzoo::favor_attention_fused_backward", mutates_args=())

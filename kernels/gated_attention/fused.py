@@ -730,7 +730,7 @@ def _memory(
     before = k.new_empty(B, N, S, E, dtype=_wide(k.dtype))
     end = sums() if want_end else None
     run(start, before, end)
-    return before, None if end is None else end[:, -1].contiguous()
+    return before, None if end is None else end[:, -1].clone(memory_format=torch.contiguous_format)
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
