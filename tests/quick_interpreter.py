@@ -15,7 +15,6 @@ from unittest import mock
 from triton.runtime import interpreter
 from triton.runtime.interpreter import interpreter_builder
 
-
 patch_language = interpreter._patch_lang
 
 

@@ -1,7 +1,7 @@
 """Fused operations on inputs as users have them, against the definition in double precision.
 
-Where tensors lie in memory, what dtypes they have, of which of them a gradient is asked, which outputs a loss takes, how
-lengths are kept, and sizes of 1: all pairs of these occur, and, slowly, all triples.
+Where tensors lie in memory, what dtypes they have, of which of them a gradient is asked, which outputs a loss takes,
+how lengths are kept, and sizes of 1: all pairs of these occur, and, slowly, all triples.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from covering import Case, covering
 from fused_cases import DEVICE, poisoned, wide
 from layouts import KINDS, LAYOUTS, integers, lay_out
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqzoo.kernels import (
     FavorState,
     GatedAttentionState,
     VQState,
     attention,
+    common,
     diagonal_scan,
     favor_attention,
     gated_attention,
@@ -47,6 +49,7 @@ SIZES = {  # B, T, H, D
     "one head": (2, 5, 1, 3),
     "one step": (2, 1, 2, 3),
     "one channel": (2, 5, 2, 1),
+    "one sequence of one head": (1, 5, 1, 3),
 }
 STATE = "causal from a state"
 
@@ -73,12 +76,18 @@ class Operation(NamedTuple):
 
 
 def lengths_of(case: Case, size: Size) -> Tensor | None:
-    """None, or with 0 and T among them where there is room."""
+    """None, or with 0 and T among them where there is room; "beyond", what must count as these."""
     if case["lengths"] == "none":
         return None
     B, T = size[:2]
+    if case["lengths"] == "beyond":
+        return torch.tensor([T + 5, -3])[:B]
     ends = {"int64": (T, 0), "strided": (0, T), "expanded": (max(1, T - 2), T), "int32": (T - 2 if T > 1 else T, T)}
     return integers(case["lengths"], ends[case["lengths"]][:B])
+
+
+def has_state(case: Case) -> bool:
+    return case["form"] != "both ways" and case["used"] != "o alone"
 
 
 def randn(*shape: int) -> Tensor:
@@ -121,10 +130,10 @@ def make_linear(case: Case, size: Size) -> dict[str, Tensor]:
 
 
 def call_linear(case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    options = {"causal": case["form"] != "both ways", "output_final_state": case["form"] != "both ways"}
+    options = {"causal": case["form"] != "both ways", "output_final_state": has_state(case)}
     lengths = lengths_of(case, Size(*x["q"].shape))
     o = linear_attention(**x, normalize=case["normalize"], lengths=lengths, **options, backend=backend)
-    return dict(zip(("o", "state"), o if options["causal"] else (o,), strict=False))
+    return dict(zip(("o", "state"), o if has_state(case) else (o,), strict=False))
 
 
 def make_favor(case: Case, size: Size) -> dict[str, Tensor]:
@@ -136,12 +145,12 @@ def make_favor(case: Case, size: Size) -> dict[str, Tensor]:
 
 
 def call_favor(case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    options: dict[str, Any] = {"causal": case["form"] != "both ways", "output_final_state": case["form"] != "both ways"}
+    options: dict[str, Any] = {"causal": case["form"] != "both ways", "output_final_state": has_state(case)}
     if case["form"] == STATE:
         options["initial_state"] = FavorState(x["sums"], x["log_scale"])
     lengths = lengths_of(case, Size(*x["q"].shape))
     o = favor_attention(x["q"], x["k"], x["v"], x["projection"], lengths=lengths, **options, backend=backend)
-    return {"o": o[0], "state": o[1].sums} if options["causal"] else {"o": o}
+    return {"o": o[0], "state": o[1].sums} if has_state(case) else {"o": o}
 
 
 CHUNK = 2
@@ -160,13 +169,13 @@ def make_gated(case: Case, size: Size) -> dict[str, Tensor]:
 
 def call_gated(case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     (B, T, _), causal = x["u"].shape, case["form"] != "both ways"
-    options: dict[str, Any] = {"causal": causal, "output_final_state": causal, "chunk_len": CHUNK}
+    options: dict[str, Any] = {"causal": causal, "output_final_state": has_state(case), "chunk_len": CHUNK}
     if case["form"] == STATE:
         held = [x[name] for name in ("memory", "held k_quad", "held k_lin", "held v")]
         options["initial_state"] = GatedAttentionState(*held, integers(case["position"], [3, 2][:B]))
     given = {name: x.get(name) for name in ("u", "q_quad", "k_quad", "q_lin", "k_lin", "v", "bias")}
     o = gated_attention(**given, lengths=lengths_of(case, Size(B, T, 1, 1)), **options, backend=backend)
-    return {"o": o[0]} | {f"state {n}": y for n, y in o[1]._asdict().items()} if causal else {"o": o}
+    return {"o": o[0]} | {f"state {n}": y for n, y in o[1]._asdict().items()} if has_state(case) else {"o": o}
 
 
 def make_vq(case: Case, size: Size) -> dict[str, Tensor]:
@@ -182,7 +191,7 @@ def make_vq(case: Case, size: Size) -> dict[str, Tensor]:
 
 def call_vq(case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     (B, T, H, _), S, causal = x["q"].shape, x["codebook"].shape[1], case["form"] != "both ways"
-    options: dict[str, Any] = {"causal": causal, "output_final_state": causal, "block_len": CHUNK}
+    options: dict[str, Any] = {"causal": causal, "output_final_state": has_state(case), "block_len": CHUNK}
     order = torch.arange(B * T * H).view(B, T, H)
     codes = order * 7 % 5 % S
     codes = {
@@ -199,7 +208,7 @@ def call_vq(case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]
     lengths = lengths_of(case, Size(B, T, H, 1))
     given = (x["q"], x["k"], x["v"], x["codebook"])
     y = vq_attention(*given, codes=codes, bias=x.get("bias"), lengths=lengths, **options, backend=backend)
-    return {"o": y[0], "state sums": y[1].sums, "state values": y[1].values} if causal else {"o": y}
+    return {"o": y[0], "state sums": y[1].sums, "state values": y[1].values} if has_state(case) else {"o": y}
 
 
 def make_scan(case: Case, size: Size) -> dict[str, Tensor]:
@@ -222,7 +231,7 @@ def call_scan(case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Tenso
     return dict(zip(("o", "o back" if reverse == "both" else "state"), h, strict=True))
 
 
-FORMS = {"form": ["causal", "both ways", STATE], "used": ["all", "o", "state"]}
+FORMS = {"form": ["causal", "both ways", STATE], "used": ["all", "o", "state", "o alone"]}
 OF_FORMS = {
     ("used", "state"): {"form": ["causal", STATE]},
     ("dtype", "state float16"): {"form": [STATE]},
@@ -324,7 +333,8 @@ OPERATIONS = {
 def cases(name: str, strength: int = 2) -> list[Case]:
     """Besides the combinations, a gradient is asked of each input alone, and of all others without it."""
     operation = OPERATIONS[name]
-    factors = {"layout": [*LAYOUTS, "mixed"], "lengths": ["none", *KINDS], "size": [*SIZES], **operation.factors}
+    factors = {"layout": [*LAYOUTS, "mixed"], "lengths": ["none", *KINDS], **operation.factors}
+    factors["size"] = [size for size in SIZES if " of " not in size]
     factors |= {f"d {asked}": [True, False] for asked in operation.asked}
     chosen = [
         {f"d {x}": (x == one) == alone for x in operation.asked} for one in operation.asked for alone in (True, False)
@@ -365,7 +375,9 @@ def run(name: str, case: Case, inputs: dict[str, Tensor], backend: str) -> dict[
     """Outputs, and the gradients that are asked for of what the loss takes."""
     inputs = {key: x.detach().requires_grad_(case.get(f"d {key}", False)) for key, x in inputs.items()}
     outputs = OPERATIONS[name].call(case, inputs, backend)
-    used = {"all": [*outputs], "o": ["o"], "state": [key for key in outputs if key != "o"]}[case.get("used", "all")]
+    used = {"all": [*outputs], "o": ["o"], "o alone": ["o"], "state": [key for key in outputs if key != "o"]}[
+        case.get("used", "all")
+    ]
     losses = {key: weights(outputs[key], case, index) for index, key in enumerate(used) if outputs[key].requires_grad}
     leaves = {key: x for key, x in inputs.items() if x.requires_grad}
     if not losses or not leaves:
@@ -407,6 +419,64 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str) -
 )
 def test_agrees_with_reference(name, case):
     check(name, case)
+
+
+def forms(name: str, **values: Any) -> list[Case]:
+    """One case of each form of an operation, with all gradients asked for."""
+    factors = OPERATIONS[name].factors
+    form = "direction" if name == "diagonal_scan" else "form"
+    plain = {"layout": "contiguous", "lengths": "int64", "size": ""} | {key: of[0] for key, of in factors.items()}
+    plain |= {"dtype": "float32"} | {f"d {asked}": True for asked in OPERATIONS[name].asked}
+    of_form = {"both": {"state": False}}
+    return [plain | {form: value} | of_form.get(value, {}) | values for value in factors[form]]
+
+
+def pairs(**values: Any) -> list[Any]:
+    return [pytest.param(name, x, id=f"{name}: {named(x)}") for name in OPERATIONS for x in forms(name, **values)]
+
+
+@pytest.mark.parametrize(("name", "case"), pairs())
+def test_lengths_beyond_the_ends_are_the_ends(name, case, monkeypatch):
+    """On a GPU, where no one looks at them. What lies around the inputs is neither read nor written."""
+    border, inputs, buffers = 64, given(name, case), []
+    for key, x in inputs.items():
+        buffers.append(x.new_full((x.numel() + 2 * border,), torch.nan))
+        buffers[-1][border:-border] = x.flatten()
+        inputs[key] = buffers[-1][border:-border].view(x.shape)
+    expected = run(name, case, inputs, "fused")
+    monkeypatch.setattr(common, "_can_be_looked_at", lambda lengths: False)
+    actual = run(name, case | {"lengths": "beyond"}, inputs, "fused")
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    assert all(buffer[:border].isnan().all() and buffer[-border:].isnan().all() for buffer in buffers)
+
+
+class _Calls(TorchDispatchMode):
+    """Of registered operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if operator.namespace == "seqzoo":
+            self.made.append((operator, arguments, keywords))
+        return operator(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *pairs(size="one sequence", layout="time first", codes="int32"),
+        *pairs(size="one sequence of one head", layout="heads first", codes="int32"),
+    ],
+)
+def test_graphs_are_told_what_comes_out(name, case):
+    """Where tensors have the odd strides that dimensions of size 1 may have, and with codes in 32 bits."""
+    with _Calls() as calls:
+        run(name, case, given(name, case), "fused")
+    assert len(calls.made) == 2
+    for operator, arguments, keywords in calls.made:
+        torch.library.opcheck(operator, arguments, keywords, test_utils="test_faketensor")
 
 
 @pytest.mark.slow
