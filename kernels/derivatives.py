@@ -69,10 +69,11 @@ def differentiable(operator: CustomOpDef, plain: Callable[..., Sequence[Tensor |
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
         ctx.others = tuple(None if isinstance(x, Tensor) else x for x in inputs)
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
 
-    def gradient_of_gradient(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def gradient_of_gradient(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = [y if x is None else x for x, y in zip(ctx.saved_tensors, ctx.others, strict=True)]
         return _second(plain, arguments, ctx.needs_input_grad, upstream)
 
@@ -101,11 +102,12 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, written: Any, plain: Any, *arguments: Any) -> Any:
         ctx.plain = plain
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arguments)
         return tuple(written())
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *_second(ctx.plain, ctx.saved_tensors, ctx.needs_input_grad[2:], upstream)
 
 

@@ -403,9 +403,10 @@ def _(do, q, k, v, scales, scale, lengths, position, o, log_sum, causal):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, scales, ctx.scale, lengths, position, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, scales, lengths, position, *output)
+    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, do: Tensor, _: None) -> tuple[Tensor | None, ...]:
     q, k, v, scales, lengths, position, o, log_sum = ctx.saved_tensors
     gradients = _written(do, q, k, v, scales, ctx.scale, lengths, position, o, log_sum, ctx.causal)
     return *gradients, *(None,) * 5

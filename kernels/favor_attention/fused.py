@@ -21,6 +21,7 @@ float32 on the matrix unit: three TF32 products for float32, one for float16, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -723,8 +724,8 @@ def _favor_attention(
 @torch.library.custom_op("seqzoo::favor_attention_fused_backward", mutates_args=())
 def _favor_attention_backward(
     do: Tensor,
-    d_last_sums: Tensor,
-    d_last_norm: Tensor,
+    d_last_sums: Tensor | None,
+    d_last_norm: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -764,7 +765,7 @@ def _favor_attention_backward(
     _launch(_feature_kernel, cut, cut.config("feature"), (q, do, projection, before, log_sum, delta, *d_seen, lengths))
     d_start = State(*(q.new_empty(0, dtype=torch.float32) for _ in range(2)))
     if causal:
-        d_last = State(d_last_sums.contiguous(), d_last_norm.contiguous())
+        d_last = contiguous(d_last_sums, d_last_norm)
         d_behind, d_first = _carry(d_last, d_seen, None, _fades(tops), keep=True, down=True)
         d_start = d_start if sums is None else d_first
     else:
@@ -797,9 +798,13 @@ def _(do, d_last_sums, d_last_norm, q, k, v, projection, sums, norm, *_):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.causal = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, do: Tensor, _: Tensor, d_sums: Tensor, d_norm: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(
+    ctx: Any, do: Tensor | None, _: None, d_sums: Tensor | None, d_norm: Tensor | None, __: None
+) -> tuple[Tensor | None, ...]:
+    do = torch.zeros_like(ctx.saved_tensors[8]) if do is None else do
     *gradients, d_first_sums, d_first_norm = _written(do, d_sums, d_norm, *ctx.saved_tensors, ctx.causal)
     starts = ctx.needs_input_grad[4]
     return *gradients, None, d_first_sums if starts else None, d_first_norm if starts else None, *(None,) * 3
@@ -807,8 +812,8 @@ def _gradient(ctx: Any, do: Tensor, _: Tensor, d_sums: Tensor, d_norm: Tensor, _
 
 def _plain(
     do: Tensor,
-    d_last_sums: Tensor,
-    d_last_norm: Tensor,
+    d_last_sums: Tensor | None,
+    d_last_norm: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -859,7 +864,7 @@ def _states(
     start = torch.full_like(top[:, :, 0], -torch.inf) if log_scale is None else log_scale
     tops = torch.cat([start[:, :, None], top], 2).cummax(2).values  # [B, H, segments + 1, M]
     gains = (top - _or_zero(tops[:, :, 1:])).exp()
-    first = None if sums is None or norm is None else State(sums.contiguous(), norm.contiguous())
+    first = contiguous(sums, norm)
     before, last = _carry(first, added, gains, _fades(tops), keep=causal)
     return States(before if causal else last, tops, last, None if steep is None else steep.any(2))
 
@@ -874,13 +879,13 @@ def _or_zero(maximum: Tensor) -> Tensor:
 
 
 def _carry(
-    first: State | None, added: State, gains: Tensor | None, fades: Tensor, *, keep: bool, down: bool = False
+    first: Sequence[Tensor | None], added: State, gains: Tensor | None, fades: Tensor, *, keep: bool, down: bool = False
 ) -> tuple[State, State]:
     """What each segment starts from, if it is to be kept, and what the last one ends with."""
     kept: list[Any] = [torch.empty_like(x) if keep else None for x in added]
     last = [torch.empty_like(x[:, :, 0]) for x in added]
     B, H, segments, M = fades.shape
-    for start, add, carried, end in zip(first or (None, None), added, kept, last, strict=True):
+    for start, add, carried, end in zip(first, added, kept, last, strict=True):
         width = add.shape[4] if add.dim() == 5 else 1
         launch(
             _carry_kernel,

@@ -523,10 +523,11 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, chunk_len, causal, scale = inputs
     ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
     ctx.options = chunk_len, causal, scale
 
 
-def _gradient(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, do: Tensor, _: None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[6:8]
     *gradients, d_bias, d_initial = _written(do, *ctx.saved_tensors, *ctx.options, *wanted)
     return *gradients, d_bias if wanted[0] else None, d_initial if wanted[1] else None, *(None,) * 5

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -296,7 +297,7 @@ def _(q, k, v, log_decay, initial_state, lengths, causal, normalize, output_fina
 @torch.library.custom_op("seqzoo::linear_attention_fused_backward", mutates_args=())
 def _linear_attention_backward(
     do: Tensor,
-    d_state: Tensor,
+    d_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -322,7 +323,7 @@ def _linear_attention_backward(
     d_initial, dg = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
     if causal:
         start = _split(initial_state, normalize)
-        d_end = _split(d_state if output_final_state else None, normalize)
+        d_end = _split(d_state, normalize)
         dq, _ = _run(p, v, k, g=log_decay, start=_transposed(start), q_more=dn, **options)
         options |= {"g": log_decay, "late": True, "down": True}
         dk, d_start = _run(v, p, q, start=_transposed(d_end), k_more=dn, want_end=start is not None, **options)
@@ -337,7 +338,7 @@ def _linear_attention_backward(
         dv, _ = _run(k, q, p, start=State(d_end.memory.mT.contiguous()), **options)
     if decay_needs_gradient:
         assert log_decay is not None
-        dg = _decay_gradient(q, dq, k, dk, lengths, (state * d_state).sum((-2, -1)) if output_final_state else None)
+        dg = _decay_gradient(q, dq, k, dk, lengths, None if d_state is None else (state * d_state).sum((-2, -1)))
         dg = dg.sum((0, 1)) if log_decay.dim() == 1 else dg.masked_fill(log_decay == -torch.inf, 0)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dg, d_initial
 
@@ -353,10 +354,12 @@ def _(do, d_state, q, k, v, log_decay, initial_state, lengths, o, state, inverse
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, causal, normalize, output_final_state = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
     ctx.options = causal, normalize, output_final_state
 
 
-def _gradient(ctx: Any, do: Tensor, d_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, do: Tensor | None, d_state: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    do = torch.zeros_like(ctx.saved_tensors[6]) if do is None else do
     decays, starts = ctx.needs_input_grad[3:5]
     dq, dk, dv, dg, d_initial = _written(do, d_state, *ctx.saved_tensors, *ctx.options, decays)
     return dq, dk, dv, dg if decays else None, d_initial if starts else None, *(None,) * 4
@@ -364,7 +367,7 @@ def _gradient(ctx: Any, do: Tensor, d_state: Tensor, _: Tensor) -> tuple[Tensor 
 
 def _plain(
     do: Tensor,
-    d_state: Tensor,
+    d_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -400,10 +403,24 @@ def _decay_gradient(
     rounding. `of_last` [B, H] is the last state times its gradient.
     """
     change = zero_padding((q * dq).sum(-1) - (k * dk).sum(-1), lengths)
-    dg = change.flip(1).cumsum(1, dtype=torch.float64).flip(1)
+    dg = _sum_to_the_end(change.double())
     if of_last is not None:
         dg = dg + of_last[:, None]
     return zero_padding(dg.float(), lengths)
+
+
+def _sum_to_the_end(x: Tensor) -> Tensor:
+    """Of x [B, T, H] at each step and all later ones.
+
+    Products with triangles of ones: on a GPU a cumulative sum, of a single row at least, depends on which program comes
+    first.
+    """
+    T, n = x.shape[1], 256
+    blocks = F.pad(x.transpose(1, 2), (0, -T % n)).unflatten(-1, (-1, n))  # [B, H, T / n, n]
+    later = x.new_ones(n, n).tril()
+    behind = x.new_ones(blocks.shape[2], blocks.shape[2]).tril(-1)
+    sums = blocks @ later + (blocks.sum(-1) @ behind)[..., None]
+    return sums.flatten(2)[..., :T].transpose(1, 2)
 
 
 def _split(state: Tensor | None, normalize: bool) -> State | None:

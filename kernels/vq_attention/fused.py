@@ -777,9 +777,10 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, codebook, codes, bias, past_sums, _, first, last, ctx.block_len, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, codebook, codes, bias, past_sums, first, last, *output)
+    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, do: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     saved, (biased, resumed) = ctx.saved_tensors, ctx.needs_input_grad[5:7]
     dq, dk, dv, d_bias, d_past = _written(do, *saved, ctx.block_len, ctx.causal, biased, resumed)
     bias = saved[5]

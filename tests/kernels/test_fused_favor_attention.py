@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton.language as tl
 from agreement import assert_close
 from fused_cases import DEVICE, awkward, poisoned, wide
 from torch import Tensor
@@ -110,7 +109,7 @@ def test_time_in_segments(causal, monkeypatch):
 
 def test_pairs_one_by_one(monkeypatch):
     """What only steep keys call for, at sizes where errors show."""
-    monkeypatch.setattr(fused, "SAFE_RISE", tl.constexpr(2.0))
+    monkeypatch.setattr(fused, "SAFE_RISE", 2.0)
     monkeypatch.setattr(fused, "SEGMENT", 64)
     check(make(2, 70, 1, 8, 20, 5, state=True), causal=True, state=True, lengths=[70, 21])
 
