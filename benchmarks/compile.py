@@ -127,29 +127,48 @@ def table(rows: list[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def threads_table(rows: list[Compiled]) -> str:
+    """What threads of a program share, and what holds their accesses to it apart."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        for shared in row.shared_by_threads:
+            held = shared.exempt or shared.unordered or "a barrier"
+            held = f"**nothing: {held}**" if shared.wrong else held
+            found.setdefault((row.operation, row.kernel, shared.name, held), []).append(row.architecture)
+    lines = ["| operation | kernel | shared | held apart by | sm | compilations |", "|---|---|---|---|---|---|"]
+    for what, architectures in found.items():
+        cells = (*what, " ".join(map(str, sorted(set(architectures)))), len(architectures))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted(launches.CALLS))
     parser.add_argument("--cover", action="store_true", help="compile a few in which every setting occurs")
     parser.add_argument("--architecture", type=int, action="append", choices=ARCHITECTURES, help="of these only")
-    parser.add_argument("--out", type=Path, help="folder for compile.md and compile.json", default=Path("results"))
+    parser.add_argument("--out", type=Path, help="folder for what is written", default=Path("results"))
     options = parser.parse_args()
 
     for operation in [options.only] if options.only else launches.CALLS:
         for architecture in options.architecture or (COVERED if options.cover else ARCHITECTURES):
             chosen = launches.of_operation(operation, architecture)
             if options.cover or architecture not in COVERED:
-                chosen = launches.covering(chosen)
+                chosen = launches.covering(chosen, architecture)
             WORK.extend((operation, launch, architecture) for launch in chosen)
     with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
-        rows = list(pool.map(compiled, range(len(WORK))))
-    faults = [f"{r.kernel} on sm_{r.architecture} {wrong(r)}: {r.configuration}" for r in rows if wrong(r)]
-    print(*faults, sep="\n", file=sys.stderr)
-    print(f"{len(rows)} compilations, {len(faults)} faults")
+        rows, faults = [], 0
+        for row in pool.map(compiled, range(len(WORK))):
+            rows.append(row)
+            if wrong(row):
+                faults += 1
+                print(f"{row.kernel} on sm_{row.architecture} {wrong(row)}: {row.configuration}", file=sys.stderr)
+    print(f"{len(rows)} compilations, {faults} faults")
     options.out.mkdir(parents=True, exist_ok=True)
     record = {**provenance.of_benchmark({"triton": triton.__version__}), "rows": [asdict(row) for row in rows]}
     (options.out / "compile.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.out / "compile.md").write_text(table(rows))
+    (options.out / "races.md").write_text(threads_table(rows))
     return 1 if faults else 0
 
 

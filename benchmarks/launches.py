@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -20,8 +20,10 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from seqzoo.kernels import backends
+from seqzoo.kernels.blocks import Blocks, Key
 
 MULTIPROCESSORS = 132
+EVERY_ROW = (80, 86, 89, 90)  # architectures of which every row of the tables is in a covering
 WORDS = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -43,48 +45,77 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]  # arguments that are multiples of 16
     options: tuple[tuple[str, Any], ...]
+    row: Key | None = field(compare=False, default=None)  # of the table, that its sizes were read from
+    spilled: bool = field(compare=False, default=False)  # once
 
     @property
     def arguments(self) -> list[str]:
         """Those that are no constants."""
         return [name for name, kind in self.types if kind != "constexpr"]
 
+    @property
+    def width(self) -> int:
+        """The sizes that it is compiled for, added up."""
+        return sum(value for _, value in self.constants if _is_size(value))
+
     def __str__(self) -> str:
         pointers = [f"{name}={kind[1:]}" for name, kind in self.types if kind.startswith("*") and "i" not in kind]
         return " ".join([*pointers, *(f"{name}={value}" for name, value in (*self.constants, *self.options))])
 
 
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Spilled(partial):  # type: ignore[type-arg]
+    """A call of which a kernel had more values than registers, with the sizes of its time: always compiled again."""
+
+    kernel: str
+
+
+def spilled(kernel: str, *call: Any) -> Spilled:
+    found = Spilled(*call)
+    found.kernel = kernel
+    return found
+
+
 def of_operation(operation: str, architecture: int) -> list[Launch]:
     """Each kind of launch once, those of `backends.FEW_WARPS` behind the others."""
-    with noting(architecture) as usual:
+    found: dict[Launch, Launch] = {}
+    for few_warps in (False, True):
         for call in CALLS[operation]():
-            call()
-    with noting(architecture, few_warps=True) as narrow:
-        for call in CALLS[operation]():
-            call()
-    return list(dict.fromkeys(usual + narrow))
+            with noting(architecture, few_warps) as launches:
+                call()
+            for launch in launches:
+                once = isinstance(call, Spilled) and call.kernel == launch.kernel.__name__
+                found.setdefault(launch, replace(launch, spilled=once))
+    return list(found.values())
 
 
 @contextmanager
 def noting(architecture: int, few_warps: bool = False) -> Iterator[list[Launch]]:
-    """Launches inside are put on the list, each kind once, and none is made."""
-    launches: dict[Launch, None] = {}
+    """Launches inside are put on the list, and none is made."""
+    found: list[Launch] = []
+    rows: list[Key] = []
+    best = Blocks._best
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        launches[note(self, arguments, keywords)] = None
+        found.append(note(self, arguments, keywords, rows[-1] if rows else None))
 
-    found: list[Launch] = []
+    def of(self: Any, kernel: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Any:
+        rows.append(best(self, kernel, architecture, str(dtype).removeprefix("torch."), width, few_warps))
+        return self.rows[rows[-1]]
+
     with (
         mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(Blocks, "of", of),
         mock.patch.object(backends, "architecture", return_value=architecture),
         mock.patch.object(backends, "multiprocessors", return_value=MULTIPROCESSORS),
-        mock.patch.object(backends, "FEW_WARPS", few_warps),
     ):
         yield found
-    found += launches
 
 
-def note(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Launch:
+def note(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], row: Key | None = None) -> Launch:
     """What Triton would specialise the kernel for."""
     given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **keywords}
     types, constants, divisible = [], [], []
@@ -103,17 +134,31 @@ def note(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> L
             types.append((parameter.name, "i32" if abs(value) < 2**31 else "i64"))
             if fixed and value % 16 == 0:
                 divisible.append(index)
-    return Launch(kernel, tuple(types), tuple(constants), tuple(divisible), tuple(sorted(given.items())))
+    return Launch(kernel, tuple(types), tuple(constants), tuple(divisible), tuple(sorted(given.items())), row)
 
 
-def covering(launches: list[Launch]) -> list[Launch]:
-    """Some of them, in which each kernel still has every type of argument, constant and option that it has in all."""
+def covering(launches: list[Launch], architecture: int) -> list[Launch]:
+    """Some of them: of each kernel the widest heads of each row of its table, or of each dtype where that has to do.
+
+    For sm_90 also what spilled once, each switch, each argument with it and without, and the rows with few warps, which
+    all architectures have in common.
+    """
+    hopper = architecture == 90
+
+    def row(launch: Launch) -> tuple[Any, ...]:
+        if hopper and launch.spilled:
+            return (launch,)
+        return launch.kernel, launch.row if architecture in EVERY_ROW else dict(launch.constants).get("PRECISION")
 
     def settings(launch: Launch) -> set[tuple[Any, ...]]:
-        return {(launch.kernel, *setting) for setting in (*launch.types, *launch.constants, *launch.options)}
+        switches = [(name, value) for name, value in launch.constants if not _is_size(value)]
+        given = [(name, "given") for name in launch.arguments]
+        return {(launch.kernel, *setting) for setting in (*switches, *given)}
 
-    wanted = set().union(*map(settings, launches))
-    chosen = []
+    if not hopper:
+        launches = [launch for launch in launches if launch.row is None or not launch.row.few_warps]
+    chosen = list({row(launch): launch for launch in sorted(launches, key=lambda launch: launch.width)}.values())
+    wanted = set().union(*map(settings, launches)) - set().union(*map(settings, chosen)) if hopper else set()
     while wanted:
         chosen.append(max(launches, key=lambda launch: len(settings(launch) & wanted)))
         wanted -= settings(chosen[-1])
@@ -190,9 +235,12 @@ def linear_attentions() -> Calls:
         lengths, options = integers(B) if padded else None, (causal, normalize, state)
         o, last, inverse = fused._linear_attention._init_fn(q, k, v, g, initial, lengths, *options)
         fused._linear_attention_backward._init_fn(
-            o, last, q, k, v, g, initial, lengths, o, last, inverse, *options, g is not None
+            o, last if state else None, q, k, v, g, initial, lengths, o, last, inverse, *options, g is not None
         )
 
+    yield spilled("_linear_kernel", both, 64, 1024, 2, 256, 256, torch.bfloat16, "none", True, True)
+    yield spilled("_linear_kernel", both, 64, 1024, 8, 16, 256, torch.bfloat16, "head", True, False)
+    yield spilled("_linear_kernel", both, 64, 1024, 8, 16, 128, torch.bfloat16, "step", True, False)
     most = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 64}
     for dtype, D in widths(most):
         for decay, causal, normalize in (
@@ -225,6 +273,7 @@ def favor_attentions() -> Calls:
         o, log_sum, *last = fused._favor_attention._init_fn(*arguments, causal)
         fused._favor_attention_backward._init_fn(o, *last[:2], *arguments, o, log_sum, *last, causal)
 
+    yield spilled("_key_kernel", both, 2, 300, 2, 128, 100, torch.float16, True, True)
     for dtype, D in widths({torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}):
         yield partial(both, 2, 300, 2, D, 100, dtype, True, True)
     for dtype, causal in product((torch.bfloat16, torch.float32), (False, True)):
@@ -255,6 +304,8 @@ def vq_attentions() -> Calls:
             outputs[0], q, k, v, codebook, codes, bias, past[0], first, last, *outputs, L, causal, options, resumed
         )
 
+    for dtype in (torch.bfloat16, torch.float16):
+        yield spilled("_forward_kernel", both, 16, 32, dtype, True, True, 40, 33, 2)
     for dtype, D in (*product(FLOATS, (16, 32, 64, 128, 256)), (torch.bfloat16, 512)):
         k, codebook = meta(32, 1024, 1, D, dtype=dtype), meta(1, 512, D, dtype=dtype)
         yield partial(nearest.nearest_code_fused._init_fn, k, codebook, None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 LOCATION = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)")
 ALIAS = re.compile(r"^(#\w+) = (.*)$")
 VALUE = re.compile(r"%\w+(?:#\d+)?")
-ASSIGNED = re.compile(r"^(%\w+)(?::(\d+))? = ")
+ASSIGNED = re.compile(r"^((?:%\w+(?::\d+)?(?:, )?)+) = ")
 NAME = re.compile(r'^"?([a-z_]\w*\.[\w.]+)"?')
 ARGUMENT = re.compile(r"(%\w+): ([^,{)]+(?:<[^>]*>+)?)")
 TENSOR = re.compile(r"tensor<((?:\d+x)+)!?[\w.]+(?:<[^<>]*(?:<[^<>]*>)?[^<>]*>)?(?:, (#\w+(?:<.*?>)?))?>")
@@ -121,9 +121,9 @@ class Kernel:
         operation = Operation(found[1], operands, kind, VALUE.sub("", body or rest))
         self.operations.append(operation)
         if assigned:
-            count = int(assigned[2] or 1)
-            names = [assigned[1]] if assigned[2] is None else [f"{assigned[1]}#{n}" for n in range(count)]
-            operation.results = [self._define(name, operation) for name in names]
+            for name, _, count in (part.partition(":") for part in assigned[1].split(", ")):
+                names = [f"{name}#{n}" for n in range(int(count))] if count else [name]
+                operation.results += [self._define(each, operation) for each in names]
         if rest.endswith("{"):
             self._open(operation)
             self._carry(operation, carried)

@@ -6,6 +6,7 @@ kernels and prints what was found.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -148,6 +149,58 @@ def test_what_is_out_of_order_is_found(found, case):
         assert expected in shared["unordered"]
         assert bool(shared["unordered"]) == bool(expected)
         assert shared["exempt"] == ""
+
+
+PRODUCTS = """
+.visible .entry kernel(
+    .param .u64 .ptr .global .align 1 kernel_param_0
+)
+{
+    .reg .b64 %rd<2>;
+    ld.param.b64 %rd1, [kernel_param_0];
+$L__BB0_1:                              // =>This Inner Loop Header: Depth=1
+    cp.async.wait_group 0;
+    bar.sync 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, %rd2, %rd3, %p1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned WAIT;
+    BARRIER
+    cp.async.cg.shared.global [ %r9 + 0 ], [ %rd1 + 0 ], 0x10, %r8;
+    cp.async.commit_group;
+    @%p2 bra $L__BB0_1;
+    ret;
+}
+"""
+PIPELINED = "ttng.warp_group_dot_wait %0 {pendings = 1 : i32}\nttg.async_copy_global_to_local"
+EARLY_COPY = "a copy after a wait for some"
+FUNCTION = "tt.func public @kernel(%x: !tt.ptr<bf16>) {\n}"
+
+
+@pytest.fixture
+def races(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("generated.races")
+
+
+@pytest.mark.parametrize(
+    ("barrier", "num_warps", "expected"),
+    [("", 8, [EARLY_COPY]), ("bar.sync 0;", 8, [""]), ("bar.sync 1, 128;", 8, [EARLY_COPY]), ("", 4, [])],
+    ids=["no barrier", "a barrier", "a barrier of some threads", "one warpgroup"],
+)
+def test_copies_wait_for_products_of_both_warpgroups(races, barrier, num_warps, expected):
+    asm = {"ttir": FUNCTION, "ttgir": PIPELINED, "ptx": PRODUCTS.replace("WAIT", "1").replace("BARRIER", barrier)}
+    found = races.of_kernel(["x"], asm, num_warps)
+    assert [shared.unordered for shared in found] == expected
+    assert all(shared.wrong == bool(shared.unordered) for shared in found)
+
+
+@pytest.mark.parametrize(
+    "instruction", ["call.uni helper, (%rd1)", "cp.async.bulk.shared.global [%r1], [%rd1], 16, [%r2]"]
+)
+def test_what_is_not_understood_is_an_error(races, instruction):
+    text = PRODUCTS.replace("WAIT", "1").replace("BARRIER", f"{instruction};")
+    with pytest.raises(ValueError, match="not understood"):
+        races.accesses(races.ptx.Program(text), 0)
 
 
 def main(architecture: int) -> None:
