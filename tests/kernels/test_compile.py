@@ -5,9 +5,11 @@ On every change a covering set; `-m slow`, every configuration of every kernel.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,10 @@ def test_compiles_without_a_gpu(operation, extent, tmp_path):
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     assert f"| {operation} |" in (tmp_path / "compile.md").read_text()
+    wanted = defaultdict(set)
+    for row in json.loads((tmp_path / "compile.json").read_text())["rows"]:
+        wanted[row["architecture"]].add((row["kernel"], row["configuration"], row["shared"]))
+    assert {80, 90, 100, 120} <= wanted.keys()
+    # What holds for the memory that sm_80's programs want holds for these, which read the same rows.
+    assert wanted[86] <= wanted[80]
+    assert wanted[89] <= wanted[80]
