@@ -8,14 +8,15 @@ from typing import Any
 from . import ir
 
 CONVERTED = {"arith.extsi", "tt.splat", "ttg.convert_layout"}  # the same numbers
+MASK = {"tt.load": 1, "tt.store": 2}  # which operand, where there is one
 
 
 def one_thread(ttgir: str, argument: int) -> str:
     """Why every element of an argument is one thread's, nothing if that cannot be shown.
 
-    It is so if all accesses have one layout, in which an element has one owner, and go to base + multiple · extent +
-    offset, with an offset for each element, the same in all, from 0 to below the extent, the same in all: then an
-    address has one offset, which has one owner. Or if even the base is the same in all.
+    It is so if all accesses have one layout, in which an element has one owner, and go to base + offset with an offset
+    for each element, and all of these the same in all accesses and at all times: then an address has one offset, which
+    has one owner. Bases may be different multiples of an extent that offsets, from 0 on, are below.
     """
     kernel = ir.Kernel(ttgir)
     accesses = [
@@ -23,38 +24,33 @@ def one_thread(ttgir: str, argument: int) -> str:
         for operation in kernel.accesses(ir.READS | ir.WRITES)
         if kernel.arguments[argument] in ir.pointers(operation.operands[0])
     ]
-    if any(operation.name not in ("tt.load", "tt.store") for operation in accesses):
+    if any(operation.name not in MASK for operation in accesses):
         return ""  # a copy is not in order with what the thread that starts it wrote
-    places = [Place(operation, kernel.aliases) for operation in accesses]
+    places = [Place(operation, kernel) for operation in accesses]
     first = places[0]
-    if not first.owned or not first.counts or any(place.cell != first.cell for place in places):
-        return ""
-    if all(place.base == first.base for place in places) or (
-        first.extent is not None and all(place.extent == first.extent for place in places)
-    ):
+    if first.owned and first.cell is not None and all(place.cell == first.cell for place in places):
         return f"one thread writes and reads an element, {first.layout}"
     return ""
 
 
 class Place:
-    """Where an access goes: addptr(splat(addptr(argument, base)), offset), where it has that form."""
+    """Where an access goes."""
 
-    def __init__(self, access: ir.Operation, aliases: dict[str, str]) -> None:
-        self.shape, self.layout = access.tensor(aliases)
-        self.counts = False  # whether each element has an offset of its own
-        self.offset = self.base = self.extent = None
-        address = access.operands[0].made_by
-        if address is None or address.name != "tt.addptr" or not _is(address.operands[0], "tt.splat"):
+    cell: tuple[Any, ...] | None = None  # equal where elements have equal addresses but for multiples; None: not known
+
+    def __init__(self, access: ir.Operation, kernel: ir.Kernel) -> None:
+        self.shape, self.layout = access.tensor(kernel.aliases)
+        self._access, self._kernel = access, kernel
+        address = made(access.operands[0], "tt.addptr")  # addptr(splat(base), offset)
+        splat = made(address.operands[0], "tt.splat") if address else None
+        if address is None or splat is None:
             return
-        start, offset = address.operands[0].made_by.operands[0], address.operands[1]  # type: ignore[union-attr]
-        self.base, self.offset = term(start), term(offset)
-        self.counts = _counts(offset)
-        if _is(start, "tt.addptr") and start.made_by.operands[0].pointer and _from_zero(offset):  # type: ignore[union-attr]
-            self.extent = self._extent(start.made_by.operands[1], access)  # type: ignore[union-attr]
-
-    @property
-    def cell(self) -> tuple[Any, ...]:
-        return self.shape, self.layout, self.offset
+        base, offset = splat.operands[0], address.operands[1]
+        if not self._counts(offset) or not self._fixed(offset):
+            return
+        where = term(base) if self._fixed(base) else self._extent(base, offset)
+        if where is not None:
+            self.cell = self.shape, self.layout, term(offset), where
 
     @property
     def owned(self) -> bool:
@@ -64,28 +60,54 @@ class Place:
             return False
         return all(extent >= a * b * c for extent, a, b, c in zip(self.shape, *sizes[:3], strict=True))
 
-    def _extent(self, base: ir.Value, access: ir.Operation) -> Any:
-        """What `base` is a multiple of, if the mask keeps offsets below it."""
-        if not _is(base, "arith.muli") or len(access.operands) < 2:
-            return None
-        factors = [term(value) for value in base.made_by.operands]  # type: ignore[union-attr]
-        for bound in self._bounds(access):
-            if bound in factors:
-                return bound
-        return None
+    def _fixed(self, value: ir.Value) -> bool:
+        """Whether it is the same at all times: made of the kernel's arguments and constants alone."""
+        operation = value.made_by
+        if operation is None:
+            return value in self._kernel.arguments
+        if operation.name in ir.READS or operation.name.startswith("scf."):
+            return False
+        return all(map(self._fixed, operation.operands))
 
-    def _bounds(self, access: ir.Operation) -> list[Any]:
+    def _counts(self, value: ir.Value) -> bool:
+        """Whether it is different in every element: a range, with the same number added to all of it."""
+        operation = value.made_by
+        if operation is None:
+            return False
+        if operation.name in ("arith.extsi", "ttg.convert_layout"):
+            return self._counts(operation.operands[0])
+        if operation.name == "arith.addi":
+            pair = operation.operands
+            return any(self._counts(one) and made(other, "tt.splat") for one, other in (pair, pair[::-1]))
+        return operation.name == "tt.make_range"
+
+    def _extent(self, base: ir.Value, offset: ir.Value) -> Any:
+        """What the base, addptr(argument, multiple · extent), is a multiple of, if offsets are from 0 to below that."""
+        address = made(base, "tt.addptr")
+        product = made(address.operands[1], "arith.muli") if address and self._fixed(address.operands[0]) else None
+        if address is None or product is None or not never_negative(offset):
+            return None
+        factors = [term(value) for value in product.operands if self._fixed(value)]
+        bounds = (bound for bound in self._bounds(offset) if bound in factors)
+        return next(bounds, None)
+
+    def _bounds(self, offset: ir.Value) -> list[Any]:
         """What the mask says that the offset is below."""
-        waiting, found = [operand.made_by for operand in access.operands[1:]], []
+        waiting, found = self._access.operands[MASK[self._access.name] :][:1], []
         while waiting:
-            operation = waiting.pop()
+            operation = waiting.pop().made_by
             if operation is None:
                 continue
             if operation.name == "arith.andi":
-                waiting += [value.made_by for value in operation.operands]
-            elif operation.text.startswith("arith.cmpi slt") and term(operation.operands[0]) == self.offset:
+                waiting += operation.operands
+            elif operation.text.startswith("arith.cmpi slt") and term(operation.operands[0]) == term(offset):
                 found.append(term(operation.operands[1]))
         return found
+
+
+def made(value: ir.Value, name: str) -> ir.Operation | None:
+    """The operation that a value is the result of, if it is of that name."""
+    return value.made_by if value.made_by is not None and value.made_by.name == name else None
 
 
 def term(value: ir.Value) -> Any:
@@ -98,32 +120,14 @@ def term(value: ir.Value) -> Any:
     return operation.text, *map(term, operation.operands)
 
 
-def _is(value: ir.Value, name: str) -> bool:
-    return value.made_by is not None and value.made_by.name == name
-
-
-def _counts(value: ir.Value) -> bool:
-    """Whether it is different in every element: a range, with the same number added to all of it."""
-    operation = value.made_by
-    if operation is None:
-        return False
-    if operation.name in CONVERTED - {"tt.splat"}:
-        return _counts(operation.operands[0])
-    if operation.name == "arith.addi":
-        one, other = operation.operands
-        return (_counts(one) and _is(other, "tt.splat")) or (_counts(other) and _is(one, "tt.splat"))
-    return operation.name == "tt.make_range"
-
-
-def _from_zero(value: ir.Value) -> bool:
-    """Whether it is never negative."""
+def never_negative(value: ir.Value) -> bool:
     operation = value.made_by
     if operation is None:
         return False
     if operation.name == "arith.constant":
         return re.search(r"constant (dense<)?-", operation.text) is None
     if operation.name == "arith.remsi":
-        return _from_zero(operation.operands[0])
+        return never_negative(operation.operands[0])
     if operation.name in CONVERTED | {"arith.addi", "arith.muli", "arith.divsi"}:
-        return all(map(_from_zero, operation.operands))
+        return all(map(never_negative, operation.operands))
     return operation.name in ("tt.make_range", "tt.get_program_id")

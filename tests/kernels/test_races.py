@@ -88,6 +88,17 @@ def read_by_neighbours(scratch, out, N, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def moved_in_each_round(scratch, out, N, size, BLOCK: tl.constexpr):
+    """One expression says where it is read and written, but of different rounds, which lie one apart."""
+    at = tl.arange(0, BLOCK)
+    for step in range(N):
+        y = tl.load(scratch + step + at, mask=at < size, other=0.0)
+        tl.debug_barrier()
+        tl.store(scratch + step + at, y + 1, mask=at < size)
+        tl.store(out + step * size + at, y, mask=at < size)
+
+
+@triton.jit
 def read_by_copies(scratch, out, BLOCK: tl.constexpr):
     """Fewer elements than threads: each is written by one, and read by several."""
     at = tl.arange(0, BLOCK)
@@ -116,6 +127,7 @@ CASES = {
     "barrier before it is overwritten": (overwritten, ("fp32",) * 2, {"BARRIER": True}, ""),
     "pointers in loops and branches": (carried_pointer, ("fp32",) * 3, {}, FAULT),
     "read by neighbours": (read_by_neighbours, ("fp32",) * 2, {}, FAULT),
+    "moved in each round": (moved_in_each_round, ("fp32",) * 2, {}, FAULT),
     "read by several": (read_by_copies, ("fp32",) * 2, {"BLOCK": 64}, FAULT),
     "nothing is shared": (one_way, ("fp32", "fp32", "i64"), {}, None),
 }
