@@ -67,7 +67,7 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-class Spilled(partial):  # type: ignore[type-arg]
+class Spilled(partial):
     """A call of which a kernel had more values than registers, with the sizes of its time: always compiled again."""
 
     kernel: str

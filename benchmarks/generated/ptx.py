@@ -121,7 +121,7 @@ class Program:
         def of(operand: str) -> frozenset[int]:
             return frozenset().union(*(carried.get(name, frozenset()) for name in REGISTER.findall(operand)))
 
-        moves = []
+        moves: list[tuple[list[str], str]] = []
         for instruction in self.instructions:
             kind = instruction.name.split(".")[0]
             if not instruction.operands or instruction.operands[0].startswith("[") or kind == "setp":
@@ -135,9 +135,9 @@ class Program:
         changed = True
         while changed:
             changed = False
-            for into, others in moves:
-                added = of(others)
-                for name in into:
+            for names, from_where in moves:
+                added = of(from_where)
+                for name in names:
                     if not added <= carried.get(name, frozenset()):
                         carried[name] = carried.get(name, frozenset()) | added
                         changed = True
