@@ -293,7 +293,7 @@ def vq_attention(sizes: Sizes) -> Iterator[Case]:
 
         def making(m: Maker) -> Tensors:
             x = make(D, Dv, S, *shape, n, m)
-            return spoilt(x, ("q", "k", "v", "bias"), *stop) if odd and stop else x
+            return spoilt(x, ("q", "k", "v"), *stop) if odd and stop else x
 
         return Case(
             "vq_attention", label, width_class(max(D, Dv)), making,
@@ -410,9 +410,9 @@ def diagonal_scan(sizes: Sizes) -> Iterator[Case]:
 
     ways: dict[str, bool | str] = {"up": False, "down": True, "both ways": "both"}
     T, D = (700, 200) if sizes.extras else (sizes.short, 10)
-    shapes = {f"T={T}": (3, T, D), f"T={sizes.long} B=1": (1, sizes.long, 96 if sizes.extras else 8)}
+    shapes = {f"T={T}": (3, T, D)}
     if sizes.extras:
-        shapes[f"B={sizes.batch}"] = (sizes.batch, sizes.steps, 128)
+        shapes |= {f"T={sizes.long} B=1": (1, sizes.long, 96), f"B={sizes.batch}": (sizes.batch, sizes.steps, 128)}
     for label, shape in shapes.items():
         for kind, constant in (("constant", True), ("varying", False)):
             for way, reverse in ways.items():

