@@ -45,8 +45,8 @@ SHARES = {
     "compile": 0.1,
     "bench": 0.29,
     "sweep": 0.1,
-    "memcheck": 0.09,
-    "canary": 0.03,
+    "memcheck": 0.08,
+    "canary": 0.04,
 }
 SECONDS = {"checks": 90.0, "compile": 90.0, "bench": 45.0, "sweep": 30.0, "memcheck": 60.0, "canary": 30.0}  # of a task
 LOGS = ("checks", "bench", "sweep", "memcheck", "canary")
@@ -204,6 +204,7 @@ class Run:
         return Outcome("failed", f"exit {child.returncode}: {said[-300:]}")
 
     def canary(self, until: float) -> int:
+        self.first.end()
         rows = self.plan("on_gpu.canary:plan", until)
         return self.one_by_one("canary", "on_gpu.canary:sing", rows, until)
 

@@ -2,11 +2,13 @@
 
     workers.py  log.py    processes that may die of a task · rows of JSON, on disk before the next one is begun
     card.py               versions, sources, ceilings
-    cases.py  bounds.py   calls whose answer is known · how far from it a right kernel may lie
+    case.py  cases.py     a call whose answer is known · those that are checked
+    bounds.py             how far from the answer a right kernel may lie
     checks.py             a case, run and judged
     shapes.py  peers.py   what is timed · other people's kernels
     timing.py  bench.py   how · rows of times
     tables.py  sweep.py   the tables of block sizes · others beside them
+    memcheck.py           one call, for a tool to look over
     canary.py             what compilers were wrong about
     summary.py  apply.py  the table · what "auto" goes by from now on
 

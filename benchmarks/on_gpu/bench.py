@@ -16,7 +16,7 @@ from torch import Tensor
 from seqzoo.kernels import backends
 
 from . import timing
-from .cases import Maker
+from .case import Maker
 from .shapes import FEW_WARPS, Shape, every
 
 MOST_SETS = 4  # of inputs, in turn
@@ -95,7 +95,7 @@ def calls_of(
     maker = Maker(chosen.dtype, torch.device(timing.DEVICE))
     call = chosen.alternative(name, maker)
     torch.manual_seed(0)
-    sets = 1 if timing.SHAM else min(MOST_SETS, math.ceil(2 * _cache_bytes() / chosen.bytes))
+    sets = max(1, min(MOST_SETS, math.ceil(2 * timing.cache_bytes() / chosen.bytes)))
     inputs = [[x.requires_grad_(chosen.differentiable) for x in chosen.make(maker)] for _ in range(sets)]
     with warnings.catch_warnings(), mock.patch.object(backends, "FEW_WARPS", name == FEW_WARPS):
         warnings.simplefilter("ignore")
@@ -110,8 +110,3 @@ def calls_of(
         forward = [lambda x=x: call(*x) for x in inputs]
         backward = [lambda x=x: both(x) for x in inputs] if chosen.differentiable else []
         yield forward, backward, chosen, sets
-
-
-@cache
-def _cache_bytes() -> int:
-    return torch.cuda.get_device_properties(0).L2_cache_size

@@ -39,7 +39,7 @@ def describe() -> dict[str, Any]:
         "card": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": properties.total_memory / 2**30,
-        "l2_mib": properties.L2_cache_size / 2**20,
+        "l2_mib": timing.cache_bytes() / 2**20,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "driver": _said_by("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"),

@@ -1,15 +1,10 @@
-"""Calls of every operation whose answer is known in float64: what is checked.
-
-A case makes its tensors in a dtype, and calls the operation with them in a form. All that are of floating point get
-gradients, but for those it names as constant.
-"""
+"""Calls of every operation with everything that shapes what its kernels do: widths, lengths, states, cuts of time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,55 +12,11 @@ from torch import Tensor
 from seqzoo import kernels
 from seqzoo.kernels.measured import width_class
 
-Tensors = dict[str, Tensor]
-HALVES = (torch.bfloat16, torch.float16)
-FLOATS = (*HALVES, torch.float32)
+from .case import FLOATS, Case, Maker, Sizes, Tensors, ends, in_two_calls, spoilt
+
 CAUSAL = {"causal": True, "both ways": False}
-WIDE = {torch.complex64: torch.complex128}  # of others, float64
-
-
-@dataclass(frozen=True)
-class Case:
-    operation: str
-    label: str
-    width: int  # the class it counts for
-    make: Callable[[Maker], Tensors]
-    call: Callable[[Tensors, str], Tensors]  # of the tensors and the form
-    terms: int  # of its longest sum
-    linear: tuple[str, ...]  # tensors that results are linear in
-    constant: tuple[str, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = FLOATS
-    exact: str = "reference"  # the form that is right in float64
-    only: tuple[int, ...] | None = None  # sequences whose results are compared; all tensors begin with those, then
-    roundings: int = 8  # to the dtype, at most, on the way to a gradient: inside a kernel, of what is kept, of results
-    risk: int = 9  # what goes first is 0
-
-
-class Sizes(NamedTuple):
-    widths: tuple[int, ...]
-    short: int  # steps
-    long: int  # enough for time to be cut
-    batch: int  # of Long Range Arena, of `steps`
-    steps: int
-    extras: bool = True  # what takes an interpreter too long
-
-
-FULL = Sizes(widths=(16, 32, 64, 128, 256), short=300, long=1100, batch=32, steps=1024)
-TINY = Sizes(widths=(16,), short=24, long=40, batch=2, steps=24, extras=False)
-
-
-class Maker(NamedTuple):
-    dtype: torch.dtype
-    device: torch.device
-
-    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or self.dtype
-        drawn = torch.randn(*shape, device=self.device, dtype=dtype if dtype.is_complex else torch.float32)
-        return drawn.to(dtype)
-
-    def uniform(self, *shape: int) -> Tensor:
-        """In float32, which what stands beside the dtype's tensors is kept in."""
-        return torch.rand(*shape, device=self.device)
+FULL = Sizes(widths=(16, 32, 64, 128, 256), short=300, long=1100, batch=32, steps=1024, heads=2)
+TINY = Sizes(widths=(16,), short=24, long=40, batch=2, steps=24, heads=1, extras=False)
 
 
 def every(sizes: Sizes) -> list[Case]:
@@ -73,35 +24,6 @@ def every(sizes: Sizes) -> list[Case]:
     rooms = (attention, linear_attention, favor_attention, vq_attention, nearest_code, gated_attention, diagonal_scan)
     cases = [case for room in rooms for case in room(sizes)]
     return sorted(cases, key=lambda case: case.risk)
-
-
-def ends(x: Tensor, *of: int, form: str = "", most: int = 0) -> Tensor:
-    """Lengths. Given `most`, the fused form gets what it must bear: strided ones and, on a GPU, beyond `most`."""
-    if not most or form != "fused":
-        return torch.tensor(of, device=x.device)
-    beyond = 37 if x.is_cuda else 0  # on a CPU they are looked at
-    pairs = [[n + beyond if n == most else n, -1] for n in of]
-    return torch.tensor(pairs, device=x.device)[:, 0]
-
-
-def spoilt(x: Tensors, names: Iterable[str], *of: int) -> Tensors:
-    """With NaN past the lengths."""
-    for name in names:
-        for row, end in zip(x[name], of, strict=True):
-            row[end:] = float("nan")
-    return x
-
-
-def in_two_calls(
-    operation: Callable[..., Any], x: Tensors, over_time: Iterable[str], cut: int, **options: Any
-) -> Tensors:
-    """The second from the state of the first: states come out and go in, and their gradients the other way."""
-    first = {name: y[:, :cut] if name in over_time else y for name, y in x.items()}
-    second = {name: y[:, cut:] if name in over_time else y for name, y in x.items()}
-    o, state = operation(**first, output_final_state=True, **options)
-    rest, state = operation(**second, initial_state=state, output_final_state=True, **options)
-    left = {"state": state} if isinstance(state, Tensor) else state._asdict()
-    return {"o": torch.cat([o, rest], 1), **{name: y for name, y in left.items() if y.is_floating_point()}}
 
 
 def attention(sizes: Sizes) -> Iterator[Case]:
@@ -188,7 +110,8 @@ def linear_attention(sizes: Sizes) -> Iterator[Case]:
         return Case(
             "linear_attention", label, width_class(max(D, Dv)), making,
             partial(call, causal=causal, stop=stop, odd=odd, cut=cut),
-            terms=shape[1], linear=("v",), **{"risk": 0 if D <= 32 else 2, **fields},
+            terms=shape[1], linear=("v",),
+            **{"risk": 0 if D <= 32 else 2, "exact": "reference" if D <= 64 else "chunked", **fields},
         )  # fmt: skip
 
     T, long, B = sizes.short, sizes.long, sizes.batch
@@ -244,19 +167,19 @@ def favor_attention(sizes: Sizes) -> Iterator[Case]:
             terms=max(shape[1], M), linear=("v",), constant=("projection",), **{"risk": 0 if D <= 32 else 2, **fields},
         )  # fmt: skip
 
-    T, long, B = sizes.short, sizes.long, sizes.batch
+    T, long, B, H = sizes.short, sizes.long, sizes.batch, sizes.heads
     stop = (T, T * 2 // 3)
     for D in sizes.widths[:4]:
-        M = 24 if D <= 32 else 100
+        M = 12 * H if D <= 32 else 100
         for label, causal, size in (("causal", True, 1), ("both ways", False, 1), ("causal, steep", True, 8)):
-            yield case(f"D={D} M={M} {label}", D, M, (2, T, 2), causal, size, stop)
+            yield case(f"D={D} M={M} {label}", D, M, (2, T, H), causal, size, stop)
         for way, causal in CAUSAL.items():
-            yield case(f"D={D} M={M} {way}, odd lengths", D, M, (2, T, 2), causal, 1, stop, odd=True)
-        yield case(f"D={D} M={M} in two calls", D, M, (2, T, 2), cut=T // 3)
-    yield case(f"D=16 M=24 T={long}", 16, 24, (1, long, 2), exact="chunked")
+            yield case(f"D={D} M={M} {way}, odd lengths", D, M, (2, T, H), causal, 1, stop, odd=True)
+        yield case(f"D={D} M={M} in two calls", D, M, (2, T, H), cut=T // 3)
+    yield case(f"D=16 M={12 * H} T={long}", 16, 12 * H, (1, long, H), exact="chunked")
     if sizes.extras:
-        yield case(f"D=16 M=24 T={long} steep", 16, 24, (1, long, 2), size=8, exact="chunked")
-        yield case(f"D=64 M=266 T={long} in two calls", 64, 266, (1, long, 2), cut=long // 2 + 5, exact="chunked")
+        yield case(f"D=16 M=24 T={long} steep", 16, 24, (1, long, H), size=8, exact="chunked")
+        yield case(f"D=64 M=266 T={long} in two calls", 64, 266, (1, long, H), cut=long // 2 + 5, exact="chunked")
         for D in (32, 64):
             for way, causal in CAUSAL.items():
                 label, few = f"D={D} M={4 * D} {way} B={B} T={sizes.steps} H=8", {"exact": "chunked"}
@@ -301,15 +224,15 @@ def vq_attention(sizes: Sizes) -> Iterator[Case]:
             terms=shape[1], linear=("v",), constant=("codebook",), **{"risk": 0 if not causal else 1, **fields},
         )  # fmt: skip
 
-    T, long, B = sizes.short, sizes.long, sizes.batch
+    T, long, B, H = sizes.short, sizes.long, sizes.batch, sizes.heads
     stop = (T, T * 2 // 3)
     known = ((16, 16, 40, 33), (16, 32, 40, 33), (32, 32, 64, 64), (64, 64, 128, 64), (128, 256, 128, 64))
     for D, Dv, S, L in (*known, (128, 128, 128, 64), (256, 512, 64, 128)) if sizes.extras else ((16, 16, 20, 9),):
         for way, causal in CAUSAL.items():
             label = f"D={D} Dv={Dv} S={S} L={L} {way}"
-            yield case(label, D, Dv, S, L, (2, T, 2), causal, stop=stop)
-            yield case(f"{label}, odd lengths", D, Dv, S, L, (2, T, 2), causal, stop=stop, odd=True)
-        yield case(f"D={D} Dv={Dv} S={S} L={L} in two calls", D, Dv, S, L, (2, T, 2), True, cut=T // 2 + 3)
+            yield case(label, D, Dv, S, L, (2, T, H), causal, stop=stop)
+            yield case(f"{label}, odd lengths", D, Dv, S, L, (2, T, H), causal, stop=stop, odd=True)
+        yield case(f"D={D} Dv={Dv} S={S} L={L} in two calls", D, Dv, S, L, (2, T, H), True, cut=T // 2 + 3)
     if sizes.extras:
         yield case(f"D=64 Dv=64 S=64 L=32 T={long} in two calls", 64, 64, 64, 32, (1, long, 1), True, cut=500)
         for way, causal in CAUSAL.items():

@@ -19,7 +19,8 @@ from seqzoo.kernels.agreement import relative_error
 
 from . import bounds
 from .bounds import Errors
-from .cases import FULL, HALVES, TINY, WIDE, Case, Maker, Tensors, every
+from .case import HALVES, WIDE, Case, Maker, Tensors
+from .cases import FULL, TINY, every
 from .tables import table
 
 MOVED = 2.0**-20  # by which inputs are moved for the condition: far above float64's rounding, far below 1

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from . import checks
-from .cases import Maker
+from .case import Maker
 
 LABELS = {
     "attention": "D={} causal",
     "linear_attention": "D={} decay=none causal",
-    "favor_attention": "D={} M=24 causal",
+    "favor_attention": "D={} M=",
     "vq_attention": "D={0} Dv={0}",
     "gated_attention": "S={} E=",
     "nearest_code": "D={} S=",

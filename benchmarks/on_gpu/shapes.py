@@ -15,7 +15,8 @@ from seqzoo import kernels
 from seqzoo.kernels.measured import width_class
 
 from . import peers
-from .cases import CAUSAL, Maker
+from .case import Maker
+from .cases import CAUSAL
 from .checks import NARROW
 from .peers import Call
 from .tables import table

@@ -10,14 +10,14 @@ from typing import Any
 from .log import Row
 
 MOST = 12_000  # characters
-MOST_FAULTS = 25  # rows
+MOST_FAULTS = 20  # rows
 STATUSES = ("passed", "above", "failed", "died", "not checked", "not reached")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "complex64": "c64"}
 
 
 def of(run: Row, rows: dict[str, list[Row]]) -> str:
-    """Markdown; where it is too long, the end is left out."""
-    sections = (_run(run), _checks(rows["checks"]), _times(run, rows["bench"]), _sweep(rows["sweep"]), _rest(rows))
+    """Markdown; where it is too long, the end is left out, which is the times that were measured last."""
+    sections = (_run(run), _checks(rows["checks"]), _sweep(rows["sweep"]), _rest(rows), _times(run, rows["bench"]))
     text = "\n".join(line for section in sections for line in (*section, "")).strip() + "\n"
     return text if len(text) <= MOST else text[: MOST - 40].rsplit("\n", 1)[0] + "\n… the rest is in the files\n"
 
@@ -87,6 +87,11 @@ def _times(run: Row, rows: list[Row]) -> Iterator[str]:
     for row in rows:
         if "status" not in row:
             shapes[row["operation"], row["shape"], row["dtype"]][row["name"]] = row
+    lost = Counter(row["status"] for row in rows if "status" in row)
+    if lost:
+        yield (
+            "| without a time: " + ", ".join(f"{count} {status}" for status, count in lost.items()) + " | | | | | | | |"
+        )
     for (operation, shape, dtype), found in shapes.items():
         fused, chunked = found.get("fused", {}), found.get("chunked", {})
         others = {name: time(row) for name, row in found.items() if not name.startswith(("fused", "chunked"))}
@@ -98,9 +103,6 @@ def _times(run: Row, rows: list[Row]) -> Iterator[str]:
             f"| {operation} {shape} | {SHORT.get(dtype, dtype)} | {_cell(fused)} | {_cell(chunked)} "
             f"| {f'{best} {others[best]:.3f}' if best else ''} | {ratio} | {bandwidth} | {rate} |"
         )
-    lost = Counter(row["status"] for row in rows if "status" in row)
-    if lost:
-        yield "\nwithout a time: " + ", ".join(f"{count} {status}" for status, count in lost.items())
 
 
 def time(row: Row, way: str = "") -> float | None:

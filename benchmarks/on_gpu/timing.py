@@ -19,6 +19,11 @@ LEAST, MOST = 3, 200  # samples
 WARMUP = 2
 
 
+def cache_bytes() -> int:
+    """Of the last cache before memory."""
+    return 0 if SHAM else getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
+
+
 class Time(NamedTuple):
     """Milliseconds of one call."""
 

@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 from on_gpu import bounds, checks, shapes, sweep
-from on_gpu.cases import FULL, TINY, Maker, every
+from on_gpu.case import Maker
+from on_gpu.cases import FULL, TINY, every
 
 from seqzoo.kernels import backends
 
