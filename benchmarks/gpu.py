@@ -88,7 +88,7 @@ class Run:
         for child in self.children:
             child.kill()
         for worker in self.workers:
-            worker.end()
+            worker.close()
 
     # The phases. Each returns how many of its tasks it did not reach.
 

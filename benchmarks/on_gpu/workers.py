@@ -74,12 +74,13 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: Any = None
+        self.closed = False
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.end()
+        self.close()
 
     def ask(self, task: Task, seconds: float) -> Any:
         """
@@ -87,8 +88,7 @@ class Worker:
             Died: of this task, or it took longer than `seconds`.
             Failed: the task raised.
         """
-        if self.process is None:
-            self._start()
+        process = self.process or self._start()
         try:
             self.connection.send(task)
             if not self.connection.poll(max(seconds, 0.0)):
@@ -96,7 +96,7 @@ class Worker:
                 raise Died(f"hung: nothing after {seconds:.0f} s")
             kind, answer = self.connection.recv()
         except (EOFError, OSError):
-            raise Died(self._post_mortem()) from None
+            raise Died(self._post_mortem(process)) from None
         if kind == "died":
             self.end()
             raise Died(answer)
@@ -105,26 +105,34 @@ class Worker:
         return answer
 
     def end(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
+        """Ends the process; the next task gets another one."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.join(10)  # one that the driver holds is left to it
             self.connection.close()
             Path(self.noise).unlink(missing_ok=True)
-            self.process = None
 
-    def _start(self) -> None:
+    def close(self) -> None:
+        """Ends the process, and there will be no other."""
+        self.closed = True
+        self.end()
+
+    def _start(self) -> Any:
         descriptor, self.noise = tempfile.mkstemp(prefix="seqzoo-gpu-")
         os.close(descriptor)
         self.connection, theirs = CONTEXT.Pipe()
         self.process = CONTEXT.Process(target=serve, args=(theirs, self.noise), daemon=True)
         self.process.start()
         theirs.close()
+        return self.process
 
-    def _post_mortem(self) -> str:
-        self.process.join(5)
-        code = self.process.exitcode
+    def _post_mortem(self, process: Any) -> str:
+        process.join(5)
+        code = process.exitcode
         how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit {code}"
-        lines = Path(self.noise).read_text(errors="replace").strip().splitlines()
+        noise = Path(self.noise)
+        lines = noise.read_text(errors="replace").strip().splitlines() if noise.exists() else []
         self.end()
         return f"{how}: {lines[-1][:300]}" if lines else how
 
@@ -135,18 +143,17 @@ class Outcome(NamedTuple):
 
 
 def ask(worker: Worker, task: Task, seconds: float, deadline: float) -> Outcome:
-    """The outcome of `task`, given up at `deadline` of `time.monotonic()`."""
+    """The outcome of `task`, given up at `deadline` of `time.monotonic()`, or as the worker is closed."""
+    over = Outcome("not reached", "the time of this phase was over")
     left = deadline - time.monotonic()
-    if left <= 0:
-        return Outcome("not reached", "the time of this phase was over")
+    if left <= 0 or worker.closed:
+        return over
     try:
         return Outcome("done", worker.ask(task, min(seconds, left)))
     except Failed as error:
         return Outcome("failed", str(error))
     except Died as error:
-        if time.monotonic() >= deadline:
-            return Outcome("not reached", "the time of this phase was over")
-        return Outcome("died", str(error))
+        return over if time.monotonic() >= deadline or worker.closed else Outcome("died", str(error))
 
 
 def ask_all(

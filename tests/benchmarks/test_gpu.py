@@ -61,7 +61,7 @@ def test_shard_goes_on_behind_the_task_that_its_worker_died_of(patients):
         )
     finally:
         for worker in workers:
-            worker.end()
+            worker.close()
     assert {n: end.status for n, end in outcomes.items()} == {1: "done", 2: "died", 3: "done", 4: "failed"}
 
 
