@@ -51,7 +51,7 @@ def graphed(calls: Sequence[Callable[[], Any]]) -> Time:
     """Replays of a graph that holds every call once.
 
     Raises:
-        RuntimeError: what the calls do cannot be captured.
+        RuntimeError: what the calls do cannot be captured. PyTorch's state is that of a capture then, for good.
     """
     if SHAM:
         return _sham(calls)
@@ -67,6 +67,12 @@ def graphed(calls: Sequence[Callable[[], Any]]) -> Time:
             call()
     graph.replay()
     return Time.of(_between_events(lambda i: graph.replay(), len(calls)))
+
+
+def said(error: RuntimeError) -> str:
+    """Of a capture that failed: what ends it fails too, but for the first reason."""
+    first = error.__context__ or error
+    return (str(first).splitlines() or [type(first).__name__])[0][:150]
 
 
 def _between_events(run: Callable[[int], Any], calls: int) -> list[float]:
