@@ -39,7 +39,7 @@ sys.path[:0] = [path for path in (str(HERE), str(HERE.parent)) if path not in sy
 
 from on_gpu import apply, summary  # noqa: E402
 from on_gpu.log import Log, Row, read  # noqa: E402
-from on_gpu.workers import Outcome, Task, Worker, ask, ask_all  # noqa: E402
+from on_gpu.workers import OVER, Outcome, Task, Worker, ask, ask_all  # noqa: E402
 
 SHARES = {
     "machine": 0.05,
@@ -199,7 +199,7 @@ class Run:
 
     def looked_over(self, prefix: list[str], row: Row, seconds: float) -> Outcome:
         if seconds <= 0:
-            return Outcome("not reached", "the time of this phase was over")
+            return OVER
         arguments = json.dumps({**row, "rehearse": self.rehearse})
         command = [*prefix, sys.executable, str(HERE / "gpu.py"), "--once", arguments]
         # Every tensor in an allocation of its own: inside a shared one, accesses beyond a tensor are no errors.
@@ -213,8 +213,7 @@ class Run:
             said, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             kill(child)
-            over = seconds < SECONDS["memcheck"]
-            return Outcome("not reached" if over else "died", f"hung: nothing after {seconds:.0f} s")
+            return OVER if seconds < SECONDS["memcheck"] else Outcome("died", f"hung: nothing after {seconds:.0f} s")
         if child.returncode == 0 and prefix and SANITIZER_PASSED not in said:
             return Outcome("done", {"status": "not checked", "said": said.strip()[-300:]})
         if child.returncode == 0:

@@ -62,7 +62,7 @@ def graphed(calls: Sequence[Callable[[], Any]]) -> Time:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # what autograd still holds of the first calls is of the same stream
         for call in calls:
             call()
     graph.replay()

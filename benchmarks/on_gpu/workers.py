@@ -157,18 +157,20 @@ class Outcome(NamedTuple):
     answer: Any  # of the task, or what was said in its place
 
 
+OVER = Outcome("not reached", "the time of this phase was over")
+
+
 def ask(worker: Worker, task: Task, seconds: float, deadline: float) -> Outcome:
     """The outcome of `task`, given up at `deadline` of `time.monotonic()`, or as the worker is closed."""
-    over = Outcome("not reached", "the time of this phase was over")
     left = deadline - time.monotonic()
     if left <= 0 or worker.closed:
-        return over
+        return OVER
     try:
         return Outcome("done", worker.ask(task, min(seconds, left)))
     except Failed as error:
         return Outcome("failed", str(error))
     except Died as error:
-        return over if time.monotonic() >= deadline or worker.closed else Outcome("died", str(error))
+        return OVER if time.monotonic() >= deadline or worker.closed else Outcome("died", str(error))
 
 
 def ask_all(

@@ -32,6 +32,10 @@ def patients(tmp_path, monkeypatch):
         "def dies(n): print('segment 7 is gone', flush=True); os.kill(os.getpid(), signal.SIGSEGV)\n"
         "def leaves(n): os._exit(n)\n"
         "def hangs(n): time.sleep(60)\n"
+        "def poisons(n):\n"
+        "    import sys\n"
+        "    from unittest import mock\n"
+        "    sys.modules['torch'] = mock.Mock(**{'cuda.synchronize.side_effect': RuntimeError('illegal access')})\n"
         "class OutOfMemoryError(RuntimeError): pass\n"
         "tries = []\n"
         "def lacks(n):\n"
@@ -86,6 +90,13 @@ def test_deadline_gives_up_what_is_over_and_what_is_under_way(patients):
 def test_memory_that_others_have_is_waited_for(patients):
     with Worker() as worker:
         assert worker.ask(patients("lacks", 2), 20) == {"tries": 2}
+
+
+def test_fault_that_comes_late_is_of_the_task_that_made_it(patients):
+    with Worker() as worker:
+        with pytest.raises(Died, match="illegal access"):
+            worker.ask(patients("poisons"), 20)
+        assert worker.ask(patients("well", 1), 20) == {"n": 1}
 
 
 @pytest.fixture
