@@ -10,7 +10,8 @@ of block sizes; memcheck; a canary of what compilers were wrong about. What a ph
 on disk before the next is begun. A process that dies of a kernel is replaced, and the row says what it died of.
 
 Into the folder: `checks.jsonl`, `bench.jsonl`, `sweep.jsonl`, `memcheck.jsonl`, `canary.jsonl`, `run.json` and
-`summary.md`, which is printed too, also after Ctrl-C. Exit status 1: no GPU, or a check has not passed.
+`summary.md`, which is printed too, also after Ctrl-C. Exit status 1: no GPU, or a check of what the
+kernels take has not passed.
 
 Nothing need be installed but PyTorch, Triton and NumPy.
 """
@@ -288,8 +289,8 @@ def measure(out: Path, deadline: float, rehearse: bool, began: float) -> int:
             text = summary.of(run.record, {name: read(out, name) for name in LOGS})
             (out / "summary.md").write_text(text)
             print(text, flush=True)
-    passed = [row.get("status") == "passed" for row in run.log.rows["checks"]]
-    return 0 if passed and all(passed) else 1
+    statuses = {row["status"] for row in run.log.rows["checks"]}
+    return 0 if "passed" in statuses and statuses <= {"passed", "not checked"} else 1
 
 
 def environment(cache: str, rehearse: bool) -> dict[str, str]:

@@ -18,7 +18,7 @@ from on_gpu.workers import Died, Failed, Task, Worker, ask_all
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
-NOT_THERE = ("hydra", "omegaconf", "wandb", "lightning", "lightning_fabric", "pooch", "submitit", "numba", "rich")
+NOT_THERE = ("hydra", "omegaconf", "wandb", "lightning", "lightning_fabric", "pooch", "submitit", "rich")
 LOGS = ("checks", "bench", "sweep", "memcheck", "canary")
 
 
