@@ -29,3 +29,16 @@ def victim(tmp_path):
     yield path
     assert path.read_text() == "precious"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter():
+    from seqzoo.kernels import backends
+
+    if not backends.INTERPRETED:
+        yield
+        return
+    from quick_interpreter import quick
+
+    with quick():
+        yield

@@ -1,0 +1,376 @@
+"""The launches that the operations make, noted down in place of being made.
+
+The operations run on tensors without data, at widths, dtypes and options that users give: the heads of 16 to 256
+channels of `gpu.py`, keys narrower than values and the reverse, few sequences and many, with lengths, states, biases.
+What is noted is what a GPU would be given, with the same alignment and the same arguments that are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from seqzoo.kernels import backends
+from seqzoo.kernels.blocks import Blocks, Key
+
+MULTIPROCESSORS = 132
+EVERY_ROW = (80, 86, 89, 90)  # architectures of which every row of the tables is in a covering
+WORDS = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+Calls = Iterator[Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything that shapes its code."""
+
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]  # arguments that are multiples of 16
+    options: tuple[tuple[str, Any], ...]
+    row: Key | None = field(compare=False, default=None)  # of the table, that its sizes were read from
+    spilled: bool = field(compare=False, default=False)  # once
+
+    @property
+    def arguments(self) -> list[str]:
+        """Those that are no constants."""
+        return [name for name, kind in self.types if kind != "constexpr"]
+
+    @property
+    def width(self) -> int:
+        """The sizes that it is compiled for, added up."""
+        return sum(value for _, value in self.constants if _is_size(value))
+
+    def __str__(self) -> str:
+        pointers = [f"{name}={kind[1:]}" for name, kind in self.types if kind.startswith("*") and "i" not in kind]
+        return " ".join([*pointers, *(f"{name}={value}" for name, value in (*self.constants, *self.options))])
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Spilled(partial):
+    """A call of which a kernel had more values than registers, with the sizes of its time: always compiled again."""
+
+    kernel: str
+
+
+def spilled(kernel: str, *call: Any) -> Spilled:
+    found = Spilled(*call)
+    found.kernel = kernel
+    return found
+
+
+def of_operation(operation: str, architecture: int) -> list[Launch]:
+    """Each kind of launch once, those of `backends.FEW_WARPS` behind the others."""
+    found: dict[Launch, Launch] = {}
+    for few_warps in (False, True):
+        for call in CALLS[operation]():
+            with noting(architecture, few_warps) as launches:
+                call()
+            for launch in launches:
+                once = isinstance(call, Spilled) and call.kernel == launch.kernel.__name__
+                found.setdefault(launch, replace(launch, spilled=once))
+    return list(found.values())
+
+
+@contextmanager
+def noting(architecture: int, few_warps: bool = False) -> Iterator[list[Launch]]:
+    """Launches inside are put on the list, and none is made."""
+    found: list[Launch] = []
+    rows: list[Key] = []
+    best = Blocks._best
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        found.append(note(self, arguments, keywords, rows[-1] if rows else None))
+
+    def of(self: Any, kernel: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Any:
+        rows.append(best(self, kernel, architecture, str(dtype).removeprefix("torch."), width, few_warps))
+        return self._replaced.get(kernel, self.rows[rows[-1]])
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(Blocks, "of", of),
+        mock.patch.object(backends, "architecture", return_value=architecture),
+        mock.patch.object(backends, "multiprocessors", return_value=MULTIPROCESSORS),
+    ):
+        yield found
+
+
+def note(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], row: Key | None = None) -> Launch:
+    """What Triton would specialise the kernel for."""
+    given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **keywords}
+    types, constants, divisible = [], [], []
+    for index, parameter in enumerate(kernel.params):
+        value = given.pop(parameter.name)
+        fixed = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and fixed):
+            types.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        elif isinstance(value, Tensor):
+            types.append((parameter.name, f"*{WORDS[value.dtype]}"))
+            divisible.append(index)
+        elif isinstance(value, float):
+            types.append((parameter.name, "fp32"))
+        else:
+            types.append((parameter.name, "i32" if abs(value) < 2**31 else "i64"))
+            if fixed and value % 16 == 0:
+                divisible.append(index)
+    return Launch(kernel, tuple(types), tuple(constants), tuple(divisible), tuple(sorted(given.items())), row)
+
+
+def covering(launches: list[Launch], architecture: int) -> list[Launch]:
+    """Some of them: of each kernel the widest heads of each row of its table, or of each dtype where that has to do.
+
+    For sm_90 also what spilled once, each switch, each argument with it and without, and the rows with few warps, which
+    all architectures have in common.
+    """
+    hopper = architecture == 90
+
+    def row(launch: Launch) -> tuple[Any, ...]:
+        if hopper and launch.spilled:
+            return (launch,)
+        return launch.kernel, launch.row if architecture in EVERY_ROW else dict(launch.constants).get("PRECISION")
+
+    def settings(launch: Launch) -> set[tuple[Any, ...]]:
+        switches = [(name, value) for name, value in launch.constants if not _is_size(value)]
+        given = [(name, "given") for name in launch.arguments]
+        return {(launch.kernel, *setting) for setting in (*switches, *given)}
+
+    if not hopper:
+        launches = [launch for launch in launches if launch.row is None or not launch.row.few_warps]
+    chosen = list({row(launch): launch for launch in sorted(launches, key=lambda launch: launch.width)}.values())
+    wanted = set().union(*map(settings, launches)) - set().union(*map(settings, chosen)) if hopper else set()
+    while wanted:
+        chosen.append(max(launches, key=lambda launch: len(settings(launch) & wanted)))
+        wanted -= settings(chosen[-1])
+    return chosen
+
+
+def scans() -> Calls:
+    """Both passes of the diagonal scan, few rows and many, wide and narrow."""
+    from seqzoo.kernels.diagonal_scan import fused
+
+    def one_way(
+        B: int, T: int, D: int, dtype: torch.dtype, constant: bool, reverse: bool, padded: bool, scaled: bool = True
+    ) -> None:
+        x, a, state = meta(B, T, D, dtype=dtype), meta(*((D,) if constant else (B, T, D)), dtype=dtype), None
+        lengths = integers(B) if padded else None
+        if padded:
+            state = meta(B, D, dtype=torch.complex64 if dtype.is_complex else torch.float32)
+        for factor in (None, meta(D)) if scaled else (None,):
+            h, final = fused.scan(x, a, state, reverse, lengths, factor)
+            fused.scan_backward(h, final, h, a, state, reverse, lengths, factor)
+
+    def two_ways(B: int, T: int, D: int, dtype: torch.dtype, padded: bool) -> None:
+        x, a, lengths = meta(B, T, D, dtype=dtype), meta(D, dtype=dtype), integers(B) if padded else None
+        for factor in (None, meta(D)):
+            h = fused._both_scans._init_fn(x, a, lengths, factor)
+            fused._both_scans_backward._init_fn(h, h, a, lengths, factor)
+
+    yield partial(two_ways, 64, 1024, 1024, torch.complex64, False)
+    yield partial(two_ways, 2, 16384, 256, torch.float32, False)
+    for dtype, constant in ((torch.complex64, True), (torch.complex64, False), (torch.float32, False)):
+        yield partial(one_way, 64, 1024, 1024, dtype, constant, False, False)
+        yield partial(one_way, 2, 16384, 256, dtype, constant, True, True)
+    yield partial(one_way, 2, 16384, 256, torch.bfloat16, True, True, True)
+    yield partial(one_way, 3, 100, 24, torch.complex64, True, False, True)
+    yield partial(one_way, 3, 100, 5, torch.float32, False, True, False)
+    for dtype in (torch.complex64, *FLOATS):
+        yield partial(two_ways, 3, 700, 200, dtype, True)
+        for constant, reverse in product((True, False), repeat=2):
+            yield partial(one_way, 3, 700, 200, dtype, constant, reverse, True, scaled=False)
+
+
+def attentions() -> Calls:
+    """Both passes of softmax attention: plain, padded, and with every option."""
+    from seqzoo.kernels.attention import fused
+
+    def both(D: int, Dv: int, dtype: torch.dtype, causal: bool, padded: bool = False, every: bool = False) -> None:
+        B, T, H, G = 8, 1024, 8, 2 if every else 8
+        q, k, v = meta(B, T, H, D, dtype=dtype), meta(B, T, G, D, dtype=dtype), meta(B, T, G, Dv, dtype=dtype)
+        lengths = integers(B) if padded or every else None
+        arguments = (meta(B, T) if every else None, 1.0, lengths, lengths if every else None)
+        o, log_sum = fused._attention._init_fn(q, k, v, *arguments, causal)
+        fused._attention_backward._init_fn(o, q, k, v, *arguments, o, log_sum, causal)
+
+    for dtype, D in widths({torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}):
+        yield partial(both, D, D, dtype, True)
+        yield partial(both, D, D, dtype, False, padded=True)
+        yield partial(both, D, D, dtype, True, every=True)
+    for D, Dv in ((16, 64), (64, 128), (128, 64), (112, 112), (64, 256)):
+        yield partial(both, D, Dv, torch.bfloat16, False)
+        yield partial(both, D, Dv, torch.float16, True, every=True)
+
+
+def linear_attentions() -> Calls:
+    """Both passes of linear attention, few heads and many, with each kind of decay."""
+    from seqzoo.kernels.linear_attention import fused
+
+    def both(
+        B: int, T: int, H: int, D: int, Dv: int, dtype: torch.dtype, decay: str, causal: bool, normalize: bool,
+        state: bool = False, padded: bool = False,
+    ) -> None:  # fmt: skip
+        q, k, v = (meta(B, T, H, width, dtype=dtype) for width in (D, D, Dv))
+        g = {"none": None, "head": meta(H), "step": meta(B, T, H)}[decay]
+        initial = meta(B, H, D, Dv + normalize) if state else None
+        lengths, options = integers(B) if padded else None, (causal, normalize, state)
+        o, last, inverse = fused._linear_attention._init_fn(q, k, v, g, initial, lengths, *options)
+        fused._linear_attention_backward._init_fn(
+            o, last if state else None, q, k, v, g, initial, lengths, o, last, inverse, *options, g is not None
+        )
+
+    yield spilled("_linear_kernel", both, 64, 1024, 2, 256, 256, torch.bfloat16, "none", True, True)
+    yield spilled("_linear_kernel", both, 64, 1024, 8, 16, 256, torch.bfloat16, "head", True, False)
+    yield spilled("_linear_kernel", both, 64, 1024, 8, 16, 128, torch.bfloat16, "step", True, False)
+    most = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 64}
+    for dtype, D in widths(most):
+        for decay, causal, normalize in (
+            ("none", True, True), ("none", False, True), ("head", True, False), ("step", True, False),
+        ):  # fmt: skip
+            if decay != "step" or D <= 128:
+                yield partial(both, 2, 300, 3, D, D, dtype, decay, causal, normalize, False, True)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield partial(both, 64, 1024, 8, 64, 64, dtype, "none", True, True)
+        yield partial(both, 64, 1024, 8, 64, 64, dtype, "none", False, True)
+        yield partial(both, 2, 16384, 4, 64, 64, dtype, "step", True, False, True)
+    for dtype, D in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 32)):
+        yield partial(both, 2, 16384, 4, D, D, dtype, "none", True, True, True, True)
+    for dtype, wide in most.items():
+        yield partial(both, 64, 1024, 8, 16, wide, dtype, "none", True, True)
+        yield partial(both, 64, 1024, 8, 16, wide, dtype, "head", True, False)
+        yield partial(both, 64, 1024, 8, 8, min(wide, 128), dtype, "step", True, False)
+    yield partial(both, 64, 1024, 2, 256, 256, torch.bfloat16, "none", True, False)
+    yield partial(both, 64, 1024, 2, 100, 100, torch.bfloat16, "none", False, False)
+
+
+def favor_attentions() -> Calls:
+    """Both passes of FAVOR attention, causal from a state and not, with time in one segment and in several."""
+    from seqzoo.kernels.favor_attention import fused
+
+    def both(B: int, T: int, H: int, D: int, M: int, dtype: torch.dtype, causal: bool, options: bool) -> None:
+        q, k, v, projection = *(meta(B, T, H, D, dtype=dtype) for _ in range(3)), meta(H, M, D, dtype=dtype)
+        sums, norm = (meta(B, H, M, D), meta(B, H, M)) if options and causal else (None, None)
+        arguments = (q, k, v, projection, sums, norm, norm, integers(B) if options else None)
+        o, log_sum, *last = fused._favor_attention._init_fn(*arguments, causal)
+        fused._favor_attention_backward._init_fn(o, *last[:2], *arguments, o, log_sum, *last, causal)
+
+    yield spilled("_key_kernel", both, 2, 300, 2, 128, 100, torch.float16, True, True)
+    for dtype, D in widths({torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}):
+        yield partial(both, 2, 300, 2, D, 100, dtype, True, True)
+    for dtype, causal in product((torch.bfloat16, torch.float32), (False, True)):
+        yield partial(both, 32, 1024, 8, 64, 266, dtype, causal, False)
+    yield partial(both, 1, 16384, 4, 32, 110, torch.bfloat16, False, True)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield partial(both, 2, 4096, 4, 128, 256, dtype, True, True)
+    yield partial(both, 2, 1100, 2, 16, 24, torch.float16, True, True)
+    yield partial(both, 2, 4096, 4, 112, 300, torch.float16, False, False)
+
+
+def vq_attentions() -> Calls:
+    """Codes, and both passes of VQ attention, narrow and wide, with and without each option."""
+    from seqzoo.kernels.vq_attention import fused, nearest
+
+    def both(
+        D: int, Dv: int, dtype: torch.dtype, causal: bool, options: bool, S: int = 128, L: int = 64, H: int = 1
+    ) -> None:
+        B, T = 8, 1024
+        q, k, v = (meta(B, T, H, n, dtype=dtype) for n in (D, D, Dv))
+        codebook, codes = meta(H, S, D, dtype=dtype), integers(B, T, H)
+        bias = meta(B, T, H, L + 1 if causal else 2 * L + 1) if options else None
+        first = last = integers(B) if options else None
+        resumed = options and causal
+        past = (meta(B, H, S, Dv), integers(B, H, S)) if resumed else (None, None)
+        outputs = fused._attention._init_fn(q, k, v, codebook, codes, bias, *past, first, last, L, causal)
+        fused._attention_backward._init_fn(
+            outputs[0], q, k, v, codebook, codes, bias, past[0], first, last, *outputs, L, causal, options, resumed
+        )
+
+    for dtype in (torch.bfloat16, torch.float16):
+        yield spilled("_forward_kernel", both, 16, 32, dtype, True, True, 40, 33, 2)
+    for dtype, D in (*product(FLOATS, (16, 32, 64, 128, 256)), (torch.bfloat16, 512)):
+        k, codebook = meta(32, 1024, 1, D, dtype=dtype), meta(1, 512, D, dtype=dtype)
+        yield partial(nearest.nearest_code_fused._init_fn, k, codebook, None)
+        yield partial(nearest.nearest_code_fused._init_fn, k, codebook, meta(32, 1024, dtype=torch.bool))
+    for dtype, causal in product(FLOATS, (True, False)):
+        yield partial(both, 128, 256, dtype, causal, True)
+        yield partial(both, 64, 64, dtype, causal, False)
+        yield partial(both, 16, 32, dtype, causal, True, 40, 33, 2)
+        yield partial(both, 32, 32, dtype, causal, False, 128, 64, 4)
+        yield partial(both, 256, 512, dtype, causal, True, 64, 128, 2)
+    yield partial(both, 256, 512, torch.float16, True, True, 512, 512)
+    yield partial(both, 128, 256, torch.bfloat16, True, False, 512, 512)
+    yield partial(both, 16, 16, torch.float16, False, False, 16, 16)
+
+
+def gated_attentions() -> Calls:
+    """Both passes of gated attention, few sequences and many, narrow and wide, with and without each option."""
+    from seqzoo.kernels.gated_attention import fused
+
+    def both(
+        B: int, T: int, S: int, E: int, C: int, dtype: torch.dtype, causal: bool, options: bool, state: bool = False
+    ) -> None:
+        u, v = (meta(B, T, E, dtype=dtype) for _ in range(2))
+        q_quad, k_quad, q_lin, k_lin = (meta(B, T, S, dtype=dtype) for _ in range(4))
+        bias = meta(C if causal else 2 * C - 1) if options else None
+        initial, earlier = (meta(B, S, E), integers(B)) if state else (None, None)
+        inputs, where = (u, q_quad, k_quad, q_lin, k_lin, v, bias), (earlier, integers(B) if options else None)
+        o, memory = fused._gated_attention._init_fn(*inputs, initial, *where, C, causal, 0.5)
+        fused._gated_attention_backward._init_fn(o, *inputs, initial, *where, memory, C, causal, 0.5, options, state)
+
+    for dtype in FLOATS:
+        yield partial(both, 64, 1024, 128, 256, 256, dtype, True, True)
+        yield partial(both, 64, 1024, 64, 512, 200, dtype, False, True)
+        yield partial(both, 64, 1024, 128, 256, 256, dtype, True, True, True)
+        for S, E in ((16, 48), (64, 128), (128, 512), *([(256, 320)] if dtype == torch.bfloat16 else [])):
+            yield partial(both, 2, 700, S, E, 200, dtype, S >= 64, True)
+        yield partial(both, 2, 800, 32, 64, 200, dtype, True, True, True)
+    yield partial(both, 2, 16384, 128, 1536, 256, torch.bfloat16, True, False)
+    yield partial(both, 64, 200, 128, 256, 256, torch.bfloat16, True, True)
+    yield partial(both, 2, 16384, 256, 512, 256, torch.bfloat16, True, True)
+    yield partial(both, 2, 16384, 256, 512, 256, torch.bfloat16, True, True, True)
+    yield partial(both, 4, 4096, 32, 64, 64, torch.bfloat16, True, False)
+
+
+def widths(most: dict[torch.dtype, int]) -> Iterator[tuple[torch.dtype, int]]:
+    """The widths of heads of `gpu.py` that a kernel takes in each dtype."""
+    for dtype, channels in most.items():
+        for D in (16, 32, 64, 128, 256):
+            if channels >= D:
+                yield dtype, D
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def integers(*shape: int) -> Tensor:
+    return meta(*shape, dtype=torch.int64)
+
+
+CALLS = {
+    "attention": attentions,
+    "diagonal_scan": scans,
+    "favor_attention": favor_attentions,
+    "gated_attention": gated_attentions,
+    "linear_attention": linear_attentions,
+    "vq_attention": vq_attentions,
+}
