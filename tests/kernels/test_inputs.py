@@ -39,7 +39,6 @@ DTYPES = {  # of inputs, in turn, and of states
     "complex64": ([torch.complex64], torch.complex64),
     "float16 and float32": ([HALF, SINGLE], SINGLE),
     "state float16": ([SINGLE], HALF),
-    "all float16": ([HALF], HALF),
 }
 TOLERANCE = {"float32": 5e-6, "complex64": 5e-6, "bfloat16": 3e-2}  # else that of float16
 REAL = [name for name in DTYPES if name != "complex64"]
@@ -233,7 +232,6 @@ FORMS = {"form": ["causal", "both ways", STATE], "used": ["all", "o", "state", "
 OF_FORMS = {
     ("used", "state"): {"form": ["causal", STATE]},
     ("dtype", "state float16"): {"form": [STATE]},
-    ("dtype", "all float16"): {"form": [STATE]},
 }
 OPERATIONS = {
     "attention": Operation(
@@ -257,7 +255,7 @@ OPERATIONS = {
             "state": [True, False],
             "used": ["all", "o", "state"],
             "layout": [*LAYOUTS, "mixed", "conjugate"],
-            "dtype": ["complex64", "float32", "float16", "bfloat16", "state float16", "all float16"],
+            "dtype": ["complex64", "float32", "float16", "bfloat16", "state float16"],
         },
         make_scan,
         call_scan,
@@ -268,7 +266,6 @@ OPERATIONS = {
             ("d factor", True): {"factor": [True]},
             ("d initial_state", True): {"state": [True], "direction": ["forth", "back"]},
             ("dtype", "state float16"): {"state": [True], "direction": ["forth", "back"]},
-            ("dtype", "all float16"): {"state": [True], "direction": ["forth", "back"]},
         },
         state=("initial_state",),
     ),
