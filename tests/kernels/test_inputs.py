@@ -397,10 +397,10 @@ def check(name: str, case: Case) -> None:
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    """Of sizes around 1. What is far below is a difference of such numbers, and no more exact than they are; that of a
-    decay is one of whole sums."""
+    """Of sizes around 1. What is far below is a difference of such numbers, and no more exact than they are; those of
+    decays and factors are differences of whole sums."""
     error, size = (x.abs().square().double().mean().sqrt().item() for x in (actual.to(expected) - expected, expected))
-    least = 1.0 if name == "d log_decay" else 0.1
+    least = 1.0 if name in ("d log_decay", "d factor") else 0.1
     if size < least:
         assert error <= least * tolerance, f"{name}: error {error:.2e}"
     else:
