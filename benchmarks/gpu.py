@@ -28,8 +28,10 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ sys.path[:0] = [path for path in (str(HERE), str(HERE.parent)) if path not in sy
 
 from on_gpu import apply, summary  # noqa: E402
 from on_gpu.log import Log, Row, read  # noqa: E402
-from on_gpu.workers import Outcome, Task, Worker, ask, ask_all  # noqa: E402
+from on_gpu.workers import OVER, Outcome, Task, Worker, ask, ask_all  # noqa: E402
 
 SHARES = {
     "machine": 0.05,
@@ -52,7 +54,12 @@ SHARES = {
 SECONDS = {"checks": 90.0, "compile": 90.0, "bench": 45.0, "sweep": 30.0, "memcheck": 60.0, "canary": 30.0}  # of a task
 LOGS = ("checks", "bench", "sweep", "memcheck", "canary")
 READY = ("chunked", "SDPA")  # what compiles nothing
+PART = 8  # tasks of a shard that one process does
 SANITIZER_FOUND = 86  # its exit status
+# Calls of the driver that fail in the ordinary course of PyTorch and Triton are not what it is asked for; and a process
+# that takes long to come to its first kernel is waited for, as without it the tool gives up and looks at nothing.
+SANITIZER = ("--tool", "memcheck", "--report-api-errors", "no", "--launch-timeout", "60", "--error-exitcode")
+SANITIZER_PASSED = "ERROR SUMMARY: 0 errors"
 
 
 class Run:
@@ -80,14 +87,19 @@ class Run:
             share += SHARES[name]
             until, started = self.began + share * self.total, time.monotonic()
             print(f"{started - self.began:6.0f} s  {name}", flush=True)
-            left_out = getattr(self, name)(until)
-            phase = {"seconds": time.monotonic() - started}
-            self.record["phases"][name] = {**phase, "not_reached": left_out} if left_out else phase
+            phase: Row = {}
+            try:
+                if left_out := getattr(self, name)(until):
+                    phase["not_reached"] = left_out
+            except Exception:  # a fault of this script: the phases after it count all the same
+                phase["fault"] = traceback.format_exc()
+                print(phase["fault"], flush=True)
+            self.record["phases"][name] = {"seconds": time.monotonic() - started, **phase}
             self.log.describe(self.record)
 
     def end(self) -> None:
         for child in self.children:
-            child.kill()
+            kill(child)
         for worker in self.workers:
             worker.close()
 
@@ -106,7 +118,9 @@ class Run:
         for row in self.plan("on_gpu.checks:plan", until):
             shard = shards.setdefault((row["operation"], row["dtype"], row["width"], row["few_warps"]), [])
             shard.append(Task("on_gpu.checks:check", row))
-        return self.all(list(shards.values()), "checks", until)
+        # Long ones in parts, or a single process would be left with the last of them.
+        parts = [shard[i : i + PART] for shard in shards.values() for i in range(0, len(shard), PART)]
+        return self.all(parts, "checks", until)
 
     def compile(self, until: float) -> int:
         """What is timed later, by the same processes; block sizes that the sweep tries are checked on the way."""
@@ -160,12 +174,12 @@ class Run:
 
     def memcheck(self, until: float) -> int:
         """NVIDIA's tool over one call of every operation, a process each."""
-        tool = shutil.which("compute-sanitizer")
+        tool = sanitizer()
         if tool is None and not self.rehearse:
             self.log.write("memcheck", {"status": "not checked", "said": "compute-sanitizer is not here"})
             return 0
         rows = self.plan("on_gpu.memcheck:plan", until)
-        prefix = [tool, "--tool", "memcheck", "--error-exitcode", str(SANITIZER_FOUND)] if tool else []
+        prefix = [tool, *SANITIZER, str(SANITIZER_FOUND)] if tool else []
 
         waiting = iter(rows)
         missed: list[Row] = []
@@ -186,18 +200,23 @@ class Run:
 
     def looked_over(self, prefix: list[str], row: Row, seconds: float) -> Outcome:
         if seconds <= 0:
-            return Outcome("not reached", "the time of this phase was over")
+            return OVER
         arguments = json.dumps({**row, "rehearse": self.rehearse})
         command = [*prefix, sys.executable, str(HERE / "gpu.py"), "--once", arguments]
         # Every tensor in an allocation of its own: inside a shared one, accesses beyond a tensor are no errors.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
         self.children.append(child)
         try:
             said, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            child.kill()
-            return Outcome("died", f"hung: nothing after {seconds:.0f} s")
+            kill(child)
+            return OVER if seconds < SECONDS["memcheck"] else Outcome("died", f"hung: nothing after {seconds:.0f} s")
+        if child.returncode == 0 and prefix and SANITIZER_PASSED not in said:
+            return Outcome("done", {"status": "not checked", "said": said.strip()[-300:]})
         if child.returncode == 0:
             return Outcome("done", {"status": "passed", "said": said.strip().rpartition("\n")[2][-200:]})
         if child.returncode == SANITIZER_FOUND:
@@ -215,6 +234,8 @@ class Run:
             task = Task(function, {**row, "rehearse": self.rehearse})
             outcome = ask(self.first, task, SECONDS[phase], until)
             missed += outcome.status == "not reached"
+            if outcome.status == "done" and "no_graph" in outcome.answer:
+                self.first.end()  # PyTorch's allocator and random numbers stay as they were inside the capture
             self.log.write(phase, {**(more or {}), **row_of(_without(task, "rehearse"), outcome)})
         return missed
 
@@ -225,6 +246,19 @@ class Run:
             self.record.setdefault("no_plan", {})[function] = list(outcome)
             return []
         return outcome.answer
+
+
+def sanitizer() -> str | None:
+    """It comes with CUDA, whose programs are not always where programs are looked for."""
+    folders = [os.environ.get("PATH", ""), *sorted(map(str, Path("/usr/local").glob("cuda*/bin")))]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+
+
+def kill(child: subprocess.Popen[str]) -> None:
+    """It and what it has started: a tool's end is not that of the process which it looks at."""
+    if child.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _without(task: Task, name: str) -> Task:
@@ -239,7 +273,7 @@ def row_of(task: Task, outcome: Outcome) -> Row:
 
 
 def measure(out: Path, deadline: float, rehearse: bool, began: float) -> int:
-    with tempfile.TemporaryDirectory(prefix="seqzoo-triton-") as cache:
+    with tempfile.TemporaryDirectory(prefix="seqzoo-triton-", ignore_cleanup_errors=True) as cache:
         os.environ.update(environment(cache, rehearse))
         run = Run(out, deadline, rehearse, began)
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

@@ -53,28 +53,28 @@ def warm(**where: Any) -> dict[str, Any]:
 
 
 def bench(**where: Any) -> dict[str, Any]:
-    """Milliseconds of forward, and of forward and backward, as a graph and launched one by one.
+    """Milliseconds of forward, and of forward and backward, launched one by one and as a graph.
 
-    What cannot be captured has no time as a graph, and says why. With `sham` there was nothing to measure.
+    What cannot be captured has no time as a graph and says why, in `no_graph`; nothing may be captured in its process
+    any more. With `sham` there was nothing to measure.
     """
     row: dict[str, Any] = {"sham": True} if timing.SHAM else {}
     with calls_of(**where) as (forward, both, shape, sets):
         row["sets"] = sets
-        for part, calls in (("forward", forward), ("both", both)):
-            with torch.set_grad_enabled(part == "both"):
-                for way, measure in (("", timing.graphed), ("_eager", timing.eager)):
-                    if not calls:
-                        continue
-                    try:
-                        found = measure(calls)
-                    except RuntimeError as error:
-                        if way:
-                            raise
-                        row[f"{part}_no_graph"] = str(error).splitlines()[0][:150]
-                        torch.cuda.synchronize()
-                        continue
-                    row[f"{part}{way}_ms"] = found.median
-                    row[f"{part}{way}_spread"] = [found.low, found.high]
+        parts = [(part, calls) for part, calls in (("forward", forward), ("both", both)) if calls]
+
+        def measure(way: str, how: Callable[[Calls], timing.Time]) -> None:
+            for part, calls in parts:
+                with torch.set_grad_enabled(part == "both"):
+                    found = how(calls)
+                row[f"{part}{way}_ms"] = found.median
+                row[f"{part}{way}_spread"] = [found.low, found.high]
+
+        measure("_eager", timing.eager)
+        try:
+            measure("", timing.graphed)
+        except RuntimeError as error:
+            row["no_graph"] = timing.said(error)
         best = row.get("forward_ms", row["forward_eager_ms"])
         row |= {"tflops": shape.flops / best / 1e9, "gbs": shape.bytes / best / 1e6}
     return row

@@ -53,10 +53,10 @@ class Shape:
 
 
 def every(rehearse: bool) -> list[Shape]:
-    """What decides first, then what is comparable, then other dtypes and widths."""
+    """What "auto" is decided by, the most common dtype and widths first; then long sequences."""
     rooms = (attention, linear_attention, favor_attention, vq_attention, gated_attention, diagonal_scan, nearest_code)
     shapes = [(rank, shape) for room in rooms for rank, shape in room(rehearse)]
-    return [shape for _, shape in sorted(shapes, key=lambda ranked: ranked[0])]
+    return [shape for _, shape in sorted(shapes, key=lambda ranked: (not ranked[1].lra, ranked[0]))]
 
 
 BF16 = torch.bfloat16

@@ -38,6 +38,9 @@ def _run(run: Row) -> Iterator[str]:
     yield "phases: " + ", ".join(
         f"{name} {phase['seconds']:.0f} s{_missed(phase.get('not_reached', 0))}" for name, phase in phases
     )
+    for name, phase in phases:
+        if "fault" in phase:
+            yield f"\n**{name} broke off: {phase['fault'].strip().splitlines()[-1][:200]}**"
 
 
 def _missed(count: int) -> str:

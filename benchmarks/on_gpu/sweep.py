@@ -124,10 +124,13 @@ def measure(operation: str, kernel: str, sizes: list[int], rehearse: bool, **_: 
     swept = _swept(operation, kernel, rehearse)
     own = table(operation)
     where = _shape(swept, rehearse)
+    row = {"shape": where["shape"], "part": "both" if swept.backward else "forward"}
     with warnings.catch_warnings(), own.replaced(kernel, own.make(*sizes)):
         warnings.simplefilter("ignore")
         calls = bench.calls_of(**where, rehearse=rehearse)
         with calls as (forward, both, _, _), torch.set_grad_enabled(swept.backward):
-            found = timing.graphed(both if swept.backward else forward)
-    row = {"shape": where["shape"], "part": "both" if swept.backward else "forward"}
+            try:
+                found = timing.graphed(both if swept.backward else forward)
+            except RuntimeError as error:
+                return {**row, "status": "failed", "no_graph": timing.said(error)}
     return {**row, "ms": found.median, "spread": [found.low, found.high], **({"sham": True} if timing.SHAM else {})}

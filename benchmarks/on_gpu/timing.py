@@ -51,7 +51,7 @@ def graphed(calls: Sequence[Callable[[], Any]]) -> Time:
     """Replays of a graph that holds every call once.
 
     Raises:
-        RuntimeError: what the calls do cannot be captured.
+        RuntimeError: what the calls do cannot be captured. PyTorch's state is that of a capture then, for good.
     """
     if SHAM:
         return _sham(calls)
@@ -62,11 +62,17 @@ def graphed(calls: Sequence[Callable[[], Any]]) -> Time:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # what autograd still holds of the first calls is of the same stream
         for call in calls:
             call()
     graph.replay()
     return Time.of(_between_events(lambda i: graph.replay(), len(calls)))
+
+
+def said(error: RuntimeError) -> str:
+    """Of a capture that failed: what ends it fails too, but for the first reason."""
+    first = error.__context__ or error
+    return (str(first).splitlines() or [type(first).__name__])[0][:150]
 
 
 def _between_events(run: Callable[[int], Any], calls: int) -> list[float]:

@@ -15,10 +15,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+TRIES = 3  # more of a task that there was no memory for
 CONTEXT = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
 
 
@@ -46,27 +48,40 @@ def serve(connection: Connection, noise: str) -> None:
             task = connection.recv()
         except EOFError:
             return
-        module, _, name = task.function.partition(":")
-        try:
-            answer = ("done", getattr(importlib.import_module(module), name)(**task.arguments))
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"[:400]
-            answer = ("failed", said) if _usable() else ("died", said)
+        answer = _answer(task)
+        for _ in range(TRIES):
+            if answer[0] != "failed" or not answer[1].startswith("OutOfMemoryError"):
+                break
+            time.sleep(2)  # other processes have the memory, and give it back
+            answer = _answer(task)
         connection.send(answer)
         if answer[0] == "died":
             os._exit(1)
 
 
-def _usable() -> bool:
+def _answer(task: Task) -> tuple[str, Any]:
+    module, _, name = task.function.partition(":")
+    answer: tuple[str, Any]
+    try:
+        answer = ("done", getattr(importlib.import_module(module), name)(**task.arguments))
+    except Exception as error:
+        answer = ("failed", f"{type(error).__name__}: {error}"[:400])
+    fault = _fault()  # outside of the handler, whose error holds on to tensors
+    return answer if fault is None else ("died", fault if answer[0] == "done" else answer[1])
+
+
+def _fault() -> str | None:
+    """What the GPU has to say of the task, late as it says it. Memory not in use goes back, for the other processes."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
-        return True
+        return None
     try:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # after a lack of memory
-        return True
-    except Exception:
-        return False
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:400]
+    with suppress(RuntimeError):  # after a capture that failed, it cannot
+        torch.cuda.empty_cache()
+    return None
 
 
 class Worker:
@@ -142,18 +157,20 @@ class Outcome(NamedTuple):
     answer: Any  # of the task, or what was said in its place
 
 
+OVER = Outcome("not reached", "the time of this phase was over")
+
+
 def ask(worker: Worker, task: Task, seconds: float, deadline: float) -> Outcome:
     """The outcome of `task`, given up at `deadline` of `time.monotonic()`, or as the worker is closed."""
-    over = Outcome("not reached", "the time of this phase was over")
     left = deadline - time.monotonic()
     if left <= 0 or worker.closed:
-        return over
+        return OVER
     try:
         return Outcome("done", worker.ask(task, min(seconds, left)))
     except Failed as error:
         return Outcome("failed", str(error))
     except Died as error:
-        return over if time.monotonic() >= deadline or worker.closed else Outcome("died", str(error))
+        return OVER if time.monotonic() >= deadline or worker.closed else Outcome("died", str(error))
 
 
 def ask_all(

@@ -90,5 +90,14 @@ def attention(
     if scale is None:
         scale = 1 / math.sqrt(D)
     elif isinstance(scale, Tensor):
-        scale = scale.expand(B, T)[:, :, None, None]
+        scale = _of_valid_queries(scale.expand(B, T), lengths, position, S)[:, :, None, None]
     return run(q, k, v, causal=causal, lengths=lengths, scale=scale, position=position)
+
+
+def _of_valid_queries(scale: Tensor, lengths: Tensor | None, position: Tensor | None, S: int) -> Tensor:
+    """`scale` [B, T] with zeros where no query counts, whatever stands there."""
+    if lengths is None and position is None:
+        return scale
+    here = torch.arange(scale.shape[1], device=scale.device)
+    here = here if position is None else here + position[:, None]
+    return torch.where(here < (S if lengths is None else lengths[:, None]), scale, 0)

@@ -316,8 +316,8 @@ def _linear_attention_backward(
     B = q.shape[0]
     p, dn = do, None
     if normalize:
-        p = do * inverse[..., None]
-        dn = (p * o).sum(-1).neg_()  # [B, T, H]
+        p = (do * inverse[..., None]).to(q.dtype)
+        dn = (p.float() * o).sum(-1).neg_()  # [B, T, H], of p as the kernel has it: the two cancel in a first step
     p = p.to(q.dtype)
     options: dict[str, Any] = {"lengths": lengths, "dtype": torch.float32 if decay_needs_gradient else q.dtype}
     d_initial, dg = (q.new_empty(0, dtype=torch.float32) for _ in range(2))

@@ -60,6 +60,7 @@ def vq_attention_chunked(
     if past is not None:
         counts, past_sums = counts + past.counts[:, :, None], past.sums.to(v.dtype)
     if bias is not None:
+        bias = zero_padding(bias, lengths) if bias.dim() == 4 else bias
         bias = split(bias.to(q.dtype).expand(B, T, H, -1), first)
     # Autocast would keep the sums in half precision.
     with without_autocast(q.device):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import gpu
 import pytest
 from on_gpu import summary
 from on_gpu.log import Log, read
@@ -31,6 +32,16 @@ def patients(tmp_path, monkeypatch):
         "def dies(n): print('segment 7 is gone', flush=True); os.kill(os.getpid(), signal.SIGSEGV)\n"
         "def leaves(n): os._exit(n)\n"
         "def hangs(n): time.sleep(60)\n"
+        "def poisons(n):\n"
+        "    import sys\n"
+        "    from unittest import mock\n"
+        "    sys.modules['torch'] = mock.Mock(**{'cuda.synchronize.side_effect': RuntimeError('illegal access')})\n"
+        "class OutOfMemoryError(RuntimeError): pass\n"
+        "tries = []\n"
+        "def lacks(n):\n"
+        "    tries.append(n)\n"
+        "    if len(tries) < n: raise OutOfMemoryError('taken by others')\n"
+        "    return {'tries': len(tries)}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     return lambda name, n=0: Task(f"patients:{name}", {"n": n})
@@ -74,6 +85,74 @@ def test_deadline_gives_up_what_is_over_and_what_is_under_way(patients):
         )
         assert time.monotonic() - start < 20
     assert ends == ["not reached", "not reached"]
+
+
+def test_memory_that_others_have_is_waited_for(patients):
+    with Worker() as worker:
+        assert worker.ask(patients("lacks", 2), 20) == {"tries": 2}
+
+
+def test_fault_that_comes_late_is_of_the_task_that_made_it(patients):
+    with Worker() as worker:
+        with pytest.raises(Died, match="illegal access"):
+            worker.ask(patients("poisons"), 20)
+        assert worker.ask(patients("well", 1), 20) == {"n": 1}
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = gpu.Run(tmp_path / "out", 60.0, False, time.monotonic())
+    yield run
+    run.end()
+
+
+def test_phase_that_breaks_off_is_not_the_last(run, monkeypatch):
+    begun = []
+
+    def phase(name):
+        begun.append(name)
+        if name == "compile":
+            raise KeyError("a fault")
+        return 2
+
+    for name in gpu.SHARES:
+        monkeypatch.setattr(run, name, lambda until, name=name: phase(name))
+    run()
+    assert begun == list(gpu.SHARES)
+    assert "KeyError" in run.record["phases"]["compile"]["fault"]
+    assert run.record["phases"]["bench"]["not_reached"] == 2
+    assert "compile broke off: KeyError" in summary.of(run.record, {name: [] for name in LOGS})
+
+
+def test_process_whose_capture_failed_is_replaced(run, patients, monkeypatch, tmp_path):
+    (tmp_path / "captures.py").write_text(
+        "import os\ndef fails(n, rehearse): return {'pid': os.getpid(), **({'no_graph': 'a sync'} if n else {})}\n"
+    )
+    run.one_by_one("bench", "captures:fails", [{"n": n} for n in (0, 1, 0, 0)], time.monotonic() + 60)
+    first, second, third, fourth = (row["pid"] for row in run.log.rows["bench"])
+    assert first == second != third == fourth
+
+
+@pytest.mark.parametrize(
+    ("said", "exit_status", "status"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "passed"),
+        ("========= Error: No attachable process found.", 0, "not checked"),
+        ("========= Invalid __global__ read", gpu.SANITIZER_FOUND, "above"),
+    ],
+)
+def test_memory_was_looked_at_where_the_tool_says_so(run, tmp_path, said, exit_status, status):
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!/bin/sh\necho '{said}'\nexit {exit_status}\n")
+    tool.chmod(0o755)
+    assert run.looked_over([str(tool)], {}, 20.0).answer["status"] == status
+
+
+def test_tool_that_is_not_done_in_time_was_not_reached(run, tmp_path):
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\nsleep 60\n")
+    tool.chmod(0o755)
+    assert run.looked_over([str(tool)], {}, 0.3).status == "not reached"
 
 
 def test_rows_are_on_disk_one_by_one_and_a_cut_line_is_left_out(tmp_path):

@@ -75,15 +75,19 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_padding_has_no_effect(causal, backend):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_padding_has_no_effect(causal, backend, scaled):
     q, k, v = (t.detach() for t in inputs(2, 20, 20, 2, 2, 8, 8))
     lengths = torch.tensor([13, 20])
     dirty = [
         t.clone().index_put((torch.tensor(0), torch.arange(13, 20)), torch.tensor(math.nan).double()) for t in (q, k, v)
     ]
     dirty = [t.requires_grad_() for t in dirty]
-    y = attention(*dirty, causal=causal, lengths=lengths, backend=backend)
-    alone = attention(q[:1, :13], k[:1, :13], v[:1, :13], causal=causal, backend=backend)
+    scale = torch.linspace(0.1, 1, 40, dtype=torch.float64).reshape(2, 20)
+    padded = scale.index_put((torch.tensor(0), torch.arange(13, 20)), torch.tensor(math.nan).double())
+    y = attention(*dirty, scale=padded if scaled else None, causal=causal, lengths=lengths, backend=backend)
+    one = {"scale": scale[:1, :13] if scaled else None, "causal": causal, "backend": backend}
+    alone = attention(q[:1, :13], k[:1, :13], v[:1, :13], **one)
     torch.testing.assert_close(y[:1, :13], alone)
     assert (y[0, 13:] == 0).all()
     for gradient in gradients(y, dirty):

@@ -217,11 +217,11 @@ def test_padding_has_no_effect(causal, backend):
     q, k, v, codebook = inputs(2, 30, 2, 8, 8, 6)
     bias = some_bias("by query", causal, 4, 2, 30, 2)
     lengths = torch.tensor([17, 30])
-    dirty = [t.detach().clone() for t in (q, k, v)]
+    dirty = [t.detach().clone() for t in (q, k, v, bias)]
     for t in dirty:
         t[0, 17:] = torch.nan
         t.requires_grad_()
-    y = vq_attention(*dirty, codebook, block_len=4, bias=bias, causal=causal, lengths=lengths, backend=backend)
+    y = vq_attention(*dirty[:3], codebook, block_len=4, bias=dirty[3], causal=causal, lengths=lengths, backend=backend)
     one = [t[:1, :17] for t in (q, k, v)]
     alone = vq_attention(*one, codebook, block_len=4, bias=bias[:1, :17], causal=causal, backend=backend)
     torch.testing.assert_close(y[:1, :17], alone)
