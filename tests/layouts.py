@@ -29,7 +29,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows of a wider tensor": lambda x: _within(x, 3, 1),
     "every other channel": lambda x: _within(x, 1, 2),
     "one for the batch": lambda x: x[:1].expand(x.shape),
-    "one for the channels": lambda x: x[..., :1].expand(x.shape),
     "time first": lambda x: _stored_as(x, 0, 1) if x.dim() > 1 else x,
     "channels first": lambda x: _stored_as(x, 1, -1) if x.dim() > 1 else x,
     "heads first": lambda x: _stored_as(x, 1, 2) if x.dim() > 2 else x,
