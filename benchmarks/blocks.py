@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqzoo import build_block, kernels
-from seqzoo.training import provenance
+from seqzoo.runs import provenance
 from seqzoo.training.memory import keep_freed_memory
 
 B, D_MODEL, HEADS = 4, 256, 4

@@ -31,7 +31,7 @@ from launches import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqzoo.training import provenance
+from seqzoo.runs import provenance
 
 # And the bytes of shared memory that a program may have. What runs on sm_80 runs on sm_86 and sm_89 too, from the same
 # rows of the tables, so that its programs have to do with as little as there is on those.

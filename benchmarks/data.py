@@ -30,10 +30,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py does
 
 import seqzoo
 from seqzoo.config import Config, compose
+from seqzoo.runs import provenance
 from seqzoo.tasks import TASKS, MissingData, Task, build_task, epoch_order
-from seqzoo.tasks.cache import origin
 from seqzoo.tasks.config import COUNTS
-from seqzoo.training import provenance
+from seqzoo.tasks.store.cache import origin
 
 OPENINGS = 5
 FEEDING_SECONDS = 2.0

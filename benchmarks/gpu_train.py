@@ -34,7 +34,7 @@ from on_gpu.log import Log  # noqa: E402
 from step import line, measure, random_task  # noqa: E402
 
 from seqzoo.config import available, compose  # noqa: E402
-from seqzoo.training import cli  # noqa: E402
+from seqzoo.runs import cli  # noqa: E402
 from seqzoo.training.memory import keep_freed_memory  # noqa: E402
 
 STEPS_SHARE = 0.5  # of the time, at most

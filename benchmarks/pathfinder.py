@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from seqzoo.tasks.pathfinder_generator import generate
-from seqzoo.tasks.pathfinder_parameters import SIZES, published
-from seqzoo.tasks.pathfinder_statistics import histogram, largest_gap, measure
-from seqzoo.tasks.pathfinder_tracer import connected
-from seqzoo.training import provenance
+from seqzoo.runs import provenance
+from seqzoo.tasks.pathfinder.generator import generate
+from seqzoo.tasks.pathfinder.parameters import SIZES, published
+from seqzoo.tasks.pathfinder.statistics import histogram, largest_gap, measure
+from seqzoo.tasks.pathfinder.tracer import connected
 
 SHOWN = 8  # images of each set
 

@@ -32,9 +32,9 @@ from torch import Generator, Tensor, nn
 from seqzoo import TaskSpec, after_step, auxiliary_loss
 from seqzoo.config import StageConfig, compose
 from seqzoo.models import build_model
+from seqzoo.runs import provenance
 from seqzoo.spec import IGNORED
 from seqzoo.tasks.recall import associative_recall, selective_copying
-from seqzoo.training import provenance
 from seqzoo.training.memory import keep_freed_memory
 from seqzoo.training.optimizer import build_optimizer, set_lr
 from seqzoo.training.schedule import lr_factor

@@ -23,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py does
 import torch
 
 from seqzoo.kernels import diagonal_scan
-from seqzoo.training import provenance
+from seqzoo.runs import provenance
 from seqzoo.training.memory import keep_freed_memory
 
 SHAPES = ((8, 1024, 256), (4, 4096, 256), (4, 16384, 256))  # B, T, D

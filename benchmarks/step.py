@@ -37,13 +37,13 @@ from seqzoo.config import Config, available, compose, to_dict
 from seqzoo.models import build_model
 from seqzoo.models.size import flops_per_token
 from seqzoo.objectives import Measure, Objective, build_objective
+from seqzoo.runs import provenance
+from seqzoo.runs.parts import build_fabric
 from seqzoo.spec import Batch
 from seqzoo.tasks import Task, from_arrays
-from seqzoo.training import provenance
 from seqzoo.training.compilation import compile_model
 from seqzoo.training.loop import READ_EVERY, Stage
 from seqzoo.training.memory import keep_freed_memory
-from seqzoo.training.parts import build_fabric
 from seqzoo.training.tracker import Tracker
 
 WARMUP = 3  # steps, in which kernels are compiled and memory is first touched

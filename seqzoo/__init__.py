@@ -6,8 +6,7 @@ from typing import Any
 
 from .blocks import BLOCKS, Block, after_step, attach, auxiliary_loss, build_block
 from .spec import Batch, TaskSpec
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "BLOCKS",
@@ -24,14 +23,14 @@ __all__ = [
 
 
 def load(run_folder: Any) -> Any:
-    """The trained model of a run folder, in evaluation mode. See `seqzoo.training.load`."""
-    from .training import load as load_run
+    """The trained model of a run folder, in evaluation mode. See `seqzoo.runs.load`."""
+    from .runs import load as load_run
 
     return load_run(run_folder)
 
 
 def run(config: Any, *, task: Any = None) -> dict[str, Any]:
-    """Trains what a configuration asks for and returns its result. See `seqzoo.training.run`."""
-    from .training import run as run_config
+    """Trains what a configuration asks for and returns its result. See `seqzoo.runs.run`."""
+    from .runs import run as run_config
 
     return run_config(config, task=task)

@@ -50,7 +50,7 @@ def room(module: str) -> str | None:
 
 def test_relative_imports_are_resolved():
     names = imported(ROOT / "seqzoo" / "report" / "cli.py")
-    assert {"pathlib.Path", "seqzoo.report.results.load_results", "seqzoo.training.evaluate_run"} <= names
+    assert {"pathlib.Path", "seqzoo.report.results.load_results", "seqzoo.runs.evaluate_run"} <= names
 
 
 def test_kernels_import_nothing_else_of_the_project():

@@ -25,6 +25,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def task() -> Task:
+    """For a conftest to import."""
+    return toy_task()
+
+
 def toy_task(n: int = 120, seed: int = 0) -> Task:
     """Sequences of 5 to 16 ids out of 4; the class says whether id 3 is frequent."""
     generator = np.random.default_rng(seed)

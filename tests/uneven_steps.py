@@ -13,10 +13,10 @@ from torch import Tensor
 
 from seqzoo.models import build_model
 from seqzoo.objectives import build_objective
+from seqzoo.runs.parts import build_fabric
 from seqzoo.spec import IGNORED
 from seqzoo.tasks import Split, Task, from_arrays
 from seqzoo.training.loop import Stage
-from seqzoo.training.parts import build_fabric
 
 LENGTHS = (1, 17, 3, 1, 1, 2, 9, 1)
 CASES = ("class", "positions", "next", "masked", "causal", "masked pixels", "causal pixels", "masked values")

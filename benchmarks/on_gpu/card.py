@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from seqzoo.kernels import backends
-from seqzoo.training import provenance
+from seqzoo.runs import provenance
 
 from . import timing
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 from ..config import ConfigError
 from ..models import SequenceModel
+from ..runs import load
+from ..runs.folder import checked_task, read_config, read_spec
 from ..spec import Batch
 from ..tasks import Task, build_task, stratified
-from ..training import load
-from ..training.run_folder import checked_task, read_config, read_spec
 from .mixing import WINDOW, LayerMixing, mixing_report
 
 SCHEMA = 1

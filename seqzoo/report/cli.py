@@ -76,8 +76,9 @@ def _report(folders: list[Path], out: Path, page: Path | None) -> int:
 
 
 def _evaluate(folder: Path) -> int:
+    from ..runs import evaluate_run
     from ..tasks import DataError
-    from ..training import TrainingError, evaluate_run
+    from ..training import TrainingError
 
     try:
         metrics = evaluate_run(folder)

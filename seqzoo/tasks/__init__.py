@@ -22,11 +22,11 @@ from . import (
     speech_commands,
 )
 from .arrays import from_arrays
-from .cache import default_folder, reading
 from .config import TaskConfig
 from .data import Split, Task, epoch_order, nested, stratified
 from .identity import Fingerprint, fingerprint
-from .sources import DataError, MissingData
+from .store.cache import default_folder, reading
+from .store.sources import DataError, MissingData
 
 __all__ = [
     "TASKS",

@@ -15,9 +15,9 @@ from pathlib import Path
 from ..config import Config, ConfigError, compose
 from ..messages import printable, printable_lines, unknown
 from . import TASKS, DataError, MissingData, Split, Task, build_task
-from .cache import origin
 from .checks import verify
 from .samples import as_text, pick, save_sheet
+from .store.cache import origin
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 SPLITS = ("train", "val", "test")

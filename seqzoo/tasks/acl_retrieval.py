@@ -32,11 +32,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .cache import Stored, cached
 from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
-from .sources import DataError, MissingData, given_folder
+from .store.cache import Stored, cached
+from .store.sources import DataError, MissingData, given_folder
 
 FOLDER = "aan"
 FILES = (("documents.jsonl", "citations.tsv"), ("scisumm_docs.jsonl", "aan_citations.tsv"))

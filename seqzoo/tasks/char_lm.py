@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from ..spec import TaskSpec
-from .cache import Stored, cached
 from .characters import PAD, UNK, Alphabet, code_points
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
-from .sources import DataError, MissingData
+from .store.cache import Stored, cached
+from .store.sources import DataError, MissingData
 
 
 def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task:

@@ -11,8 +11,8 @@ import torch
 
 from ..spec import IGNORED, TaskSpec
 from . import lra_listops, lra_pathfinder
-from .cache import check, origin
 from .data import Split, Task
+from .store.cache import check, origin
 
 CHUNK = 1 << 24  # values looked at together
 SAMPLED = 1000  # labels worked out anew, of each split

@@ -18,7 +18,7 @@ from . import pictures
 from .config import TaskConfig
 from .data import Task
 from .pictures import Pictures
-from .sources import Archive, DataError, check_md5, provide
+from .store.sources import Archive, DataError, check_md5, provide
 
 ARCHIVE = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",

@@ -26,9 +26,9 @@ class TaskConfig:
 
     min_frequency: Number | None = None  # text: rarer characters are <unk>
 
-    difficulty: str | None = None  # Pathfinder, see `seqzoo.tasks.pathfinder_parameters.DIFFICULTIES`
+    difficulty: str | None = None  # Pathfinder, see `seqzoo.tasks.pathfinder.parameters.DIFFICULTIES`
 
-    # ListOps, see `seqzoo.tasks.listops_grammar.Grammar`; the bounds on generated lengths are excluded
+    # ListOps, see `seqzoo.tasks.listops.grammar.Grammar`; the bounds on generated lengths are excluded
     max_depth: Annotated[int, Range(1, 1000)] | None = None
     max_args: Annotated[int, Range(1, 1000)] | None = None
     min_length: Annotated[int, Range(0, 1 << 20)] | None = None

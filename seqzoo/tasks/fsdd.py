@@ -16,7 +16,7 @@ import numpy as np
 from . import sound
 from .config import TaskConfig
 from .data import Task, hold_out
-from .sources import DataError, given_folder
+from .store.sources import DataError, given_folder
 
 FOLDER = "fsdd"
 ADVICE = f"Put its folder recordings into a folder {FOLDER} and set data_dir to the folder that holds it."

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cache import manifest_of
 from .data import Task
+from .store.cache import manifest_of
 
 
 class Fingerprint(NamedTuple):

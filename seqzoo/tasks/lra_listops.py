@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from ..spec import TaskSpec
-from .cache import Stored, cached
 from .config import COUNTS, TaskConfig
 from .data import Task, assemble, split_arrays
-from .listops_grammar import EOS, MASK, PAD, SYMBOLS, Grammar, evaluate, tokenise
-from .lra_release import released_folder
-from .sources import DataError
+from .listops.grammar import EOS, MASK, PAD, SYMBOLS, Grammar, evaluate, tokenise
+from .store.cache import Stored, cached
+from .store.release import released_folder
+from .store.sources import DataError
 
 FOLDER = "listops-1000"
 FILES = {"train": "basic_train.tsv", "val": "basic_val.tsv", "test": "basic_test.tsv"}
@@ -108,7 +108,7 @@ def _generate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from .listops_generator import generate
+    from .listops.generator import generate
 
     total = sum(counts.values())
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -2,7 +2,7 @@
 
 Grey images of 32, 128 and 256 pixels a side, read pixel by pixel from the top left. The benchmark's own images are used
 where its folder `pathfinder<size>/curv_contour_length_14` is found and nothing else is asked for; otherwise images are
-generated, as `seqzoo.tasks.pathfinder_generator` says. The benchmark's are split as published pipelines do: a random
+generated, as `seqzoo.tasks.pathfinder.generator` says. The benchmark's are split as published pipelines do: a random
 permutation of seed 42 of all rows, in the order of their metadata, of which 80 % are for training.
 """
 
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from ..spec import TaskSpec
-from .cache import Stored, cached
 from .config import COUNTS, TaskConfig
 from .data import Task, assemble
-from .lra_release import released_folder
-from .pathfinder_parameters import published
-from .pathfinder_release import decode, metadata_files, read_metadata, split_rows
-from .shards import ROWS_PER_SHARD, array_file, num_shards
+from .pathfinder.parameters import published
+from .pathfinder.release import decode, metadata_files, read_metadata, split_rows
+from .store.cache import Stored, cached
+from .store.release import released_folder
+from .store.shards import ROWS_PER_SHARD, array_file, num_shards
 
 SIZES = {"lra_pathfinder": 32, "lra_pathx": 128, "lra_pathx256": 256}
 PUBLISHED = {"difficulty": "curv_contour_length_14", "num_train": 160_000, "num_val": 20_000, "num_test": 20_000}
@@ -60,7 +60,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
             rows = split_rows(read_metadata(folder), counts, where=folder)
             fillers = {split: partial(decode, folder, rows[split]) for split in COUNTS}
         else:
-            from .pathfinder_generator import generate
+            from .pathfinder.generator import generate
 
             seed = settings["generator_seed"]
             fillers = {split: partial(generate, parameters, seed=(seed, i)) for i, split in enumerate(COUNTS)}
@@ -91,7 +91,7 @@ def origin(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> dic
 
 def answer(values: np.ndarray, spec: TaskSpec, request: Mapping[str, Any]) -> int | None:
     """Whether a tracer finds the marked tips connected; it is mistaken about 1 in 100 images of 32 pixels a side."""
-    from .pathfinder_tracer import connected
+    from .pathfinder.tracer import connected
 
     size = math.isqrt(spec.max_length)
     return int(connected(values.reshape(1, size, size), published(size, request["difficulty"]))[0])

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .cache import Stored, cached
 from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
-from .lra_release import not_released, released_folder
-from .sources import DataError
+from .store.cache import Stored, cached
+from .store.release import not_released, released_folder
+from .store.sources import DataError
 
 FOLDER = "tsv_data"
 FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}

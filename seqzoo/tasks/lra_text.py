@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from ..files import inside
-from .cache import Stored, cached
 from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
 from .data import Task, assemble, hold_out, split_arrays
-from .sources import Archive, DataError, provide
+from .store.cache import Stored, cached
+from .store.sources import Archive, DataError, provide
 
 ACL_IMDB = Archive(
     url="https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..spec import TaskSpec
-from .cache import Stored, cached
 from .config import TaskConfig
 from .data import Task, assemble, hold_out, split_arrays
+from .store.cache import Stored, cached
 
 
 class Pictures(NamedTuple):

@@ -18,7 +18,7 @@ from . import pictures
 from .config import TaskConfig
 from .data import Task
 from .pictures import Pictures
-from .sources import DataError, given_folder
+from .store.sources import DataError, given_folder
 
 FOLDER = "mnist"
 # of the files unpacked

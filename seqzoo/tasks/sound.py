@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..spec import TaskSpec
-from .cache import Stored, cached
 from .config import TaskConfig
 from .data import Task, assemble
-from .sources import DataError
+from .store.cache import Stored, cached
+from .store.sources import DataError
 
 LEVELS = 2**16
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import sound
 from .config import TaskConfig
 from .data import Task
-from .sources import DataError, given_folder
+from .store.sources import DataError, given_folder
 
 FOLDER = "speech_commands_v0.02"
 ADVICE = (

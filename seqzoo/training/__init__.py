@@ -1,9 +1,7 @@
-"""Runs: a configuration in, a folder with its checkpoints, metrics and result out."""
+"""A stage of training: the loop, what it steps with, saves and measures, and what moves from one stage to the next."""
 
 from __future__ import annotations
 
 from .errors import Interrupted, TrainingError
-from .finished import evaluate_run, load
-from .run import run
 
-__all__ = ["Interrupted", "TrainingError", "evaluate_run", "load", "run"]
+__all__ = ["Interrupted", "TrainingError"]

@@ -16,7 +16,3 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, folder: Path):
         super().__init__(f"stopped and saved; {shlex.quote(f'resume={folder}')} continues")
         self.folder = folder
-
-
-class Busy(TrainingError):
-    """What another process has in hand; it can be had when that process has ended."""

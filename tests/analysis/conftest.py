@@ -1,14 +1,9 @@
 import pytest
-from tiny_runs import one_thread, tiny_config, toy_task
+from tiny_runs import one_thread, task, tiny_config
 
-from seqzoo.training import run
+from seqzoo.runs import run
 
-__all__ = ["one_thread"]
-
-
-@pytest.fixture(scope="session")
-def task():
-    return toy_task()
+__all__ = ["one_thread", "task"]
 
 
 @pytest.fixture(scope="session")

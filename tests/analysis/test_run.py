@@ -11,7 +11,7 @@ import seqzoo.analysis.__main__ as command
 from seqzoo.analysis import analyse_run
 from seqzoo.analysis.figure import save_figure
 from seqzoo.config import ConfigError
-from seqzoo.training import load
+from seqzoo.runs import load
 from seqzoo.training.checkpoint import load_weights
 
 

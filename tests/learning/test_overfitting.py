@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from seqzoo.config import available, compose
+from seqzoo.runs import run
 from seqzoo.tasks import Task, from_arrays, stratified
-from seqzoo.training import run
 
 N = 32
 

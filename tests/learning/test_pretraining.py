@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from seqzoo.config import available, compose
+from seqzoo.runs import run
 from seqzoo.tasks import Split
-from seqzoo.training import run
 
 # Of the unigram entropy, for masked symbols. Most of ListOps are uniform digits: who knows the symbols on both sides
 # saves 8 % of it, of text half.

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -87,9 +86,7 @@ def test_evaluates_a_checkpoint(tmp_path, capsys, monkeypatch):
         evaluated.append(folder)
         return {"model": "lru", "task": "lra_text", "accuracy": 0.75, "loss": 0.5, "n_test": 400}
 
-    monkeypatch.setitem(
-        sys.modules, "seqzoo.training", types.SimpleNamespace(evaluate_run=evaluate_run, TrainingError=RuntimeError)
-    )
+    monkeypatch.setattr("seqzoo.runs.evaluate_run", evaluate_run)
     assert main([f"checkpoint={tmp_path}"]) == 0
     assert evaluated == [tmp_path]
     assert dict(line.split() for line in capsys.readouterr().out.splitlines()) == {
@@ -105,9 +102,7 @@ def test_a_checkpoint_that_cannot_be_evaluated(tmp_path, capsys, monkeypatch):
     def evaluate_run(folder):
         raise FileNotFoundError(f"no model.safetensors in {folder}")
 
-    monkeypatch.setitem(
-        sys.modules, "seqzoo.training", types.SimpleNamespace(evaluate_run=evaluate_run, TrainingError=RuntimeError)
-    )
+    monkeypatch.setattr("seqzoo.runs.evaluate_run", evaluate_run)
     assert main([f"checkpoint={tmp_path}"]) == 1
     assert "no model.safetensors" in capsys.readouterr().err
 
@@ -169,7 +164,7 @@ def test_what_runs_say_is_shown_as_text(write_run, tmp_path, capsys, pretrain):
 
 
 def test_what_an_evaluation_says_is_shown_as_text(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("seqzoo.training.evaluate_run", lambda folder: {"model": "\x1b[31m", "accuracy": 0.5})
+    monkeypatch.setattr("seqzoo.runs.evaluate_run", lambda folder: {"model": "\x1b[31m", "accuracy": 0.5})
     assert main([f"checkpoint={tmp_path}"]) == 0
     assert r"\x1b[31m" in capsys.readouterr().out
     (tmp_path / "\x1b[31m").mkdir()

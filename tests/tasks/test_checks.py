@@ -9,7 +9,7 @@ from task_configs import small_listops
 
 from seqzoo.tasks import DataError, Task, TaskConfig, build_task, from_arrays
 from seqzoo.tasks.checks import verify
-from seqzoo.tasks.listops_grammar import MASK, PAD
+from seqzoo.tasks.listops.grammar import MASK, PAD
 
 
 @pytest.fixture

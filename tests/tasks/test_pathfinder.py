@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from seqzoo.files import LinkError
-from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, origin_of, pathfinder_release
-from seqzoo.tasks.pathfinder_release import COLUMNS, read_metadata
-from seqzoo.tasks.shards import array_file
+from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, origin_of
+from seqzoo.tasks.pathfinder import release
+from seqzoo.tasks.pathfinder.release import COLUMNS, read_metadata
 
 TRAIN, VAL, TEST = 40, 5, 5
 
@@ -108,16 +106,6 @@ def test_a_build_that_was_killed_goes_on_where_it_was(tmp_path):
         assert torch.equal(getattr(resumed, split).labels, getattr(whole, split).labels)
 
 
-def test_a_disk_that_is_full(tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(DataError, match=r"values\.npy: 0\.5 GB do not fit on the disk"):
-        array_file(tmp_path / "values.npy", (500_000_000,), np.uint8)
-    assert not list(tmp_path.iterdir())
-
-
 def png(pixels: np.ndarray) -> bytes:
     from PIL import Image
 
@@ -177,7 +165,7 @@ def test_metadata_as_the_generator_writes_it(released):
     before = read_metadata(folder)
     for path in (folder / "metadata").iterdir():
         for dtype in ("U32", "S32"):
-            rows = [line.split() if isinstance(line, str) else line for line in pathfinder_release._table(path)]
+            rows = [line.split() if isinstance(line, str) else line for line in release._table(path)]
             np.save(path, np.array(rows, dtype=dtype))
     assert read_metadata(folder) == before
 
@@ -294,18 +282,11 @@ def test_any_image_is_read_or_refused(tmp_path, place, noise):
     path.write_bytes(whole[:place] + noise + whole[place + len(noise) :])
     message = ""
     try:
-        pixels = pathfinder_release._pixels(path, 32, "row 1")
+        pixels = release._pixels(path, 32, "row 1")
         assert (pixels == np.arange(1024, dtype=np.uint8).reshape(32, 32)).all()
     except DataError as error:
         message = str(error)
     assert message == "" or str(path) in message
-
-
-@pytest.mark.parametrize("name", ["values.npy", "values.npy.tmp"])
-def test_no_link_in_place_of_an_array_is_followed(tmp_path, victim, name):
-    (tmp_path / name).symlink_to(victim)
-    with suppress(LinkError):
-        array_file(tmp_path / "values.npy", (5,), np.uint8)[:] = 1
 
 
 def test_released_images_are_told_from_generated_ones(released):

@@ -5,7 +5,7 @@ import pytest
 from task_configs import small_listops
 
 from seqzoo.tasks import TaskConfig, build_task, from_arrays, samples
-from seqzoo.tasks.listops_grammar import SYMBOLS
+from seqzoo.tasks.listops.grammar import SYMBOLS
 from seqzoo.tasks.samples import as_text, decode, pick, save_sheet, sequences
 
 

@@ -17,12 +17,12 @@ from seqzoo import after_step, build_block
 from seqzoo.config import StageConfig, WandbConfig
 from seqzoo.models import build_model
 from seqzoo.objectives import build_objective
+from seqzoo.runs.parts import build_fabric
 from seqzoo.tasks import epoch_order
 from seqzoo.training import Interrupted, TrainingError
 from seqzoo.training.checkpoint import load_checkpoint, load_metadata
 from seqzoo.training.evaluation import evaluate, module_metrics
 from seqzoo.training.loop import Stage, budget
-from seqzoo.training.parts import build_fabric
 from seqzoo.training.tracker import Tracker
 
 

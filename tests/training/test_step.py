@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from seqzoo.models import build_model
 from seqzoo.objectives import build_objective
+from seqzoo.runs.parts import build_fabric
 from seqzoo.tasks import from_arrays
 from seqzoo.training.loop import Stage
-from seqzoo.training.parts import build_fabric
 
 BLOCKS = {
     "softmax_attention": {"num_heads": 2},

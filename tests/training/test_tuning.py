@@ -12,7 +12,8 @@ from tiny_runs import tiny_config
 
 from seqzoo.config import ConfigError, LadderConfig, LoraConfig
 from seqzoo.models import build_model
-from seqzoo.training import TrainingError, evaluate_run, load, run, search
+from seqzoo.runs import evaluate_run, load, run, search
+from seqzoo.training import TrainingError
 from seqzoo.training.checkpoint import load_weights
 from seqzoo.training.loop import Stage
 from seqzoo.training.optimizer import build_optimizer

@@ -14,8 +14,9 @@ from uneven_steps import CASES, first_step, uneven_stage, uneven_task
 
 from seqzoo.config import ConfigError
 from seqzoo.objectives import build_objective
+from seqzoo.runs import run
 from seqzoo.spec import IGNORED
-from seqzoo.training import TrainingError, run
+from seqzoo.training import TrainingError
 from seqzoo.training.evaluation import evaluate
 
 

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One run of a campaign."""
+
+    overrides: tuple[str, ...]
+    config: Config
+    folder: Path
+    key: str | None  # of the pretraining it needs, see `pretraining_key`; None: it needs none
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    @property
+    def begun(self) -> bool:
+        return (self.folder / "config.yaml").exists()
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether its own pretraining has ended; one that it shares is in another folder."""
+        return (self.folder / "pretrain" / "summary.json").exists()

@@ -1,0 +1,60 @@
+"""Whether a stage can be trained here at all: found in its numbers, before anything is allocated or written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..config import ConfigError, StageConfig
+from ..models import SequenceModel
+from ..tasks import Split
+from ..training.loop import budget
+from ..training.memory import held_by, needed_to_train
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def check_model(model: SequenceModel, device: torch.device) -> None:
+    """Raises ConfigError where `device` does not hold the weights of `model`, which may be on the meta device."""
+    memory, needed = held_by(device), sum(tensor.nbytes for tensor in model.state_dict().values())
+    if needed > memory:
+        raise ConfigError(
+            f"{needed / 1e9:,.0f} GB of weights, of {memory / 1e9:,.0f} GB here; valid: a smaller model, such as "
+            "model.d_model or model.num_layers"
+        )
+
+
+def check_stage(name: str, stage: StageConfig, model: SequenceModel, train: Split, fabric: Fabric) -> None:
+    """Raises ConfigError where a stage cannot be trained.
+
+    Memory is refused for what training cannot do without: weights, gradients and moments; and, at every position of a
+    batch, what goes into the norm of each layer that is trained and what comes out.
+
+    Args:
+        name: of the stage's keys, "pretraining" or "finetuning".
+        model: as it is to be trained; its tensors may be on the meta device.
+        train: what it is trained on.
+    """
+    if stage.batch_size % fabric.world_size:
+        raise ConfigError(
+            f"{name}.batch_size={stage.batch_size}: valid: a multiple of the {fabric.world_size} processes"
+        )
+    tokens = int(train.lengths.sum())
+    if budget(stage, len(train), tokens)[0] < 1:
+        raise ConfigError(f"{name}.epochs={stage.epochs}: of {tokens:,} tokens none; valid: 1 token or more")
+    memory, needed = held_by(fabric.device), needed_to_train(model)
+    if needed > memory:
+        raise ConfigError(
+            f"{name}: {needed / 1e9:,.0f} GB of parameters, gradients and moments, of {memory / 1e9:,.0f} GB here; "
+            "valid: a smaller model, such as model.d_model or model.num_layers"
+        )
+    layers = 1 if model.backbone.frozen else len(model.backbone.layers)
+    positions = stage.batch_size * tokens / len(train) / fabric.world_size
+    needed += round(2 * 4 * positions * model.backbone.norm.normalized_shape[0] * layers)
+    if needed > memory:
+        raise ConfigError(
+            f"{name}.batch_size={stage.batch_size}: {needed / 1e9:,.0f} GB at least, of {memory / 1e9:,.0f} GB here; "
+            f"valid: a smaller one, and {name}.accumulate to sum several into a step"
+        )

@@ -1,0 +1,279 @@
+"""Run folders: their names, what lies in them, and when one run's pretraining may serve another.
+
+<runs_dir>/<task>-<model>-<recipe>-<none|masked|causal>-s<seed>-<hash>/
+    config.yaml  task.json  metrics.jsonl  result.json  lock
+    pretrain/    key  summary.json  best.safetensors  last.safetensors
+    finetune/    best.safetensors  last.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from .. import records
+from ..config import Config, ConfigError, from_dict, to_dict
+from ..files import inside, lock, write_json, write_text
+from ..messages import say_once
+from ..spec import TaskSpec
+from ..tasks import Fingerprint, Task, fingerprint, origin_of
+from ..tasks.identity import digest_of_arrays
+from ..training import TrainingError
+
+SIZES = ("vocab_size", "max_length", "num_classes", "channels", "num_inputs")  # in a task.json
+LARGEST_SIZE = 1 << 20
+FOLDERS = ("pretrain", "finetune", "wandb", ".wandb")  # that a run, or W&B, makes in its own
+# Where a run reads, writes and computes, which is not what it computes.
+WITHOUT_EFFECT = (
+    *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),
+    *("budget", "launcher"),
+)
+OF_PRETRAINING = ("objective", "pixel_loss", "pretraining")
+OF_FINE_TUNING = (
+    *("finetuning", "tuning", "lora", "ladder", "pretrain", "recipe", "n_test"),
+    *("model.pooling", "model.head"),
+)
+# The head of a classifier and dropout are fine-tuning's own business.
+MAY_DIFFER = ("model.pooling", "model.head", "model.dropout", "task.workers")
+
+
+class Busy(TrainingError):
+    """What another process has in hand; it can be had when that process has ended."""
+
+
+def run_name(config: Config, task: Task | None = None) -> str:
+    """The name of a run's folder; equal for two runs if and only if they compute the same.
+
+    Args:
+        config: its configuration.
+        task: the user's own, if it is not the one that `config` names.
+
+    Raises:
+        DataError: the task reads a text of the user's that is not there, or published files that are damaged.
+    """
+    dropped = () if config.pretrain is True else OF_PRETRAINING
+    name = config.task.name if task is None else task.spec.name
+    return f"{cell_name(config, name)}-s{config.seed}-{_digest(config, task, without=dropped)}"
+
+
+def pretraining_key(config: Config, task: Task | None = None) -> str:
+    """Equal for two runs, of `pretrain=true`, if and only if their pretraining is the same; see `run_name`."""
+    return _digest(config, task, without=OF_FINE_TUNING)
+
+
+def shared_pretraining(config: Config, folder: Path, key: str) -> Path | None:
+    """The run folder whose finished pretraining has this key: `folder` itself, or another one beside it, or None.
+
+    Raises:
+        Busy: it is not finished, and another process is at work on it.
+    """
+    if (folder / "pretrain" / "summary.json").exists():
+        return folder
+    beside = folder.parent.glob(f"*-{config.model.name}-*-s{config.seed}-*/pretrain/key")
+    same = [path.parent for path in sorted(beside) if path.parents[1] != folder and _key_in(path) == key]
+    for pretraining in same:
+        if (pretraining / "summary.json").exists():
+            return pretraining.parent
+    for pretraining in same:
+        with in_hand(pretraining.parent):
+            pass
+    return None
+
+
+def _key_in(path: Path) -> str | None:
+    try:
+        return records.read_text(path, records.LARGEST)
+    except ValueError:
+        return None
+
+
+@contextmanager
+def in_hand(folder: Path) -> Iterator[None]:
+    """Keeps every other process from a run while it lasts.
+
+    Raises:
+        Busy: another process has it.
+        LinkError: a folder in it, or its lock, is a symbolic link.
+    """
+
+    def busy() -> None:
+        raise Busy(f"another process is at work on {folder}; the same command later goes on")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:
+        inside(folder, name)
+    with lock(folder / "lock", busy):
+        yield
+
+
+def cell_name(config: Config, task: str) -> str:
+    """What the seeds of an experiment have in common in their names."""
+    return f"{task}-{config.model.name}-{config.recipe}-{config.objective if config.pretrain else 'none'}"
+
+
+def write_description(folder: Path, config: Config, task: Task) -> None:
+    """`config.yaml` and `task.json`, from which `read_config` and `read_spec` rebuild the run, and `check_task` knows
+    its data again."""
+    from omegaconf import OmegaConf
+
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    write_json(folder / "task.json", {**asdict(task.spec), "data": fingerprint(task)._asdict()})
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration a run was started with.
+
+    Raises:
+        ConfigError: `folder` is not a run folder, or its config.yaml is more than plain values, or not valid.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
+    try:
+        return from_dict(records.read_yaml(path))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_spec(folder: Path) -> TaskSpec:
+    """The task a run was trained on.
+
+    Raises:
+        ConfigError: `folder` has no task.json, or one that cannot be read.
+    """
+    values = read_json(folder / "task.json")
+    if values is None:
+        raise ConfigError(f"{folder} is not a run folder: it has no task.json")
+    values.pop("data", None)
+    values |= {key: tuple(values[key]) for key in ("mean", "std")}
+    for key in SIZES:
+        if not (isinstance(value := values.get(key, 1), int) and 1 <= value <= LARGEST_SIZE):
+            raise ConfigError(f"{folder / 'task.json'}: {key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
+    return TaskSpec(**values)
+
+
+def checked_task(folder: Path, config: Config, task: Task | None, build: Callable[[], Task]) -> Task:
+    """The task of the run in `folder`: `task`, or else what `build` makes; if begun, what it was trained on so far.
+
+    Raises:
+        ConfigError: the run needs `task` and got none; or as `check_task` does.
+    """
+    begun = (folder / "task.json").exists()
+    if task is not None:
+        task = replace(task, folder=None)  # its arrays may be others by now
+    elif begun and (name := read_spec(folder).name) != config.task.name:
+        raise ConfigError(f"{folder} was trained on the user's own task {name!r}: pass it as task=")
+    else:
+        task = build()
+    if begun:
+        check_task(folder, task)
+    return task
+
+
+def check_task(folder: Path, task: Task) -> None:
+    """Holds `task` against what the run in `folder` was trained on.
+
+    A run of an earlier version, which did not note its data, is let through, and that is said once.
+
+    Raises:
+        ConfigError: it was trained on another task, or on other data; says both.
+    """
+    spec = read_spec(folder)
+    if task.spec != spec:
+        raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
+    noted = (read_json(folder / "task.json") or {}).get("data")
+    if noted is None:
+        say_once(f"{folder} does not say which data it was trained on, being of an earlier version: not compared")
+        return
+    there, here = Fingerprint(**noted), fingerprint(task)
+    if there.sha256 != here.sha256:
+        raise ConfigError(
+            f"{folder} was trained on other data: {there}; given: {here}. Give it its own, from where data_dir and "
+            f"cache_dir in {folder / 'config.yaml'} say, or train anew on these in another runs_dir"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file of a run folder, or None where there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return records.read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
+    """The summary of the pretraining in the folder `config.pretrain`, once it is known to suit `config`.
+
+    Raises:
+        ConfigError: it is no run folder, its pretraining is unfinished, or the two runs differ in their data or in a
+            key that the backbone depends on; names the key.
+    """
+    folder = Path(config.pretrain)
+    if not folder.is_dir():
+        raise ConfigError(f"pretrain={folder}: no such folder; valid: true, false, or the folder of a run")
+    there, here = read_config(folder), config
+    for key in ("causal", "objective", "size", "train_fraction", "model", "task"):
+        for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):
+            if name not in MAY_DIFFER:
+                raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
+    for name, (theirs, ours) in _differences("task", read_spec(folder), task.spec):
+        raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
+    check_task(folder, task)
+    summary = read_json(folder / "pretrain" / "summary.json")
+    if summary is None:
+        raise ConfigError(f"pretrain={folder}: that run has no finished pretraining of its own")
+    return summary
+
+
+def _differences(prefix: str, there: Any, here: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if not hasattr(there, "__dataclass_fields__"):
+        if there != here:
+            yield prefix, (there, here)
+        return
+    theirs, ours = asdict(there), asdict(here)
+    for key in theirs:
+        if theirs[key] != ours[key]:
+            yield f"{prefix}.{key}", (theirs[key], ours[key])
+
+
+def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> str:
+    """Of everything that shapes what `config` computes but the keys `without`."""
+    shaping = to_dict(config)
+    if isinstance(config.pretrain, str):
+        shaping["pretrain"] = Path(config.pretrain).name
+    unused = [name for name in ("lora", "ladder") if name != config.tuning]
+    # What they were before there was a choice counts as a key that is not there, see below.
+    unused += ["tuning"] if config.tuning == "full" else []
+    unused += ["model.init"] if config.model.init == "structured" else []
+    for key in (*WITHOUT_EFFECT, *unused, *without):
+        _drop(shaping, key)
+    if task is not None:
+        shaping["task"] = {"spec": asdict(task.spec), "data": digest_of_arrays(task)}
+    else:  # what the data are, not where: data_dir itself has no effect
+        shaping["task"] |= origin_of(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir)
+    # A key that is not set counts as one that is not there: adding an option leaves the names of old runs as they are.
+    return hashlib.sha256(json.dumps(_without_none(shaping), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _drop(values: dict[str, Any], key: str) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        values = values[part]
+    values.pop(last, None)
+
+
+def _without_none(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_none(value) for key, value in values.items() if value is not None}

@@ -1,0 +1,332 @@
+"""One run: pretraining if asked for, fine-tuning, one look at the test set, and the result."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..config import Config, ConfigError, StageConfig, to_dict
+from ..files import LinkError, inside, write_json, write_text
+from ..messages import printable, printable_lines
+from ..models import SequenceModel, build_model, task_head
+from ..models.size import count_parameters, flops_per_token
+from ..objectives import Objective, build_objective
+from ..spec import TaskSpec
+from ..tasks import Task, nested
+from ..training.evaluation import evaluate, require_questions
+from ..training.loop import Stage
+from ..training.memory import keep_freed_memory
+from ..training.tracker import Tracker
+from ..training.transfer import transfer_backbone
+from ..training.tuning import count_trained, tune
+from . import provenance
+from .feasible import check_stage
+from .folder import (
+    cell_name,
+    check_task,
+    checked_task,
+    in_hand,
+    pretraining_key,
+    read_config,
+    read_json,
+    reusable_pretraining,
+    run_name,
+    shared_pretraining,
+    write_description,
+)
+from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, part_of, sized, task_of
+from .search import search_lr
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def run(config: Config, *, task: Task | None = None, deadline: float | None = None) -> dict[str, Any]:
+    """Trains what `config` asks for, or continues it, and returns its result with the run's "folder".
+
+    A finished run is not repeated: its result is returned. Nor is a finished pretraining that another run beside it,
+    in the same `runs_dir`, shares: fine-tuning starts from that.
+
+    Args:
+        config: from `seqzoo.config.compose`.
+        task: data of one's own, from `seqzoo.tasks.from_arrays`, in place of the task that `config` names.
+        deadline: of `time.monotonic()`, after which training stops as if interrupted.
+
+    Raises:
+        ConfigError: `config` cannot be run.
+        DataError: the task's data are missing or damaged.
+        TrainingError: training failed; what had been saved is kept.
+        Busy: another process has this run, or its pretraining, in hand.
+        Interrupted: by a signal or the deadline, with everything saved.
+        LinkError: a symbolic link stands where the run would write; the folder that `config.resume` names may be one.
+    """
+    if config.resume is not None:
+        folder = Path(config.resume)
+        config = read_config(folder)
+    else:
+        if isinstance(config.pretrain, str):
+            config = replace(config, pretrain=str(Path(config.pretrain).resolve()))
+        runs_dir = Path(config.runs_dir)
+        with _reaching(runs_dir):
+            folder = inside(runs_dir, run_name(config, task))
+    config = replace(config, data_dir=_absolute_data_dir(config))
+    with _reaching(folder):
+        result = read_json(folder / "result.json")
+    if result is not None:
+        print(printable(f"{folder} is finished; delete it to run again"), file=sys.stderr)
+        return {**result, "folder": str(folder)}
+
+    fabric = build_fabric(config)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
+    key = pretraining_key(config, task) if config.pretrain is True else None
+    task = checked_task(folder, config, task, lambda: task_of(config, fabric))
+    planned = _Run(config, task, folder, key, fabric, deadline)  # what cannot be run ends here, and leaves no folder
+    with ExitStack() as held:
+        tracker = None
+        if fabric.is_global_zero:
+            with _reaching(folder):
+                held.enter_context(in_hand(folder))
+            write_description(folder, config, task)
+            tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
+        fabric.barrier()
+        try:
+            result = planned.result(tracker)
+        except BaseException:
+            if tracker:
+                tracker.finish(None)
+            raise
+        if tracker:
+            write_json(folder / "result.json", result)
+            tracker.finish(result)
+    fabric.barrier()
+    return {**result, "folder": str(folder)}
+
+
+class _Run:
+    """A run: both stages, and the test. Making one reads and writes nothing of its own, and allocates no model.
+
+    Args:
+        key: of the pretraining that it needs; None: it needs none of its own.
+
+    Raises:
+        ConfigError: it cannot be run.
+    """
+
+    tracker: Tracker | None = None
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        folder: Path,
+        key: str | None,
+        fabric: Fabric,
+        deadline: float | None,
+    ) -> None:
+        _check_answer(config, task.spec)
+        self.config, self.task, self.folder, self.key = config, task, folder, key
+        self.fabric, self.deadline = fabric, deadline
+        self.examples = task.train
+        if config.train_fraction is not None:
+            kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
+            self.examples = task.train.subset(kept)
+        self.val, self.test = part_of(task.val, config.n_val), part_of(task.test, config.n_test)
+        splits = {"train": self.examples, "val": self.val}
+        if key is not None:
+            with blaming(f"objective={config.objective}"):
+                require_questions(objective_of(config, task.spec), splits)
+        with blaming(f"task={task.spec.name}"):
+            require_questions(build_objective("task", task.spec), {**splits, "test": self.test})
+        with blaming(f"model={config.model.name}"):
+            self.sized = sized(config, task.spec)
+        if key is not None:
+            model = self.on_meta(objective_of(config, task.spec).head)
+            check_stage("pretraining", config.pretraining, model, self.examples, fabric)
+        model = self.on_meta(task_head(task.spec))
+        with blaming(f"tuning={config.tuning}"), torch.device("meta"):
+            model = tune(model, config)
+        check_stage("finetuning", config.finetuning, model, self.examples, fabric)
+        with blaming(f"model={config.model.name}"):
+            self.params = count_parameters(self.sized, task.spec, causal=config.causal)
+            self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
+        self.trained = count_trained(self.sized, task.spec, config)
+        self.reused = reusable_pretraining(config, task) if isinstance(config.pretrain, str) else None
+
+    def on_meta(self, head: str) -> SequenceModel:
+        """The model with `head`, of tensors without memory."""
+        with blaming(f"model={self.config.model.name}"), torch.device("meta"):
+            return build_model(self.sized, self.task.spec, head=head, causal=self.config.causal)
+
+    def result(self, tracker: Tracker | None) -> dict[str, Any]:
+        """Trains, or goes on training, and tests; the content of `result.json`. `tracker` is the first rank's."""
+        self.tracker = tracker
+        config, fabric, size = self.config, self.fabric, f"width {self.sized.d_model}, {self.params:,} parameters"
+        asked = "" if config.size is None else f", the nearest to size={config.size}"
+        self.say(f"{self.sized.name}: {size}, {self.flops / 1e6:.3g} MFLOP a token{asked}")
+        if config.tuning != "full":
+            alone = "" if config.pretrain else "; without pretraining: the backbone stays a random one"
+            self.say(f"tuning={config.tuning} moves {self.trained:,} parameters{alone}")
+        source, pretraining = self.pretrain()
+        objective = build_objective("task", self.task.spec)
+        model = model_of(config, self.task.spec, objective.head)
+        if pretraining is not None:  # also when fine-tuning continues: its checkpoint is loaded over it
+            transfer = transfer_backbone(model, source / "pretrain" / "best.safetensors")
+            self.say(f"hand-over from {source}: {transfer}")
+        model = tune(model, config)
+        finetuning = self.train(model, objective, config.finetuning, "finetune")
+        batch_size = config.finetuning.batch_size
+        tested = evaluate(model, objective, self.test.to(fabric.device), batch_size=batch_size, fabric=fabric)
+        return self.describe(source, pretraining, finetuning, tested)
+
+    def pretrain(self) -> tuple[Path, dict[str, Any] | None]:
+        """The run folder that fine-tuning starts from, and the summary of its pretraining; None: it starts anew."""
+        config, folder = self.config, self.folder
+        if isinstance(config.pretrain, str):
+            return Path(config.pretrain), self.reused
+        if self.key is None:
+            return folder, None
+        source = shared_pretraining(config, folder, self.key) or folder
+        if source != folder:
+            check_task(source, self.task)
+        summary = read_json(source / "pretrain" / "summary.json")
+        if summary is None:
+            self.fabric.barrier()  # all ranks have looked
+            if self.fabric.is_global_zero:
+                write_text(folder / "pretrain" / "key", self.key)
+            objective = objective_of(config, self.task.spec)
+            model = model_of(config, self.task.spec, objective.head)
+            summary = self.train(model, objective, config.pretraining, "pretrain")
+            if self.fabric.is_global_zero:
+                write_json(folder / "pretrain" / "summary.json", summary)
+        return source, summary
+
+    def train(self, model: nn.Module, objective: Objective, stage: StageConfig, name: str) -> dict[str, Any]:
+        """One stage, of `name`; its summary."""
+        config, folder = self.config, self.folder / name
+        fitting = "short" if self.fabric.device.type == "cuda" else "tiny"
+        fits = f"recipe={fitting} is made for it"
+        shared: dict[str, Any] = {
+            "name": name,
+            "seed": config.seed,
+            "fabric": self.fabric,
+            "compile": config.compile,
+            "deadline": self.deadline,
+        }
+        if config.lr == "search":
+            lr = search_lr(model, objective, self.examples, self.val, stage, folder=inside(folder, "search"), **shared)
+            stage = replace(stage, lr=lr)
+        trainer = Stage(
+            model,
+            objective,
+            self.examples,
+            self.val,
+            stage,
+            **shared,
+            folder=folder,
+            tracker=self.tracker,
+            flops_per_token=flops_per_token(self.sized, self.task.spec, causal=config.causal, head=objective.head),
+            advice=fits if config.recipe != fitting else "Fewer tokens or a smaller model would make it shorter",
+        )
+        if stage.warmup_steps > trainer.total_steps:
+            steps = f"{stage.warmup_steps:,} steps of warmup in {trainer.total_steps:,}"
+            self.say(f"{name}: {steps}: the learning rate never reaches {stage.lr:g}")
+        state = trainer.run()
+        tokens_per_second = state.tokens / state.training_seconds
+        return {
+            "tokens_seen": state.tokens,
+            "token_budget": trainer.budget,
+            "seconds": state.seconds,
+            "tokens_per_second": tokens_per_second,
+            "mfu": trainer.utilisation(tokens_per_second),
+            "val": state.best,
+            "lr": stage.lr,
+        }
+
+    def describe(
+        self, source: Path, pretraining: dict[str, Any] | None, finetuning: dict[str, Any], tested: dict[str, float]
+    ) -> dict[str, Any]:
+        """The content of `result.json`, from the summaries of the stages and the test's metrics."""
+        config, own = self.config, source == self.folder
+        none = {"tokens_seen": 0, "token_budget": 0, "seconds": 0.0, "tokens_per_second": 0.0, "lr": None}
+        stages = {"pretrain": pretraining or none, "finetune": finetuning}
+
+        def of_stages(key: str) -> dict[str, Any]:
+            return {name: stage[key] for name, stage in stages.items()}
+
+        seconds = of_stages("seconds")
+        return {
+            "schema": 1,
+            "model": config.model.name,
+            "task": self.task.spec.name,
+            "causal": config.causal,
+            "objective": config.objective,
+            "pretrain": pretraining is not None,
+            "pretrain_run": None if own else source.name,
+            "recipe": config.recipe,
+            "seed": config.seed,
+            "params": self.params,
+            "trained_params": self.trained,
+            "init": config.model.init,
+            "tuning": config.tuning,
+            "train_fraction": 1.0 if config.train_fraction is None else config.train_fraction,
+            "flops_per_token": self.flops,
+            "tokens_seen": of_stages("tokens_seen"),
+            "token_budget": of_stages("token_budget"),
+            "lr": of_stages("lr"),
+            "val": finetuning["val"],
+            "test": tested,
+            "n_test": len(self.test),
+            "majority": self.test.majority,
+            "task_note": self.task.note,
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "tokens_per_second": of_stages("tokens_per_second"),
+            "mfu": {"pretrain": pretraining.get("mfu") if pretraining and own else None, "finetune": finetuning["mfu"]},
+            **provenance.made_with(self.fabric.device, self.fabric.world_size),
+        }
+
+    def say(self, message: str) -> None:
+        """Prints to stderr, on the first rank only."""
+        if self.fabric.is_global_zero:
+            print(printable_lines(message), file=sys.stderr)
+
+
+def _absolute_data_dir(config: Config) -> str | None:
+    """What `data_dir` means here, wherever the run goes on; a text's relative path is under it, or here."""
+    data_dir, text = config.data_dir, config.task.text
+    if data_dir is None and text is not None and not os.path.isabs(os.path.expanduser(text)):
+        data_dir = "."
+    return None if data_dir is None else os.path.abspath(os.path.expanduser(data_dir))
+
+
+@contextmanager
+def _reaching(folder: Path) -> Iterator[None]:
+    """Says of an OSError that it is where the run's folder was to be."""
+    try:
+        yield
+    except LinkError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}; valid: runs_dir=<a folder that can be written>") from None
+
+
+def _check_answer(config: Config, spec: TaskSpec) -> None:
+    """Raises ConfigError where a task asks for something else than the run would learn."""
+    if config.pretrain and config.pixel_loss != "cross_entropy" and spec.kind != "pixels":
+        raise ConfigError(f"pixel_loss={config.pixel_loss}: {spec.name} has no pixels; valid: cross_entropy")
+    if spec.answer != "next":
+        return
+    if not config.causal:
+        raise ConfigError(f"causal=false: {spec.name} asks each position for the next one; valid: causal=true")
+    if config.pretrain:
+        raise ConfigError(
+            f"pretrain={config.pretrain}: {spec.name} is itself what causal pretraining is; valid: pretrain=false"
+        )

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config import StageConfig
+from ..files import inside, write_json
+from ..objectives import Objective
+from ..tasks import Split
+from ..training import Interrupted, TrainingError
+from ..training.loop import Stage, budget
+from .folder import read_json
+
+GRID = (1e-4, 5e-4, 1e-3, 5e-3)
+"""The learning rates that Amos, Berant and Gupta (2024) report in tables 4 to 6, less the few in between."""
+SHARE = 0.1  # of the stage's budget, for each trial
+
+
+def search_lr(
+    model: nn.Module,
+    objective: Objective,
+    train: Split,
+    val: Split,
+    stage: StageConfig,
+    *,
+    folder: Path,
+    **options: Any,
+) -> float:
+    """The rate of `GRID` whose short training does best on validation; the same effort for every model.
+
+    Finished trials are kept in `folder` and not repeated. A rate at which training fails is out.
+
+    Args:
+        options: of `Stage`: name, seed and fabric.
+
+    Raises:
+        TrainingError: training fails at every rate.
+    """
+    tokens = max(1, round(SHARE * budget(stage, len(train), int(train.lengths.sum()))[0]))
+    scores = {}
+    for lr in GRID:
+        trial = inside(folder, f"lr-{lr:g}")
+        summary = read_json(trial / "summary.json")
+        if summary is None:
+            short = replace(
+                stage,
+                lr=lr,
+                tokens=tokens,
+                epochs=None,
+                evaluations=1,
+                warmup_steps=math.ceil(SHARE * stage.warmup_steps),
+            )
+            try:
+                best = (
+                    Stage(copy.deepcopy(model), objective, train, val, short, folder=trial, **options)
+                    .run()
+                    .best[objective.monitor]
+                )
+            except Interrupted:
+                raise Interrupted(folder.parents[1]) from None  # the run, of which a trial's folder is a part
+            except TrainingError as failure:
+                print(f"lr {lr:g}: {failure}", file=sys.stderr)
+                best = None
+            summary = {"lr": lr, objective.monitor: best}
+            if options["fabric"].is_global_zero:
+                write_json(trial / "summary.json", summary)
+        if summary[objective.monitor] is not None:
+            scores[lr] = summary[objective.monitor]
+            if options["fabric"].is_global_zero:
+                print(f"lr {lr:g}: validation {objective.monitor} {scores[lr]:.4f}", file=sys.stderr)
+    if not scores:
+        raise TrainingError(f"training fails at every rate of {', '.join(f'{lr:g}' for lr in GRID)}")
+    return (max if objective.maximise else min)(scores, key=lambda lr: scores[lr])

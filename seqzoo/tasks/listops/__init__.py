@@ -1,0 +1,1 @@
+"""ListOps expressions: their grammar, and how they are generated."""

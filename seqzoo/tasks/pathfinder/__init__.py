@@ -1,0 +1,1 @@
+"""Pathfinder images: how they are generated, read as published, traced and compared."""

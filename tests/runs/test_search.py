@@ -1,0 +1,53 @@
+import json
+
+import pytest
+from tiny_runs import tiny_config, toy_task
+
+from seqzoo.runs import run
+from seqzoo.runs import search as search_module
+from seqzoo.training import TrainingError
+
+
+@pytest.fixture(scope="module")
+def task():
+    return toy_task()
+
+
+def test_the_best_rate_on_validation_is_taken(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "GRID", (1e-6, 1e-2))
+    monkeypatch.setattr(search_module, "SHARE", 0.5)
+    result = run(tiny_config(tmp_path, lr="search", pretrain=True), task=task)
+    for stage, metric, best in (("pretrain", "loss", min), ("finetune", "accuracy", max)):
+        trials = {}
+        for path in (tmp_path / result["folder"]).glob(f"{stage}/search/*/summary.json"):
+            summary = json.loads(path.read_text())
+            trials[summary["lr"]] = summary[metric]
+        assert set(trials) == {1e-6, 1e-2}
+        assert trials[result["lr"][stage]] == best(trials.values())
+    assert result["lr"]["finetune"] == 1e-2
+    assert result["tokens_seen"]["finetune"] < 2600, "trials are not counted as training"
+
+
+def test_finished_trials_are_kept_and_failures_are_out(task, tmp_path, monkeypatch):
+    calls = []
+
+    class FailingStage(search_module.Stage):
+        def run(self):
+            calls.append(self.config.lr)
+            if self.config.lr > 1e-3:
+                raise TrainingError("not finite")
+            return super().run()
+
+    monkeypatch.setattr(search_module, "Stage", FailingStage)
+    result = run(tiny_config(tmp_path, lr="search"), task=task)
+    assert calls == list(search_module.GRID)
+    assert result["lr"]["finetune"] <= 1e-3
+    (tmp_path / result["folder"] / "result.json").unlink()
+    assert run(tiny_config(tmp_path, lr="search"), task=task)["lr"] == result["lr"]
+    assert calls == list(search_module.GRID)
+
+
+def test_a_size_is_reached_and_stored(task, tmp_path):
+    result = run(tiny_config(tmp_path, size="params:20k"), task=task)
+    assert abs(result["params"] - 20_000) < 4_000
+    assert result["flops_per_token"] > 0
