@@ -1,30 +1,39 @@
-"""Who imports whom, read from the source: no room imports upward, and `kernels` is `seqzoo.kernels` to everybody."""
+"""Who imports whom, read from the source: no room imports upward, no modules import each other, and `kernels` is
+`seqzoo.kernels` to everybody."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = {
-    "files": 0,
-    "records": 0,
-    "kernels": 0,
-    "blocks": 1,
-    "models": 2,
-    "tasks": 2,
-    "config": 3,
-    "objectives": 3,
-    "training": 4,
-    "report": 5,
-    "analysis": 5,
-}
+STOREYS = (  # from the ground up; rooms of one storey do not know each other either
+    ("files", "kernels", "messages", "records", "spec", "valid", "version"),
+    ("blocks", "tasks.store"),
+    ("tasks.listops", "tasks.pathfinder"),
+    ("models", "tasks"),
+    ("config", "objectives"),
+    ("training",),
+    ("runs",),
+    ("analysis", "report"),
+)
+FLOORS = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 SOURCES = sorted(
     path
     for folder in ("kernels", "seqzoo", "tests", "benchmarks", "examples")
     for path in (ROOT / folder).rglob("*.py")
     if not path.is_relative_to(ROOT / "seqzoo" / "kernels")  # the symlink
 ) + sorted(ROOT.glob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a file's module."""
+    parts = [*path.relative_to(ROOT).parent.parts, *([] if path.name == "__init__.py" else [path.stem])]
+    return ".".join(["seqzoo", *parts] if parts[:1] == ["kernels"] else parts)
+
+
+MODULES = {name: path for path in SOURCES if (name := name_of(path)).split(".")[0] == "seqzoo"}
 
 
 def imported(path: Path) -> set[str]:
@@ -44,8 +53,16 @@ def imported(path: Path) -> set[str]:
 
 
 def room(module: str) -> str | None:
+    """The room that a module, or a name in it, belongs to; None: it stands above all rooms."""
     parts = module.split(".")
-    return parts[1] if parts[0] == "seqzoo" and len(parts) > 1 and parts[1] in FLOORS else None
+    if parts[0] != "seqzoo" or parts[-1] == "__main__":  # a command, as train.py is
+        return None
+    return next((name for name in (".".join(parts[1:3]), ".".join(parts[1:2])) if name in FLOORS), None)
+
+
+def owner(name: str) -> str | None:
+    """The module of the project that an imported name is, or is in."""
+    return next((module for module in (name, name.rpartition(".")[0]) if module in MODULES), None)
 
 
 def test_relative_imports_are_resolved():
@@ -59,14 +76,29 @@ def test_kernels_import_nothing_else_of_the_project():
         assert {name for name in project if not name.startswith("seqzoo.kernels.")} == set(), path
 
 
+def test_every_module_is_in_a_room():
+    above = {name for name in MODULES if room(name) is None}
+    assert above == {"seqzoo", "seqzoo.tasks.__main__", "seqzoo.analysis.__main__"}
+    assert {room(name) for name in MODULES.keys() - above} == FLOORS.keys()
+
+
 @pytest.mark.parametrize("floor", FLOORS)
 def test_no_room_imports_upward(floor):
-    files = [ROOT / "seqzoo" / f"{floor}.py", *(ROOT / ("" if floor == "kernels" else "seqzoo") / floor).rglob("*.py")]
-    for path in filter(Path.exists, files):
-        if path.name == "__main__.py":  # a command, as train.py is, and above all rooms
-            continue
-        others = {other for name in imported(path) if (other := room(name)) and other != floor}
-        assert {other for other in others if FLOORS[other] >= FLOORS[floor]} == set(), path
+    for module, path in MODULES.items():
+        if room(module) == floor:
+            others = {other for name in imported(path) if (other := room(name)) and other != floor}
+            assert {other for other in others if FLOORS[other] >= FLOORS[floor]} == set(), path
+
+
+def test_no_modules_import_each_other():
+    imports = {
+        module: {other for name in imported(path) if (other := owner(name)) and other != module}
+        for module, path in MODULES.items()
+    }
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_nothing_imports_top_level_kernels():

@@ -28,7 +28,11 @@ def wheel(tmp_path_factory):
     """The wheel built, without network, from a copy of the repository: a build leaves folders behind."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    leave = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "data", "wandb")
+
+    def leave(inside: str, names: list[str]) -> set[str]:
+        everywhere = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")(inside, names)
+        return everywhere | ({"runs", "data", "wandb"} if Path(inside) == ROOT else set())
+
     shutil.copytree(ROOT, source, symlinks=True, ignore=leave)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder)
     (built,) = folder.glob("*.whl")
@@ -64,6 +68,7 @@ def test_wheel_holds_kernels_and_configurations_as_files(wheel):
                 assert inside in names
                 assert not stat.S_ISLNK(archive.getinfo(inside).external_attr >> 16)
                 assert archive.read(inside) == path.read_bytes()
+        assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "seqzoo").rglob("*.py")} <= names
         assert "seqzoo/py.typed" in names
 
 
