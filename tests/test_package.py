@@ -5,11 +5,15 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import seqzoo
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("numba", "wandb", "hydra", "matplotlib", "pooch", "rich", "lightning_fabric", "lightning", "triton")
@@ -70,6 +74,15 @@ def test_wheel_holds_kernels_and_configurations_as_files(wheel):
                 assert archive.read(inside) == path.read_bytes()
         assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "seqzoo").rglob("*.py")} <= names
         assert "seqzoo/py.typed" in names
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert seqzoo.__version__ == project["version"] == cited["version"]
+    assert (ROOT / "CHANGELOG.md").read_text().startswith(f"# Changelog\n\n## {seqzoo.__version__} (")
+    assert cited["license"] == project["license"]
+    assert cited["authors"] == project["authors"]
 
 
 def test_installed_package_works_outside_the_repository(environment, tmp_path):
