@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
@@ -169,15 +170,14 @@ def _kernel(C: Tensor, powers: Tensor) -> Tensor:
 
 def _leave(x: Tensor, powers: Tensor, B: int) -> Tensor:
     """What chunks leave behind, Σ_l powers_l x_l: [D, BN, L] and [D, P, L] -> [B, N, D, P]."""
-    weights = torch.view_as_real(powers).permute(0, 2, 1, 3).flatten(2)  # [D, L, 2P]
-    left = (x @ weights).unflatten(2, (-1, 2)).unflatten(1, (B, -1))  # [D, B, N, P, 2]
-    return torch.view_as_complex(left).permute(1, 2, 0, 3)
+    weights = rearrange(torch.view_as_real(powers), "D P L real -> D L (P real)")
+    return torch.view_as_complex(rearrange(x @ weights, "D (B N) (P real) -> B N D P real", B=B, real=2))
 
 
 def _read(states: Tensor, weights: Tensor) -> Tensor:
     """What chunks read from states, Re Σ_p states_p weights_p: [B, N, D, P] and [D, P, L] -> [D, BN, L]."""
-    reals = torch.view_as_real(states).flatten(3).permute(2, 0, 1, 3).flatten(1, 2)  # [D, BN, 2P]
-    return reals @ torch.view_as_real(weights.conj_physical()).permute(0, 1, 3, 2).flatten(1, 2)
+    reals = rearrange(torch.view_as_real(states), "B N D P real -> D (B N) (P real)")
+    return reals @ rearrange(torch.view_as_real(weights.conj_physical()), "D P L real -> D (P real) L")
 
 
 def _transpose(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import VQState, vq_attention
@@ -174,5 +175,6 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, causal: bo
     if lengths is not None:
         hidden = hidden | ~valid_positions(lengths, T)[:, None, None]
     mask = mask.masked_fill(hidden, -torch.inf)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2)
+    q, k, v = (rearrange(x, "B T H D -> B H T D") for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return rearrange(y, "B H T D -> B T H D")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels.common import valid_positions, zero_padding
@@ -53,7 +54,7 @@ class PairHead(nn.Module):
         self.scores = nn.Sequential(nn.Linear(4 * d_model, d_model), nn.GELU(), nn.Linear(d_model, num_classes))
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        a, b = pool(x, lengths, self.pooling).unflatten(0, (-1, 2)).unbind(1)
+        a, b = rearrange(pool(x, lengths, self.pooling), "(B pair) D -> pair B D", pair=2)
         return self.scores(torch.cat([a, b, a - b, a * b], -1))
 
 
