@@ -26,7 +26,7 @@ from typing import Any
 
 import launches
 import triton
-from generated import races
+from generated import ptx, races
 from launches import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -50,6 +50,7 @@ class Compiled:
     spilled: int  # bytes of stack
     shared: int  # bytes
     matrix_unit: str
+    code: str  # its digest: rows with the same one are the same program
     shared_by_threads: list[races.Shared]
 
 
@@ -71,6 +72,7 @@ def compiled(index: int) -> Compiled:
         spilled,
         kernel.metadata.shared,
         found.group(1) if found else "",
+        ptx.digest(kernel.asm["ptx"]),
         races.of_kernel(launch.arguments, kernel.asm, kernel.metadata.num_warps),
     )
 

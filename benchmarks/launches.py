@@ -15,12 +15,14 @@ from itertools import product
 from typing import Any
 from unittest import mock
 
+import passes
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from seqzoo.kernels import backends
 from seqzoo.kernels.blocks import Blocks, Key
+from seqzoo.kernels.common import dtype_name
 
 MULTIPROCESSORS = 132
 EVERY_ROW = (80, 86, 89, 90)  # architectures of which every row of the tables is in a covering
@@ -95,29 +97,27 @@ def of_operation(operation: str, architecture: int) -> list[Launch]:
 @contextmanager
 def noting(architecture: int, few_warps: bool = False) -> Iterator[list[Launch]]:
     """Launches inside are put on the list, and none is made."""
-    found: list[Launch] = []
     rows: list[Key] = []
     best = Blocks._best
 
-    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        found.append(note(self, arguments, keywords, rows[-1] if rows else None))
+    def noted(kernel: Any, programs: int, given: dict[str, Any]) -> Launch:
+        return note(kernel, given, rows[-1] if rows else None)
 
     def of(self: Any, kernel: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Any:
-        rows.append(best(self, kernel, architecture, str(dtype).removeprefix("torch."), width, few_warps))
+        rows.append(best(self, kernel, architecture, dtype_name(dtype), width, few_warps))
         return self._replaced.get(kernel, self.rows[rows[-1]])
 
     with (
-        mock.patch.object(JITFunction, "run", run),
+        passes.caught(JITFunction, noted, MULTIPROCESSORS) as found,
         mock.patch.object(Blocks, "of", of),
         mock.patch.object(backends, "architecture", return_value=architecture),
-        mock.patch.object(backends, "multiprocessors", return_value=MULTIPROCESSORS),
     ):
         yield found
 
 
-def note(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], row: Key | None = None) -> Launch:
+def note(kernel: Any, given: dict[str, Any], row: Key | None = None) -> Launch:
     """What Triton would specialise the kernel for."""
-    given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **keywords}
+    given = dict(given)
     types, constants, divisible = [], [], []
     for index, parameter in enumerate(kernel.params):
         value = given.pop(parameter.name)
@@ -167,50 +167,34 @@ def covering(launches: list[Launch], architecture: int) -> list[Launch]:
 
 def scans() -> Calls:
     """Both passes of the diagonal scan, few rows and many, wide and narrow."""
-    from seqzoo.kernels.diagonal_scan import fused
 
-    def one_way(
-        B: int, T: int, D: int, dtype: torch.dtype, constant: bool, reverse: bool, padded: bool, scaled: bool = True
-    ) -> None:
-        x, a, state = meta(B, T, D, dtype=dtype), meta(*((D,) if constant else (B, T, D)), dtype=dtype), None
-        lengths = integers(B) if padded else None
-        if padded:
-            state = meta(B, D, dtype=torch.complex64 if dtype.is_complex else torch.float32)
-        for factor in (None, meta(D)) if scaled else (None,):
-            h, final = fused.scan(x, a, state, reverse, lengths, factor)
-            fused.scan_backward(h, final, h, a, state, reverse, lengths, factor)
+    def one_way(B: int, T: int, D: int, dtype: torch.dtype, constant: bool, reverse: bool, padded: bool) -> Calls:
+        for scaled in (False, True):
+            yield partial(passes.scan, B, T, D, dtype, constant, reverse, padded, padded, scaled)
 
-    def two_ways(B: int, T: int, D: int, dtype: torch.dtype, padded: bool) -> None:
-        x, a, lengths = meta(B, T, D, dtype=dtype), meta(D, dtype=dtype), integers(B) if padded else None
-        for factor in (None, meta(D)):
-            h = fused._both_scans._init_fn(x, a, lengths, factor)
-            fused._both_scans_backward._init_fn(h, h, a, lengths, factor)
+    def two_ways(B: int, T: int, D: int, dtype: torch.dtype, padded: bool) -> Calls:
+        for scaled in (False, True):
+            yield partial(passes.both_scans, B, T, D, dtype, padded, scaled)
 
-    yield partial(two_ways, 64, 1024, 1024, torch.complex64, False)
-    yield partial(two_ways, 2, 16384, 256, torch.float32, False)
+    yield from two_ways(64, 1024, 1024, torch.complex64, False)
+    yield from two_ways(2, 16384, 256, torch.float32, False)
     for dtype, constant in ((torch.complex64, True), (torch.complex64, False), (torch.float32, False)):
-        yield partial(one_way, 64, 1024, 1024, dtype, constant, False, False)
-        yield partial(one_way, 2, 16384, 256, dtype, constant, True, True)
-    yield partial(one_way, 2, 16384, 256, torch.bfloat16, True, True, True)
-    yield partial(one_way, 3, 100, 24, torch.complex64, True, False, True)
-    yield partial(one_way, 3, 100, 5, torch.float32, False, True, False)
+        yield from one_way(64, 1024, 1024, dtype, constant, False, False)
+        yield from one_way(2, 16384, 256, dtype, constant, True, True)
+    yield from one_way(2, 16384, 256, torch.bfloat16, True, True, True)
+    yield from one_way(3, 100, 24, torch.complex64, True, False, True)
+    yield from one_way(3, 100, 5, torch.float32, False, True, False)
     for dtype in (torch.complex64, *FLOATS):
-        yield partial(two_ways, 3, 700, 200, dtype, True)
+        yield from two_ways(3, 700, 200, dtype, True)
         for constant, reverse in product((True, False), repeat=2):
-            yield partial(one_way, 3, 700, 200, dtype, constant, reverse, True, scaled=False)
+            yield partial(passes.scan, 3, 700, 200, dtype, constant, reverse, True, True)
 
 
 def attentions() -> Calls:
     """Both passes of softmax attention: plain, padded, and with every option."""
-    from seqzoo.kernels.attention import fused
 
     def both(D: int, Dv: int, dtype: torch.dtype, causal: bool, padded: bool = False, every: bool = False) -> None:
-        B, T, H, G = 8, 1024, 8, 2 if every else 8
-        q, k, v = meta(B, T, H, D, dtype=dtype), meta(B, T, G, D, dtype=dtype), meta(B, T, G, Dv, dtype=dtype)
-        lengths = integers(B) if padded or every else None
-        arguments = (meta(B, T) if every else None, 1.0, lengths, lengths if every else None)
-        o, log_sum = fused._attention._init_fn(q, k, v, *arguments, causal)
-        fused._attention_backward._init_fn(o, q, k, v, *arguments, o, log_sum, causal)
+        passes.attention(8, 1024, 8, 2 if every else 8, D, Dv, dtype, causal, padded or every, every, every)
 
     for dtype, D in widths({torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}):
         yield partial(both, D, D, dtype, True)
@@ -223,21 +207,7 @@ def attentions() -> Calls:
 
 def linear_attentions() -> Calls:
     """Both passes of linear attention, few heads and many, with each kind of decay."""
-    from seqzoo.kernels.linear_attention import fused
-
-    def both(
-        B: int, T: int, H: int, D: int, Dv: int, dtype: torch.dtype, decay: str, causal: bool, normalize: bool,
-        state: bool = False, padded: bool = False,
-    ) -> None:  # fmt: skip
-        q, k, v = (meta(B, T, H, width, dtype=dtype) for width in (D, D, Dv))
-        g = {"none": None, "head": meta(H), "step": meta(B, T, H)}[decay]
-        initial = meta(B, H, D, Dv + normalize) if state else None
-        lengths, options = integers(B) if padded else None, (causal, normalize, state)
-        o, last, inverse = fused._linear_attention._init_fn(q, k, v, g, initial, lengths, *options)
-        fused._linear_attention_backward._init_fn(
-            o, last if state else None, q, k, v, g, initial, lengths, o, last, inverse, *options, g is not None
-        )
-
+    both = passes.linear_attention
     yield spilled("_linear_kernel", both, 64, 1024, 2, 256, 256, torch.bfloat16, "none", True, True)
     yield spilled("_linear_kernel", both, 64, 1024, 8, 16, 256, torch.bfloat16, "head", True, False)
     yield spilled("_linear_kernel", both, 64, 1024, 8, 16, 128, torch.bfloat16, "step", True, False)
@@ -264,14 +234,9 @@ def linear_attentions() -> Calls:
 
 def favor_attentions() -> Calls:
     """Both passes of FAVOR attention, causal from a state and not, with time in one segment and in several."""
-    from seqzoo.kernels.favor_attention import fused
 
     def both(B: int, T: int, H: int, D: int, M: int, dtype: torch.dtype, causal: bool, options: bool) -> None:
-        q, k, v, projection = *(meta(B, T, H, D, dtype=dtype) for _ in range(3)), meta(H, M, D, dtype=dtype)
-        sums, norm = (meta(B, H, M, D), meta(B, H, M)) if options and causal else (None, None)
-        arguments = (q, k, v, projection, sums, norm, norm, integers(B) if options else None)
-        o, log_sum, *last = fused._favor_attention._init_fn(*arguments, causal)
-        fused._favor_attention_backward._init_fn(o, *last[:2], *arguments, o, log_sum, *last, causal)
+        passes.favor_attention(B, T, H, D, M, dtype, causal, options and causal, options)
 
     yield spilled("_key_kernel", both, 2, 300, 2, 128, 100, torch.float16, True, True)
     for dtype, D in widths({torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}):
@@ -287,29 +252,18 @@ def favor_attentions() -> Calls:
 
 def vq_attentions() -> Calls:
     """Codes, and both passes of VQ attention, narrow and wide, with and without each option."""
-    from seqzoo.kernels.vq_attention import fused, nearest
 
     def both(
         D: int, Dv: int, dtype: torch.dtype, causal: bool, options: bool, S: int = 128, L: int = 64, H: int = 1
     ) -> None:
-        B, T = 8, 1024
-        q, k, v = (meta(B, T, H, n, dtype=dtype) for n in (D, D, Dv))
-        codebook, codes = meta(H, S, D, dtype=dtype), integers(B, T, H)
-        bias = meta(B, T, H, L + 1 if causal else 2 * L + 1) if options else None
-        first = last = integers(B) if options else None
-        resumed = options and causal
-        past = (meta(B, H, S, Dv), integers(B, H, S)) if resumed else (None, None)
-        outputs = fused._attention._init_fn(q, k, v, codebook, codes, bias, *past, first, last, L, causal)
-        fused._attention_backward._init_fn(
-            outputs[0], q, k, v, codebook, codes, bias, past[0], first, last, *outputs, L, causal, options, resumed
-        )
+        bias = "step" if options else "none"
+        passes.vq_attention(8, 1024, H, D, Dv, S, L, dtype, causal, bias, options and causal, options)
 
     for dtype in (torch.bfloat16, torch.float16):
         yield spilled("_forward_kernel", both, 16, 32, dtype, True, True, 40, 33, 2)
     for dtype, D in (*product(FLOATS, (16, 32, 64, 128, 256)), (torch.bfloat16, 512)):
-        k, codebook = meta(32, 1024, 1, D, dtype=dtype), meta(1, 512, D, dtype=dtype)
-        yield partial(nearest.nearest_code_fused._init_fn, k, codebook, None)
-        yield partial(nearest.nearest_code_fused._init_fn, k, codebook, meta(32, 1024, dtype=torch.bool))
+        yield partial(passes.nearest_code, 32, 1024, 1, D, 512, dtype)
+        yield partial(passes.nearest_code, 32, 1024, 1, D, 512, dtype, padded=True)
     for dtype, causal in product(FLOATS, (True, False)):
         yield partial(both, 128, 256, dtype, causal, True)
         yield partial(both, 64, 64, dtype, causal, False)
@@ -323,19 +277,7 @@ def vq_attentions() -> Calls:
 
 def gated_attentions() -> Calls:
     """Both passes of gated attention, few sequences and many, narrow and wide, with and without each option."""
-    from seqzoo.kernels.gated_attention import fused
-
-    def both(
-        B: int, T: int, S: int, E: int, C: int, dtype: torch.dtype, causal: bool, options: bool, state: bool = False
-    ) -> None:
-        u, v = (meta(B, T, E, dtype=dtype) for _ in range(2))
-        q_quad, k_quad, q_lin, k_lin = (meta(B, T, S, dtype=dtype) for _ in range(4))
-        bias = meta(C if causal else 2 * C - 1) if options else None
-        initial, earlier = (meta(B, S, E), integers(B)) if state else (None, None)
-        inputs, where = (u, q_quad, k_quad, q_lin, k_lin, v, bias), (earlier, integers(B) if options else None)
-        o, memory = fused._gated_attention._init_fn(*inputs, initial, *where, C, causal, 0.5)
-        fused._gated_attention_backward._init_fn(o, *inputs, initial, *where, memory, C, causal, 0.5, options, state)
-
+    both = passes.gated_attention
     for dtype in FLOATS:
         yield partial(both, 64, 1024, 128, 256, 256, dtype, True, True)
         yield partial(both, 64, 1024, 64, 512, 200, dtype, False, True)
@@ -356,14 +298,6 @@ def widths(most: dict[torch.dtype, int]) -> Iterator[tuple[torch.dtype, int]]:
         for D in (16, 32, 64, 128, 256):
             if channels >= D:
                 yield dtype, D
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def integers(*shape: int) -> Tensor:
-    return meta(*shape, dtype=torch.int64)
 
 
 CALLS = {

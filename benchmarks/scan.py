@@ -23,6 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as train.py does
 import torch
 
 from seqzoo.kernels import diagonal_scan
+from seqzoo.kernels.common import dtype_name
 from seqzoo.runs import provenance
 from seqzoo.training.memory import keep_freed_memory
 
@@ -57,7 +58,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, reverse: bool, repe
             call()
             if turn >= 2:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    row: dict[str, Any] = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "reverse": reverse}
+    row: dict[str, Any] = {"shape": shape, "dtype": dtype_name(dtype), "reverse": reverse}
     for name, ms in times.items():
         row[name] = {"min": min(ms), "median": statistics.median(ms)}
     for name in ("forward", "backward"):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import measured
+from .common import dtype_name
 from .derivatives import forward_mode
 
 DEFAULT = os.environ.get("SEQZOO_BACKEND", "auto")
@@ -74,8 +75,7 @@ def choose(operation: str, backend: str, implementations: Mapping[str, Callable[
 def _fused_is_faster(operation: str, fit: Fit) -> bool:
     if fit.device.type != "cuda":
         return False
-    dtype = str(fit.dtype).removeprefix("torch.")
-    return measured.Key(architecture(fit.device), operation, dtype, fit.width) in measured.FASTER
+    return measured.Key(architecture(fit.device), operation, dtype_name(fit.dtype), fit.width) in measured.FASTER
 
 
 def fit(

@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from . import backends, measured
+from .common import dtype_name
 
 C = TypeVar("C", bound=tuple[Any, ...])
 ANY = 0  # width
@@ -72,7 +73,7 @@ class Blocks(Generic[C]):
         """
         if kernel in self._replaced:
             return self._replaced[kernel]
-        architecture, name = backends.architecture(device), str(dtype).removeprefix("torch.")
+        architecture, name = backends.architecture(device), dtype_name(dtype)
         few_warps = backends.FEW_WARPS or measured.few_warps(architecture, self.operation, name)
         asked = (kernel, architecture, name, width, few_warps)
         if asked not in self._found:

@@ -1,4 +1,4 @@
-"""What every operation shares: padding, and the dtype sums are kept in."""
+"""What every operation shares: padding, dtypes and their names."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.promote_types(dtype, torch.complex64)
     return torch.promote_types(dtype, torch.float32)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As tables have it: float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -24,8 +24,14 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def valid_steps(lengths, b, T):
-    """How many of T steps are valid, whatever stands in `lengths` [B]: nothing outside of tensors is ever touched."""
-    return tl.minimum(tl.maximum(tl.load(lengths + b), 0), T).to(tl.int32)
+    """How many of T steps are valid, whatever stands in `lengths` [B]: nothing outside of tensors is ever touched.
+
+    All of them, where `lengths` is None.
+    """
+    if lengths is None:
+        return T
+    else:
+        return tl.minimum(tl.maximum(tl.load(lengths + b), 0), T).to(tl.int32)
 
 
 @triton.jit

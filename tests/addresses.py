@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,12 +24,13 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from passes import caught
 from quick_interpreter import PatchedLanguage, quick
 from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
 
-from seqzoo.kernels import backends
+from seqzoo.kernels.common import dtype_name
 
 APART = 1 << 48  # bytes between two tensors: an address tells which one it belongs to
 EXACT = {"create_add": np.add, "create_sub": np.subtract, "create_mul": np.multiply, "create_shl": np.left_shift}
@@ -47,20 +48,13 @@ class Launch:
         return self.kernel.fn.__name__
 
 
-@contextmanager
-def noting(multiprocessors: int = 1) -> Iterator[list[Launch]]:
+def noting(multiprocessors: int = 1) -> AbstractContextManager[list[Launch]]:
     """Launches inside are put on the list, and none is made."""
-    launches: list[Launch] = []
+    return caught(InterpretedFunction, _noted, multiprocessors)
 
-    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        given = dict(zip(self.arg_names, arguments, strict=False)) | keywords
-        launches.append(Launch(self, grid[0], {name: given[name] for name in self.arg_names}))
 
-    with (
-        mock.patch.object(InterpretedFunction, "run", run),
-        mock.patch.object(backends, "multiprocessors", return_value=multiprocessors),
-    ):
-        yield launches
+def _noted(kernel: InterpretedFunction, programs: int, given: dict[str, Any]) -> Launch:
+    return Launch(kernel, programs, {name: given[name] for name in kernel.arg_names})
 
 
 def faults(launch: Launch, program: int, loaded: Mapping[str, int]) -> list[str]:
@@ -154,8 +148,7 @@ def _narrow(x: TensorHandle) -> bool:
 
 
 def _pointer(dtype: torch.dtype, address: int) -> tl.tensor:
-    name = str(dtype).removeprefix("torch.")
-    kind = tl.pointer_type(tl.int1 if dtype == torch.bool else getattr(tl, name))
+    kind = tl.pointer_type(tl.int1 if dtype == torch.bool else getattr(tl, dtype_name(dtype)))
     return tl.tensor(TensorHandle(np.array([address], dtype=np.uint64), kind), kind)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
 COMMENT = re.compile(r"//[^\n]*")
 DIRECTIVE = re.compile(r"^\s*\.(loc|file|pragma|branchtargets)\b[^\n]*$", re.MULTILINE)
+SOURCE = re.compile(  # what says which files and lines it was made from
+    r"//[^\n]*|^\s*\.(loc|file)\b[^\n]*|^\s*\.section\s+\.debug_[\s\S]*|^\$L__(tmp|func_begin|func_end)\d+:$",
+    re.MULTILINE,
+)
 LABEL = re.compile(r"^([$\w]+):(?!:)\s*")
 STATEMENT = re.compile(r"(@!?[%\w]+\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
 REGISTER = re.compile(r"%[a-z]+\d+")
@@ -142,6 +147,12 @@ class Program:
                         carried[name] = carried.get(name, frozenset()) | added
                         changed = True
         return [of(instruction.address) for instruction in self.instructions]
+
+
+def digest(text: str) -> str:
+    """Of the code, wherever its source stands: equal, if two compilations made the same."""
+    lines = (" ".join(line.split()) for line in SOURCE.sub("", text).splitlines())
+    return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()[:12]
 
 
 def _body(text: str) -> str:

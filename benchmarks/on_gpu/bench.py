@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels import backends
+from seqzoo.kernels.common import dtype_name
 
 from . import timing
 from .case import Maker
@@ -25,11 +26,7 @@ MOST_SETS = 4  # of inputs, in turn
 @cache
 def known(rehearse: bool) -> dict[tuple[str, str, str], Shape]:
     """By operation, label and dtype."""
-    return {(shape.operation, shape.label, _name(shape.dtype)): shape for shape in every(rehearse)}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return {(shape.operation, shape.label, dtype_name(shape.dtype)): shape for shape in every(rehearse)}
 
 
 def plan(rehearse: bool) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from seqzoo.kernels import backends
 from seqzoo.kernels.agreement import relative_error
+from seqzoo.kernels.common import dtype_name
 
 from . import bounds
 from .bounds import Errors
@@ -50,7 +51,7 @@ def plan(rehearse: bool) -> list[dict[str, Any]]:
     for number, case in enumerate(known(rehearse).values()):
         dtypes = case.dtypes[number % len(case.dtypes) :][:1] if rehearse else case.dtypes
         for dtype in dtypes:
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             choices = (0, 1) if _has_few_warps(case, name, architecture) else (0,)
             for few_warps in choices[number % len(choices) :][:1] if rehearse else choices:
                 row = {"operation": case.operation, "case": case.label, "dtype": name, "width": case.width}

@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import backends
@@ -45,8 +44,9 @@ from ..common import contiguous, pad_channels, without_autocast, zero_padding
 from ..derivatives import differentiable, pullback
 from ..launching import launch
 from ..linear_attention.fused import State, carry
-from ..tiles import dot, valid_steps
+from .backward import _bias_kernel, _scores_kernel
 from .chunked import by_offset, gated_attention_chunked, in_chunks
+from .forward import _memory_kernel, _values_kernel
 from .resume import Resumed
 from .state import GatedAttentionState
 
@@ -67,336 +67,6 @@ class Config(NamedTuple):
 
 
 BLOCKS = Blocks("gated_attention", Path(__file__).with_name("blocks.csv"), Config)
-
-
-@triton.jit
-def _block(item, lengths, T, C, ROWS: tl.constexpr):
-    """Of a block of rows: its sequence and how long that is, its chunk and how many rows of that are valid, its first
-    row in the chunk."""
-    blocks, chunks = tl.cdiv(C, ROWS), tl.cdiv(T, C)
-    chunk = item // blocks % chunks
-    b = (item // (blocks * chunks)).to(tl.int64)
-    n = T
-    if lengths is not None:
-        n = valid_steps(lengths, b, T)
-    return b, n, chunk, tl.minimum(tl.maximum(n - chunk * C, 0), C), item % blocks * ROWS
-
-
-@triton.jit
-def _share(b, n, chunk, earlier, C, CAUSAL: tl.constexpr):
-    """1 / m: of each term of the sum that the queries of a chunk see."""
-    terms = n
-    if CAUSAL:
-        terms = chunk * C
-        if earlier is not None:
-            terms += tl.load(earlier + b)
-    return 1.0 / tl.maximum(terms, 1).to(tl.float32)
-
-
-@triton.jit
-def _tile(x, first, index, stride, channel, width, mask):
-    """[rows, channels] of x [..., width], from row `first` on, `stride` from one to the next. Past here, offsets are
-    short."""
-    at = index[:, None] * stride + channel[None, :]
-    return tl.load(x + first * stride + at, mask=mask[:, None] & (channel < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _root(products, bias, scale, row, column, live, CAUSAL: tl.constexpr, MIRRORED: tl.constexpr):
-    """relu(scale q·k + b) of rows and columns of a chunk with `live` valid ones, 0 elsewhere; `bias` is at offset 0.
-
-    `MIRRORED`, the rows are keys and the columns queries.
-    """
-    offset = column[None, :] - row[:, None]
-    if MIRRORED:
-        offset = row[:, None] - column[None, :]
-    seen = (row < live)[:, None] & (column < live)[None, :]
-    if CAUSAL:
-        seen = seen & (offset <= 0)
-    scores = products * scale
-    if bias is not None:
-        scores += tl.load(bias + offset, mask=seen, other=0.0)
-    return tl.where(seen, tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
-
-
-@triton.jit
-def _columns(first, live, CAUSAL: tl.constexpr, MIRRORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """From where to where rows from `first` on see the rows of their chunk."""
-    begin, end = 0, live
-    if CAUSAL and MIRRORED:
-        begin = first // COLUMNS * COLUMNS
-    elif CAUSAL:
-        end = tl.minimum(live, first + ROWS)
-    return begin, tl.where(first < live, end, 0)
-
-
-@triton.jit(do_not_specialize=["middle", "T", "C"])
-def _values_kernel(
-    q,  # [B, T, S]: q_quad, k_quad, q_lin; mirrored: k_quad, q_quad, k_lin
-    k,
-    q_lin,
-    bias,  # [offsets], float32, or None
-    memory,  # [B, N, S, E] if causal, else [B, S, E], or None: zero
-    v,  # [B, T, E]
-    u,  # [B, T, E], or None: no gate
-    do,  # [B, T, E], or None: forward
-    out,  # [B, T, E]: u ∘ y; with `do`, do ∘ y; without a gate, y
-    dy,  # [B, T, E]: do ∘ u, or None
-    lengths,  # [B] or None
-    earlier,  # [B], positions before the first chunk, or None: 0
-    scale,
-    middle,  # where the bias of offset 0 stands
-    key_row,  # numbers from one row of q, k and q_lin to the next; of v; of u. All else is contiguous
-    v_row,
-    u_row,
-    T,
-    C,
-    S,
-    E,
-    CAUSAL: tl.constexpr,
-    MIRRORED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DS: tl.constexpr,
-    DV: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    blocks = tl.cdiv(E, DV)
-    channel = tl.program_id(0) % blocks * DV + tl.arange(0, DV)
-    b, n, chunk, live, first = _block(tl.program_id(0) // blocks, lengths, T, C, ROWS)
-    begin = b * T + chunk * C  # of the chunk
-    across, down, key = tl.arange(0, COLUMNS), tl.arange(0, ROWS), tl.arange(0, DS)
-    row = first + down  # of the chunk
-    sums = tl.zeros([ROWS, DV], tl.float32)
-    if memory is not None:
-        seen = b  # which of the sums
-        if CAUSAL:
-            seen = b * tl.cdiv(T, C) + chunk
-        for low in tl.range(0, S, COLUMNS, num_stages=STAGES):
-            part = low + across
-            q_t = _tile(q_lin, begin + first, down, key_row, part, S, row < live)
-            sums += dot(q_t, _tile(memory, seen * S + low, across, E, channel, E, part < S), PRECISION)
-        if not MIRRORED:
-            sums *= _share(b, n, chunk, earlier, C, CAUSAL)
-
-    if bias is not None:
-        bias += middle
-    q_t = _tile(q, begin + first, down, key_row, key, S, row < live)
-    low, high = _columns(first, live, CAUSAL, MIRRORED, ROWS, COLUMNS)
-    for start in tl.range(low, high, COLUMNS, num_stages=STAGES):
-        column = start + across
-        k_t = _tile(k, begin + start, across, key_row, key, S, column < live)
-        v_t = _tile(v, begin + start, across, v_row, channel, E, column < live)
-        products = dot(q_t, tl.trans(k_t), PRECISION)
-        root = _root(products, bias, scale, row, column, live, CAUSAL, MIRRORED)
-        sums += dot(root * root, v_t, PRECISION)
-
-    at = down[:, None] * E + channel[None, :]
-    inside = (row < tl.minimum(C, T - chunk * C))[:, None] & (channel < E)[None, :]
-    if u is not None:
-        u_t = _tile(u, begin + first, down, u_row, channel, E, row < live).to(tl.float32)
-        if do is not None:
-            do_t = _tile(do, begin + first, down, E, channel, E, row < live).to(tl.float32)
-            tl.store(dy + (begin + first) * E + at, (do_t * u_t).to(dy.dtype.element_ty), mask=inside)
-            sums *= do_t
-        else:
-            sums *= u_t
-    tl.store(out + (begin + first) * E + at, sums.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _agreement(
-    x, x_row, y, y_row, begin, row, column, live, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x yᵀ of blocks of rows and columns of the chunk at `begin`, that begin in its `row` and `column`."""
-    down, across = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for low in tl.range(0, width, CHANNELS, num_stages=STAGES):
-        channel = low + tl.arange(0, CHANNELS)
-        x_t = _tile(x, begin + row, down, x_row, channel, width, row + down < live)
-        y_t = _tile(y, begin + column, across, y_row, channel, width, column + across < live)
-        sums += dot(x_t, tl.trans(y_t), PRECISION)
-    return sums
-
-
-@triton.jit(do_not_specialize=["middle", "T", "C"])
-def _scores_kernel(
-    q,  # [B, T, S]: q_quad, k_quad; mirrored: k_quad, q_quad
-    k,
-    bias,
-    memory,
-    x,  # [B, T, E]: dy, v; mirrored: v, dy
-    v,
-    dq,  # [B, T, S]
-    dq_lin,  # [B, T, S]
-    lengths,
-    earlier,
-    scale,
-    middle,
-    key_row,  # of q and k
-    x_row,
-    v_row,
-    T,
-    C,
-    S,
-    E,
-    CAUSAL: tl.constexpr,
-    MIRRORED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The gradients of queries, of both attentions; mirrored, of keys."""
-    b, n, chunk, live, first = _block(tl.program_id(0), lengths, T, C, ROWS)
-    begin = b * T + chunk * C
-    down, across, key = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DS)
-    row = first + down
-    at = (begin + first) * S + (down[:, None] * S + key[None, :])
-    inside = (row < tl.minimum(C, T - chunk * C))[:, None] & (key < S)[None, :]
-    sums = tl.zeros([ROWS, DS], tl.float32)
-    if memory is not None:
-        seen = b
-        if CAUSAL:
-            seen = b * tl.cdiv(T, C) + chunk
-        for low in tl.range(0, E, CHANNELS, num_stages=STAGES):
-            channel = low + tl.arange(0, CHANNELS)
-            x_t = _tile(x, begin + first, down, x_row, channel, E, row < live)
-            m_t = _tile(memory, seen * S, key, E, channel, E, key < S)
-            sums += dot(x_t, tl.trans(m_t), PRECISION)
-        if not MIRRORED:
-            sums *= _share(b, n, chunk, earlier, C, CAUSAL)
-    tl.store(dq_lin + at, sums.to(dq_lin.dtype.element_ty), mask=inside)
-
-    if bias is not None:
-        bias += middle
-    sums = tl.zeros([ROWS, DS], tl.float32)
-    low, high = _columns(first, live, CAUSAL, MIRRORED, ROWS, COLUMNS)
-    for start in range(low, high, COLUMNS):
-        products = _agreement(
-            q, key_row, k, key_row, begin, first, start, live, S, ROWS, COLUMNS, CHANNELS, STAGES, PRECISION
-        )
-        d_weights = _agreement(
-            x, x_row, v, v_row, begin, first, start, live, E, ROWS, COLUMNS, CHANNELS, STAGES, PRECISION
-        )
-        root = _root(products, bias, scale, row, start + across, live, CAUSAL, MIRRORED)
-        k_t = _tile(k, begin + start, across, key_row, key, S, start + across < live)
-        sums += dot(2 * root * d_weights, k_t, PRECISION)
-    tl.store(dq + at, (sums * scale).to(dq.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["middle", "T", "C", "items", "groups"])
-def _bias_kernel(
-    q,  # [B, T, S]
-    k,
-    bias,
-    x,  # [B, T, E]
-    v,
-    sums,  # [groups, diagonals, ROWS, ROWS], float32
-    lengths,
-    scale,
-    middle,
-    key_row,
-    x_row,
-    v_row,
-    T,
-    C,
-    S,
-    E,
-    items,  # chunks of all sequences
-    groups,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The gradient of scores, summed over the square blocks of one diagonal, of the chunks of one group."""
-    blocks = tl.cdiv(C, ROWS)  # along a side of a chunk
-    diagonals = blocks if CAUSAL else 2 * blocks - 1
-    diagonal = tl.program_id(0) % diagonals - (blocks - 1)  # the block of keys less that of queries
-    index = tl.arange(0, ROWS)
-    bias += middle
-    total = tl.zeros([ROWS, ROWS], tl.float32)
-    for item in range(tl.program_id(0) // diagonals, items, groups):
-        for block in range(tl.maximum(-diagonal, 0), blocks - tl.maximum(diagonal, 0)):
-            b, _, chunk, live, first = _block(item * blocks + block, lengths, T, C, ROWS)
-            begin, column = b * T + chunk * C, first + diagonal * ROWS
-            products = _agreement(
-                q, key_row, k, key_row, begin, first, column, live, S, ROWS, ROWS, CHANNELS, STAGES, PRECISION
-            )
-            d_weights = _agreement(
-                x, x_row, v, v_row, begin, first, column, live, E, ROWS, ROWS, CHANNELS, STAGES, PRECISION
-            )
-            root = _root(products, bias, scale, first + index, column + index, live, CAUSAL, False)
-            total += 2 * root * d_weights
-    at = tl.program_id(0).to(tl.int64) * ROWS * ROWS
-    tl.store(sums + at + index[:, None] * ROWS + index[None, :], total)
-
-
-@triton.jit(do_not_specialize=["T", "C", "chunks", "segments"])
-def _memory_kernel(
-    k,  # [B, T, S]
-    v,  # [B, T, E]
-    start,  # [B, segments, S, E], float32: the sum before each segment, or None: zero
-    before,  # [B, N, S, E]: the sum before each chunk, or None: not wanted
-    after,  # [B, segments, S, E], float32: the sum behind each segment, or None
-    lengths,
-    earlier,
-    k_row,
-    v_row,
-    T,
-    C,
-    S,
-    E,
-    chunks,  # in a segment
-    segments,
-    CAUSAL: tl.constexpr,
-    SHARED: tl.constexpr,  # a chunk adds its sum / m
-    DOWN: tl.constexpr,  # from the last chunk to the first
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    DS: tl.constexpr,
-    DV: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Sums of k vᵀ over chunks. Segments and chunks are counted in the direction of the pass."""
-    wide, high = tl.cdiv(E, DV), tl.cdiv(S, DS)
-    channel = tl.program_id(0) % wide * DV + tl.arange(0, DV)
-    key = tl.program_id(0) // wide % high * DS + tl.arange(0, DS)
-    item = tl.program_id(0) // (wide * high)
-    segment, b = item % segments, (item // segments).to(tl.int64)
-    n = T
-    if lengths is not None:
-        n = valid_steps(lengths, b, T)
-    N = tl.cdiv(T, C)
-    index = tl.arange(0, ROWS)
-    at, inside = key[:, None] * E + channel[None, :], (key < S)[:, None] & (channel < E)[None, :]
-    sums = tl.zeros([DS, DV], tl.float32)
-    if start is not None:
-        sums = tl.load(start + item.to(tl.int64) * S * E + at, mask=inside, other=0.0)
-    for step in range(segment * chunks, tl.minimum((segment + 1) * chunks, N)):
-        chunk = step
-        if DOWN:
-            chunk = N - 1 - step
-        if before is not None:
-            tl.store(before + (b * N + chunk) * S * E + at, sums.to(before.dtype.element_ty), mask=inside)
-        live = tl.minimum(n - chunk * C, C)
-        begin = b * T + chunk * C
-        added = tl.zeros([DS, DV], tl.float32)
-        for first in tl.range(0, live, ROWS, num_stages=STAGES):
-            k_t = _tile(k, begin + first, index, k_row, key, S, first + index < live)
-            v_t = _tile(v, begin + first, index, v_row, channel, E, first + index < live)
-            added += dot(tl.trans(k_t), v_t, PRECISION)
-        if SHARED:
-            added *= _share(b, n, chunk, earlier, C, CAUSAL)
-        sums += added
-    if after is not None:
-        tl.store(after + item.to(tl.int64) * S * E + at, sums, mask=inside)
 
 
 def gated_attention_fused(
@@ -533,26 +203,9 @@ def _gradient(ctx: Any, do: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return *gradients, d_bias if wanted[0] else None, d_initial if wanted[1] else None, *(None,) * 5
 
 
-def _plain(
-    do: Tensor,
-    u: Tensor,
-    q_quad: Tensor,
-    k_quad: Tensor,
-    q_lin: Tensor,
-    k_lin: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    earlier: Tensor | None,
-    lengths: Tensor | None,
-    memory: Tensor,
-    chunk_len: int,
-    causal: bool,
-    scale: float,
-    bias_needs_gradient: bool,
-    initial_needs_gradient: bool,
-) -> tuple[Tensor | None, ...]:
+def _plain(do: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
     """As `_gated_attention_backward`, for PyTorch to differentiate."""
+    *inputs, earlier, lengths, _, chunk_len, causal, scale, _, _ = arguments
 
     def form(*inputs: Any) -> tuple[Tensor]:
         *rows, bias, initial = inputs
@@ -566,7 +219,7 @@ def _plain(
             o = u * in_chunks(scale * q_quad, k_quad, q_lin, k_lin, v, offsets, chunk_len, earlier, initial)
         return (zero_padding(o, lengths).to(rows[-1].dtype),)
 
-    return pullback(form, (u, q_quad, k_quad, q_lin, k_lin, v, bias, initial), (do,))
+    return pullback(form, inputs, (do,))
 
 
 _gated_attention.register_autograd(_gradient, setup_context=_setup_context)

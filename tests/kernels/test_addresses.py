@@ -8,7 +8,8 @@ import pytest
 import triton
 import triton.language as tl
 from addresses import Launch, faults, noting
-from fused_calls import CALLS, HALF, MODULES, RAGGED, SINGLE, Size, counts, meta
+from fused_calls import CALLS, HALF, MODULES, RAGGED, SINGLE, Size
+from passes import integers, meta
 
 from seqzoo.kernels import backends
 
@@ -73,7 +74,7 @@ def short_rows(x, y, T, stride, n, BLOCK: tl.constexpr):
 def toy(T: int, stride: int, length: int) -> list[str]:
     x = meta(T, stride)
     with noting() as found:
-        short_rows[(triton.cdiv(T, 16),)](x, x, T, stride, counts(1), BLOCK=16)
+        short_rows[(triton.cdiv(T, 16),)](x, x, T, stride, integers(1), BLOCK=16)
     return faults(found[0], found[0].programs - 1, {"n": length})
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from seqzoo.kernels import backends, measured
+from seqzoo.kernels.common import dtype_name
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -51,7 +52,7 @@ def test_auto_leaves_other_gpus_alone(monkeypatch, architecture):
 
 def test_a_graph_knows_what_was_measured():
     def asked(x: torch.Tensor) -> torch.Tensor:
-        known = measured.Key(90, "op", str(x.dtype).removeprefix("torch."), measured.width_class(x.shape[-1]))
+        known = measured.Key(90, "op", dtype_name(x.dtype), measured.width_class(x.shape[-1]))
         return x + 1 if known in measured.FASTER else x
 
     asked_in_a_graph = torch.compile(asked, backend="eager", fullgraph=True)

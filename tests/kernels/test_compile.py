@@ -13,8 +13,44 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from generated import ptx
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = """
+.visible .entry kernel(.param .u64 kernel_param_0)
+{
+    .loc 1 5 0                              // fused.py:5:0
+$L__func_begin0:
+    bar.sync 0;
+    .pragma "nounroll";
+$L__tmp1:
+    ret;
+$L__func_end0:
+}
+    .file 1 "/kernels/attention/fused.py"
+    .section .debug_info
+    {
+.b64 $L__tmp1                               // DW_AT_low_pc
+    }
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("1 5 0", "2 7 1", True),
+        ("fused.py:5", "forward.py:7", True),
+        ("attention/fused", "attention/forward", True),
+        ("$L__tmp1", "$L__tmp2", True),
+        ("// DW_AT_low_pc", "\n.b8 7", True),
+        ("bar.sync 0", "bar.sync 1", False),
+        ("nounroll", "unroll", False),
+        (".u64", ".u32", False),
+    ],
+)
+def test_a_digest_is_of_the_code_wherever_its_source_stands(old, new, same):
+    assert old in CODE
+    assert (ptx.digest(CODE.replace(old, new)) == ptx.digest(CODE)) == same
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ kernels and prints what was found.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import triton
 import triton.language as tl
+from generated import races
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -188,18 +188,12 @@ EARLY_COPY = "a copy after a wait for some"
 FUNCTION = "tt.func public @kernel(%x: !tt.ptr<bf16>) {\n}"
 
 
-@pytest.fixture
-def races(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("generated.races")
-
-
 @pytest.mark.parametrize(
     ("barrier", "num_warps", "expected"),
     [("", 8, [EARLY_COPY]), ("bar.sync 0;", 8, [""]), ("bar.sync 1, 128;", 8, [EARLY_COPY]), ("", 4, [])],
     ids=["no barrier", "a barrier", "a barrier of some threads", "one warpgroup"],
 )
-def test_copies_wait_for_products_of_both_warpgroups(races, barrier, num_warps, expected):
+def test_copies_wait_for_products_of_both_warpgroups(barrier, num_warps, expected):
     asm = {"ttir": FUNCTION, "ttgir": PIPELINED, "ptx": PRODUCTS.replace("WAIT", "1").replace("BARRIER", barrier)}
     found = races.of_kernel(["x"], asm, num_warps)
     assert [shared.unordered for shared in found] == expected
@@ -209,7 +203,7 @@ def test_copies_wait_for_products_of_both_warpgroups(races, barrier, num_warps, 
 @pytest.mark.parametrize(
     "instruction", ["call.uni helper, (%rd1)", "cp.async.bulk.shared.global [%r1], [%rd1], 16, [%r2]"]
 )
-def test_what_is_not_understood_is_an_error(races, instruction):
+def test_what_is_not_understood_is_an_error(instruction):
     text = PRODUCTS.replace("WAIT", "1").replace("BARRIER", f"{instruction};")
     with pytest.raises(ValueError, match="not understood"):
         races.accesses(races.ptx.Program(text), 0)
@@ -217,7 +211,6 @@ def test_what_is_not_understood_is_an_error(races, instruction):
 
 def main(architecture: int) -> None:
     import compile as compiler  # found in benchmarks/
-    from generated import races
     from launches import Launch
 
     results = {}

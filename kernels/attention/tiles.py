@@ -1,0 +1,41 @@
+"""What the kernels of softmax attention share."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from ..tiles import valid_steps
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def sequence(lengths, position, b, S):
+    """How many keys of a sequence are valid, and where its first query stands."""
+    n, before = valid_steps(lengths, b, S), 0
+    if position is not None:
+        before = tl.minimum(tl.load(position + b), S).to(tl.int32)
+    return n, before
+
+
+@triton.jit
+def query_scale(scales, scale, b, T, query, live):
+    """Of the queries' scores, by row."""
+    if scales is None:
+        return tl.zeros(query.shape, tl.float32) + scale
+    else:
+        return tl.load(scales + b * T + query, mask=live, other=0.0)
+
+
+@triton.jit
+def seen_keys(first, n, CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """How many keys, in whole blocks, all queries of a block from position `first` on see, and how many any of them."""
+    end, free = n, n
+    if CAUSAL:
+        end, free = tl.minimum(n, first + QUERIES), tl.minimum(n, first + 1)
+    if first >= n:
+        end, free = 0, 0
+    return free // KEYS * KEYS, end

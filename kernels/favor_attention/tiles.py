@@ -1,0 +1,33 @@
+"""What the kernels of FAVOR attention share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def finite(maximum):
+    """A maximum over no key at all, -inf, as 0: what it is subtracted from is -inf itself."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def half_square(k_t):
+    k_f = k_t.to(tl.float32)
+    return tl.sum(k_f * k_f, 1) / 2
+
+
+@triton.jit
+def pick(x, at, AXIS: tl.constexpr):
+    """x without the axis, where it is `at`."""
+    index = tl.arange(0, x.shape[AXIS])
+    here = (index == at)[None, :] if AXIS == 1 else (index == at)[:, None]
+    return tl.sum(tl.where(here, x, 0.0), AXIS)  # a maximum would lose NaN on a GPU
+
+
+@triton.jit
+def left_out(steep, head, first, T, CAREFUL: tl.constexpr, GROUP: tl.constexpr):
+    """Whether the steps from `first` on are for the other launch."""
+    is_steep = tl.load(steep + head.to(tl.int64) * tl.cdiv(T, GROUP) + first // GROUP) != 0
+    return is_steep != CAREFUL
