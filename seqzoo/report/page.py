@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from ..files import inside, write_bytes, write_text
 from ..messages import printable
+from ..study import picture_of
 from . import studies
 from .charts import Chart, relative, to_csv
 from .comparison import Cell, Comparison, compare
@@ -119,11 +120,11 @@ def _mixing(results: Iterable[Result], base: Path) -> list[Picture]:
     """The pictures of `python -m seqzoo.analysis`, of the runs that have one."""
     pictures = []
     for result in results:
-        path = result.folder / "mixing.png"
+        path = picture_of(result.folder)
         if not path.is_file() or not (content := path.read_bytes()).startswith(PNG_START):
             continue
-        files = [path, path.with_suffix(".json")]
-        links = [(file.name, _address(file, base)) for file in files if file.is_file()]
+        files = {"mixing.png": path, "mixing.json": result.folder / "mixing.json"}
+        links = [(name, _address(file, base)) for name, file in files.items() if file.is_file()]
         name = printable(result.folder.name)
         alt = f"What each position of {result.model} attends to on {result.task}, run {name}"
         pictures.append(_picture(content, alt, name, links))
