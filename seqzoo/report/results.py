@@ -78,11 +78,10 @@ def run_folders(folder: Path) -> Iterator[Path]:
         yield folder
         return
     children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
-    studies = [child for child in children if is_study(child)]
-    folders = [child for child in children if child.is_dir()]
+    folders = {child for child in children if child.is_dir()}
+    studies = {child for child in children if is_study(child)}
     if not studies and not folders:
         yield folder
-        return
     of_studies = {study.stem for study in studies} | ({PICTURES} if studies else set())
     for child in children:
         if child in studies:
