@@ -1,12 +1,20 @@
-"""Sequence mixers behind one block interface, trained on Long Range Arena from scratch and after self-pretraining."""
+"""Sequence mixers behind one block interface, trained on Long Range Arena from scratch and after self-pretraining.
+
+What it lists is imported when it is asked for: a report needs no PyTorch.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .blocks import BLOCKS, Block, after_step, attach, auxiliary_loss, build_block
-from .spec import Batch, TaskSpec
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from . import blocks as blocks
+    from . import kernels as kernels
+    from .blocks import BLOCKS, Block, after_step, attach, auxiliary_loss, build_block
+    from .spec import Batch, TaskSpec
 
 __all__ = [
     "BLOCKS",
@@ -20,6 +28,7 @@ __all__ = [
     "load",
     "run",
 ]
+PACKAGES = ("blocks", "kernels", "spec")  # that importing this one makes its attributes
 
 
 def load(run_folder: Any) -> Any:
@@ -34,3 +43,17 @@ def run(config: Any, *, task: Any = None) -> dict[str, Any]:
     from .runs import run as run_config
 
     return run_config(config, task=task)
+
+
+def __getattr__(name: str) -> Any:
+    if name in PACKAGES:
+        return import_module(f".{name}", __name__)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(".spec" if name in ("Batch", "TaskSpec") else ".blocks", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *PACKAGES})

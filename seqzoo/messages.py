@@ -24,6 +24,8 @@ def shortened(given: str) -> str:
 
 def printable(text: str) -> str:
     """`text` in one line that a terminal shows as it is: what would not be printed is escaped."""
+    if text.isprintable():
+        return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 

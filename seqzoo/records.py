@@ -72,11 +72,21 @@ def _fault(event: Any, depth: int) -> str | None:
 
 
 def read_text(path: Path, largest: int | None = None) -> str:
+    """The text in a file, of `largest` bytes at most.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not UTF-8; or as `read_bytes` does.
+    """
+    return read_bytes(path, largest).decode()
+
+
+def read_bytes(path: Path, largest: int | None = None) -> bytes:
     """What is in a file, of `largest` bytes at most.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is larger, not UTF-8, or a folder, a device or a pipe, which could be waited for without end.
+        ValueError: it is larger, or a folder, a device or a pipe, which could be waited for without end.
     """
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -84,4 +94,4 @@ def read_text(path: Path, largest: int | None = None) -> str:
         content = file.read(-1 if largest is None else largest + 1)
     if largest is not None and len(content) > largest:
         raise ValueError(f"it is larger than {largest:,} bytes")
-    return content.decode()
+    return content

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..files import write_json
 from ..messages import printable_lines
+from ..study import is_packed
 from ..tasks import DataError
 from ..training import TrainingError
 from .figure import save_figure
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lie, if not where the run found them")
     parser.add_argument("--cache-dir", metavar="FOLDER", help="where prepared data are kept")
     given = parser.parse_args(arguments)
-    if not given.run.is_dir():
+    if not given.run.is_dir() and not is_packed(given.run):
         parser.error(f"{str(given.run)!r} is not a folder")
     try:
         found = analyse_run(given.run, n=given.n, data_dir=given.data_dir, cache_dir=given.cache_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,9 +145,10 @@ def stages(cell: Cell) -> str:
 def namer(cells: Iterable[Cell]) -> Callable[[Cell], str]:
     """What to call the model of each cell: with its number of parameters where it comes in several on one task."""
     sizes = {(cell.conditions.task, cell.size) for cell in cells}
+    counts = Counter((task, size.model) for task, size in sizes)
 
     def name(cell: Cell) -> str:
-        several = sum((task, size.model) == (cell.conditions.task, cell.size.model) for task, size in sizes) > 1
+        several = counts[cell.conditions.task, cell.size.model] > 1
         return f"{cell.size.model} {short(cell.size.params)}" if several else cell.size.model
 
     return name

@@ -1,16 +1,19 @@
-"""The command line: run folders in, tables and a figure out; or one run folder in, its test metrics out."""
+"""The command line: runs in, tables and a figure out; or one run folder in, its test metrics out; or run folders into a
+study and back."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import LinkError, write_text
 from ..messages import printable, printable_lines
+from ..study import SUFFIX, is_packed, pack, read_study, unpack
 from .comparison import cells_of, compare
-from .results import load_results
+from .results import find_runs, load_results
 from .tables import build_report, print_report, to_csv, to_markdown
 
 CHECKPOINT = "checkpoint="
@@ -19,13 +22,26 @@ CHECKPOINT = "checkpoint="
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, or 1 where there was nothing to show. Unusable arguments end
     the process with status 2, like argparse's own."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     parser = argparse.ArgumentParser(
         description="Compare runs (tables, table.md, table.csv, figure.png; with --report, a page with every figure), "
-        "or evaluate one on its test set.",
-        usage="%(prog)s FOLDER [FOLDER ...] [--out FOLDER] [--report PAGE.html]\n       %(prog)s checkpoint=RUN_FOLDER",
+        "or evaluate one on its test set; or put run folders into a study, a file that is read as they are, and back.",
+        usage="%(prog)s FOLDER [FOLDER ...] [--out FOLDER] [--report PAGE.html]\n"
+        "       %(prog)s checkpoint=RUN_FOLDER\n"
+        "       %(prog)s pack FOLDER [FOLDER ...] --into STUDY.jsonl\n"
+        "       %(prog)s unpack STUDY.jsonl --into FOLDER",
     )
-    parser.add_argument("inputs", nargs="+", metavar="FOLDER", help="folders of runs, or checkpoint=RUN_FOLDER")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where files are written; default: the first folder")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="FOLDER", help="folders of runs, studies, or checkpoint=RUN_FOLDER"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where files are written; default: the first folder, or beside a study one of its name",
+    )
     parser.add_argument(
         "--report",
         type=Path,
@@ -39,20 +55,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{CHECKPOINT}RUN_FOLDER stands alone")
     folders = [Path(text) for text in checkpoints or given.inputs]
     for folder in folders:
-        if not folder.is_dir():
+        if not (folder.is_dir() or is_packed(folder) or (_is_study(folder) and not checkpoints)):
             parser.error(f"{str(folder)!r} is not a folder")
     if given.report and (given.report.suffix != ".html" or given.report.is_dir()):
         parser.error(f"--report {given.report}: valid: a file whose name ends in .html")
     if checkpoints:
         return _evaluate(folders[0])
     try:
-        return _report(folders, given.out or folders[0], given.report)
+        return _report(folders, given.out or _beside(folders[0]), given.report)
     except LinkError as error:
         return _fail(str(error))
+    finally:
+        gc.unfreeze()
+
+
+def _beside(given: Path) -> Path:
+    """Where the files of a report go if nobody says: a folder of runs itself, or the folder of a study's name."""
+    study = given.parent if is_packed(given) else given
+    return study.with_suffix("") if _is_study(study) else given
 
 
 def _report(folders: list[Path], out: Path, page: Path | None) -> int:
     results, unreadable = load_results(folders)
+    gc.freeze()  # they are needed to the end: looking for garbage among them took a fifth of the time
     cells, no_repetitions = cells_of(results)
     left_out = unreadable + no_repetitions
     comparisons = compare(cells)
@@ -91,6 +116,62 @@ def _evaluate(folder: Path) -> int:
     return 0
 
 
+def _pack(arguments: Sequence[str]) -> int:
+    """Run folders into a study."""
+    parser = argparse.ArgumentParser(
+        prog="eval_lra.py pack",
+        description="Write the records of finished runs into a study, a run a line, in place of lines of that name.",
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="FOLDER", help="folders of runs, or other studies")
+    parser.add_argument("--into", type=Path, required=True, metavar=f"STUDY{SUFFIX}", help="the file to write")
+    given = parser.parse_args(arguments)
+    for path in given.inputs:
+        if not (path.is_dir() or _is_study(path)):
+            parser.error(f"{str(path)!r} is neither a folder nor a study")
+    if given.into.suffix != SUFFIX or given.into.is_dir():
+        parser.error(f"--into {given.into}: valid: a file whose name ends in {SUFFIX}")
+    runs, unreadable = find_runs(given.inputs)
+    try:
+        lines, left_out = pack(runs, given.into)
+    except (OSError, ValueError) as error:
+        return _fail(str(error))
+    for path, reason in [*unreadable, *left_out]:
+        _fail(f"left out: {path}: {reason}")
+    print(printable_lines(f"{given.into}: {lines} runs, {len(runs) - len(left_out)} of them from what was given"))
+    return 0 if lines else 1
+
+
+def _unpack(arguments: Sequence[str]) -> int:
+    """A study into run folders."""
+    parser = argparse.ArgumentParser(
+        prog="eval_lra.py unpack", description="Write the runs of a study as folders; none that is there is touched."
+    )
+    parser.add_argument("study", type=Path, metavar=f"STUDY{SUFFIX}")
+    parser.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="where the run folders are written")
+    given = parser.parse_args(arguments)
+    if not _is_study(given.study):
+        parser.error(f"{str(given.study)!r} is not a study")
+    written = 0
+    try:
+        for fault in read_study(given.study).faults:
+            _fail(f"left out: {given.study}: {fault}")
+        for folder, reason in unpack(given.study, given.into):
+            written += reason is None
+            if reason is not None:
+                _fail(f"left as it is: {folder}: {reason}")
+    except (OSError, ValueError) as error:
+        return _fail(str(error))
+    print(printable_lines(f"{given.into}: {written} run folders written"))
+    return 0
+
+
+def _is_study(path: Path) -> bool:
+    return path.suffix == SUFFIX and path.is_file()
+
+
 def _fail(message: str) -> int:
     print(printable_lines(message), file=sys.stderr)
     return 1
+
+
+COMMANDS = {"pack": _pack, "unpack": _unpack}

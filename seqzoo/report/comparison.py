@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from .intervals import Interval, of_difference, over_examples, over_seeds
@@ -48,11 +49,11 @@ class Cell:
 
     results: tuple[Result, ...]
 
-    @property
+    @cached_property
     def size(self) -> Size:
         return Size(self.results[0].model, self.results[0].params)
 
-    @property
+    @cached_property
     def conditions(self) -> Conditions:
         return Conditions(*(getattr(self.results[0], name) for name in Conditions._fields))
 
@@ -69,16 +70,16 @@ class Cell:
     def scores(self) -> list[float]:
         return [result.score for result in self.results]
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return statistics.fmean(self.scores)
 
-    @property
+    @cached_property
     def std(self) -> float | None:
         """Sample standard deviation over seeds; None for a single one."""
         return statistics.stdev(self.scores) if len(self.results) > 1 else None
 
-    @property
+    @cached_property
     def interval(self) -> Interval | None:
         """95 %, over seeds; of a single one over test examples, or None where its score is no accuracy."""
         is_share = self.conditions.metric == "accuracy"
@@ -115,12 +116,12 @@ class Row:
         """What pretraining adds to the mean score at equal total budget; None unless both cells are there."""
         return self.pretrained.mean - self.matched.mean if self.matched and self.pretrained else None
 
-    @property
+    @cached_property
     def difference_interval(self) -> Interval | None:
         """95 %, of `difference`."""
         return _difference_interval(self.pretrained, self.scratch)
 
-    @property
+    @cached_property
     def gain_interval(self) -> Interval | None:
         """95 %, of `gain`."""
         return _difference_interval(self.pretrained, self.matched)

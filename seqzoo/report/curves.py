@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..records import read_text
+from ..study import read_metrics
 from .charts import (
     PRETRAINED,
     SCRATCH,
@@ -33,18 +32,10 @@ def read_curve(folder: Path, stage: str, metric: str) -> list[tuple[int, float]]
 
     Empty where the run has none. Reading ends at a line that was cut off while it was written.
     """
-    try:
-        lines = read_text(folder / "metrics.jsonl").splitlines()
-    except (OSError, ValueError):
-        return []
     curve = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if isinstance(entry, dict) and entry.get("stage") == stage:
-            tokens, value = entry.get("tokens"), entry.get(metric)
+    for entry in read_metrics(folder, metric):
+        if entry.get("stage") == stage:
+            tokens, value = entry.get("tokens"), entry[metric]
             if isinstance(tokens, int) and isinstance(value, int | float):
                 curve.append((tokens, float(value)))
     return curve

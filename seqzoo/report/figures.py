@@ -6,8 +6,9 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import write_bytes
 from .charts import MATCHED, PRETRAINED, SCRATCH, Chart, Panel, Point, Series, short
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 DPI = 150
 WIDTH, HEIGHT = 11.0, 3.7  # inches, of a row of panels at most
 BAR = 0.32  # inches, with the number over it
-LETTER = 0.07  # inches
+LETTER, LINE = 0.07, 0.14  # inches
+EDGE, NUMBERS = 0.12, 0.42  # inches: free, and of the numbers at an axis
+SLANT = math.radians(30)
 STAGES = {SCRATCH: "#9aa5b1", MATCHED: "#d08a2e", PRETRAINED: "#1f5fa8"}
 # Paul Tol's "bright" and two of his "vibrant" colours: told apart with any colour vision.
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#ee7733", "#009988", "#555555")
@@ -37,10 +40,18 @@ def save_figure(comparisons: Sequence[Comparison], path: Path) -> None:
     write_bytes(path, to_png(chart))
 
 
+@lru_cache(maxsize=1)  # the page begins with the figure that was drawn beside the tables
 def to_png(chart: Chart) -> bytes:
     """The chart as a PNG file; equal charts give equal bytes."""
-    picture = io.BytesIO()
-    draw(chart).savefig(picture, dpi=DPI, format="png")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(draw(chart))
+    canvas.draw()
+    size, picture = canvas.get_width_height(), io.BytesIO()
+    # Without the fourth channel, which matplotlib would write, and a level lower: half of the time and no larger.
+    image = Image.frombuffer("RGBA", size, canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
+    image.save(picture, "PNG", dpi=(DPI, DPI), compress_level=4)
     return picture.getvalue()
 
 
@@ -66,29 +77,31 @@ def _draw(chart: Chart) -> Figure:
     labels = {series.label for panel in chart.panels for series in panel.series}
     columns = max(1, min(len(labels) + 1, int(width / (0.6 + LETTER * max(map(len, labels))))))
     legend = 0.2 * math.ceil((len(labels) + 1) / columns)
-    figure = Figure(figsize=(width, HEIGHT * len(rows) + legend), layout="constrained")
+    height = HEIGHT * len(rows) + legend
+    figure = Figure(figsize=(width, height), dpi=DPI)
     FigureCanvasAgg(figure)
     entries: dict[str, Any] = {}
-    for strip, row in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows, strict=True):
-        widths = [width] if len(chart.panels) == 1 else [*map(_width, row)]
-        widths += [width - sum(widths)] if width - sum(widths) > 0.1 else []
-        # A figure for each panel, so that panels of a width look alike whatever stands beside them.
-        parts = strip.subfigures(1, len(widths), width_ratios=widths, squeeze=False).flat
-        for part, panel in zip(parts, row, strict=False):
-            axes = part.subplots()
+    for number, row in enumerate(rows, start=1):
+        left = 0.0
+        for panel in row:
+            frame = _frame(panel, width if len(chart.panels) == 1 else _width(panel))
+            corner = (left + frame.left) / width, (HEIGHT * (len(rows) - number) + frame.bottom) / height
+            axes = figure.add_axes((*corner, frame.across / width, frame.up / height))
+            left += frame.width
             if panel.kind == "bars":
-                _draw_bars(axes, panel, colours)
+                _draw_bars(axes, panel, colours, frame.slanted)
             else:
                 for series in panel.series:
                     _draw_line(axes, panel, series, colours[series.hue], markers[series.hue])
-            _dress(axes, panel)
+            _dress(axes, panel, frame)
             entries |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     levels = {panel.level[1] for panel in chart.panels if panel.level}
     names = sorted(entries, key=lambda name: (name in levels, _stages_first(name)))
     figure.legend(
         [entries[name] for name in names],
         names,
-        loc="outside upper center",
+        loc="upper center",
+        borderaxespad=0.2,
         ncols=columns,
         frameon=False,
         fontsize=8,
@@ -117,10 +130,42 @@ def _width(panel: Panel) -> float:
     return min(WIDTH, max(WIDTH / 3, 1.0 + BAR * len(_categories(panel)) * len(panel.series)))
 
 
-def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
+class Frame(NamedTuple):
+    """Where the axes of a panel are, in inches of the panel: what stands around them is known beforehand, and measuring
+    it took as long as drawing it."""
+
+    width: float  # of the panel
+    left: float
+    bottom: float
+    across: float  # of the axes
+    up: float
+    slanted: bool  # names under bars
+    title: str  # in lines that fit
+
+
+def _frame(panel: Panel, width: float) -> Frame:
+    letters = int(width / LETTER)
+    title = "\n".join(textwrap.fill(line, letters) for line in panel.title.splitlines())
+    left = EDGE + NUMBERS + LINE * len(panel.y_label.splitlines())
+    bottom, slanted = EDGE + 2.8 * LINE, False
+    if panel.kind == "bars":
+        categories = _categories(panel)
+        longest = LETTER * max(map(len, categories))
+        slanted = longest > 0.8 * width / len(categories)
+        bottom = EDGE + LINE + (longest * math.sin(SLANT) if slanted else LINE)
+        if slanted:  # the first name reaches to the left
+            left = max(left, longest * math.cos(SLANT) - 0.4 * (width - left) / len(categories))
+    top = EDGE + LINE * (1 + len(title.splitlines()))
+    return Frame(width, left, bottom, width - left - EDGE, HEIGHT - bottom - top, slanted, title)
+
+
+def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str], slanted: bool) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
     categories = _categories(panel)
     width = 0.8 / len(panel.series)
     highest = 0.0
+    above = axes.transData + ScaledTranslation(0, 2 / 72, axes.figure.dpi_scale_trans)
     for side, series in enumerate(panel.series):
         shift = (side - (len(panel.series) - 1) / 2) * width
         places = [categories.index(str(point.x)) + shift for point in series.points]
@@ -139,19 +184,12 @@ def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
             top = point.interval.high if point.interval else point.y
             highest = max(highest, top)
             text = f"{point.y:.1f}" if panel.in_percent else f"{point.y:,.0f}" if point.y >= 100 else f"{point.y:.4g}"
-            axes.annotate(
-                f"{text}\n{point.note}" if point.note else text,
-                (place, top),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=6.5,
-            )
-    slanted = LETTER * max(map(len, categories)) > 0.8 * _width(panel) / len(categories)
+            text = f"{text}\n{point.note}" if point.note else text
+            axes.text(place, top, text, transform=above, ha="center", va="baseline", fontsize=6.5)
     axes.set_xticks(
         range(len(categories)),
         categories,
-        rotation=30 if slanted else 0,
+        rotation=math.degrees(SLANT) if slanted else 0,
         ha="right" if slanted else "center",
         rotation_mode="anchor",
     )
@@ -163,23 +201,24 @@ def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str]) -> None:
 
 
 def _draw_line(axes: Axes, panel: Panel, series: Series, colour: str, marker: str) -> None:
-    axes.errorbar(
-        [point.x for point in series.points],
-        [point.y for point in series.points],
-        yerr=list(zip(*map(_error, series.points), strict=True)) if any(p.interval for p in series.points) else None,
-        color=colour,
-        marker=marker,
-        markersize=6 if panel.kind == "scatter" else 3,
-        markerfacecolor=colour if series.filled else "white",
-        linestyle="none" if panel.kind == "scatter" else ("-" if series.filled else "--"),
-        linewidth=1.3,
-        elinewidth=0.8,
-        capsize=2,
-        label=series.label,
-    )
+    style: dict[str, Any] = {
+        "color": colour,
+        "marker": marker,
+        "markersize": 6 if panel.kind == "scatter" else 3,
+        "markerfacecolor": colour if series.filled else "white",
+        "linestyle": "none" if panel.kind == "scatter" else ("-" if series.filled else "--"),
+        "linewidth": 1.3,
+        "label": series.label,
+    }
+    places, heights = [point.x for point in series.points], [point.y for point in series.points]
+    if any(point.interval for point in series.points):
+        errors = list(zip(*map(_error, series.points), strict=True))
+        axes.errorbar(places, heights, yerr=errors, elinewidth=0.8, capsize=2, **style)
+    else:
+        axes.plot(places, heights, **style)
 
 
-def _dress(axes: Axes, panel: Panel) -> None:
+def _dress(axes: Axes, panel: Panel, frame: Frame) -> None:
     if panel.level is not None:
         height, label = panel.level
         axes.axhline(height, color="black", linestyle=":", linewidth=1, label=label)
@@ -193,10 +232,11 @@ def _dress(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
     if panel.kind != "bars":
         axes.set_xlabel(panel.x_label, fontsize=8)
+        axes.xaxis.set_label_coords(0.5, (EDGE - frame.bottom) / frame.up + LINE / frame.up)
         axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_ylabel(panel.y_label, fontsize=8)
-    letters = int(_width(panel) / LETTER)
-    axes.set_title("\n".join(textwrap.fill(line, letters) for line in panel.title.splitlines()), fontsize=8)
+    axes.yaxis.set_label_coords(-NUMBERS / frame.across, 0.5)
+    axes.set_title(frame.title, x=(frame.width / 2 - frame.left) / frame.across, y=1.0, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 

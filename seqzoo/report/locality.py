@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from ..records import read_json
+from ..study import read
 from .charts import Chart, Panel, Point, Series, chart_of, namer, panel_title, stages
 from .comparison import Cell
 
@@ -55,7 +55,7 @@ def distances(cells: Iterable[Cell]) -> Chart | None:
 def read_locality(folder: Path) -> Locality | None:
     """What a run's `mixing.json` says; None where there is none that can be read, or a block that moves nothing."""
     try:
-        found = read_json(folder / "mixing.json")
+        found = read(folder / "mixing.json")
         if found["schema"] != SCHEMA:
             return None
         return Locality(

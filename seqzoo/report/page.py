@@ -1,8 +1,7 @@
-"""The report as one page of HTML that needs nothing beside it: tables, and figures as embedded pictures."""
+"""The report as a page of HTML: tables, and the figures that lie in a folder beside it."""
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from urllib.parse import quote
 
 from ..files import inside, write_bytes, write_text
 from ..messages import printable
+from ..study import picture_of
 from . import studies
 from .charts import Chart, relative, to_csv
 from .comparison import Cell, Comparison, compare
@@ -34,7 +34,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 class Picture(NamedTuple):
     alt: str
     caption: str
-    data: str  # PNG, base64
+    address: str  # of a PNG, relative
     width: int  # CSS pixels
     links: list[tuple[str, str]]  # (text, relative address)
     findings: Sequence[str] = ()
@@ -109,9 +109,12 @@ def _section(charts: Sequence[Chart], files: Path) -> Section:
         picture = to_png(chart)
         write_bytes(files / f"{chart.name}.png", picture)
         write_text(files / f"{chart.name}.csv", to_csv(chart, files.parent))
-        links = [(kind.upper(), _address(files / f"{chart.name}.{kind}", files.parent)) for kind in ("png", "csv")]
+        address, data = (_address(files / f"{chart.name}.{kind}", files.parent) for kind in ("png", "csv"))
         heading = f"{chart.title}. " if len(charts) > 1 else ""
-        pictures.append(_picture(picture, chart.alt, heading + chart.caption, links, chart.findings))
+        links = [("PNG", address), ("CSV", data)]
+        pictures.append(
+            Picture(chart.alt, heading + chart.caption, address, _css_width(picture), links, chart.findings)
+        )
     return Section(charts[0].name, "Learning curves" if len(charts) > 1 else charts[0].title, pictures)
 
 
@@ -119,23 +122,21 @@ def _mixing(results: Iterable[Result], base: Path) -> list[Picture]:
     """The pictures of `python -m seqzoo.analysis`, of the runs that have one."""
     pictures = []
     for result in results:
-        path = result.folder / "mixing.png"
+        path = picture_of(result.folder)
         if not path.is_file() or not (content := path.read_bytes()).startswith(PNG_START):
             continue
-        files = [path, path.with_suffix(".json")]
-        links = [(file.name, _address(file, base)) for file in files if file.is_file()]
+        files = {"mixing.png": path, "mixing.json": result.folder / "mixing.json"}
+        links = [(name, _address(file, base)) for name, file in files.items() if file.is_file()]
         name = printable(result.folder.name)
         alt = f"What each position of {result.model} attends to on {result.task}, run {name}"
-        pictures.append(_picture(content, alt, name, links))
+        pictures.append(Picture(alt, name, _address(path, base), _css_width(content), links))
     return pictures
 
 
-def _picture(
-    content: bytes, alt: str, caption: str, links: list[tuple[str, str]], findings: Sequence[str] = ()
-) -> Picture:
-    pixels = int.from_bytes(content[16:20], "big")  # the width, in a PNG's first chunk
-    width = round(pixels * CSS_PIXELS_PER_INCH / DPI)
-    return Picture(alt, caption, base64.b64encode(content).decode("ascii"), width, links, findings)
+def _css_width(content: bytes) -> int:
+    """Of a PNG, in CSS pixels."""
+    pixels = int.from_bytes(content[16:20], "big")  # the width, in its first chunk
+    return round(pixels * CSS_PIXELS_PER_INCH / DPI)
 
 
 def _address(path: Path, base: Path) -> str:

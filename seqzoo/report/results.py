@@ -1,4 +1,4 @@
-"""Run folders in, results out: find them, read each `result.json`, say why one cannot be used."""
+"""Run folders and studies in, results out: find them, read each `result.json`, say why one cannot be used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from ..messages import printable
-from ..records import is_name, read_json
+from ..records import is_name
+from ..study import PICTURES, is_study, read, read_study
 
 SCHEMA = 1
 FIGURES = "_files"  # after the name of a report page: the folder of its figures
@@ -28,7 +29,7 @@ class Result:
     The values below the blank line may be missing from the file, which is then older than they are.
     """
 
-    folder: Path
+    folder: Path  # or the run's line of a study, see `seqzoo.study`
     model: str
     task: str
     causal: bool
@@ -61,28 +62,38 @@ class Result:
 
 
 class LeftOut(NamedTuple):
-    """A run folder that no table shows, and why."""
+    """A run folder, or a study, of which no table shows what is there, and why."""
 
     folder: Path
     reason: str
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """The run folders at or below `folder`, in order of their names.
+    """The run folders and study files at or below `folder`, in order of their names.
 
-    A run is not searched for further runs. A folder with nothing below it counts as a run that left no result.
+    A run is not searched for further runs. A folder with nothing below it counts as a run that left no result, but
+    for what belongs to a page or a study: its figures, and a folder of the study's name.
     """
-    inside = sorted(
-        child
-        for child in folder.iterdir()
-        if child.is_dir() and not child.name.startswith(".") and not _is_of_page(child)
-    )
-    is_run = any((folder / name).exists() for name in ("config.yaml", "result.json"))
-    if is_run or not inside:
+    if _is_run(folder):
         yield folder
-    else:
-        for child in inside:
-            yield from run_folders(child)
+        return
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    folders = {child for child in children if child.is_dir()}
+    studies = {child for child in children if is_study(child)}
+    if not studies and not folders:
+        yield folder
+    of_studies = {study.stem for study in studies} | ({PICTURES} if studies else set())
+    for child in children:
+        if child in studies:
+            yield child
+        elif child in folders and not _is_of_page(child):
+            below = list(run_folders(child))
+            if below != [child] or child.name not in of_studies or _is_run(child):
+                yield from below
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "result.json"))
 
 
 def _is_of_page(folder: Path) -> bool:
@@ -92,17 +103,16 @@ def _is_of_page(folder: Path) -> bool:
 
 
 def read_result(folder: Path) -> Result:
-    """The result of one run folder.
+    """The result of one run, of its folder or its line of a study.
 
     Raises:
         FileNotFoundError: the run has no `result.json`: it is unfinished.
         ValueError: `result.json` is malformed, incomplete, or of another schema; the message says which.
     """
-    path = folder / "result.json"
-    if not path.exists():
-        raise FileNotFoundError("no result.json: the run is unfinished")
     try:
-        record = read_json(path)
+        record = read(folder / "result.json")
+    except FileNotFoundError:
+        raise FileNotFoundError("no result.json: the run is unfinished") from None
     except ValueError as error:
         raise ValueError(f"result.json cannot be read: {error}") from None
 
@@ -156,19 +166,42 @@ def read_result(folder: Path) -> Result:
 
 
 def load_results(folders: Iterable[Path]) -> tuple[list[Result], list[LeftOut]]:
-    """Every result at or below `folders`, and the run folders that have none to give. A run found twice counts once."""
+    """Every result of `folders`, or at or below them, and what has none to give. A run found twice counts once.
+
+    Args:
+        folders: of runs, at any depth, or study files.
+    """
+    runs, left_out = find_runs(folders)
     results: list[Result] = []
-    left_out: list[LeftOut] = []
-    seen: set[Path] = set()
-    for run in (run for folder in folders for run in run_folders(folder)):
-        if run.resolve() in seen:
-            continue
-        seen.add(run.resolve())
+    for run in runs:
         try:
             results.append(read_result(run))
         except (OSError, ValueError) as error:
             left_out.append(LeftOut(run, str(error)))
     return results, left_out
+
+
+def find_runs(folders: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:
+    """Every run at or below `folders`, once, and the studies, or lines of them, that cannot be read."""
+    places: dict[Path, Path] = {}
+    for folder in folders:
+        for place in run_folders(folder) if folder.is_dir() else [folder]:
+            places.setdefault(place.resolve(), place)
+    runs: dict[Path, Path] = {}
+    left_out: list[LeftOut] = []
+    for resolved, place in places.items():
+        if not place.is_file():
+            runs.setdefault(resolved, place)
+            continue
+        try:
+            study = read_study(place)
+        except (OSError, ValueError) as error:
+            left_out.append(LeftOut(place, str(error)))
+            continue
+        left_out += [LeftOut(place, fault) for fault in study.faults]
+        for name in study.runs:
+            runs.setdefault(resolved / name, place / name)
+    return list(runs.values()), left_out
 
 
 def _field(record: Any, key: str, *types: type) -> Any:

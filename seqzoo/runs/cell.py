@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config
+from ..study import packed_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +18,8 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "result.json").exists()
+        here = (self.folder / "result.json").exists()
+        return here or packed_run(self.folder.parent, self.folder.name) is not None
 
     @property
     def begun(self) -> bool:

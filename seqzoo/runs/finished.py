@@ -14,13 +14,14 @@ from ..messages import printable_lines
 from ..models import task_head
 from ..objectives import build_objective
 from ..records import is_name
+from ..study import is_packed
 from ..tasks import Task
 from ..training.checkpoint import load_weights
 from ..training.evaluation import evaluate
 from ..training.transfer import require_fit, transfer_backbone
 from ..training.tuning import tune
 from .feasible import check_model
-from .folder import checked_task, read_config, read_json, read_spec
+from .folder import WITHOUT_WEIGHTS, checked_task, read_config, read_json, read_spec
 from .parts import build_fabric, model_of, part_of, task_of
 
 LOADABLE = ("initial", "pretrain", "finetune")
@@ -42,6 +43,8 @@ def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
         TrainingError: its weights are missing or damaged.
     """
     folder = Path(run_folder)
+    if is_packed(folder):
+        raise ConfigError(f"{folder}: {WITHOUT_WEIGHTS}")
     config, spec = read_config(folder), read_spec(folder)
     if stage not in LOADABLE:
         raise ConfigError(f"stage={stage}: valid: {', '.join(LOADABLE)}")
@@ -87,7 +90,8 @@ def evaluate_run(
         TrainingError: its weights are missing or damaged.
     """
     folder = Path(run_folder)
-    config, spec, model = read_config(folder), read_spec(folder), load(folder)
+    model = load(folder)
+    config, spec = read_config(folder), read_spec(folder)
     if data_dir is not None:
         config.data_dir = str(data_dir)
     fabric = build_fabric(config)

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .. import records
+from .. import records, study
 from ..config import Config, ConfigError, from_dict, to_dict
 from ..files import inside, lock, write_json, write_text
 from ..messages import say_once
@@ -25,6 +25,7 @@ from ..tasks import Fingerprint, Task, fingerprint, origin_of
 from ..tasks.identity import digest_of_arrays
 from ..training import TrainingError
 
+WITHOUT_WEIGHTS = "a line of a study has no weights; valid: the folder of a run that trained here"
 SIZES = ("vocab_size", "max_length", "num_classes", "channels", "num_inputs")  # in a task.json
 LARGEST_SIZE = 1 << 20
 FOLDERS = ("pretrain", "finetune", "wandb", ".wandb")  # that a run, or W&B, makes in its own
@@ -132,10 +133,10 @@ def read_config(folder: Path) -> Config:
         ConfigError: `folder` is not a run folder, or its config.yaml is more than plain values, or not valid.
     """
     path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
     try:
-        return from_dict(records.read_yaml(path))
+        return from_dict(study.read(path))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise ConfigError(f"{folder} is not a run folder: it has no config.yaml") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -163,7 +164,7 @@ def checked_task(folder: Path, config: Config, task: Task | None, build: Callabl
     Raises:
         ConfigError: the run needs `task` and got none; or as `check_task` does.
     """
-    begun = (folder / "task.json").exists()
+    begun = study.exists(folder / "task.json")
     if task is not None:
         task = replace(task, folder=None)  # its arrays may be others by now
     elif begun and (name := read_spec(folder).name) != config.task.name:
@@ -199,13 +200,13 @@ def check_task(folder: Path, task: Task) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file of a run folder, or None where there is none.
+    """A JSON file of a run, in its folder or its line of a study, or None where there is none.
 
     Raises:
         ConfigError: it cannot be read.
     """
     try:
-        return records.read_json(path)
+        return study.read(path)
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -220,6 +221,8 @@ def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
             key that the backbone depends on; names the key.
     """
     folder = Path(config.pretrain)
+    if study.is_packed(folder):
+        raise ConfigError(f"pretrain={folder}: {WITHOUT_WEIGHTS}")
     if not folder.is_dir():
         raise ConfigError(f"pretrain={folder}: no such folder; valid: true, false, or the folder of a run")
     there, here = read_config(folder), config

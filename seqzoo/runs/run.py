@@ -20,6 +20,7 @@ from ..models import SequenceModel, build_model, task_head
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
+from ..study import is_packed, packed_run
 from ..tasks import Task, nested
 from ..training.evaluation import evaluate, require_questions
 from ..training.loop import Stage
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 def run(config: Config, *, task: Task | None = None, deadline: float | None = None) -> dict[str, Any]:
     """Trains what `config` asks for, or continues it, and returns its result with the run's "folder".
 
-    A finished run is not repeated: its result is returned. Nor is a finished pretraining that another run beside it,
-    in the same `runs_dir`, shares: fine-tuning starts from that.
+    A finished run, be it a line of a study in `runs_dir`, is not repeated: its result is returned. Nor is a finished
+    pretraining that another run beside it, in the same `runs_dir`, shares: fine-tuning starts from that.
 
     Args:
         config: from `seqzoo.config.compose`.
@@ -77,11 +78,14 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         runs_dir = Path(config.runs_dir)
         with _reaching(runs_dir):
             folder = inside(runs_dir, run_name(config, task))
+            if not (folder / "result.json").exists():
+                folder = packed_run(runs_dir, folder.name) or folder
     config = replace(config, data_dir=_absolute_data_dir(config))
     with _reaching(folder):
         result = read_json(folder / "result.json")
     if result is not None:
-        print(printable(f"{folder} is finished; delete it to run again"), file=sys.stderr)
+        again = "another runs_dir runs it again" if is_packed(folder) else "delete it to run again"
+        print(printable(f"{folder} is finished; {again}"), file=sys.stderr)
         return {**result, "folder": str(folder)}
 
     fabric = build_fabric(config)

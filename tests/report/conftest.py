@@ -51,7 +51,7 @@ def write_run(tmp_path, record):
             changes |= {"pretrain": budgets[0] > 0, "token_budget": tokens, "tokens_seen": tokens}
         folder = tmp_path / "runs" / f"run-{next(numbers):02d}"
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text("")
+        (folder / "config.yaml").write_text("recipe: short\n")
         test = {"accuracy": accuracy, "loss": 1.0} | ({} if bits is None else {"bits_per_character": bits})
         content = record(test=test, **changes)
         (folder / "result.json").write_text(json.dumps(content))

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from scipy.stats import binomtest, ttest_ind
 
 from seqzoo.report.intervals import of_difference, over_examples, over_seeds
 
@@ -41,3 +42,12 @@ def test_difference_of_seeds_is_welchs():
 
 def test_difference_to_a_single_seed_is_over_examples():
     assert of_difference([0.7], [0.5, 0.6], 400) == of_difference([0.7], [0.55], 400)
+
+
+def test_intervals_are_those_of_scipy():
+    for k, n in ((0, 7), (7, 7), (3, 7), (611, 5000)):
+        found = binomtest(k, n).proportion_ci(0.95, method="wilson")
+        assert over_examples(k / n, n)[:2] == pytest.approx((found.low, found.high), abs=1e-12)
+    for after, before in (([0.7, 0.75], [0.5, 0.52, 0.6]), ([0.7, 0.74], [0.5, 0.52])):
+        found = ttest_ind(after, before, equal_var=False).confidence_interval(0.95)
+        assert of_difference(after, before, 400)[:2] == pytest.approx((found.low, found.high), abs=1e-12)
