@@ -7,6 +7,8 @@ import os
 import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before anything imports PyTorch, as train.py says
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core each, for the processes that a test starts too
 
 import torch
 
