@@ -3,6 +3,7 @@
     python benchmarks/compile.py                       all of them, into results/compile.md, compile.json and races.md
     python benchmarks/compile.py --only diagonal_scan  one operation
     python benchmarks/compile.py --cover               some of them, in which every setting still occurs
+    python benchmarks/compile.py --widest              fewer yet, which is what tests compile on every change
 
 The launches of `launches.py` are compiled for the architectures of `ARCHITECTURES`. Status 1, if one of them spills,
 wants more shared memory than there is, multiplies matrices without the matrix unit, or has threads that do not wait for
@@ -153,15 +154,19 @@ def threads_table(rows: list[Compiled]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted(launches.CALLS))
-    parser.add_argument("--cover", action="store_true", help="compile a few in which every setting occurs")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--cover", action="store_true", help="compile a few in which every setting occurs")
+    extent.add_argument("--widest", action="store_true", help="compile of each kernel the widest heads")
     parser.add_argument("--architecture", type=int, action="append", choices=ARCHITECTURES, help="of these only")
     parser.add_argument("--out", type=Path, help="folder for what is written", default=Path("results"))
     options = parser.parse_args()
 
     for operation in [options.only] if options.only else launches.CALLS:
-        for architecture in options.architecture or (COVERED if options.cover else ARCHITECTURES):
+        for architecture in options.architecture or (COVERED if options.cover or options.widest else ARCHITECTURES):
             chosen = launches.of_operation(operation, architecture)
-            if options.cover or architecture not in COVERED:
+            if options.widest:
+                chosen = launches.widest(chosen, architecture)
+            elif options.cover or architecture not in COVERED:
                 chosen = launches.covering(chosen, architecture)
             WORK.extend((operation, launch, architecture) for launch in chosen)
     with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:

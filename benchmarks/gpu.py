@@ -276,7 +276,7 @@ def measure(out: Path, deadline: float, rehearse: bool, began: float) -> int:
     with tempfile.TemporaryDirectory(prefix="seqzoo-triton-", ignore_cleanup_errors=True) as cache:
         os.environ.update(environment(cache, rehearse))
         run = Run(out, deadline, rehearse, began)
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             run()
         except KeyboardInterrupt:

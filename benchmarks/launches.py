@@ -60,6 +60,11 @@ class Launch:
         """The sizes that it is compiled for, added up."""
         return sum(value for _, value in self.constants if _is_size(value))
 
+    @property
+    def precision(self) -> str | None:
+        """Of its products, nothing if it makes none."""
+        return dict(self.constants).get("PRECISION")
+
     def __str__(self) -> str:
         pointers = [f"{name}={kind[1:]}" for name, kind in self.types if kind.startswith("*") and "i" not in kind]
         return " ".join([*pointers, *(f"{name}={value}" for name, value in (*self.constants, *self.options))])
@@ -143,22 +148,47 @@ def covering(launches: list[Launch], architecture: int) -> list[Launch]:
     For sm_90 also what spilled once, each switch, each argument with it and without, and the rows with few warps, which
     all architectures have in common.
     """
+    every_row, hopper = architecture in EVERY_ROW, architecture == 90
+    launches = [launch for launch in launches if hopper or not _few_warps(launch)]
+    return _chosen(launches, hopper, lambda launch: launch.row if every_row else launch.precision)
+
+
+def widest(launches: list[Launch], architecture: int) -> list[Launch]:
+    """Fewer yet: of each kernel the widest heads in float32, and in a dtype of 16 bits.
+
+    For sm_90 the widest of each row of its table, of rows with few warps, what spilled once, each switch, and each
+    argument with it and without. Rows of bfloat16 and float16 are one where both are multiplied as they are: but for
+    the name of a dtype, the code is the same.
+    """
     hopper = architecture == 90
 
-    def row(launch: Launch) -> tuple[Any, ...]:
-        if hopper and launch.spilled:
-            return (launch,)
-        return launch.kernel, launch.row if architecture in EVERY_ROW else dict(launch.constants).get("PRECISION")
+    def kind(launch: Launch) -> Any:
+        if not hopper:
+            return launch.precision == "tf32x3"
+        if launch.row is None or _few_warps(launch):
+            return launch.row is None
+        return launch.row._replace(dtype="16 bits" if launch.precision in ("bf16", "fp16") else launch.row.dtype)
+
+    return _chosen([launch for launch in launches if hopper or not _few_warps(launch)], hopper, kind)
+
+
+def _few_warps(launch: Launch) -> bool:
+    return launch.row is not None and bool(launch.row.few_warps)
+
+
+def _chosen(launches: list[Launch], every_setting: bool, kind: Callable[[Launch], Any]) -> list[Launch]:
+    """The widest of each kernel and kind; with every setting, also what spilled once, and what else has a new one."""
+
+    def single(launch: Launch) -> Any:
+        return launch if every_setting and launch.spilled else (launch.kernel, kind(launch))
 
     def settings(launch: Launch) -> set[tuple[Any, ...]]:
         switches = [(name, value) for name, value in launch.constants if not _is_size(value)]
         given = [(name, "given") for name in launch.arguments]
         return {(launch.kernel, *setting) for setting in (*switches, *given)}
 
-    if not hopper:
-        launches = [launch for launch in launches if launch.row is None or not launch.row.few_warps]
-    chosen = list({row(launch): launch for launch in sorted(launches, key=lambda launch: launch.width)}.values())
-    wanted = set().union(*map(settings, launches)) - set().union(*map(settings, chosen)) if hopper else set()
+    chosen = list({single(launch): launch for launch in sorted(launches, key=lambda launch: launch.width)}.values())
+    wanted = set().union(*map(settings, launches)) - set().union(*map(settings, chosen)) if every_setting else set()
     while wanted:
         chosen.append(max(launches, key=lambda launch: len(settings(launch) & wanted)))
         wanted -= settings(chosen[-1])

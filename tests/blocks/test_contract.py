@@ -67,13 +67,13 @@ differentiable = (
 )
 
 
-def make(name, options, causal, *, dtype=torch.float64, train=False):
+def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):
     torch.manual_seed(0)
-    return build_block(name, D, causal=causal, **options).to(dtype).train(train)
+    return build_block(name, d_model, causal=causal, **options).to(dtype).train(train)
 
 
-def sequences(B, T, *, dtype=torch.float64, seed=1):
-    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def sequences(B, T, *, d_model=D, dtype=torch.float64, seed=1):
+    return torch.randn(B, T, d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def parameter_gradients(block, y, seed=2):
@@ -248,8 +248,8 @@ def test_bidirectional_has_no_state(name, options, causal):
 
 @differentiable
 def test_gradcheck(name, options, causal):
-    block = make(name, options, causal)
-    x = sequences(2, 5).requires_grad_()
+    block = make(name, options, causal, d_model=8)
+    x = sequences(2, 5, d_model=8).requires_grad_()
     lengths = torch.tensor([5, 3])
     assert torch.autograd.gradcheck(lambda x: block(x, lengths=lengths), (x,))
     named = dict(block.named_parameters())

@@ -27,7 +27,7 @@ LISTOPS = [
     *("task=lra_listops", "recipe=tiny", "task.max_length=32", "task.min_length=4", "task.length_bound=24"),
     *("task.max_depth=3", "task.num_train=400", "task.num_val=50", "task.num_test=50", "task.workers=1"),
     *("model.d_model=16", "model.num_layers=1", "device=cpu", "wandb.mode=disabled"),
-    *("pretraining.tokens=20000", "pretraining.batch_size=8", "finetuning.tokens=20000", "finetuning.batch_size=8"),
+    *("pretraining.tokens=4000", "pretraining.batch_size=8", "finetuning.tokens=4000", "finetuning.batch_size=8"),
 ]
 
 
@@ -148,7 +148,7 @@ def test_the_deadline_stops_a_run_that_then_continues(task, tmp_path):
 
 def test_a_campaign_stops_when_its_time_is_up_and_goes_on(listops, tmp_path, capsys):
     sweep = ["-m", *listops, "model=lru", "pretrain=false,true", "seed=0"]
-    assert main([*sweep, "budget=1s"]) == 3
+    assert main([*sweep, "budget=0.1s"]) == 3
     said = capsys.readouterr()
     assert "unfinished: " in said.out
     assert main(sweep) == 0
@@ -204,7 +204,8 @@ def test_half_of_a_budget_is_its_own_scratch_partner():
 
 @pytest.mark.slow
 def test_a_killed_campaign_goes_on_where_it_was(listops, tmp_path):
-    sweep = ["-m", *listops, "model=lru,transformer", "pretrain=false,true"]
+    longer = [argument.replace("tokens=4000", "tokens=20000") for argument in listops]
+    sweep = ["-m", *longer, "model=lru,transformer", "pretrain=false,true"]
     assert main(sweep) == 0
     whole = results(tmp_path / "runs")
     killed = [argument.replace("/runs", "/killed") for argument in sweep]
