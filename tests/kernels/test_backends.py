@@ -73,7 +73,8 @@ def test_the_environment_names_another_default(monkeypatch):
 )
 def test_the_environment_is_checked(variable, value, valid):
     environment = {**os.environ, variable: value, "PYTHONPATH": str(ROOT)}
-    process = subprocess.run([sys.executable, "-c", "import seqzoo"], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", "import seqzoo.kernels"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert f"{variable}={value!r}; valid: {valid}" in process.stderr
 
 

@@ -18,6 +18,7 @@ from seqzoo.config import Config, ConfigError
 from seqzoo.messages import say_once
 from seqzoo.runs import evaluate_run, run
 from seqzoo.runs.folder import pretraining_key, read_config, run_name
+from seqzoo.study import read_study
 from seqzoo.tasks import TaskConfig, lra_listops
 from seqzoo.tasks.listops.grammar import tokenise
 from seqzoo.training import TrainingError
@@ -30,10 +31,10 @@ OTHER_DATA = r"was trained on other data: .+ \(sha256 \w{16}\); given: .+ \(sha2
 
 @pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_measured_results_keep_their_names(every):
-    folders = sorted(path.parent for path in RESULTS.rglob("config.yaml"))
-    assert len(folders) > 100
-    for folder in folders[::every]:
-        assert run_name(read_config(folder)) == folder.name
+    runs = [file / name for file in sorted(RESULTS.glob("*.jsonl")) for name in read_study(file).runs]
+    assert len(runs) > 100
+    for measured in runs[::every]:
+        assert run_name(read_config(measured)) == measured.name
 
 
 def publish(folder: Path, answer: int) -> str:
