@@ -29,7 +29,7 @@ SEEN = ("kernels", "seqzoo/blocks", "seqzoo/training", "seqzoo/objectives.py")
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 SUMS = {"+": "-", "-": "+"}
 OF_ALL = ("tests/kernels/test_derivatives.py", "tests/kernels/test_inputs.py", "tests/blocks/test_contract.py")
-IGNORED = shutil.ignore_patterns(".git", ".venv", "results", "runs", "__pycache__", "*.egg-info")
+IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info")
 
 
 @dataclass(frozen=True, order=True)
