@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, head_rows, load_tile
-from .tiles import LOG2_E, query_scale, seen_keys, sequence
+from .tiles import LOG2_E, query_scale, seen_keys, sequence, visible
 
 
 @triton.jit
@@ -23,10 +23,7 @@ def _query_gradient(
         v_t = load_tile(head_rows(v, b, start, S, g, G, Dv), tl.arange(0, KEYS), G * Dv, value_channel, Dv, key < n)
         weights = tl.exp2(dot(q_t, tl.trans(k_t), PRECISION) * (scale * LOG2_E)[:, None] - log[:, None])
         if MASKED:
-            seen = (key < n)[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= here[:, None])
-            weights = tl.where(seen, weights, 0.0)
+            weights = tl.where(visible(key, here, n, CAUSAL), weights, 0.0)
         d_scores = weights * (dot(do_t, tl.trans(v_t), PRECISION) - delta[:, None])
         dq += dot(d_scores, k_t, PRECISION)
     return dq

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import absorb, dot, head_rows, load_tile
-from .tiles import LOG2_E, query_scale, seen_keys, sequence
+from .tiles import LOG2_E, query_scale, seen_keys, sequence, visible
 
 
 @triton.jit
@@ -24,10 +24,7 @@ def _absorb(
         v_t = load_tile(head_rows(v, b, start, S, g, G, Dv), tl.arange(0, KEYS), G * Dv, value_channel, Dv, key < n)
         scores = dot(q_t, tl.trans(k_t), PRECISION) * scale[:, None]
         if MASKED:
-            seen = (key < n)[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= here[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.where(visible(key, here, n, CAUSAL), scores, float("-inf"))
         sums, m, total = absorb(scores, v_t, sums, m, total, PRECISION)
     return sums, m, total
 

@@ -39,3 +39,12 @@ def seen_keys(first, n, CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.co
     if first >= n:
         end, free = 0, 0
     return free // KEYS * KEYS, end
+
+
+@triton.jit
+def visible(key, here, n, CAUSAL: tl.constexpr):
+    """Which of `n` keys each query sees, from where it stands: [queries, keys]."""
+    seen = (key < n)[None, :]
+    if CAUSAL:
+        seen = seen & (key[None, :] <= here[:, None])
+    return seen

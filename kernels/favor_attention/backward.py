@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, head_rows, load_tile, valid_steps
-from .tiles import finite, half_square, left_out, pick
+from .tiles import finite, half_square, key_scores, left_out, pick
 
 
 @triton.jit(do_not_specialize=["T", "segment_len", "segments"])
@@ -142,8 +142,7 @@ def _query_kernel(
                 inside = start + column < M
                 w_t = load_tile(directions + start * D, column, D, channel, D, inside)
                 a = dot(q_t, tl.trans(w_t), PRECISION)
-                bs = dot(k_t, tl.trans(w_t), PRECISION) - half[:, None]
-                bs = tl.where(seen[:, None] & inside[None, :], bs, float("-inf"))
+                bs = key_scores(k_t, half, w_t, seen, inside, PRECISION)
                 da = tl.zeros([ROWS, COLUMNS], tl.float32)
                 if CAREFUL:
                     for j in range(PARTNERS):
@@ -239,8 +238,7 @@ def _key_kernel(
             for start in tl.range(0, M, COLUMNS, num_stages=STAGES, disable_licm=True):
                 inside = start + column < M
                 w_t = load_tile(directions + start * D, column, D, channel, D, inside)
-                bs = dot(k_t, tl.trans(w_t), PRECISION) - half[:, None]
-                bs = tl.where(seen[:, None] & inside[None, :], bs, float("-inf"))
+                bs = key_scores(k_t, half, w_t, seen, inside, PRECISION)
                 a = dot(q_t, tl.trans(w_t), PRECISION) - log[:, None]
                 db = tl.zeros([ROWS, COLUMNS], tl.float32)
                 if CAREFUL:
@@ -330,8 +328,7 @@ def _value_kernel(
             for start in tl.range(0, M, COLUMNS, num_stages=STAGES, disable_licm=True):
                 inside = start + column < M
                 w_t = load_tile(directions + start * D, column, D, channel, D, inside)
-                bs = dot(k_t, tl.trans(w_t), PRECISION) - half[:, None]
-                bs = tl.where(seen[:, None] & inside[None, :], bs, float("-inf"))
+                bs = key_scores(k_t, half, w_t, seen, inside, PRECISION)
                 a_t = dot(w_t, tl.trans(q_t), PRECISION) - log[None, :]
                 if CAREFUL:
                     for i in range(PARTNERS):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..tiles import dot
+
 
 @triton.jit
 def finite(maximum):
@@ -16,6 +18,13 @@ def finite(maximum):
 def half_square(k_t):
     k_f = k_t.to(tl.float32)
     return tl.sum(k_f * k_f, 1) / 2
+
+
+@triton.jit
+def key_scores(k_t, half, w_t, seen, inside, PRECISION: tl.constexpr):
+    """Logarithms of the features of keys, [keys, features], -inf where there is no key or no feature."""
+    scores = dot(k_t, tl.trans(w_t), PRECISION) - half[:, None]
+    return tl.where(seen[:, None] & inside[None, :], scores, float("-inf"))
 
 
 @triton.jit
