@@ -148,9 +148,8 @@ def covering(launches: list[Launch], architecture: int) -> list[Launch]:
     For sm_90 also what spilled once, each switch, each argument with it and without, and the rows with few warps, which
     all architectures have in common.
     """
-    every_row, hopper = architecture in EVERY_ROW, architecture == 90
-    launches = [launch for launch in launches if hopper or not _few_warps(launch)]
-    return _chosen(launches, hopper, lambda launch: launch.row if every_row else launch.precision)
+    every_row = architecture in EVERY_ROW
+    return _chosen(launches, architecture, lambda launch: launch.row if every_row else launch.precision)
 
 
 def widest(launches: list[Launch], architecture: int) -> list[Launch]:
@@ -160,27 +159,28 @@ def widest(launches: list[Launch], architecture: int) -> list[Launch]:
     argument with it and without. Rows of bfloat16 and float16 are one where both are multiplied as they are: but for
     the name of a dtype, the code is the same.
     """
-    hopper = architecture == 90
 
     def kind(launch: Launch) -> Any:
-        if not hopper:
+        if architecture != 90:
             return launch.precision == "tf32x3"
         if launch.row is None or _few_warps(launch):
             return launch.row is None
         return launch.row._replace(dtype="16 bits" if launch.precision in ("bf16", "fp16") else launch.row.dtype)
 
-    return _chosen([launch for launch in launches if hopper or not _few_warps(launch)], hopper, kind)
+    return _chosen(launches, architecture, kind)
 
 
 def _few_warps(launch: Launch) -> bool:
     return launch.row is not None and bool(launch.row.few_warps)
 
 
-def _chosen(launches: list[Launch], every_setting: bool, kind: Callable[[Launch], Any]) -> list[Launch]:
-    """The widest of each kernel and kind; with every setting, also what spilled once, and what else has a new one."""
+def _chosen(launches: list[Launch], architecture: int, kind: Callable[[Launch], Any]) -> list[Launch]:
+    """The widest of each kernel and kind; for sm_90 also few warps, what spilled once, and each setting."""
+    hopper = architecture == 90
+    launches = [launch for launch in launches if hopper or not _few_warps(launch)]
 
     def single(launch: Launch) -> Any:
-        return launch if every_setting and launch.spilled else (launch.kernel, kind(launch))
+        return launch if hopper and launch.spilled else (launch.kernel, kind(launch))
 
     def settings(launch: Launch) -> set[tuple[Any, ...]]:
         switches = [(name, value) for name, value in launch.constants if not _is_size(value)]
@@ -188,7 +188,7 @@ def _chosen(launches: list[Launch], every_setting: bool, kind: Callable[[Launch]
         return {(launch.kernel, *setting) for setting in (*switches, *given)}
 
     chosen = list({single(launch): launch for launch in sorted(launches, key=lambda launch: launch.width)}.values())
-    wanted = set().union(*map(settings, launches)) - set().union(*map(settings, chosen)) if every_setting else set()
+    wanted = set().union(*map(settings, launches)) - set().union(*map(settings, chosen)) if hopper else set()
     while wanted:
         chosen.append(max(launches, key=lambda launch: len(settings(launch) & wanted)))
         wanted -= settings(chosen[-1])
