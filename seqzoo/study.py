@@ -71,9 +71,14 @@ def read_study(file: Path) -> Study:
     return _read_study(file, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
+def named_as_study(path: Path) -> bool:
+    """Whether a path is a file that can be given as a study."""
+    return path.suffix == SUFFIX and path.is_file()
+
+
 def is_study(file: Path) -> bool:
     """Whether a file that was found among others is a study."""
-    if file.suffix != SUFFIX or not file.is_file():
+    if not named_as_study(file):
         return False
     try:
         with file.open("rb") as lines:
@@ -84,7 +89,7 @@ def is_study(file: Path) -> bool:
 
 def is_packed(run: Path) -> bool:
     """Whether a run is addressed as a line of a study."""
-    return run.parent.suffix == SUFFIX and run.parent.is_file()
+    return named_as_study(run.parent)
 
 
 def packed_run(runs_dir: Path, name: str) -> Path | None:

@@ -10,9 +10,8 @@ from typing import Any, cast
 from ..config import ConfigError
 from ..models import SequenceModel
 from ..runs import load
-from ..runs.folder import WITHOUT_WEIGHTS, checked_task, read_config, read_spec
+from ..runs.folder import checked_task, read_config, read_spec, require_weights
 from ..spec import Batch
-from ..study import is_packed
 from ..tasks import Task, build_task, stratified
 from .mixing import WINDOW, LayerMixing, mixing_report
 
@@ -65,8 +64,7 @@ def analyse_run(
         TrainingError: the run's weights are missing or damaged.
     """
     folder = Path(run_folder)
-    if is_packed(folder):
-        raise ConfigError(f"{folder}: {WITHOUT_WEIGHTS}")
+    require_weights(folder)
     config, spec = read_config(folder), read_spec(folder)
     if not (folder / "result.json").exists():
         raise ConfigError(

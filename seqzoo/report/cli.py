@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..files import LinkError, write_text
 from ..messages import printable, printable_lines
-from ..study import SUFFIX, is_packed, pack, read_study, unpack
+from ..study import SUFFIX, is_packed, named_as_study, pack, read_study, unpack
 from .comparison import cells_of, compare
 from .results import find_runs, load_results
 from .tables import build_report, print_report, to_csv, to_markdown
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{CHECKPOINT}RUN_FOLDER stands alone")
     folders = [Path(text) for text in checkpoints or given.inputs]
     for folder in folders:
-        if not (folder.is_dir() or is_packed(folder) or (_is_study(folder) and not checkpoints)):
+        if not (folder.is_dir() or is_packed(folder) or (named_as_study(folder) and not checkpoints)):
             parser.error(f"{str(folder)!r} is not a folder")
     if given.report and (given.report.suffix != ".html" or given.report.is_dir()):
         parser.error(f"--report {given.report}: valid: a file whose name ends in .html")
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _beside(given: Path) -> Path:
     """Where the files of a report go if nobody says: a folder of runs itself, or the folder of a study's name."""
     study = given.parent if is_packed(given) else given
-    return study.with_suffix("") if _is_study(study) else given
+    return study.with_suffix("") if named_as_study(study) else given
 
 
 def _report(folders: list[Path], out: Path, page: Path | None) -> int:
@@ -126,7 +126,7 @@ def _pack(arguments: Sequence[str]) -> int:
     parser.add_argument("--into", type=Path, required=True, metavar=f"STUDY{SUFFIX}", help="the file to write")
     given = parser.parse_args(arguments)
     for path in given.inputs:
-        if not (path.is_dir() or _is_study(path)):
+        if not (path.is_dir() or named_as_study(path)):
             parser.error(f"{str(path)!r} is neither a folder nor a study")
     if given.into.suffix != SUFFIX or given.into.is_dir():
         parser.error(f"--into {given.into}: valid: a file whose name ends in {SUFFIX}")
@@ -149,7 +149,7 @@ def _unpack(arguments: Sequence[str]) -> int:
     parser.add_argument("study", type=Path, metavar=f"STUDY{SUFFIX}")
     parser.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="where the run folders are written")
     given = parser.parse_args(arguments)
-    if not _is_study(given.study):
+    if not named_as_study(given.study):
         parser.error(f"{str(given.study)!r} is not a study")
     written = 0
     try:
@@ -163,10 +163,6 @@ def _unpack(arguments: Sequence[str]) -> int:
         return _fail(str(error))
     print(printable_lines(f"{given.into}: {written} run folders written"))
     return 0
-
-
-def _is_study(path: Path) -> bool:
-    return path.suffix == SUFFIX and path.is_file()
 
 
 def _fail(message: str) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config
-from ..study import packed_run
+from .folder import finished_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,8 +18,7 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        here = (self.folder / "result.json").exists()
-        return here or packed_run(self.folder.parent, self.folder.name) is not None
+        return finished_run(self.folder) is not None
 
     @property
     def begun(self) -> bool:

@@ -14,14 +14,13 @@ from ..messages import printable_lines
 from ..models import task_head
 from ..objectives import build_objective
 from ..records import is_name
-from ..study import is_packed
 from ..tasks import Task
 from ..training.checkpoint import load_weights
 from ..training.evaluation import evaluate
 from ..training.transfer import require_fit, transfer_backbone
 from ..training.tuning import tune
 from .feasible import check_model
-from .folder import WITHOUT_WEIGHTS, checked_task, read_config, read_json, read_spec
+from .folder import checked_task, read_config, read_json, read_spec, require_weights
 from .parts import build_fabric, model_of, part_of, task_of
 
 LOADABLE = ("initial", "pretrain", "finetune")
@@ -43,8 +42,7 @@ def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
         TrainingError: its weights are missing or damaged.
     """
     folder = Path(run_folder)
-    if is_packed(folder):
-        raise ConfigError(f"{folder}: {WITHOUT_WEIGHTS}")
+    require_weights(folder)
     config, spec = read_config(folder), read_spec(folder)
     if stage not in LOADABLE:
         raise ConfigError(f"stage={stage}: valid: {', '.join(LOADABLE)}")

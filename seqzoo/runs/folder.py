@@ -112,6 +112,17 @@ def in_hand(folder: Path) -> Iterator[None]:
         yield
 
 
+def finished_run(folder: Path) -> Path | None:
+    """Where the run of this folder has ended: there, or as a line of a study beside it; None: it has not."""
+    return folder if (folder / "result.json").exists() else study.packed_run(folder.parent, folder.name)
+
+
+def require_weights(run: Path) -> None:
+    """Raises ConfigError for a line of a study."""
+    if study.is_packed(run):
+        raise ConfigError(f"{run}: {WITHOUT_WEIGHTS}")
+
+
 def cell_name(config: Config, task: str) -> str:
     """What the seeds of an experiment have in common in their names."""
     return f"{task}-{config.model.name}-{config.recipe}-{config.objective if config.pretrain else 'none'}"

@@ -20,7 +20,7 @@ from ..models import SequenceModel, build_model, task_head
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
-from ..study import is_packed, packed_run
+from ..study import is_packed
 from ..tasks import Task, nested
 from ..training.evaluation import evaluate, require_questions
 from ..training.loop import Stage
@@ -34,6 +34,7 @@ from .folder import (
     cell_name,
     check_task,
     checked_task,
+    finished_run,
     in_hand,
     pretraining_key,
     read_config,
@@ -78,8 +79,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         runs_dir = Path(config.runs_dir)
         with _reaching(runs_dir):
             folder = inside(runs_dir, run_name(config, task))
-            if not (folder / "result.json").exists():
-                folder = packed_run(runs_dir, folder.name) or folder
+            folder = finished_run(folder) or folder
     config = replace(config, data_dir=_absolute_data_dir(config))
     with _reaching(folder):
         result = read_json(folder / "result.json")
