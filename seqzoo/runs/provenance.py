@@ -14,7 +14,7 @@ import torch
 
 from ..version import __version__
 
-PACKAGES = ("torch", "triton", "numpy", "numba", "lightning-fabric")
+PACKAGES = ("triton", "numpy", "numba", "lightning-fabric")
 
 
 def hardware(device: torch.device, world_size: int) -> str:
@@ -26,7 +26,8 @@ def hardware(device: torch.device, world_size: int) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that shape the numbers."""
-    found = {"python": platform.python_version(), "seqzoo": __version__}
+    # The metadata of PyTorch's wheels does not always say which CUDA they are for, or that they are for none.
+    found = {"python": platform.python_version(), "seqzoo": __version__, "torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
             found[package] = version(package)
