@@ -73,10 +73,6 @@ class Finder(ast.NodeVisitor):
                 self._add("detach", self._end(value), self._end(node), "")
         self.generic_visit(node)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        for part in (*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults), *node.body):
-            self.visit(part)
-
     def _operator(self, kind: str, left: ast.expr, right: ast.expr, others: dict[str, str]) -> None:
         between = self.source[self._end(left) : self._at(right)]
         if found := re.search(r"[<>=!]=|[<>+-]", between):
