@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .derivatives import by_hand
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -21,8 +24,26 @@ def zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     """`x` [B, T, ...] with zeros past each length, in value and gradient, whatever stood there (NaN included)."""
     if lengths is None:
         return x
+    if type(x) is Tensor and _can_be_looked_at(lengths) and by_hand():
+        return x if (lengths == x.shape[1]).all() else _ZeroPadding.apply(x, lengths)
     valid = valid_positions(lengths, x.shape[1])
     return torch.where(valid.reshape(valid.shape + (1,) * (x.dim() - 2)), x, 0)
+
+
+class _ZeroPadding(torch.autograd.Function):
+    """A copy, in which only padding is written a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        ctx.save_for_backward(lengths)
+        y = x.clone(memory_format=torch.contiguous_format)
+        for sequence, length in zip(y, lengths.tolist(), strict=True):
+            sequence[length:] = 0
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _ZeroPadding.apply(dy, *ctx.saved_tensors), None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,6 +51,25 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.promote_types(dtype, torch.complex64)
     return torch.promote_types(dtype, torch.float32)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products of `x`, the sums of which are kept in `accumulation_dtype` whatever it is.
+
+    bfloat16, where `x` is or autocast makes it so, on a CPU that has instructions for it; else that of the sums.
+    """
+    dtype = x.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype == torch.bfloat16 and x.device.type == "cpu" and _multiplies_bfloat16():
+        return dtype
+    return accumulation_dtype(x.dtype)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it: others are slower in bfloat16 than in single precision."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -62,7 +102,7 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
             f"{what}: lengths must be int64 [{B}] or narrower integers, how many steps of each sequence count, "
             f"got {given}{hint}"
         )
-    if B and lengths.device.type == "cpu" and type(lengths) is Tensor and _can_be_looked_at(lengths):
+    if B and _can_be_looked_at(lengths):
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > T:
             raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
@@ -71,8 +111,8 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
 
 
 def _can_be_looked_at(x: Tensor) -> bool:
-    """Whether `x` has values here: in graphs there are none, and under vmap one for each of a batch."""
-    if torch.compiler.is_compiling():
+    """Whether `x` has values on a CPU: in graphs there are none, and under vmap one for each of a batch."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):

@@ -22,6 +22,13 @@ def forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def by_hand() -> bool:
+    """Whether an operation may come with a gradient written by hand: not in forward mode, nor in function transforms."""
+    if torch.compiler.is_compiling():
+        return True
+    return not (forward_mode() or torch._C._are_functorch_transforms_active())
+
+
 def gradient(
     written: Callable[[], Sequence[Tensor | None]],
     form: Callable[..., Sequence[Tensor | None]],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..common import accumulation_dtype, without_autocast, zero_padding
 from ..derivatives import forward_mode, gradient, pullback
+from .kept import attention_kept, keeps
 
 
 def attention_chunked(
@@ -21,6 +22,8 @@ def attention_chunked(
     position: Tensor | None,
 ) -> Tensor:
     T, S = q.shape[1], k.shape[1]
+    if position is None and keeps(q, k, v):
+        return _kept(q, k, v, causal, lengths, scale)
     # Padding stands last, so that no valid causal query ever sees it: the causal kernel then needs no mask of keys.
     mask = None
     if position is not None:
@@ -50,6 +53,19 @@ def attention_chunked(
     if lengths is None and position is None:
         return y
     return torch.where(live[..., None, None], y, 0)
+
+
+def _kept(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float | Tensor
+) -> Tensor:  # [B, T, H, Dv]
+    B, T, H, _ = q.shape
+
+    def by_head(x: Tensor) -> Tensor:  # [B, T, H or G, D] -> [B * H, T, D]
+        return x.repeat_interleave(H // x.shape[2], 2).transpose(1, 2).reshape(B * H, T, -1).contiguous()
+
+    of_heads = None if lengths is None else lengths.repeat_interleave(H)
+    y, _ = attention_kept(by_head((q * scale).to(q.dtype)), by_head(k), by_head(v), of_heads, causal)
+    return y.view(B, H, T, -1).transpose(1, 2)
 
 
 # All of q [B, H, T, D], k [B, G, S, D] and v [B, G, S, Dv], scaled; mask [B, 1, T or 1, S] of the keys that are seen.

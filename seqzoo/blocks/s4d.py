@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
-from ..kernels.common import accumulation_dtype, valid_positions, without_autocast
+from ..kernels.common import accumulation_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import forward_mode
 from ..valid import BelowOne
 from .base import Block, advance
@@ -76,8 +76,9 @@ class S4D(Block):
         A, step = self.dynamics(wide)  # [D, P]
         C = 2 * torch.view_as_complex(self.C.to(wide)) * torch.expm1(step) / A  # [directions, D, P]
         before = None if state is None else torch.view_as_complex(state.hidden)
+        products = product_dtype(x)
         with without_autocast(x.device):
-            y, after = self.over_time(lambda x: convolve(x, step, C, before, lengths), x.to(wide))
+            y, after = self.over_time(lambda x: convolve(x, step, C, before, lengths), x.to(products))
         if state is not None and after is not None:
             state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths))
         return self.gate(y.to(x.dtype) + self.skip * x), state
@@ -124,38 +125,33 @@ def convolve(
         y [B, T, D], and h after `lengths` steps [B, D, P].
     """
     (B, T, D), P, L = x.shape, step.shape[1], min(CHUNK, x.shape[1])
-    N = -(-T // L)
+    N, both = -(-T // L), len(C) == 2
     x_c = _transpose(F.pad(x, (0, 0, 0, N * L - T)).flatten(0, 1)).view(D, B * N, L)
     lag = torch.arange(L + 1, device=x.device)
     powers = torch.polar((step.real[..., None] * lag).exp(), step.imag[..., None] * lag)  # [D, P, L + 1], exp(step)^l
     rising, falling = powers[..., :L], powers[..., :L].flip(-1)
     over_chunk = powers[..., L].flatten()  # [DP]
 
-    # What each chunk leaves behind is carried over the chunks, so that h is known where each begins.
-    left = _leave(x_c, falling, B)  # [B, N, D, P]
-    if before is None:
-        starts = torch.cat([torch.zeros_like(left[:, :1]), left[:, :-1]], 1)
-    else:
-        starts = torch.cat([before[:, None], left], 1)
-    starts = diagonal_scan(starts.flatten(2), over_chunk).unflatten(-1, (D, P))  # [B, N or N + 1, D, P]
+    # What each chunk leaves behind, for what follows and for what comes before, is carried over the chunks.
+    left, *back = _leave(x_c, [falling, rising] if both else [falling], B)  # [B, N, D P] each
+    first = torch.zeros_like(left[:, :1]) if before is None else before.flatten(1)[:, None]
+    starts = diagonal_scan(torch.cat([first, left], 1), over_chunk)  # [B, N + 1, D P], where each chunk begins and ends
+    reached, weights = [starts[:, :N]], [C[0, ..., None] * powers[..., 1:]]
     kernel = _kernel(C[0], rising)  # [D, L], of lags 0 to L - 1
-    y = _read(starts[:, :N], C[0, ..., None] * powers[..., 1:])  # [D, BN, L]
-    if len(C) == 2:
-        left = _leave(x_c, rising, B)
-        ends = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], 1)
-        ends = diagonal_scan(ends.flatten(2), over_chunk, reverse=True).unflatten(-1, (D, P))
+    if both:
+        reached.append(diagonal_scan(F.pad(back[0][:, 1:], (0, 0, 0, 1)), over_chunk, reverse=True))
+        weights.append(C[1, ..., None] * falling)
         kernel = torch.cat([_kernel(C[1], falling)[:, 1:], kernel], -1)  # [D, 2L - 1], of lags 1 - L to L - 1
-        y = y + _read(ends, C[1, ..., None] * falling)
     else:
         kernel = F.pad(kernel, (L - 1, 0))
-    y = torch.baddbmm(y, x_c, kernel.unfold(-1, L, 1).flip(1))
+    y = torch.baddbmm(_read(reached, weights, x.dtype), x_c, kernel.unfold(-1, L, 1).flip(1).to(x.dtype))  # [D, BN, L]
     y = _transpose(y.view(D, -1)).view(B, N * L, D)[:, :T]
     if before is None:
         return y, None
 
     end = torch.full((B,), T, device=x.device) if lengths is None else lengths
     batch, chunk, rest = torch.arange(B, device=x.device), end // L, end % L
-    start = starts[batch, chunk]
+    start = starts.unflatten(-1, (D, P))[batch, chunk]
     part = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
     since = (rest[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
     kept = torch.where(valid_positions(rest, L)[:, None], part, 0).to(step.dtype)
@@ -168,16 +164,20 @@ def _kernel(C: Tensor, powers: Tensor) -> Tensor:
     return torch.einsum("dp,dpl->dl", C, powers).real
 
 
-def _leave(x: Tensor, powers: Tensor, B: int) -> Tensor:
-    """What chunks leave behind, Σ_l powers_l x_l: [D, BN, L] and [D, P, L] -> [B, N, D, P]."""
-    weights = rearrange(torch.view_as_real(powers), "D P L real -> D L (P real)")
-    return torch.view_as_complex(rearrange(x @ weights, "D (B N) (P real) -> B N D P real", B=B, real=2))
+def _leave(x: Tensor, powers: list[Tensor], B: int) -> tuple[Tensor, ...]:
+    """What chunks leave behind, Σ_l powers_l x_l: [D, BN, L] and [D, P, L] each -> [B, N, D P] each."""
+    weights = rearrange(torch.view_as_real(torch.cat(powers, 1)), "D P L real -> D L (P real)").to(x.dtype)
+    shape = "D (B N) (ways P real) -> ways B N (D P) real"
+    left = rearrange(x @ weights, shape, B=B, ways=len(powers), real=2)
+    return torch.view_as_complex(left.to(powers[0].real.dtype).contiguous()).unbind(0)
 
 
-def _read(states: Tensor, weights: Tensor) -> Tensor:
-    """What chunks read from states, Re Σ_p states_p weights_p: [B, N, D, P] and [D, P, L] -> [D, BN, L]."""
-    reals = rearrange(torch.view_as_real(states), "B N D P real -> D (B N) (P real)")
-    return reals @ rearrange(torch.view_as_real(weights.conj_physical()), "D P L real -> D (P real) L")
+def _read(states: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """What chunks read from states, Re Σ_p states_p weights_p: [B, N, D P] and [D, P, L] each -> [D, BN, L]."""
+    D = weights[0].shape[0]
+    reals = [rearrange(torch.view_as_real(h).to(dtype), "B N (D P) real -> D (B N) (P real)", D=D) for h in states]
+    conjugates = torch.view_as_real(torch.cat(weights, 1).conj_physical())
+    return torch.cat(reals, -1) @ rearrange(conjugates, "D P L real -> D (P real) L").to(dtype)
 
 
 def _transpose(x: Tensor) -> Tensor:

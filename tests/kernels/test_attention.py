@@ -5,6 +5,8 @@ import torch
 from agreement import assert_close
 
 from seqzoo.kernels import attention
+from seqzoo.kernels.attention import kept
+from seqzoo.kernels.common import _multiplies_bfloat16
 
 
 def inputs(B, T, S, H, G, D, Dv, *, seed=0, dtype=torch.float64):
@@ -52,6 +54,22 @@ def test_agrees_with_the_reference(B, T, H, G, D, Dv, causal, padded, scaling, d
     assert_close(actual, expected, tolerance, "y")
     for name, a, e in zip("qkv", gradients(actual, cast), expected_gradients, strict=True):
         assert_close(a, e, 4 * tolerance, f"d{name}")
+
+
+@pytest.mark.skipif(not _multiplies_bfloat16(), reason="the processor has no instructions for bfloat16")
+@pytest.mark.parametrize(("B", "T", "H", "G", "D", "Dv", "causal", "padded", "scaling"), CASES)
+def test_weights_kept_in_half_agree(B, T, H, G, D, Dv, causal, padded, scaling, monkeypatch):
+    monkeypatch.setattr(kept, "BLOCK", 40 * T)  # blocks of 40 queries
+    tensors = [t.detach().bfloat16().requires_grad_() for t in inputs(B, T, T, H, G, D, Dv)]
+    lengths = torch.linspace(0, T, B).long() if padded else None
+    scale = 0.3 if scaling == "number" else None
+    assert kept.keeps(*tensors)
+    actual = attention(*tensors, causal=causal, lengths=lengths, scale=scale)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected = attention(*wide, causal=causal, lengths=lengths, scale=scale, backend="reference")
+    assert_close(actual, expected, 1e-2, "y")
+    for name, a, e in zip("qkv", gradients(actual, tensors), gradients(expected, wide), strict=True):
+        assert_close(a, e, 2e-2, f"d{name}")
 
 
 def test_reference_is_the_equation():
