@@ -4,6 +4,9 @@
                                                    on a CPU: recipes tiny and paper, two models; some ten minutes
     python benchmarks/step.py --recipes tiny       a minute on a CPU
     python benchmarks/step.py --out results/step   writes step.json there too
+    python benchmarks/step.py --against ../other --out results/step
+                                                   also what another checkout does in fp32, in turns, cell by cell, and
+                                                   against.json and against.md; leave it two idle cores, some two hours
 
 Stages run as `train.py` runs them, on random sequences of full length: what a batch holds does not change what it
 costs. A form is a precision and how the model runs: eager, compiled as `compile=true` does it, or compiled in one of
@@ -22,6 +25,10 @@ import argparse
 import itertools
 import json
 import math
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -203,15 +210,21 @@ def main() -> None:
     parser.add_argument("--forms", default=FORMS[device])
     parser.add_argument("--steps", type=int, default=10 if device == "cpu" else 48)
     parser.add_argument("--paper-batch", type=int, default=8)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--rounds", type=int, default=3, help="with --against")
     options = parser.parse_args()
+    if options.against:
+        against(options)
+        return
     keep_freed_memory()
 
     rows: list[dict[str, Any]] = []
     choices = (options.recipes, options.tasks, options.models, options.forms, "pretrain,finetune")
     for recipe, task_name, model, form, name in itertools.product(*(choice.split(",") for choice in choices)):
         precision, _, way = form.partition("-")
-        changes = ["wandb.mode=disabled", f"precision={precision}"]
+        changes = ["wandb.mode=disabled", f"precision={precision}", *options.set]
         if recipe == "paper" and device == "cpu":
             changes += [f"{stage}.batch_size={options.paper_batch}" for stage in ("pretraining", "finetuning")]
         config = compose([f"model={model}", f"task={task_name}", f"recipe={recipe}", *changes])
@@ -230,6 +243,71 @@ def main() -> None:
     measured = {"steps": options.steps, "unit": "ms, mean of a step"}
     record = {**provenance.of_benchmark(measured), **provenance.made_with(torch.device(device), 1), "rows": rows}
     (options.out / "step.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def against(options: argparse.Namespace) -> None:
+    """Measures this checkout in all forms and the other in fp32, in turns: a process each, `rounds` times a cell."""
+    here, other = Path(__file__).resolve().parents[1], options.against.resolve()
+    forms = options.forms.split(",")
+    rows = []
+    for recipe, task, model in itertools.product(
+        *(x.split(",") for x in (options.recipes, options.tasks, options.models))
+    ):
+        cell = ["--recipes", recipe, "--tasks", task, "--models", model, "--steps", str(options.steps)]
+        speeds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))  # by stage and form
+        for _ in range(options.rounds):
+            for row in measured_by(other, [*cell, "--forms", "fp32-eager"]):
+                speeds[row["stage"]]["other"].append(row["tokens_per_second"])
+            for form in forms:
+                for row in measured_by(here, [*cell, "--forms", form, "--set", *options.set]):
+                    speeds[row["stage"]][form].append(row["tokens_per_second"])
+        for stage, found in speeds.items():
+            ratios = {
+                form: statistics.median(a / b for a, b in zip(found[form], found["other"], strict=True))
+                for form in forms
+            }
+            row = {"recipe": recipe, "task": task, "model": model, "stage": stage}
+            rows.append({**row, "tokens_per_second": dict(found), "ratio": ratios})
+            print(json.dumps({**row, "ratio": ratios}), flush=True)
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=other, capture_output=True, text=True, check=True)
+    setting = {"steps": options.steps, "rounds": options.rounds, "set": options.set, "other": revision.stdout.strip()}
+    table = against_table(rows, forms, setting["other"])
+    print(table)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        record = {**provenance.of_benchmark(setting), "rows": rows}
+        (options.out / "against.json").write_text(json.dumps(record, indent=1) + "\n")
+        (options.out / "against.md").write_text(table)
+
+
+def measured_by(checkout: Path, arguments: list[str]) -> list[dict[str, Any]]:
+    """The rows that a checkout's own benchmark measures.
+
+    Raises:
+        SystemExit: a form failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "benchmarks/step.py", *arguments, "--out", folder]
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
+        rows = json.loads((Path(folder) / "step.json").read_text())["rows"]
+    failed = [line(row) for row in rows if "error" in row]
+    if failed:
+        sys.exit("\n".join([f"in {checkout}:", *failed]))
+    return rows
+
+
+def against_table(rows: list[dict[str, Any]], forms: list[str], other: str) -> str:
+    """Thousand positions a second of both, and how many times as many, with the geometric mean over all rows."""
+    head = ["model", "task", "stage", f"{other[:7]}, fp32", *forms]
+    lines = [head, ["---"] * 3 + ["---:"] * (len(forms) + 1)]
+    for row in rows:
+        best = {form: max(speeds) / 1e3 for form, speeds in row["tokens_per_second"].items()}
+        cells = [f"{best[form]:.1f} ({row['ratio'][form]:.2f} x)" for form in forms]
+        lines.append([row["model"], row["task"], row["stage"], f"{best['other']:.1f}", *cells])
+    means = [f"{statistics.geometric_mean(row['ratio'][form] for row in rows):.2f} x" for form in forms]
+    lines.append(["geometric mean", "", "", "", *means])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def line(row: dict[str, Any]) -> str:

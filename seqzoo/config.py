@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -80,6 +81,19 @@ class StageConfig:
 
 
 @dataclass(kw_only=True)
+class SearchConfig:
+    """Of `lr=search`; see `seqzoo.runs.search`. By default the rates that Amos, Berant and Gupta (2024) report in
+    tables 4 to 6, less the few in between."""
+
+    rates: list[float] = field(default_factory=lambda: [1e-4, 5e-4, 1e-3, 5e-3])
+    share: Fraction = 0.1  # of the stage's budget, for each trial
+
+    def __post_init__(self) -> None:
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"search.rates={self.rates}: valid: one number above 0, and more")
+
+
+@dataclass(kw_only=True)
 class LoraConfig:
     """Of `tuning=lora`; see `seqzoo.training.lora`."""
 
@@ -125,6 +139,7 @@ class Config:
     causal: bool = False
     size: str | None = None
     lr: str | None = None
+    search: SearchConfig = field(default_factory=SearchConfig)
     pixel_loss: str = "cross_entropy"
     pretraining: StageConfig = field(default_factory=StageConfig)
     finetuning: StageConfig = field(default_factory=StageConfig)

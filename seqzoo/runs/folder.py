@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import records, study
-from ..config import Config, ConfigError, from_dict, to_dict
+from ..config import Config, ConfigError, SearchConfig, from_dict, to_dict
 from ..files import inside, lock, write_json, write_text
 from ..messages import say_once
 from ..spec import TaskSpec
@@ -270,6 +270,7 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     # What they were before there was a choice counts as a key that is not there, see below.
     unused += ["tuning"] if config.tuning == "full" else []
     unused += ["model.init"] if config.model.init == "structured" else []
+    unused += ["search"] if config.lr is None or config.search == SearchConfig() else []
     for key in (*WITHOUT_EFFECT, *unused, *without):
         _drop(shaping, key)
     if task is not None:

@@ -226,7 +226,8 @@ class _Run:
             "deadline": self.deadline,
         }
         if config.lr == "search":
-            lr = search_lr(model, objective, self.examples, self.val, stage, folder=inside(folder, "search"), **shared)
+            trials = inside(folder, "search")
+            lr = search_lr(model, objective, self.examples, self.val, stage, config.search, folder=trials, **shared)
             stage = replace(stage, lr=lr)
         trainer = Stage(
             model,

@@ -9,17 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from ..config import StageConfig
+from ..config import SearchConfig, StageConfig
 from ..files import inside, write_json
 from ..objectives import Objective
 from ..tasks import Split
 from ..training import Interrupted, TrainingError
 from ..training.loop import Stage, budget
 from .folder import read_json
-
-GRID = (1e-4, 5e-4, 1e-3, 5e-3)
-"""The learning rates that Amos, Berant and Gupta (2024) report in tables 4 to 6, less the few in between."""
-SHARE = 0.1  # of the stage's budget, for each trial
 
 
 def search_lr(
@@ -28,11 +24,12 @@ def search_lr(
     train: Split,
     val: Split,
     stage: StageConfig,
+    search: SearchConfig,
     *,
     folder: Path,
     **options: Any,
 ) -> float:
-    """The rate of `GRID` whose short training does best on validation; the same effort for every model.
+    """The rate of `search.rates` whose short training does best on validation; the same effort for every model.
 
     Finished trials are kept in `folder` and not repeated. A rate at which training fails is out.
 
@@ -42,9 +39,9 @@ def search_lr(
     Raises:
         TrainingError: training fails at every rate.
     """
-    tokens = max(1, round(SHARE * budget(stage, len(train), int(train.lengths.sum()))[0]))
+    tokens = max(1, round(search.share * budget(stage, len(train), int(train.lengths.sum()))[0]))
     scores = {}
-    for lr in GRID:
+    for lr in search.rates:
         trial = inside(folder, f"lr-{lr:g}")
         summary = read_json(trial / "summary.json")
         if summary is None:
@@ -54,7 +51,7 @@ def search_lr(
                 tokens=tokens,
                 epochs=None,
                 evaluations=1,
-                warmup_steps=math.ceil(SHARE * stage.warmup_steps),
+                warmup_steps=math.ceil(search.share * stage.warmup_steps),
             )
             try:
                 best = (
@@ -75,5 +72,5 @@ def search_lr(
             if options["fabric"].is_global_zero:
                 print(f"lr {lr:g}: validation {objective.monitor} {scores[lr]:.4f}", file=sys.stderr)
     if not scores:
-        raise TrainingError(f"training fails at every rate of {', '.join(f'{lr:g}' for lr in GRID)}")
+        raise TrainingError(f"training fails at every rate of {', '.join(f'{lr:g}' for lr in search.rates)}")
     return (max if objective.maximise else min)(scores, key=lambda lr: scores[lr])

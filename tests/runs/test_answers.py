@@ -12,9 +12,8 @@ import torch
 from tiny_runs import tiny_config
 
 from seqzoo import load
-from seqzoo.config import ConfigError
+from seqzoo.config import ConfigError, SearchConfig
 from seqzoo.runs import evaluate_run, run
-from seqzoo.runs import search as search_module
 from seqzoo.runs.attempt import report
 from seqzoo.runs.folder import run_name
 from seqzoo.spec import IGNORED
@@ -152,16 +151,15 @@ def test_next_positions_are_for_causal_models_from_scratch(changes, message, tex
     assert not list(tmp_path.glob("char_lm-*")), "no run folder is begun"
 
 
-def test_rates_are_searched_by_what_the_task_monitors(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, "GRID", (1e-6, 1e-2))
-    monkeypatch.setattr(search_module, "SHARE", 0.5)
-    result = run(config(tmp_path, text, causal=True, lr="search", finetuning={"tokens": 4000}))
+def test_rates_are_searched_by_what_the_task_monitors(text, tmp_path):
+    search = SearchConfig(rates=[1e-6, 1e-2], share=0.5)
+    result = run(config(tmp_path, text, causal=True, lr="search", search=search, finetuning={"tokens": 4000}))
     trials = {}
     for path in Path(result["folder"]).glob("finetune/search/*/summary.json"):
         summary = json.loads(path.read_text())
         trials[summary["lr"]] = summary["loss"]
     assert result["lr"]["finetune"] == min(trials, key=lambda lr: trials[lr]) == 1e-2
-    result = run(config(tmp_path, HEADS, causal=True, lr="search"))
+    result = run(config(tmp_path, HEADS, causal=True, lr="search", search=search))
     summary = json.loads(next(Path(result["folder"]).glob("finetune/search/*/summary.json")).read_text())
     assert summary.keys() == {"lr", "accuracy"}
 

@@ -3,6 +3,7 @@ import json
 import pytest
 from tiny_runs import tiny_config, toy_task
 
+from seqzoo.config import SearchConfig
 from seqzoo.runs import run
 from seqzoo.runs import search as search_module
 from seqzoo.training import TrainingError
@@ -13,10 +14,9 @@ def task():
     return toy_task()
 
 
-def test_the_best_rate_on_validation_is_taken(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, "GRID", (1e-6, 1e-2))
-    monkeypatch.setattr(search_module, "SHARE", 0.5)
-    result = run(tiny_config(tmp_path, lr="search", pretrain=True), task=task)
+def test_the_best_rate_on_validation_is_taken(task, tmp_path):
+    search = SearchConfig(rates=[1e-6, 1e-2], share=0.5)
+    result = run(tiny_config(tmp_path, lr="search", search=search, pretrain=True), task=task)
     for stage, metric, best in (("pretrain", "loss", min), ("finetune", "accuracy", max)):
         trials = {}
         for path in (tmp_path / result["folder"]).glob(f"{stage}/search/*/summary.json"):
@@ -40,11 +40,11 @@ def test_finished_trials_are_kept_and_failures_are_out(task, tmp_path, monkeypat
 
     monkeypatch.setattr(search_module, "Stage", FailingStage)
     result = run(tiny_config(tmp_path, lr="search"), task=task)
-    assert calls == list(search_module.GRID)
+    assert calls == SearchConfig().rates
     assert result["lr"]["finetune"] <= 1e-3
     (tmp_path / result["folder"] / "result.json").unlink()
     assert run(tiny_config(tmp_path, lr="search"), task=task)["lr"] == result["lr"]
-    assert calls == list(search_module.GRID)
+    assert calls == SearchConfig().rates
 
 
 def test_a_size_is_reached_and_stored(task, tmp_path):
