@@ -124,27 +124,42 @@ def convolve(
     Returns:
         y [B, T, D], and h after `lengths` steps [B, D, P].
     """
-    (B, T, D), P, L = x.shape, step.shape[1], min(CHUNK, x.shape[1])
-    N, both = -(-T // L), len(C) == 2
+    (B, T, D), P, L, ways = x.shape, step.shape[1], min(CHUNK, x.shape[1]), len(C)
+    N = -(-T // L)
     x_c = _transpose(F.pad(x, (0, 0, 0, N * L - T)).flatten(0, 1)).view(D, B * N, L)
-    lag = torch.arange(L + 1, device=x.device)
-    powers = torch.polar((step.real[..., None] * lag).exp(), step.imag[..., None] * lag)  # [D, P, L + 1], exp(step)^l
-    rising, falling = powers[..., :L], powers[..., :L].flip(-1)
-    over_chunk = powers[..., L].flatten()  # [DP]
+    lag = torch.arange(L, device=x.device)
+    size, angle = (step.real[..., None] * lag).exp(), step.imag[..., None] * lag
+    re, im = size * angle.cos(), size * angle.sin()  # [D, P, L], of exp(step)^lag
+    over_chunk = (L * step).exp().flatten()  # [DP]
 
     # What each chunk leaves behind, for what follows and for what comes before, is carried over the chunks.
-    left, *back = _leave(x_c, [falling, rising] if both else [falling], B)  # [B, N, D P] each
-    first = torch.zeros_like(left[:, :1]) if before is None else before.flatten(1)[:, None]
-    starts = diagonal_scan(torch.cat([first, left], 1), over_chunk)  # [B, N + 1, D P], where each chunk begins and ends
-    reached, weights = [starts[:, :N]], [C[0, ..., None] * powers[..., 1:]]
-    kernel = _kernel(C[0], rising)  # [D, L], of lags 0 to L - 1
-    if both:
-        reached.append(diagonal_scan(F.pad(back[0][:, 1:], (0, 0, 0, 1)), over_chunk, reverse=True))
-        weights.append(C[1, ..., None] * falling)
-        kernel = torch.cat([_kernel(C[1], falling)[:, 1:], kernel], -1)  # [D, 2L - 1], of lags 1 - L to L - 1
-    else:
-        kernel = F.pad(kernel, (L - 1, 0))
-    y = torch.baddbmm(_read(reached, weights, x.dtype), x_c, kernel.unfold(-1, L, 1).flip(1).to(x.dtype))  # [D, BN, L]
+    rising = torch.stack([re, im], 2).flatten(1, 2)  # [D, 2P, L]
+    leaving = torch.cat([rising.flip(-1), rising][:ways], 1).to(x.dtype)
+    left, *back = rearrange(
+        (x_c @ leaving.mT).to(step.real.dtype),
+        "D (B N) (ways P parts) -> ways B N (D P) parts",
+        B=B,
+        ways=ways,
+        parts=2,
+    )
+    first = torch.zeros_like(left[:, :1]) if before is None else torch.view_as_real(before).flatten(1, 2)[:, None]
+    starts = torch.view_as_complex(torch.cat([first, left], 1))
+    starts = diagonal_scan(starts, over_chunk)  # [B, N + 1, D P], where each chunk begins and ends
+    reached = [starts[:, :N]]
+    if ways == 2:
+        ends = torch.view_as_complex(F.pad(back[0][:, 1:], (0, 0, 0, 0, 0, 1)))
+        reached.append(diagonal_scan(ends, over_chunk, reverse=True))
+
+    C_re, C_im = torch.view_as_real(torch.stack([C[0] * step.exp(), *C[1:]]))[..., None, :].unbind(-1)
+    read_re, read_im = C_re * re - C_im * im, -C_re * im - C_im * re  # [ways, D, P, L]
+    taps = read_re.sum(2)  # [ways, D, L], of lags 1 to L
+    read = torch.stack([read_re, read_im], 3).flatten(2, 3)  # [ways, D, 2P, L]
+    now = C[0].real.sum(-1, keepdim=True)  # [D, 1], of lag 0
+    earlier = taps[1, :, :-1].flip(-1) if ways == 2 else taps.new_zeros(D, L - 1)
+    kernel = torch.cat([earlier, now, taps[0, :, :-1]], -1)  # [D, 2L - 1], of lags 1 - L to L - 1
+    reading = torch.cat([read[0], *(later.flip(-1) for later in read[1:])], 1).to(x.dtype)  # [D, ways 2P, L]
+    parts = [rearrange(torch.view_as_real(h).to(x.dtype), "B N (D P) parts -> D (B N) (P parts)", D=D) for h in reached]
+    y = torch.baddbmm(torch.cat(parts, -1) @ reading, x_c, kernel.unfold(-1, L, 1).flip(1).to(x.dtype))  # [D, BN, L]
     y = _transpose(y.view(D, -1)).view(B, N * L, D)[:, :T]
     if before is None:
         return y, None
@@ -155,29 +170,10 @@ def convolve(
     part = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
     since = (rest[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
     kept = torch.where(valid_positions(rest, L)[:, None], part, 0).to(step.dtype)
-    after = start * torch.exp(step * rest[:, None, None]) + torch.einsum("bdl,dpbl->bdp", kept, powers[..., since])
+    after = start * torch.exp(step * rest[:, None, None]) + torch.einsum(
+        "bdl,dpbl->bdp", kept, torch.complex(re, im)[..., since]
+    )
     return y, after
-
-
-def _kernel(C: Tensor, powers: Tensor) -> Tensor:
-    """Re Σ_p C_p powers_p: [D, P] and [D, P, L] -> [D, L]."""
-    return torch.einsum("dp,dpl->dl", C, powers).real
-
-
-def _leave(x: Tensor, powers: list[Tensor], B: int) -> tuple[Tensor, ...]:
-    """What chunks leave behind, Σ_l powers_l x_l: [D, BN, L] and [D, P, L] each -> [B, N, D P] each."""
-    weights = rearrange(torch.view_as_real(torch.cat(powers, 1)), "D P L real -> D L (P real)").to(x.dtype)
-    shape = "D (B N) (ways P real) -> ways B N (D P) real"
-    left = rearrange(x @ weights, shape, B=B, ways=len(powers), real=2)
-    return torch.view_as_complex(left.to(powers[0].real.dtype).contiguous()).unbind(0)
-
-
-def _read(states: list[Tensor], weights: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """What chunks read from states, Re Σ_p states_p weights_p: [B, N, D P] and [D, P, L] each -> [D, BN, L]."""
-    D = weights[0].shape[0]
-    reals = [rearrange(torch.view_as_real(h).to(dtype), "B N (D P) real -> D (B N) (P real)", D=D) for h in states]
-    conjugates = torch.view_as_real(torch.cat(weights, 1).conj_physical())
-    return torch.cat(reals, -1) @ rearrange(conjugates, "D P L real -> D (P real) L").to(dtype)
 
 
 def _transpose(x: Tensor) -> Tensor:
