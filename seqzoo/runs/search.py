@@ -20,6 +20,7 @@ from .folder import read_json
 GRID = (1e-4, 5e-4, 1e-3, 5e-3)
 """The learning rates that Amos, Berant and Gupta (2024) report in tables 4 to 6, less the few in between."""
 SHARE = 0.1  # of the stage's budget, for each trial
+EFFORT = SHARE * len(GRID)
 
 
 def search_lr(
