@@ -16,6 +16,7 @@ from .blocks import check_block
 from .messages import printable, shortened, unknown
 from .models import ModelConfig
 from .models.size import parse_size
+from .precision import native_precision
 from .tasks import TaskConfig
 from .valid import (
     AS_IT_STANDS,
@@ -44,7 +45,7 @@ CHOICES = {
     "pixel_loss": ("cross_entropy", "l1"),
     "lr": (None, "search"),
     "tuning": ("full", "head", "lora", "ladder"),
-    "precision": ("fp32", "bf16"),
+    "precision": ("fp32", "bf16", "auto"),
     "device": ("auto", "cpu", "cuda"),
     "pretraining.schedule": ("constant", "cosine"),
     "finetuning.schedule": ("constant", "cosine"),
@@ -362,6 +363,12 @@ def _validate(config: Config) -> None:
             raise ConfigError(
                 f"budget={config.budget}: jobs have a limit of their own; valid: launcher.options.timeout_min=<minutes>"
             )
+    if config.precision == "auto":
+        if config.launcher.cluster == "slurm":
+            raise ConfigError(
+                "precision=auto: jobs of a cluster run on machines that are not known here; valid: fp32, bf16"
+            )
+        config.precision = native_precision(config.device)
     if config.size is not None:
         try:
             parse_size(config.size)

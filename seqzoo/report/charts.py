@@ -114,7 +114,7 @@ def folders(*cells: Cell) -> tuple[Path, ...]:
 
 def panel_title(conditions: Conditions) -> str:
     """The task, and under it what else the runs of a panel share but their budgets."""
-    shared = f"{conditions.recipe}, {direction(conditions)}, {conditions.n_test:,} test examples"
+    shared = f"{conditions.setting}, {direction(conditions)}, {conditions.n_test:,} test examples"
     return "\n".join(line for line in (conditions.task, shared, conditions.task_note) if line)
 
 

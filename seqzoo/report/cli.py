@@ -15,6 +15,8 @@ from ..study import SUFFIX, is_packed, named_as_study, pack, read_study, unpack
 from .comparison import cells_of, compare
 from .results import find_runs, load_results
 from .tables import build_report, print_report, to_csv, to_markdown
+from .time_to_accuracy import REACH, Accuracies, times_of, with_times
+from .time_to_accuracy import to_csv as times_csv
 
 CHECKPOINT = "checkpoint="
 
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Compare runs (tables, table.md, table.csv, figure.png; with --report, a page with every figure), "
         "or evaluate one on its test set; or put run folders into a study, a file that is read as they are, and back.",
         usage="%(prog)s FOLDER [FOLDER ...] [--out FOLDER] [--report PAGE.html]\n"
+        "                   [--reach TASK=PERCENT,PERCENT ...]\n"
         "       %(prog)s checkpoint=RUN_FOLDER\n"
         "       %(prog)s pack FOLDER [FOLDER ...] --into STUDY.jsonl\n"
         "       %(prog)s unpack STUDY.jsonl --into FOLDER",
@@ -48,10 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="PAGE.html",
         help="also write this page, and PAGE_files/ with each figure's PNG and CSV",
     )
+    parser.add_argument(
+        "--reach",
+        type=_accuracies,
+        action="append",
+        metavar="TASK=PERCENT,...",
+        help="validation accuracies to which time is shown, again for another task; default: "
+        + " ".join(f"{task}={','.join(f'{100 * one:g}' for one in wanted)}" for task, wanted in REACH.items()),
+    )
     given = parser.parse_args(arguments)
 
     checkpoints = [text.removeprefix(CHECKPOINT) for text in given.inputs if text.startswith(CHECKPOINT)]
-    if checkpoints and (len(given.inputs) > 1 or given.out or given.report):
+    if checkpoints and (len(given.inputs) > 1 or given.out or given.report or given.reach):
         parser.error(f"{CHECKPOINT}RUN_FOLDER stands alone")
     folders = [Path(text) for text in checkpoints or given.inputs]
     for folder in folders:
@@ -62,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if checkpoints:
         return _evaluate(folders[0])
     try:
-        return _report(folders, given.out or _beside(folders[0]), given.report)
+        reach = {**REACH, **dict(given.reach or ())}
+        return _report(folders, given.out or _beside(folders[0]), given.report, reach)
     except LinkError as error:
         return _fail(str(error))
     finally:
@@ -75,13 +87,26 @@ def _beside(given: Path) -> Path:
     return study.with_suffix("") if named_as_study(study) else given
 
 
-def _report(folders: list[Path], out: Path, page: Path | None) -> int:
+def _accuracies(text: str) -> tuple[str, tuple[float, ...]]:
+    """ "lra_text=60,65" -> ("lra_text", (0.6, 0.65))."""
+    task, _, percents = text.partition("=")
+    try:
+        accuracies = tuple(float(percent) / 100 for percent in percents.split(","))
+    except ValueError:
+        accuracies = ()
+    if not (task and accuracies and all(0 < accuracy <= 1 for accuracy in accuracies)):
+        raise argparse.ArgumentTypeError(f"{text!r}: valid: a task and percentages, such as lra_text=60,65")
+    return task, accuracies
+
+
+def _report(folders: list[Path], out: Path, page: Path | None, reach: Accuracies) -> int:
     results, unreadable = load_results(folders)
     gc.freeze()  # they are needed to the end: looking for garbage among them took a fifth of the time
     cells, no_repetitions = cells_of(results)
     left_out = unreadable + no_repetitions
     comparisons = compare(cells)
-    report = build_report(comparisons, left_out)
+    times = times_of(cells, reach)
+    report = with_times(build_report(comparisons, left_out), times)
     print_report(report)
     if not comparisons:
         return _fail(f"No finished run to report in {', '.join(map(str, folders))}.")
@@ -91,11 +116,15 @@ def _report(folders: list[Path], out: Path, page: Path | None) -> int:
     write_text(out / "table.md", to_markdown(report))
     write_text(out / "table.csv", to_csv(comparisons))
     save_figure(comparisons, out / "figure.png")
-    print(printable_lines(f"\nWritten to {out}: table.md, table.csv, figure.png"))
+    written = "table.md, table.csv, figure.png"
+    if times:
+        write_text(out / "time_to_accuracy.csv", times_csv(times))
+        written += ", time_to_accuracy.csv"
+    print(printable_lines(f"\nWritten to {out}: {written}"))
     if page:
         from .page import write_page
 
-        files = write_page(page, cells, left_out)
+        files = write_page(page, cells, left_out, times)
         print(printable_lines(f"Written: {page}, and its figures to {files}"))
     return 0
 

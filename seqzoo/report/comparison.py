@@ -29,6 +29,12 @@ class Conditions(NamedTuple):
     train_fraction: float
     tuning: str
     init: str
+    precision: str
+
+    @property
+    def setting(self) -> str:
+        """The recipe, and the precision if that is not what runs are in where nothing is said."""
+        return self.recipe if self.precision == "fp32" else f"{self.recipe}, {self.precision}"
 
     @property
     def plain(self) -> bool:

@@ -68,7 +68,7 @@ def gain_over_budget(comparisons: Iterable[Comparison]) -> Chart | None:
             continue
         share = pretrained.pretraining.budget / pretrained.total_budget
         label = (
-            f"{name_of(row.cells[0])}, {conditions.recipe}, {share:.0%} {pretrained.pretraining.objective} pretraining"
+            f"{name_of(row.cells[0])}, {conditions.setting}, {share:.0%} {pretrained.pretraining.objective} pretraining"
         )
         panel = f"{conditions.task}, {direction(conditions)}\n{conditions.task_note}".strip()
         point = Point(

@@ -115,7 +115,7 @@ def _title(conditions: Conditions, hardware: Iterable[str]) -> str:
     unit = "test accuracy in percent" if in_percent else "test bits per character, fewer are better"
     parts = [
         f"{conditions.task}: {unit}",
-        f"recipe {conditions.recipe}",
+        f"recipe {conditions.setting}",
         direction(conditions),
         f"{conditions.n_test:,} test examples",
         f"majority class {100 * conditions.majority:.2f}" if in_percent else "",

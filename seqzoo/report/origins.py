@@ -26,6 +26,7 @@ RUN_HEADER = (
     "tokens per second",
     "model-flops utilisation",
     "minutes",
+    "share of cores",
     "hardware",
     "commit",
 )
@@ -43,6 +44,7 @@ def overview(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("Models", _counted(result.model for result in results)),
         ("Tasks", _counted(result.task for result in results)),
         ("Recipes", _counted(result.recipe for result in results)),
+        ("Precision", _counted(result.precision for result in results)),
         ("Seeds", _counted(result.seed for result in results)),
         ("Pretraining", _counted((result.pretraining for result in pretrained), _pretraining)),
         ("Fine-tuning", _counted((result.finetune_budget for result in results), lambda n: f"{short(n)} tokens")),
@@ -69,6 +71,7 @@ def run_lines(results: Iterable[Result], base: Path) -> list[list[str]]:
             "" if result.speed is None else f"{result.speed:,.0f}",
             "" if result.utilisation is None else f"{100 * result.utilisation:.1f} %",
             "" if result.seconds is None else f"{result.seconds / 60:.1f}",
+            " + ".join(f"{share:.2f}" for share in result.cpu_shares.values()),
             result.hardware,
             _short(result.commit),
         ]
@@ -96,6 +99,7 @@ def _variant(result: Result) -> str:
         f"{100 * result.train_fraction:g} % of the data" if result.train_fraction != 1 else "",
         f"{result.tuning} tuning of {result.trained_params:,} parameters" if result.tuning != "full" else "",
         f"{result.init} initialisation" if result.init != "structured" else "",
+        result.precision if result.precision != "fp32" else "",
     ]
     return ", ".join(part for part in parts if part)
 

@@ -17,12 +17,14 @@ from .comparison import Cell, Comparison, compare
 from .curves import learning_curves, pretraining_losses
 from .figures import DPI, to_png
 from .gains import gain_over_budget, scratch_against_pretrained
-from .headline import main_tables
+from .headline import Entry, PageTable, main_tables
 from .locality import distances
 from .origins import RUN_HEADER, overview, run_lines
 from .results import FIGURES, LeftOut, Result
-from .tables import Sources
+from .tables import Sources, Table
 from .tables import to_csv as table_csv
+from .time_to_accuracy import LEGEND, Times, time_tables
+from .time_to_accuracy import to_csv as times_csv
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -46,13 +48,14 @@ class Section(NamedTuple):
     pictures: list[Picture]
 
 
-def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut]) -> Path:
-    """Writes the page, and beside it `<stem>_files/` with each figure as PNG and CSV and the main table as CSV.
+def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], times: Sequence[Times] = ()) -> Path:
+    """Writes the page, and beside it `<stem>_files/` with each figure as PNG and CSV and the tables as CSV.
 
     Args:
         path: of the page.
         cells: what there is to report, in reading order.
         left_out: runs that no cell holds.
+        times: to be shown as tables.
 
     Returns:
         The folder beside the page.
@@ -65,6 +68,9 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut]) -
     numbers = {result.folder: number for number, result in enumerate(results, start=1)}
     plain = [comparison for comparison in compare(cells) if comparison.conditions.plain]
     write_text(files / "main.csv", table_csv(plain))
+    timed = [_page_table(table) for table in time_tables(times)]
+    if timed:
+        write_text(files / "time_to_accuracy.csv", times_csv(times))
     sources = Sources()
     sections = [_section(charts, files) for charts in _charts(cells, plain) if charts]
     page = _template().render(
@@ -72,6 +78,9 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut]) -
         tables=main_tables(plain, numbers, sources),
         table_file=_address(files / "main.csv", path.parent),
         sources=sources.notes,
+        timed=timed,
+        timed_file=_address(files / "time_to_accuracy.csv", path.parent),
+        timed_legend=LEGEND,
         sections=sections,
         mixing=_mixing(results, path.parent),
         run_header=RUN_HEADER,
@@ -80,6 +89,10 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut]) -
     )
     write_text(path, page)
     return files
+
+
+def _page_table(table: Table) -> PageTable:
+    return PageTable(table.title, [*table.header], [[Entry(text) for text in row] for row in table.rows])
 
 
 def _charts(cells: Sequence[Cell], plain: Sequence[Comparison]) -> list[list[Chart]]:

@@ -10,11 +10,12 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from ..messages import printable
-from ..records import is_name
-from ..study import PICTURES, is_study, read, read_study
+from ..records import LARGEST, is_name, read_text
+from ..study import PICTURES, is_packed, is_study, read, read_study
 
 SCHEMA = 1
 FIGURES = "_files"  # after the name of a report page: the folder of its figures
+UNDISTURBED = 0.9  # `seqzoo.training.cores.cpu_share` from which on times are the model's own
 
 
 class Pretraining(NamedTuple):
@@ -50,15 +51,27 @@ class Result:
     train_fraction: float  # part of the train split that both stages saw, in (0, 1]
     tuning: str  # what fine-tuning moved: "full", "head", "lora" or "ladder"
     init: str  # what training began from: "structured" or "random"
+    precision: str  # "fp32" or "bf16"
     trained_params: int  # parameters that fine-tuning moved
     pretrain_run: str | None  # the run folder, beside this one, whose pretraining it reused
     pretrain_tokens: int  # seen in pretraining; 0 from scratch
     speed: float | None  # tokens per second of fine-tuning
+    pretrain_speed: float | None
+    cpu_shares: dict[str, float]  # of each stage that trained on a CPU: part of the time it could run in which it did
     utilisation: float | None  # of fine-tuning: its model-flops over those of a large matrix product, in [0, 1]
     seconds: float | None  # both stages
     rates: dict[str, float]  # learning rate of each stage that trained
     commit: str
     versions: dict[str, str]
+
+    def undisturbed(self, *stages: str) -> bool:
+        """Whether other processes left these stages their cores, as far as that is known."""
+        return all(self.cpu_shares.get(stage, 1.0) >= UNDISTURBED for stage in stages)
+
+
+def disturbed_left_out(runs: int) -> str:
+    """What to say where times are shown but those of so many runs."""
+    return f"{runs} {'run that shared its' if runs == 1 else 'runs that shared their'} cores left out"
 
 
 class LeftOut(NamedTuple):
@@ -150,13 +163,16 @@ def read_result(folder: Path) -> Result:
         train_fraction=train_fraction,
         tuning=_optional(record, "tuning", "full", str),
         init=_optional(record, "init", "structured", str),
+        precision=_optional(record, "precision", None, str) or _configured_precision(folder),
         trained_params=_optional(record, "trained_params", params, int),
         pretrain_run=_name(record, "pretrain_run"),
         pretrain_tokens=_field(record, "tokens_seen.pretrain", int) if pretrain else 0,
         speed=_optional(record, "tokens_per_second.finetune", None, float, int, NoneType),
+        pretrain_speed=_optional(record, "tokens_per_second.pretrain", None, float, int, NoneType),
+        cpu_shares=_of_stages(record, "cpu_share", stages),
         utilisation=_optional(record, "mfu.finetune", None, float, int, NoneType),
         seconds=_optional(record, "seconds.total", None, float, int, NoneType),
-        rates={s: rate for s in stages if (rate := _optional(record, f"lr.{s}", None, float, int, NoneType))},
+        rates=_of_stages(record, "lr", stages),
         commit=_optional(record, "commit", "unknown", str),
         versions={
             printable(name): printable(str(version))
@@ -225,6 +241,24 @@ def _optional(record: Any, key: str, default: Any, *types: type) -> Any:
             return default
         value = value[part]
     return _field(record, key, *types)
+
+
+def _of_stages(record: Any, key: str, stages: Iterable[str]) -> dict[str, float]:
+    """The numbers under a key, of the stages that have one."""
+    numbers = {stage: _optional(record, f"{key}.{stage}", None, float, int, NoneType) for stage in stages}
+    return {stage: number for stage, number in numbers.items() if number}
+
+
+def _configured_precision(folder: Path) -> str:
+    """What a run was trained in whose result does not say so."""
+    path = folder / "config.yaml"
+    try:
+        if not is_packed(folder) and "bf16" not in read_text(path, LARGEST):  # to parse every YAML would take minutes
+            return "fp32"
+        configured = read(path).get("precision")
+    except (OSError, ValueError):
+        configured = None
+    return configured if isinstance(configured, str) else "fp32"
 
 
 def _name(record: Any, key: str) -> str | None:

@@ -26,6 +26,7 @@ from .charts import (
     stages,
 )
 from .comparison import Cell, Conditions
+from .results import disturbed_left_out
 
 
 def share_of_pretraining(cells: list[Cell]) -> Chart | None:
@@ -88,14 +89,19 @@ def model_size(cells: list[Cell]) -> Chart | None:
 
 
 def speed(cells: list[Cell]) -> Chart | None:
-    """Accuracy over tokens per second of fine-tuning, a panel for each task and hardware."""
+    """Accuracy over tokens per second of fine-tuning, a panel for each task and hardware; of runs that had their cores
+    to themselves, where that is known."""
     plain = [cell for cell in cells if cell.conditions.plain]
     name_of = namer(plain)
     series: dict[tuple[Conditions, str], list[Series]] = defaultdict(list)
+    disturbed = 0
     for cell in plain:
         hardware = {result.hardware for result in cell.results}
-        speeds = [result.speed for result in cell.results if result.speed]
-        if len(hardware) > 1 or len(speeds) < cell.num_seeds:
+        if len(hardware) > 1 or not all(result.speed for result in cell.results):
+            continue
+        speeds = [result.speed for result in cell.results if result.speed and result.undisturbed("finetune")]
+        disturbed += cell.num_seeds - len(speeds)
+        if not speeds:
             continue
         label = f"{name_of(cell)}, {PRETRAINED if cell.pretraining else SCRATCH}"
         point = score_point(sum(speeds) / len(speeds), cell)
@@ -104,6 +110,7 @@ def speed(cells: list[Cell]) -> Chart | None:
         )
     panels = _panels(series, "tokens per second in fine-tuning", kind="scatter")
     caption = "Above and to the right is better; models of one panel ran on the same hardware, named in its title."
+    caption += f" {disturbed_left_out(disturbed)}." if disturbed else ""
     return chart_of("speed", "Accuracy against speed", f"{caption} 95 % intervals.", panels)
 
 

@@ -32,6 +32,7 @@ LEGENDS = {
         "seeds).",
     ),
 }
+IN_FP32 = "In fp32 where no precision is named."
 SAME_TOTAL = "Same total: from scratch on as many tokens as both stages of the pretrained run together."
 
 
@@ -68,6 +69,7 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
             header = IN_BITS
             rows = [(row.size.model, millions(row.size.params), score(row.scratch)) for row in comparison.rows]
         tables.append(Table(title(comparison), header, rows))
+        notes += () if comparison.conditions.precision == "fp32" else (IN_FP32,)
         legend += [line for line in notes if line not in legend]
     return Report(tables, [*legend, *sources.notes], [printable(f"{run.folder}: {run.reason}") for run in left_out])
 
@@ -97,7 +99,7 @@ def title(comparison: Comparison) -> str:
     """What the runs of a table have in common, in one line."""
     conditions, pretraining = comparison.conditions, comparison.pretraining
     parts = [
-        f"{conditions.task}: recipe {conditions.recipe}",
+        f"{conditions.task}: recipe {conditions.setting}",
         "causal" if conditions.causal else "bidirectional",
         f"{pretraining.objective} pretraining on {pretraining.budget:,} tokens" if pretraining else "no pretraining",
         f"fine-tuning on {conditions.finetune_budget:,} tokens",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,11 @@ from ..models import SequenceModel, build_model, task_head
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
-from ..study import is_packed
+from ..study import is_packed, read_metrics
 from ..tasks import Task, nested
+from ..training.cores import cpu_share
 from ..training.evaluation import evaluate, require_questions
+from ..training.forecast import forecast, training_rate
 from ..training.loop import Stage
 from ..training.memory import keep_freed_memory
 from ..training.tracker import Tracker
@@ -175,10 +178,11 @@ class _Run:
         self.tracker = tracker
         config, fabric, size = self.config, self.fabric, f"width {self.sized.d_model}, {self.params:,} parameters"
         asked = "" if config.size is None else f", the nearest to size={config.size}"
-        self.say(f"{self.sized.name}: {size}, {self.flops / 1e6:.3g} MFLOP a token{asked}")
+        self.say(f"{self.sized.name}: {size}, {self.flops / 1e6:.3g} MFLOP a token{asked}, in {config.precision}")
         if config.tuning != "full":
             alone = "" if config.pretrain else "; without pretraining: the backbone stays a random one"
             self.say(f"tuning={config.tuning} moves {self.trained:,} parameters{alone}")
+        self.say_how_long()
         source, pretraining = self.pretrain()
         objective = build_objective("task", self.task.spec)
         model = model_of(config, self.task.spec, objective.head)
@@ -191,6 +195,54 @@ class _Run:
         tested = evaluate(model, objective, self.test.to(fabric.device), batch_size=batch_size, fabric=fabric)
         return self.describe(source, pretraining, finetuning, tested)
 
+    def say_how_long(self) -> None:
+        """Says of each stage that is left how long it will take, from a few steps of a model of its own."""
+        config, spec, fabric = self.config, self.task.spec, self.fabric
+        stages = {"finetune": (build_objective("task", spec), config.finetuning)}
+        if self.key is not None and not (self.pretraining_folder() / "pretrain" / "summary.json").exists():
+            stages = {"pretrain": (objective_of(config, spec), config.pretraining), **stages}
+        fitting = "short" if fabric.device.type == "cuda" else "tiny"
+        advice = f"recipe={fitting} is made for this machine"
+        if config.recipe == fitting:
+            advice = "fewer tokens or a smaller model would make it shorter"
+        seen = {line["stage"]: line["tokens"] for line in read_metrics(self.folder, "tokens")}
+        for name, (objective, stage) in stages.items():
+            model = model_of(config, spec, objective.head)
+            rate = training_rate(
+                tune(model, config) if name == "finetune" else model,
+                objective,
+                self.examples,
+                stage,
+                flops_at=partial(self.flops_at, head=objective.head),
+                name=name,
+                seed=config.seed,
+                folder=self.folder / "forecast",
+                fabric=fabric,
+            )
+            said = forecast(
+                name,
+                stage,
+                self.examples,
+                self.val,
+                rate,
+                seen=seen.get(name, 0),
+                trials=config.search.share * len(config.search.rates)
+                if config.lr == "search" and name not in seen
+                else 0.0,
+                advice=advice,
+            )
+            self.say(f"{said}, not compiled" if config.compile else said)
+
+    def flops_at(self, length: int, *, head: str) -> float:
+        """`flops_per_token` of the model with that head, in sequences of a length."""
+        spec = replace(self.task.spec, max_length=length)
+        return flops_per_token(self.sized, spec, causal=self.config.causal, head=head)
+
+    def pretraining_folder(self) -> Path:
+        """Where the run's own pretraining is, or is to be."""
+        assert self.key is not None
+        return shared_pretraining(self.config, self.folder, self.key) or self.folder
+
     def pretrain(self) -> tuple[Path, dict[str, Any] | None]:
         """The run folder that fine-tuning starts from, and the summary of its pretraining; None: it starts anew."""
         config, folder = self.config, self.folder
@@ -198,7 +250,7 @@ class _Run:
             return Path(config.pretrain), self.reused
         if self.key is None:
             return folder, None
-        source = shared_pretraining(config, folder, self.key) or folder
+        source = self.pretraining_folder()
         if source != folder:
             check_task(source, self.task)
         summary = read_json(source / "pretrain" / "summary.json")
@@ -216,8 +268,6 @@ class _Run:
     def train(self, model: nn.Module, objective: Objective, stage: StageConfig, name: str) -> dict[str, Any]:
         """One stage, of `name`; its summary."""
         config, folder = self.config, self.folder / name
-        fitting = "short" if self.fabric.device.type == "cuda" else "tiny"
-        fits = f"recipe={fitting} is made for it"
         shared: dict[str, Any] = {
             "name": name,
             "seed": config.seed,
@@ -238,8 +288,7 @@ class _Run:
             **shared,
             folder=folder,
             tracker=self.tracker,
-            flops_per_token=flops_per_token(self.sized, self.task.spec, causal=config.causal, head=objective.head),
-            advice=fits if config.recipe != fitting else "Fewer tokens or a smaller model would make it shorter",
+            flops_per_token=self.flops_at(self.task.spec.max_length, head=objective.head),
         )
         if stage.warmup_steps > trainer.total_steps:
             steps = f"{stage.warmup_steps:,} steps of warmup in {trainer.total_steps:,}"
@@ -252,6 +301,7 @@ class _Run:
             "seconds": state.seconds,
             "tokens_per_second": tokens_per_second,
             "mfu": trainer.utilisation(tokens_per_second),
+            "cpu_share": cpu_share(state.cpu_ran, state.cpu_waited),
             "val": state.best,
             "lr": stage.lr,
         }
@@ -277,6 +327,7 @@ class _Run:
             "pretrain": pretraining is not None,
             "pretrain_run": None if own else source.name,
             "recipe": config.recipe,
+            "precision": config.precision,
             "seed": config.seed,
             "params": self.params,
             "trained_params": self.trained,
@@ -295,6 +346,7 @@ class _Run:
             "seconds": {**seconds, "total": sum(seconds.values())},
             "tokens_per_second": of_stages("tokens_per_second"),
             "mfu": {"pretrain": pretraining.get("mfu") if pretraining and own else None, "finetune": finetuning["mfu"]},
+            "cpu_share": {name: stage.get("cpu_share") for name, stage in stages.items()},
             **provenance.made_with(self.fabric.device, self.fabric.world_size),
         }
 

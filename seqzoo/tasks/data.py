@@ -106,14 +106,14 @@ class Split:
             targets = torch.where(valid, self.targets[positions].long(), IGNORED)
         return Batch(inputs, lengths, labels, index, targets)
 
-    def subset(self, index: Tensor) -> Split:
-        """A split of the examples `index` (int64 [n], on the CPU), in that order.
+    def subset(self, index: Tensor, *, longest: int | None = None) -> Split:
+        """A split of the examples `index` (int64 [n], on the CPU), in that order, their sequences cut to `longest`.
 
         Raises:
             IndexError: an index is not in [0, N).
         """
         rows = self._rows(index)
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        lengths = (self.offsets[rows + 1] - self.offsets[rows]).clamp(1, longest)
         offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         positions = torch.arange(int(offsets[-1])) + (self.offsets[rows] - offsets[:-1]).repeat_interleave(lengths)
         positions = positions.to(self.values.device)

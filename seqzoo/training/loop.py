@@ -19,6 +19,7 @@ from ..spec import Batch
 from ..tasks import Split, epoch_order
 from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
 from .compilation import compile_model
+from .cores import Cores, cpu_share
 from .diagnosis import first_nonfinite
 from .errors import Interrupted, TrainingError
 from .evaluation import derive_seed, evaluate, means, module_metrics
@@ -26,7 +27,7 @@ from .guard import Guard
 from .interrupt import interruption
 from .optimizer import build_optimizer, restore, set_lr
 from .peak import matmul_flops_per_second
-from .progress import Pace, ProgressBar, duration
+from .progress import Pace, ProgressBar
 from .schedule import lr_factor
 from .tracker import STAGES, Tracker
 from .transfer import require_fit
@@ -39,7 +40,6 @@ SAVE_SHARE = 0.01  # of the time, for checkpoints between validations
 FIRST_SAVE_SECONDS = 1.0  # till the first, which tells how long one takes
 READ_EVERY = 16  # steps, between two looks at how a GPU fares
 CURVE_POINTS = 200  # training lines in metrics.jsonl, per stage
-HOPELESS_SECONDS = 24 * 3600.0  # left; worth a warning
 
 
 @dataclass
@@ -51,6 +51,8 @@ class State:
     tokens: int = 0  # seen, padding not counted
     seconds: float = 0.0
     training_seconds: float = 0.0  # without validations and checkpoints
+    cpu_ran: float = 0.0  # seconds of all threads, see `Cores`
+    cpu_waited: float = 0.0
     best: dict[str, float] = field(default_factory=dict)  # the best validation
     window: dict[str, float] = field(default_factory=dict)  # `Stage.window`
     reports: dict[str, float] = field(default_factory=dict)  # of the modules, `Stage.reports`
@@ -91,7 +93,6 @@ class Stage:
         folder: `<run folder>/<name>`, for checkpoints; training continues from the one it finds there.
         fabric: device, precision and ranks, launched.
         tracker: for metrics; None on all ranks but the first.
-        advice: what to do if training would take more than a day.
         compile: compile the model, forward and backward, once for each shape of a batch.
         flops_per_token: of the forward pass; with it, the model-flops utilisation is measured.
         deadline: the moment of `time.monotonic()` at which to stop as if interrupted.
@@ -113,15 +114,14 @@ class Stage:
         folder: Path,
         fabric: Fabric,
         tracker: Tracker | None = None,
-        advice: str = "",
         compile: bool = False,
         flops_per_token: float | None = None,
         deadline: float | None = None,
     ):
         self.objective, self.config, self.name, self.seed = objective, stage, name, seed
-        self.folder, self.fabric, self.tracker, self.advice = folder, fabric, tracker, advice
+        self.folder, self.fabric, self.tracker = folder, fabric, tracker
         self.flops_per_token, self.deadline = flops_per_token, deadline
-        self.peak = None if flops_per_token is None else _peak(fabric)
+        self.peak = None if flops_per_token is None else peak_flops(fabric)
         self.model = model.to(fabric.device)
         self.train, self.val = train.to(fabric.device), val.to(fabric.device)
         self.lengths = train.lengths.reshape(len(train), -1).sum(1)  # int64 [N], of all inputs of an example
@@ -167,6 +167,7 @@ class Stage:
         self.started = self.saved = self.timed = time.monotonic()
         self.seconds_before = state.seconds
         self.logged = (state.tokens, state.training_seconds)
+        self.cores = Cores()
         pace = Pace(self.total_steps)
         bar = ProgressBar(self.name, done=state.step, total=self.total_steps, visible=self.fabric.is_global_zero)
         with bar, interruption() as self.interrupted:
@@ -183,9 +184,7 @@ class Stage:
                         raise Interrupted(self.folder.parent)
                     self.take_step()
                     bar.advance(state.step)
-                    estimate = pace.observe(state.step)
-                    if estimate is not None and estimate > HOPELESS_SECONDS:
-                        bar.say(f"{self.name} would take {duration(estimate)} on this machine. {self.advice}")
+                    pace.observe(state.step)
                     logs = state.step % self.log_every == 0 or state.step == self.total_steps
                     if not logs and state.step % self.read_every:
                         continue
@@ -328,8 +327,9 @@ class Stage:
             if self.fabric.is_global_zero:
                 save_weights(self.folder / "best.safetensors", self.model.state_dict(), state.best)
         if self.tracker:
-            named = {f"val/{key}": value for key, value in metrics.items()}
-            self.tracker.log(self.name, state.step, state.tokens, named | self.reports())
+            named = {f"val/{key}": value for key, value in metrics.items()} | self.reports()
+            named |= {"training_seconds": state.training_seconds} | self.share_of_cores()
+            self.tracker.log(self.name, state.step, state.tokens, named)
         self.timed = time.monotonic()
         return metrics
 
@@ -357,8 +357,18 @@ class Stage:
         if self.tracker:
             named = {f"train/{key}": value for key, value in metrics.items()}
             named["train/lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-            self.tracker.log(self.name, state.step, state.tokens, named)
+            self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores())
         return metrics
+
+    def share_of_cores(self) -> dict[str, float]:
+        """`cpu_share` since the last line of metrics, as "cpu_share", of training on a CPU where that is known."""
+        if self.fabric.device.type != "cpu":
+            return {}
+        ran, waited = self.cores.lap()
+        self.state.cpu_ran += ran
+        self.state.cpu_waited += waited
+        share = cpu_share(ran, waited)
+        return {} if share is None else {"cpu_share": share}
 
     def utilisation(self, tokens_per_second: float) -> float | None:
         """The share of the devices' measured matrix-product rate that the model's own operations make up.
@@ -399,7 +409,7 @@ class Stage:
         )
 
 
-def _peak(fabric: Fabric) -> float:
+def peak_flops(fabric: Fabric) -> float:
     """Operations per second of matrix products on all devices, in the precision they train in."""
     with fabric.autocast():
         precision = "bf16" if torch.is_autocast_enabled(fabric.device.type) else "fp32"

@@ -26,14 +26,15 @@ def matmul_flops_per_second(device: torch.device, precision: str) -> float:
     out = torch.empty_like(a)
     seconds = []
     for _ in range(PRODUCTS):
-        _wait_for(device)
+        wait_for(device)
         start = time.perf_counter()
         torch.mm(a, b, out=out)
-        _wait_for(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / min(seconds)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Returns when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

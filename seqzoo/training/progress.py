@@ -62,20 +62,19 @@ class ProgressBar:
 class Pace:
     """The time left to step `total`, from the steps seen so far without the first few, which compile and warm up."""
 
-    def __init__(self, total: int, *, skipped: int = 5, estimate_after: int = 20):
-        self.total, self.skipped, self.estimate_after = total, skipped, estimate_after
+    def __init__(self, total: int, *, skipped: int = 5):
+        self.total, self.skipped = total, skipped
         self.observed = 0
         self.seconds_left: float | None = None  # None: not known yet
 
-    def observe(self, step: int) -> float | None:
-        """Step `step` has just ended. Returns the seconds left once: when the estimate has become worth telling."""
+    def observe(self, step: int) -> None:
+        """Step `step` has just ended."""
         self.observed += 1
         if self.observed <= self.skipped:
             self.start = time.monotonic()
         else:
             seconds_per_step = (time.monotonic() - self.start) / (self.observed - self.skipped)
             self.seconds_left = seconds_per_step * (self.total - step)
-        return self.seconds_left if self.observed == self.estimate_after else None
 
 
 def duration(seconds: float) -> str:

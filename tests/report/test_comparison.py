@@ -1,6 +1,6 @@
 import pytest
 
-from seqzoo.report import Pretraining, cells_of, compare, load_results
+from seqzoo.report import Pretraining, build_report, cells_of, compare, load_results
 
 
 def compared(folder):
@@ -102,6 +102,22 @@ def test_sizes_do_not_mix(write_run, tmp_path):
         (1_000_000, 0.6, True),
         (2_000_000, 0.8, False),
     ]
+
+
+def test_precisions_do_not_mix(write_run, tmp_path):
+    write_run(accuracy=0.6)
+    write_run(accuracy=0.7, pretrain=True)
+    write_run(accuracy=0.8, pretrain=True, precision="bf16")
+    comparisons, left_out = compared(tmp_path)
+    assert left_out == []
+    found = {comparison.conditions.precision: comparison.rows[0] for comparison in comparisons}
+    assert found["fp32"].difference == pytest.approx(0.1)
+    assert found["bf16"].scratch is None
+    report = build_report(comparisons, [])
+    first, second = (table.title for table in report.tables)
+    assert "recipe short, bf16; bidirectional" in first
+    assert "recipe short; bidirectional" in second
+    assert "In fp32 where no precision is named." in report.notes
 
 
 @pytest.mark.parametrize("variant", [{"train_fraction": 0.1}, {"tuning": "head"}, {"init": "random"}])

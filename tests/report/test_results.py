@@ -102,6 +102,26 @@ def test_reads_what_newer_files_have(write_run):
     assert (result.total_budget, result.pretrain_tokens, result.in_epochs) == (8000, 3000, False)
 
 
+def test_precision_is_that_of_the_configuration_where_the_result_has_none(write_run):
+    assert read_result(write_run(precision="bf16")).precision == "bf16"
+    older = write_run()
+    assert read_result(older).precision == "fp32"
+    (older / "config.yaml").write_text("recipe: short\nprecision: bf16\n")
+    assert read_result(older).precision == "bf16"
+    (older / "config.yaml").write_text("!!tag of: another\n")
+    assert read_result(older).precision == "fp32"
+
+
+def test_the_share_of_cores_of_each_stage(write_run):
+    older, newer = write_run(), write_run(pretrain=True, cpu_share={"pretrain": 0.85, "finetune": 0.99})
+    on_a_gpu = write_run(cpu_share={"pretrain": None, "finetune": None})
+    assert read_result(newer).cpu_shares == {"pretrain": 0.85, "finetune": 0.99}
+    assert read_result(newer).undisturbed("finetune")
+    assert not read_result(newer).undisturbed("pretrain", "finetune")
+    assert read_result(older).cpu_shares == read_result(on_a_gpu).cpu_shares == {}
+    assert read_result(older).undisturbed("finetune")
+
+
 def test_a_run_given_twice_counts_once(write_run):
     folder = write_run()
     results, left_out = load_results([folder, folder.parent, folder.parent / ".." / "runs"])

@@ -40,6 +40,16 @@ def test_the_budget_at_which_pretraining_begins_to_help(write_run, cells):
     assert "the first clear gain at 0.008 million tokens (+20.00 points" in finding
 
 
+def test_precisions_have_lines_of_their_own(write_run, cells):
+    for precision, accuracy in (("fp32", 0.7), ("bf16", 0.8)):
+        write_run(budgets=(2000, 2000), accuracy=accuracy, precision=precision)
+        write_run(budgets=(0, 4000), accuracy=0.6, precision=precision)
+    assert lines(gain_over_budget(compare(cells()))) == {
+        "transformer, short, 50% masked pretraining": [(0.004, 10)],
+        "transformer, short, bf16, 50% masked pretraining": [(0.004, 20)],
+    }
+
+
 def test_a_gain_within_its_interval_is_not_clear(write_run, cells):
     write_run(budgets=(2000, 2000), accuracy=0.61)
     write_run(budgets=(0, 4000), accuracy=0.6)
@@ -105,6 +115,21 @@ def test_speed_has_a_panel_for_each_hardware(write_run, cells):
         "2 CPU cores": [1000],
         "1 x GPU": [9000],
     }
+
+
+def test_speed_is_that_of_runs_with_the_cores_to_themselves(write_run, cells):
+    def at(speed, share, **more):
+        speeds = {"pretrain": 0.0, "finetune": speed}
+        write_run(tokens_per_second=speeds, cpu_share={"pretrain": None, "finetune": share}, **more)
+
+    at(1000.0, 0.95, accuracy=0.6)
+    at(500.0, 0.5, accuracy=0.7, seed=1)
+    at(400.0, 0.4, model="lru")
+    chart = studies.speed(cells())
+    assert lines(chart) == {"transformer, from scratch": [(1000, 65)]}
+    assert "2 runs that shared their cores left out." in chart.caption
+    at(900.0, None, model="s4d")
+    assert len(studies.speed(cells()).panels[0].series) == 2, "where nobody counted, it is taken as it is"
 
 
 def test_objectives(write_run, cells):

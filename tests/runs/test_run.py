@@ -42,6 +42,8 @@ def test_the_result_holds_what_a_comparison_needs(pretrained, task):
     }
     assert written["pretrain_run"] is None
     assert (written["recipe"], written["seed"], written["n_test"]) == ("tiny", 0, 10)
+    assert written["precision"] == "fp32"
+    assert written["cpu_share"].keys() == {"pretrain", "finetune"}
     assert (written["train_fraction"], written["tuning"], written["init"]) == (1.0, "full", "structured")
     assert written["trained_params"] == written["params"]
     assert written["majority"] == 0.5

@@ -21,6 +21,7 @@ from seqzoo.runs.parts import build_fabric
 from seqzoo.tasks import epoch_order
 from seqzoo.training import Interrupted, TrainingError
 from seqzoo.training.checkpoint import load_checkpoint, load_metadata
+from seqzoo.training.cores import Cores, cpu_share
 from seqzoo.training.evaluation import evaluate, module_metrics
 from seqzoo.training.loop import Stage, budget
 from seqzoo.training.tracker import Tracker
@@ -63,7 +64,7 @@ def lines(folder) -> list[dict]:
 
 
 def untimed(folder) -> list[dict]:
-    timed = ("train/tokens_per_second", "train/mfu")
+    timed = ("train/tokens_per_second", "train/mfu", "training_seconds", "cpu_share")
     return [{key: line[key] for key in line if key not in timed} for line in lines(folder)]
 
 
@@ -398,14 +399,27 @@ def test_losses_and_duties_of_blocks_are_honoured(task, tmp_path, monkeypatch):
     assert [line["backbone.norm/used"] for line in lines(tmp_path) if "val/loss" in line] == [0.5] * 3
 
 
-def test_a_hopeless_stage_says_so(task, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("seqzoo.training.loop.HOPELESS_SECONDS", 0.0)
-    stage = build_stage(task, tmp_path)
-    stage.advice = "recipe=tiny is made for it"
-    stage.run()
-    said = capsys.readouterr().err
-    assert said.count("finetune would take") == 1
-    assert "recipe=tiny is made for it" in said
+def test_lines_say_how_much_of_the_cores_there_was(task, tmp_path, monkeypatch):
+    laps = iter([(3.0, 1.0), *[(1.0, 0.0)] * 1000])
+    monkeypatch.setattr(Cores, "lap", lambda cores: next(laps))
+    state = build_stage(task, tmp_path, tracked=True).run()
+    first, *others = lines(tmp_path)
+    assert first["cpu_share"] == 0.75
+    assert {line["cpu_share"] for line in others} == {1.0}
+    assert (state.cpu_ran, state.cpu_waited) == (3.0 + len(others), 1.0)
+
+
+def test_nothing_is_said_of_cores_where_nobody_counts(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(Cores, "lap", lambda cores: (0.0, 0.0))
+    state = build_stage(task, tmp_path, tracked=True).run()
+    assert not [line for line in lines(tmp_path) if "cpu_share" in line]
+    assert cpu_share(state.cpu_ran, state.cpu_waited) is None
+
+
+def test_validations_know_how_long_training_took(task, tmp_path):
+    state = build_stage(task, tmp_path, tracked=True).run()
+    seconds = [line["training_seconds"] for line in lines(tmp_path) if "val/loss" in line]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] == state.training_seconds
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ import numpy as np
 
 from ...files import LinkError, flush, without_links, write_text
 from ...files import lock as lock_file
-from ...messages import printable
+from ...messages import printable, say_once
 from ...records import is_name, read_json
 from ...version import __version__
 from .sources import DataError, unwritable
@@ -111,6 +111,7 @@ def cached(cache_dir: Path, name: str, request: Mapping[str, Any], build: Callab
         except _Damaged as damage:
             log.warning("%s is damaged and will be built again: %s", entry, printable(str(damage)))
         if stored is None:
+            say_once(f"preparing {name}, which {cache_dir} does not hold yet")
             work = cache_dir / f".{entry.name}.work"
             _save(entry, asked, _build(build, work), work)
             shutil.rmtree(work, ignore_errors=True)
