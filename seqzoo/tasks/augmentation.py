@@ -2,8 +2,10 @@
 
 - Pictures move by up to an eighth of their side, 4 pixels of 32, up or down and to a side. What comes in is level 0, as
   is usual on CIFAR-10 (He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2: pad by 4 pixels,
-  crop the picture or its mirror image), and as the background of MNIST and Pathfinder is. Half of them are mirrored
-  left to right, but for digits, which would be others or none.
+  crop the picture or its mirror image), and as the background of MNIST is. Half of them are mirrored left to right, but
+  for digits, which would be others or none.
+- Those of Pathfinder are mirrored, and do not move: contours reach to the border. Of 1,500 of 32 pixels a side, the
+  tracer found 39 % of the connecting contours once they had moved by up to 4 pixels, and 80 % by up to 1.
 - Of a text stays a window of at least half of its characters, closed by <eos> as the text was; of these, `NOISE` become
   others of the alphabet, all equally likely. Both texts of a pair are changed, each for itself.
 
@@ -25,19 +27,20 @@ from ..spec import Batch, TaskSpec
 from .characters import SPECIALS
 from .data import Augmentation
 
-REACH = 1 / 8  # of a picture's side
+REACH = 1 / 8  # of a picture's side, how far it moves
 NOISE = 0.03  # of a text's characters
 
 
-def shift(batch: Batch, spec: TaskSpec, *, seed: int, mirror: bool = False) -> Batch:
-    """Pictures of one pixel a position, row by row, moved and, if `mirror`, every other one mirrored."""
+def move(batch: Batch, spec: TaskSpec, *, seed: int, reach: float = REACH, mirror: bool = False) -> Batch:
+    """Pictures of one pixel a position, row by row, moved by up to `reach` of their side and half of them mirrored, if
+    `mirror`."""
     inputs = batch.inputs  # [B, T, channels]
     side = math.isqrt(spec.max_length)
-    reach = math.floor(REACH * side)
+    far = math.floor(reach * side)
     steps = torch.arange(side, device=inputs.device)
     down, right, mirrored = uniform((3, len(inputs), 1), seed, inputs.device)
-    rows = steps + _below(down, 2 * reach + 1) - reach  # [B, side]: where what is shown there comes from
-    columns = steps + _below(right, 2 * reach + 1) - reach
+    rows = steps + _below(down, 2 * far + 1) - far  # [B, side]: where what is shown there comes from
+    columns = steps + _below(right, 2 * far + 1) - far
     if mirror:
         columns = torch.where(mirrored < 0.5, side - 1 - columns, columns)
     inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
@@ -64,17 +67,17 @@ def crop(batch: Batch, spec: TaskSpec, *, seed: int) -> Batch:
 
 def _below(drawn: Tensor, n: Tensor | int) -> Tensor:
     """int64 from 0 up to `n`, which is left out, from numbers of `uniform`."""
-    return (drawn * n).long().clamp(max=n - 1)  # type: ignore[arg-type]  a number or a tensor
+    return (drawn * n).long().clamp(max=n - 1)
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "acl_retrieval": crop,
-    "lra_image": partial(shift, mirror=True),
-    "lra_pathfinder": partial(shift, mirror=True),
-    "lra_pathx": partial(shift, mirror=True),
-    "lra_pathx256": partial(shift, mirror=True),
+    "lra_image": partial(move, mirror=True),
+    "lra_pathfinder": partial(move, reach=0.0, mirror=True),
+    "lra_pathx": partial(move, reach=0.0, mirror=True),
+    "lra_pathx256": partial(move, reach=0.0, mirror=True),
     "lra_retrieval": crop,
     "lra_text": crop,
-    "scifar": partial(shift, mirror=True),
-    "smnist": shift,
+    "scifar": partial(move, mirror=True),
+    "smnist": move,
 }

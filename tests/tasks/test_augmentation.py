@@ -8,7 +8,7 @@ import torch
 
 from seqzoo.spec import Batch, TaskSpec
 from seqzoo.tasks import AUGMENTATIONS, TASKS, TaskConfig, build_task, from_arrays
-from seqzoo.tasks.augmentation import NOISE, crop, shift
+from seqzoo.tasks.augmentation import NOISE, crop, move
 from seqzoo.tasks.characters import EOS, PAD, SPECIALS
 
 LETTERS = 26
@@ -36,7 +36,7 @@ def moved(picture: np.ndarray, down: int, right: int, mirror: bool) -> np.ndarra
 @pytest.mark.parametrize(("side", "channels", "reach"), [(7, 2, 0), (16, 1, 2), (17, 3, 2)])
 def test_pictures_are_moved_and_mirrored(side, channels, reach, mirror):
     batch, spec = pictures(side, channels=channels)
-    changed = shift(batch, spec, seed=3, mirror=mirror)
+    changed = move(batch, spec, seed=3, mirror=mirror)
     assert changed.inputs.dtype == torch.uint8
     assert all(torch.equal(getattr(changed, name), getattr(batch, name)) for name in ("lengths", "labels", "index"))
     steps, sides = range(-reach, reach + 1), (False, True) if mirror else (False,)
@@ -52,7 +52,7 @@ def test_pictures_are_moved_and_mirrored(side, channels, reach, mirror):
 @pytest.mark.parametrize(("side", "reach"), [(28, 3), (32, 4), (128, 16)])
 def test_the_reach_is_an_eighth_of_the_side(side, reach):
     batch, spec = pictures(side)
-    empty_rows = (shift(batch, spec, seed=0).inputs.view(-1, side, side) == 0).all(2).sum(1)
+    empty_rows = (move(batch, spec, seed=0).inputs.view(-1, side, side) == 0).all(2).sum(1)
     assert empty_rows.max() == reach
 
 
@@ -113,7 +113,7 @@ def test_the_texts_of_a_pair_are_changed_each_for_itself():
     assert (changed.lengths[:, 0] != changed.lengths[:, 1]).double().mean() > 0.8
 
 
-@pytest.mark.parametrize(("change", "batch"), [(shift, pictures(16)), (crop, texts())])
+@pytest.mark.parametrize(("change", "batch"), [(move, pictures(16)), (crop, texts())])
 def test_a_seed_decides_alone(change, batch):
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
@@ -133,3 +133,12 @@ def test_a_task_says_which_it_allows(monkeypatch, tmp_path):
         built = build_task(config, data_dir=None, cache_dir=tmp_path)
         assert built.augmentation is AUGMENTATIONS.get(name)
         assert (built.augmentation is None) == (name not in AUGMENTATIONS)
+
+
+@pytest.mark.parametrize("name", ["lra_pathfinder", "lra_pathx", "lra_pathx256"])
+def test_contours_are_not_moved_out_of_the_picture(name):
+    batch, spec = pictures(16)
+    before, after = (each.inputs.view(-1, 16, 16) for each in (batch, AUGMENTATIONS[name](batch, spec, seed=0)))
+    mirrored = (after == before.flip(2)).flatten(1).all(1)
+    assert torch.equal(after[~mirrored], before[~mirrored])
+    assert 0.35 < mirrored.double().mean() < 0.65

@@ -14,7 +14,7 @@ from seqzoo.models import build_model
 from seqzoo.objectives import build_objective
 from seqzoo.runs.parts import build_fabric
 from seqzoo.tasks import from_arrays
-from seqzoo.tasks.augmentation import crop, shift
+from seqzoo.tasks.augmentation import crop, move
 from seqzoo.training.loop import Stage
 
 BLOCKS = {
@@ -114,7 +114,7 @@ def test_batches_are_weighed_where_they_are(task, tmp_path, monkeypatch, objecti
 
 @pytest.mark.parametrize("pixel_loss", ["cross_entropy", "l1"])
 def test_a_step_on_pixels_waits_for_no_device(tmp_path, monkeypatch, pixel_loss):
-    options = {"objective": "masked", "block": "lru", "pixel_loss": pixel_loss, "augmentation": shift}
+    options = {"objective": "masked", "block": "lru", "pixel_loss": pixel_loss, "augmentation": move}
     stage = stage_without_numbers(pixel_task(), tmp_path, monkeypatch, **options)
     with Copies() as copies:
         stage.take_step()
