@@ -99,8 +99,8 @@ def plan(sweep: Sequence[Sequence[Sequence[str]]]) -> tuple[list[Cell], list[str
     """The runs of a sweep in the order to run them, none twice, and the overrides that no run can be made of.
 
     One part after another. In a part first seeds; within a seed the Transformer and the LRU before other models, and
-    tasks in the order Image, Pathfinder, ListOps, Text before others; from scratch before pretrained. Otherwise as
-    listed.
+    tasks in the order Image, Pathfinder, ListOps, Text before others; from scratch before pretrained or in one phase.
+    Otherwise as listed.
     """
     cells: dict[Path, Cell] = {}
     ranks: dict[Path, tuple[int, ...]] = {}
@@ -130,7 +130,7 @@ def _rank(config: Config) -> tuple[int, ...]:
         int(config.model.name not in MODELS_FIRST),
         TASKS_FIRST.index(config.task.name) if config.task.name in TASKS_FIRST else len(TASKS_FIRST),
         MODELS_FIRST.index(config.model.name) if config.model.name in MODELS_FIRST else len(MODELS_FIRST),
-        int(config.pretrain is not False),
+        int(config.pretrain is not False or config.objective == "joint"),
     )
 
 

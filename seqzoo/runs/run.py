@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,12 @@ from torch import nn
 from ..config import Config, ConfigError, StageConfig, to_dict
 from ..files import LinkError, inside, write_json, write_text
 from ..messages import printable, printable_lines
-from ..models import SequenceModel, build_model, task_head
+from ..models import SequenceModel, build_model
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..study import is_packed
-from ..tasks import Task, nested
+from ..tasks import AUGMENTATIONS, Task, nested
 from ..training.evaluation import evaluate, require_questions
 from ..training.loop import Stage
 from ..training.memory import keep_freed_memory
@@ -44,7 +44,17 @@ from .folder import (
     shared_pretraining,
     write_description,
 )
-from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, part_of, sized, task_of
+from .parts import (
+    SUBSET_SEED,
+    blaming,
+    build_fabric,
+    finetuning_of,
+    model_of,
+    objective_of,
+    part_of,
+    sized,
+    task_of,
+)
 from .search import search_lr
 
 if TYPE_CHECKING:
@@ -137,6 +147,11 @@ class _Run:
         deadline: float | None,
     ) -> None:
         _check_answer(config, task.spec)
+        if config.augment and task.augmentation is None:
+            valid = f"augment=false, or a task that has one: {', '.join(AUGMENTATIONS)}"
+            shown = f"{task.spec.name} with {task.note}" if config.task.permuted else task.spec.name
+            raise ConfigError(f"augment=true: {shown} has none; valid: {valid}")
+        self.objective = finetuning_of(config, task.spec)
         self.config, self.task, self.folder, self.key = config, task, folder, key
         self.fabric, self.deadline = fabric, deadline
         self.examples = task.train
@@ -155,10 +170,11 @@ class _Run:
         if key is not None:
             model = self.on_meta(objective_of(config, task.spec).head)
             check_stage("pretraining", config.pretraining, model, self.examples, fabric)
-        model = self.on_meta(task_head(task.spec))
+        model = self.on_meta(self.objective.head)
         with blaming(f"tuning={config.tuning}"), torch.device("meta"):
             model = tune(model, config)
-        check_stage("finetuning", config.finetuning, model, self.examples, fabric)
+        passes = self.objective.passes
+        check_stage("finetuning", config.finetuning, model, self.examples, fabric, passes=passes)
         with blaming(f"model={config.model.name}"):
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
@@ -180,7 +196,7 @@ class _Run:
             alone = "" if config.pretrain else "; without pretraining: the backbone stays a random one"
             self.say(f"tuning={config.tuning} moves {self.trained:,} parameters{alone}")
         source, pretraining = self.pretrain()
-        objective = build_objective("task", self.task.spec)
+        objective = self.objective
         model = model_of(config, self.task.spec, objective.head)
         if pretraining is not None:  # also when fine-tuning continues: its checkpoint is loaded over it
             transfer = transfer_backbone(model, source / "pretrain" / "best.safetensors")
@@ -224,10 +240,12 @@ class _Run:
             "fabric": self.fabric,
             "compile": config.compile,
             "deadline": self.deadline,
+            "augmentation": self.task.augmentation if config.augment else None,
         }
         if config.lr == "search":
             lr = search_lr(model, objective, self.examples, self.val, stage, folder=inside(folder, "search"), **shared)
             stage = replace(stage, lr=lr)
+        spec, causal = self.task.spec, config.causal
         trainer = Stage(
             model,
             objective,
@@ -237,7 +255,9 @@ class _Run:
             **shared,
             folder=folder,
             tracker=self.tracker,
-            flops_per_token=flops_per_token(self.sized, self.task.spec, causal=config.causal, head=objective.head),
+            flops_per_token=flops_per_token(
+                self.sized, spec, causal=causal, head=objective.head, passes=objective.passes
+            ),
             advice=fits if config.recipe != fitting else "Fewer tokens or a smaller model would make it shorter",
         )
         if stage.warmup_steps > trainer.total_steps:
@@ -281,6 +301,8 @@ class _Run:
             "trained_params": self.trained,
             "init": config.model.init,
             "tuning": config.tuning,
+            "joint": asdict(config.joint) if config.objective == "joint" else None,
+            "augment": config.augment,
             "train_fraction": 1.0 if config.train_fraction is None else config.train_fraction,
             "flops_per_token": self.flops,
             "tokens_seen": of_stages("tokens_seen"),
@@ -324,7 +346,8 @@ def _reaching(folder: Path) -> Iterator[None]:
 
 def _check_answer(config: Config, spec: TaskSpec) -> None:
     """Raises ConfigError where a task asks for something else than the run would learn."""
-    if config.pretrain and config.pixel_loss != "cross_entropy" and spec.kind != "pixels":
+    learns_inputs = config.pretrain or config.objective == "joint"
+    if learns_inputs and config.pixel_loss != "cross_entropy" and spec.kind != "pixels":
         raise ConfigError(f"pixel_loss={config.pixel_loss}: {spec.name} has no pixels; valid: cross_entropy")
     if spec.answer != "next":
         return
