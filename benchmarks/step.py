@@ -86,7 +86,7 @@ class Stopwatch:
         return sum(end - start for start, end in self.spans[part])
 
 
-class TimedObjective:
+class TimedObjective(Objective):
     """An objective that notes when its model begins and ends, and when the gradient of its output is there."""
 
     def __init__(self, objective: Objective, watch: Stopwatch) -> None:

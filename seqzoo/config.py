@@ -41,7 +41,7 @@ from .valid import (
 CONFIGS = Path(__file__).resolve().parent / "configs"
 GROUPS = ("model", "task", "recipe", "launcher")
 CHOICES = {
-    "objective": ("masked", "causal"),
+    "objective": ("masked", "causal", "joint"),
     "pixel_loss": ("cross_entropy", "l1"),
     "lr": (None, "search"),
     "tuning": ("full", "head", "lora", "ladder"),
@@ -95,6 +95,14 @@ class SearchConfig:
 
 
 @dataclass(kw_only=True)
+class JointConfig:
+    """Of `objective=joint`; see `seqzoo.objectives.Joint`."""
+
+    weight: Positive = 1.0  # of the masked loss beside the task's
+    passes: Annotated[int, Range(1, 2)] = 1  # over a batch: over its inputs with positions hidden; and as they are
+
+
+@dataclass(kw_only=True)
 class LoraConfig:
     """Of `tuning=lora`; see `seqzoo.training.lora`."""
 
@@ -137,6 +145,7 @@ class Config:
         False  # false, true, or the folder of a run whose pretraining is to be reused
     )
     objective: str = "masked"
+    joint: JointConfig = field(default_factory=JointConfig)
     causal: bool = False
     size: str | None = None
     lr: str | None = None
@@ -146,6 +155,7 @@ class Config:
     finetuning: StageConfig = field(default_factory=StageConfig)
     share: BelowOne | None = None  # of both budgets together, for pretraining; None once the budgets say it
     train_fraction: Fraction | None = None  # of the train split, for both stages; None: all of it
+    augment: bool = False  # training batches, in all stages
     tuning: str = "full"  # what fine-tuning moves
     lora: LoraConfig = field(default_factory=LoraConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
@@ -384,6 +394,8 @@ def _validate(config: Config) -> None:
             )
     if config.share is not None:
         _split_budget(config, config.share)
+    if config.objective == "joint":
+        _check_joint(config)
     _check_budget("finetuning", config.finetuning)
     if config.pretrain:  # folders of before have a budget of 0 where nothing is pretrained
         _check_budget("pretraining", config.pretraining)
@@ -391,6 +403,19 @@ def _validate(config: Config) -> None:
         check_block(**block)
     if config.objective == "causal" and config.pretrain:
         config.causal = True
+
+
+def _check_joint(config: Config) -> None:
+    if config.pretrain:
+        raise ConfigError(
+            f"objective=joint: it is one phase, the masked loss beside the labels, and pretrain={config.pretrain} asks "
+            "for a phase before; valid: pretrain=false, or objective=masked"
+        )
+    if config.tuning != "full":
+        raise ConfigError(
+            f"objective=joint: all of the model learns to fill in, and tuning={config.tuning} moves a part of a "
+            "pretrained one; valid: tuning=full"
+        )
 
 
 def _check_budget(name: str, stage: StageConfig) -> None:

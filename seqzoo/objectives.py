@@ -4,7 +4,8 @@ Masked self-pretraining hides positions drawn independently with the task's rati
 zero and a flag (pixels), and asks for what stood there (Amos, Berant and Gupta 2024; no 80/10/10 split, loss on hidden
 positions only). Causal self-pretraining asks every position for the next one. Padding is never asked for.
 
-What a task itself asks for is a class, an answer at some positions, or the next position.
+What a task itself asks for is a class, an answer at some positions, or the next position. The first two can be asked
+together with hidden positions, in one phase.
 
 A batch in which nothing is asked has the loss 0, gradients of zero and sums of 0.
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .draws import uniform
 from .kernels.common import valid_positions
 from .messages import unknown
 from .spec import IGNORED, Batch, TaskSpec
@@ -36,15 +38,27 @@ class Objective(Protocol):
     monitor: str  # the validation metric that chooses the best weights
     maximise: bool
     nothing: str  # what to say of data in which it asks nothing
+    passes: int = 1  # over a batch in a step, in each of which its positions count
 
     def asked(self, batch: Batch, *, seed: int) -> Tensor:
         """bool, true where an answer is asked for: [B] of a class, [B, T] of positions (of 2B sequences, if pairs)."""
         ...
 
-    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure: ...
+    def count(self, batch: Batch, *, seed: int) -> Tensor:
+        """int64, how many answers a step asks for; [n] where its loss is a sum of n means."""
+        return self.asked(batch, seed=seed).sum()
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        """What is measured."""
+        ...
+
+    def weighed(self, model: nn.Module, batch: Batch, *, seed: int, shares: Tensor | float) -> Measure:
+        """What a step minimises: its means are multiplied by `shares`, one for each that `count` gives."""
+        loss, totals = self(model, batch, seed=seed)
+        return Measure(shares * loss, totals)
 
 
-class Classification:
+class Classification(Objective):
     """Cross entropy of the class."""
 
     head = "classify"
@@ -56,10 +70,14 @@ class Classification:
         return torch.ones_like(batch.labels, dtype=torch.bool)
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
-        return _cross_entropy(model(batch.inputs, batch.lengths), batch.labels)
+        return self.measure(model(batch.inputs, batch.lengths), batch)
+
+    def measure(self, scores: Tensor, batch: Batch) -> Measure:
+        """Scores [B, classes] against the labels."""
+        return _cross_entropy(scores, batch.labels)
 
 
-class Positions:
+class Positions(Objective):
     """Cross entropy of the answers at the positions that are asked."""
 
     head = "per_position"
@@ -72,11 +90,15 @@ class Positions:
         return batch.targets != IGNORED
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        return self.measure(model(batch.inputs, batch.lengths), batch)
+
+    def measure(self, scores: Tensor, batch: Batch) -> Measure:
+        """Scores [B, T, vocabulary] against the targets."""
         assert batch.targets is not None
-        return _cross_entropy(model(batch.inputs, batch.lengths), batch.targets, self.asked(batch, seed=seed))
+        return _cross_entropy(scores, batch.targets, self.asked(batch, seed=0))
 
 
-class _SelfPretraining:
+class _SelfPretraining(Objective):
     """What masked and causal self-pretraining share: positions are asked for what stands there."""
 
     monitor = "loss"
@@ -96,7 +118,6 @@ class _SelfPretraining:
 class Masked(_SelfPretraining):
     """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones.
 
-    They are drawn on the device of the batch: CPUs agree with each other, and GPUs do, but not one with the other.
     Where no position of a batch is drawn, the first one of each sequence is hidden.
     """
 
@@ -105,7 +126,7 @@ class Masked(_SelfPretraining):
     def asked(self, batch: Batch, *, seed: int) -> Tensor:
         inputs, lengths = _sequences(batch, self.spec)
         valid = valid_positions(lengths, inputs.shape[1])
-        mask = valid & (_uniform(valid.shape, seed, valid.device) < self.spec.mask_ratio)
+        mask = valid & (uniform(valid.shape, seed, valid.device) < self.spec.mask_ratio)
         mask[:, 0] |= valid[:, 0] & ~mask.any()
         return mask
 
@@ -143,33 +164,86 @@ class LanguageModelling(Causal):
         return Measure(loss, {**totals, "bits_per_character": totals["loss"] / math.log(2)})
 
 
-def build_objective(name: str, spec: TaskSpec, *, pixel_loss: str = "cross_entropy") -> Objective:
+class Joint(Objective):
+    """What the task asks and masked self-pretraining in one: a step minimises the mean over the answers of the first
+    plus `weight` times the mean over the hidden positions of the second.
+
+    In one pass both are told from the same inputs, in which positions are hidden. In two passes, the task's answers are
+    told from whole inputs. What is measured are the task's answers, told from whole inputs, and nothing else.
+    """
+
+    def __init__(self, task: Classification | Positions, masked: Masked, *, weight: float, passes: int) -> None:
+        self.task, self.masked, self.weight, self.passes = task, masked, weight, passes
+        self.head = f"{task.head}+{masked.head}"
+        self.monitor, self.maximise, self.nothing = task.monitor, task.maximise, task.nothing
+
+    def asked(self, batch: Batch, *, seed: int) -> Tensor:
+        return self.task.asked(batch, seed=seed)
+
+    def count(self, batch: Batch, *, seed: int) -> Tensor:
+        return torch.stack([part.asked(batch, seed=seed).sum() for part in (self.task, self.masked)])
+
+    def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
+        return self.task(model, batch, seed=seed)
+
+    def weighed(self, model: nn.Module, batch: Batch, *, seed: int, shares: Tensor | float) -> Measure:
+        inputs, lengths = _sequences(batch, self.masked.spec)
+        mask = self.masked.asked(batch, seed=seed)
+        answers, filled = model(inputs, lengths, mask, whole=self.passes == 2)
+        task, masked = self.task.measure(answers, batch), self.masked.measure(filled, inputs, mask)
+        losses = torch.stack((task.loss, self.weight * masked.loss))
+        totals = {**task.totals, **{f"masked/{name}": total for name, total in masked.totals.items()}}
+        return Measure((shares * losses).sum(), totals)
+
+
+def build_objective(
+    name: str, spec: TaskSpec, *, pixel_loss: str = "cross_entropy", weight: float = 1.0, passes: int = 1
+) -> Objective:
     """An objective by name.
 
     Args:
-        name: "task" for what the task asks, by its `answer`; "masked" or "causal" for self-pretraining.
+        name: "task" for what the task asks, by its `answer`; "masked" or "causal" for self-pretraining; "joint" for
+            the task and masked self-pretraining in one.
         spec: the task's description.
         pixel_loss: of pretraining on pixels, "cross_entropy" over their levels or "l1" of normalised values.
+        weight: of the masked loss in "joint".
+        passes: of "joint" over a batch, 1 or 2.
 
     Raises:
-        ValueError: an unknown name, masking a task that has no mask id, or cross entropy over the levels of sound.
+        ValueError: an unknown name, masking a task that has no mask id or asks for the next position, or cross entropy
+            over the levels of sound.
     """
     regress = spec.kind == "pixels" and pixel_loss == "l1"
     if name == "task":
-        if spec.answer == "class":
-            return Classification()
-        return Positions() if spec.answer == "positions" else LanguageModelling(spec)
+        return _task(spec)
     if spec.kind == "pixels" and spec.vocab_size > 256 and not regress:
         raise ValueError(
             f"{spec.name} has {spec.vocab_size:,} levels, too many to score one by one; valid: pixel_loss=l1"
         )
     if name == "causal":
         return Causal(spec, regress=regress)
-    if name == "masked":
-        if spec.kind == "tokens" and spec.mask_id is None:
-            raise ValueError(f"{spec.name} has no mask_id, so it cannot be masked; valid: objective=causal")
-        return Masked(spec, regress=regress)
-    raise ValueError(unknown("objective", name, ("task", "masked", "causal")))
+    if name not in ("masked", "joint"):
+        raise ValueError(unknown("objective", name, ("task", "masked", "causal", "joint")))
+    task = _task(spec)
+    if name == "joint" and isinstance(task, LanguageModelling):
+        raise ValueError(
+            f"{spec.name} asks each position for the next one, so none can be hidden beside it; valid: "
+            "objective=masked, with which pretrain=false is training from scratch"
+        )
+    if spec.kind == "tokens" and spec.mask_id is None:
+        causal = "objective=causal" if name == "masked" else "pretrain=true objective=causal"
+        raise ValueError(f"{spec.name} has no mask_id, so it cannot be masked; valid: {causal}")
+    masked = Masked(spec, regress=regress)
+    if name == "masked" or isinstance(task, LanguageModelling):
+        return masked
+    return Joint(task, masked, weight=weight, passes=passes)
+
+
+def _task(spec: TaskSpec) -> Classification | Positions | LanguageModelling:
+    """What a task asks, by its answer."""
+    if spec.answer == "class":
+        return Classification()
+    return Positions() if spec.answer == "positions" else LanguageModelling(spec)
 
 
 def _sequences(batch: Batch, spec: TaskSpec) -> tuple[Tensor, Tensor]:
@@ -177,11 +251,6 @@ def _sequences(batch: Batch, spec: TaskSpec) -> tuple[Tensor, Tensor]:
     if spec.num_inputs == 2:
         return batch.inputs.flatten(0, 1), batch.lengths.flatten()
     return batch.inputs, batch.lengths
-
-
-def _uniform(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
-    generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
-    return torch.rand(shape, generator=generator, device=generator.device).to(device)
 
 
 def _cross_entropy(scores: Tensor, targets: Tensor, asked: Tensor | None = None) -> Measure:

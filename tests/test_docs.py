@@ -114,6 +114,7 @@ def test_the_formulas_of_states_hold():
         "gau": {"expand": 1, "key_dim": 24, "chunk_len": 5},
         "lru": {"state_dim": 10},
         "s4d": {"state_dim": 6},
+        "conv": {"width": 8},
     }
     rows = table(ROOT / "docs" / "blocks.md", "block")
     assert {re.match(r"`(\w+)`", row[0])[1] for row in rows} == set(BLOCKS)

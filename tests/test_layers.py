@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; rooms of one storey do not know each other either
-    ("files", "kernels", "messages", "precision", "records", "spec", "valid", "version"),
+    ("draws", "files", "kernels", "messages", "precision", "records", "spec", "valid", "version"),
     ("blocks", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),
     ("models", "tasks"),

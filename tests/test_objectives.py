@@ -150,7 +150,7 @@ def test_what_is_not_asked_counts_nothing(name, on_cpu, lengths, seed):
 
     with (
         patch("seqzoo.objectives._may_wait_for", lambda device: on_cpu),
-        patch("seqzoo.objectives._uniform", lambda shape, seed, device: torch.tensor([0.0, 0.9, 0.1]).expand(shape)),
+        patch("seqzoo.objectives.uniform", lambda shape, seed, device: torch.tensor([0.0, 0.9, 0.1]).expand(shape)),
     ):
         totals, gradient = measured(torch.arange(len(lengths)))
         single = [measured(torch.tensor([row])) for row in range(len(lengths))]
@@ -179,6 +179,39 @@ def test_masked_pixels_by_level_and_by_value():
     truth = (data.inputs / 255 - 0.4) / 0.2
     torch.testing.assert_close(measure.loss, (values - truth)[mask].abs().mean())
     assert "correct" not in measure.totals
+
+
+class TwoHeaded(Recorder):
+    """Answers both as `JointModel` does, and remembers how it was called."""
+
+    def forward(self, inputs, lengths, mask=None, *, whole=False):
+        self.mask, self.whole = mask, whole
+        return self.scores[0] if mask is None else self.scores
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_one_phase_adds_two_means(passes):
+    data, scores = batch(TOKENS), (torch.randn(5, 3), torch.randn(5, 32, 12))
+    model = TwoHeaded(scores)
+    objective = build_objective("joint", TOKENS, weight=0.5, passes=passes)
+    assert (objective.head, objective.monitor, objective.passes) == ("classify+per_position", "accuracy", passes)
+    task, masked = (build_objective(name, TOKENS) for name in ("task", "masked"))
+    expected = [one(Recorder(part), data, seed=3) for one, part in zip((task, masked), scores, strict=True)]
+    shares = torch.tensor([0.25, 3.0])
+    measure = objective.weighed(model, data, seed=3, shares=shares)
+    assert torch.equal(model.mask, masked.asked(data, seed=3))
+    assert model.whole == (passes == 2)
+    torch.testing.assert_close(measure.loss, 0.25 * expected[0].loss + 3.0 * 0.5 * expected[1].loss)
+    named = {f"masked/{name}": total for name, total in expected[1].totals.items()}
+    assert measure.totals == {**expected[0].totals, **named}
+    assert objective.count(data, seed=3).tolist() == [5, expected[1].totals["count"]]
+
+
+def test_of_one_phase_the_task_alone_is_measured():
+    data, scores = batch(TOKENS), (torch.randn(5, 3), torch.randn(5, 32, 12))
+    measured = build_objective("joint", TOKENS)(model := TwoHeaded(scores), data, seed=3)
+    assert model.mask is None
+    assert measured == build_objective("task", TOKENS)(Recorder(scores[0]), data, seed=3)
 
 
 def test_causal_asks_for_the_next_position():
@@ -216,7 +249,7 @@ def test_a_model_learns_from_it(objective, spec):
 
 
 def test_errors_say_what_is_valid():
-    with pytest.raises(ValueError, match="valid: task, masked, causal"):
+    with pytest.raises(ValueError, match="valid: task, masked, causal, joint"):
         build_objective("mask", TOKENS)
     unmasked = TaskSpec(name="plain", kind="tokens", vocab_size=5, max_length=8, num_classes=2)
     with pytest.raises(ValueError, match="valid: objective=causal"):

@@ -19,7 +19,10 @@ from seqzoo.tasks import Split, Task, from_arrays
 from seqzoo.training.loop import Stage
 
 LENGTHS = (1, 17, 3, 1, 1, 2, 9, 1)
-CASES = ("class", "positions", "next", "masked", "causal", "masked pixels", "causal pixels", "masked values")
+CASES = (
+    *("class", "positions", "next", "masked", "causal", "masked pixels", "causal pixels", "masked values"),
+    *("joint", "joint values", "joint twice"),
+)
 BLOCKS = {
     "softmax_attention": {"num_heads": 2},
     "vq_attention": {"num_heads": 2, "block_len": 4, "codebook_size": 8, "commitment": 1.0},
@@ -52,9 +55,10 @@ def uneven_stage(case: str, folder: Path, *, block: str = "softmax_attention", *
     task = uneven_task(case)
     name = case.split()[0]
     objective = build_objective(
-        name if name in ("masked", "causal") else "task",
+        name if name in ("masked", "causal", "joint") else "task",
         task.spec,
         pixel_loss="l1" if case.endswith("values") else "cross_entropy",
+        passes=2 if case.endswith("twice") else 1,
     )
     config = tiny_config(folder, finetuning=changes, model={"block": {"name": block, **BLOCKS[block]}, "dropout": 0.0})
     torch.manual_seed(0)
@@ -79,7 +83,7 @@ def first_step(case: str, folder: Path, **options: object) -> dict[str, Tensor]:
 
     stage = uneven_stage(case, folder, **options)  # type: ignore[arg-type]
     stage.model.train()
-    with patch("seqzoo.objectives._uniform", same_in_all_rows):
+    with patch("seqzoo.objectives.uniform", same_in_all_rows):
         loss = stage.fabric.all_reduce(stage.differentiate(), reduce_op="mean")
     gradients = {name: p.grad for name, p in stage.model.named_parameters() if p.grad is not None}
     return {"loss": loss, **gradients}

@@ -9,6 +9,7 @@ from typing import Any
 from ..messages import unknown
 from ..valid import Range, check_options
 from .base import Block, State, upgraded
+from .conv import Conv
 from .gau import GAU
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
@@ -27,6 +28,7 @@ BLOCKS: dict[str, type[Block]] = {
     "gau": GAU,
     "lru": LRU,
     "s4d": S4D,
+    "conv": Conv,
 }
 
 NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
@@ -65,6 +67,7 @@ __all__ = [
     "LRU",
     "S4D",
     "Block",
+    "Conv",
     "LinearAttention",
     "Performer",
     "SoftmaxAttention",

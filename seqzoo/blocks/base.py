@@ -40,6 +40,9 @@ class Block(Learning, ABC):
     convolves: ClassVar[bool] = False
     """Whether it moves values by distance alone, whatever they are, and each channel in its own way."""
 
+    reach: int | None = None
+    """How many positions away an output sees at most; None: however far there is something to see."""
+
     def __init__(self, d_model: int, *, causal: bool) -> None:
         super().__init__()
         self.d_model = d_model

@@ -11,30 +11,41 @@ from torch import Tensor, nn
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import forward_mode
-from ..valid import BelowOne
+from ..valid import BelowOne, Positive
 from .base import Block, advance
 from .lru import RecurrentState
 from .wide import Wide, default_dtype
 
 CHUNK = 64
+INITS = ("lin", "ft", "dfout")
 
 
 class S4D(Block):
     """Diagonal state space: per channel N/2 conjugate pairs of states, h' = A h + x, y = 2 Re(C h) + D x.
 
-    Discretised with a zero-order hold of step Δ; A starts at -1/2 + iπn (S4D-Lin). Then GELU and a gated linear unit.
-    Chunks of a sequence are small Toeplitz products, the states between chunks one `diagonal_scan`, so that the N
-    states of every position never reach memory. Bidirectional: a second C reads the states of what follows a step.
-    Δ and A stay in single precision when the block is cast to half.
+    Discretised with a zero-order hold of step Δ; A starts at -1/2 + iω. Then GELU and a gated linear unit. Chunks of a
+    sequence are small Toeplitz products, the states between chunks one `diagonal_scan`, so that the N states of every
+    position never reach memory. Bidirectional: a second C reads the states of what follows a step. Δ and A stay in
+    single precision when the block is cast to half.
 
     Args:
         d_model: width.
         causal: one direction only.
         state_dim: real states per channel, N, even.
         dt_min, dt_max: Δ starts log-uniformly between them.
+        init: where the frequencies ω of the pairs n = 0, 1, ... of channel d = 0, 1, ... start.
+
+            - "lin": πn, S4D-Lin.
+            - "ft": απn with α = `frequency_scale`, the scaling of S4D-FT. Its other half, a trained filter of each
+              channel's spectrum, is no initialisation, and is not here.
+            - "dfout": 2π (n + d / d_model) / (state_dim Δ), S4D-DFouT: one step turns the pairs of all channels by
+              angles that divide the half circle evenly, whatever Δ is. Its damping ξ is Δ.
+        frequency_scale: α of "ft". The authors take 3, but on Text and Path-X 5.
         dropout: of the activations between GELU and gate.
 
-    Source: Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models" (2022).
+    Sources: Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models" (2022); Yu et al.,
+    "Tuning Frequency Bias of State Space Models" (2025), α as in AnnanYu/FreqBiasSSM at b21e52a; Solozabal et al.,
+    "Uncovering the Spectral Bias in Diagonal State Space Models" (2025), section 4.2.
     """
 
     convolves = True
@@ -48,6 +59,8 @@ class S4D(Block):
         state_dim: int = 64,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        init: str = "lin",
+        frequency_scale: Positive = 3.0,
         dropout: BelowOne = 0.0,
     ) -> None:
         super().__init__(d_model, causal=causal)
@@ -55,8 +68,10 @@ class S4D(Block):
             raise ValueError(f"S4D: state_dim={state_dim}; valid: an even number of 2 or more")
         if not 0 < dt_min < dt_max:
             raise ValueError(f"S4D: dt_min={dt_min}, dt_max={dt_max}; valid: 0 < dt_min < dt_max")
+        if init not in INITS:
+            raise ValueError(f"S4D: init={init!r}; valid: {', '.join(INITS)}")
         P = self.pairs = state_dim // 2
-        self.dynamics = S4DDynamics(d_model, P, dt_min, dt_max)
+        self.dynamics = S4DDynamics(d_model, P, dt_min, dt_max, init, frequency_scale)
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, P, 2) * math.sqrt(0.5))
         self.skip = nn.Parameter(torch.randn(d_model))  # D
         self.gate = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(d_model, 2 * d_model), nn.GLU())
@@ -92,14 +107,20 @@ class S4D(Block):
 class S4DDynamics(Wide):
     """A and its product with Δ, of P states in each of D channels."""
 
-    def __init__(self, D: int, P: int, dt_min: float, dt_max: float) -> None:
+    def __init__(self, D: int, P: int, dt_min: float, dt_max: float, init: str, frequency_scale: float) -> None:
         super().__init__()
         dtype = default_dtype()
         self.log_dt = nn.Parameter(
             math.log(dt_min) + torch.rand(D, dtype=dtype) * (math.log(dt_max) - math.log(dt_min))
         )  # [D]
         self.log_neg_real = nn.Parameter(torch.full((D, P), math.log(0.5), dtype=dtype))
-        self.imag = nn.Parameter(math.pi * torch.arange(P, dtype=dtype).repeat(D, 1))
+        imag = math.pi * torch.arange(P, dtype=dtype).repeat(D, 1)
+        if init == "ft":
+            imag *= frequency_scale
+        elif init == "dfout":
+            turn = math.pi / P * (torch.arange(P, dtype=dtype) + torch.arange(D, dtype=dtype)[:, None] / D)
+            imag = turn / self.log_dt.detach().exp()[:, None]
+        self.imag = nn.Parameter(imag)
 
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and A Δ, complex [D, P], for computing in `dtype`."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..blocks import build_block
@@ -158,6 +159,39 @@ class SequenceModel(nn.Module):
         return self.backbone(inputs, lengths, mask)
 
 
+class JointModel(SequenceModel):
+    """`model` with a second head, which says in training what stands at hidden positions.
+
+    Without a mask it is called as `model` is, and answers alike.
+
+    Args of a call with a mask:
+        whole: what the first head reads is computed from inputs of which nothing is hidden, in the same pass: a batch
+            twice as large.
+
+    Returns: what the first head says, and what the second does.
+    """
+
+    def __init__(self, model: SequenceModel, second: nn.Module) -> None:
+        super().__init__(model.backbone, model.head, num_inputs=model.num_inputs)
+        self.second = second
+
+    def forward(self, inputs: Tensor, lengths: Tensor, mask: Tensor | None = None, *, whole: bool = False) -> Any:
+        if mask is None:
+            return super().forward(inputs, lengths)
+        if self.num_inputs == 2 and lengths.dim() == 2:
+            inputs, lengths, mask = (each.flatten(0, 1) for each in (inputs, lengths, mask))
+        if whole:
+            twice = torch.cat((inputs, inputs)), torch.cat((lengths, lengths))
+            first, second = self.features(*twice, torch.cat((torch.zeros_like(mask), mask))).chunk(2)
+        else:
+            first = second = self.features(inputs, lengths, mask)
+        return self.head(first, lengths), self.second(second, lengths)
+
+    def without_second(self) -> SequenceModel:
+        """What answers the task: the same backbone and first head."""
+        return SequenceModel(self.backbone, self.head, num_inputs=self.num_inputs)
+
+
 def build_model(config: ModelConfig, spec: TaskSpec, *, head: str, causal: bool) -> SequenceModel:
     """A model for a task.
 
@@ -165,15 +199,19 @@ def build_model(config: ModelConfig, spec: TaskSpec, *, head: str, causal: bool)
         config: its layers and sizes.
         spec: the task's description.
         head: "classify", "per_position" (scores over the vocabulary, or over pixel levels) or "regress" (pixel values).
+            Two with a + between them make a `JointModel`, such as "classify+per_position".
         causal: hide from every position what comes later.
 
     Raises:
         ValueError: an unknown block, option, pooling, position or head, or sizes that do not fit; says what is valid.
     """
-    if head not in HEADS:
-        raise ValueError(f"head={head!r}; valid: {', '.join(HEADS)}")
+    first, *others = head.split("+")
+    if len(others) > 1 or not {first, *others} <= set(HEADS):
+        raise ValueError(f"head={head!r}; valid: {', '.join(HEADS)}, or two of them, such as {HEADS[0]}+{HEADS[1]}")
     backbone = Backbone(config, spec, causal=causal)
-    model = SequenceModel(backbone, _head(config, spec, head), num_inputs=spec.num_inputs)
+    model = SequenceModel(backbone, _head(config, spec, first), num_inputs=spec.num_inputs)
+    for second in others:
+        model = JointModel(model, _head(config, spec, second))
     if config.init == "random":
         # Amos, Berant and Gupta 2024, section 3.3; norms too, as in the authors' code.
         for parameter in model.parameters():

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..spec import TaskSpec
-from .model import ModelConfig, build_model, task_head
+from .model import JointModel, ModelConfig, build_model, task_head
 
 WIDEST = 1 << 14
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -22,11 +22,14 @@ def count_parameters(config: ModelConfig, spec: TaskSpec, *, causal: bool) -> in
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_token(config: ModelConfig, spec: TaskSpec, *, causal: bool, head: str | None = None) -> float:
+def flops_per_token(
+    config: ModelConfig, spec: TaskSpec, *, causal: bool, head: str | None = None, passes: int = 1
+) -> float:
     """Floating-point operations of the forward pass for each position of a sequence of `spec.max_length`.
 
     Counts matrix products and attention, 2 for a multiplication and an addition, as `torch.utils.flop_counter` does.
-    The model has the head that the task asks for, or `head`, one of those of `build_model`.
+    The model has the head that the task asks for, or `head`, one of those of `build_model`. One with two heads is
+    called as in training, in two passes where `passes` says so, in each of which a position counts.
     """
     T = spec.max_length
     shape = (1,) if spec.num_inputs == 1 else (1, spec.num_inputs)
@@ -35,10 +38,11 @@ def flops_per_token(config: ModelConfig, spec: TaskSpec, *, causal: bool, head: 
         lengths = torch.full(shape, T)
         tail = (spec.channels,) if spec.kind == "pixels" else ()
         inputs = torch.zeros(*shape, T, *tail, dtype=torch.uint8 if spec.kind == "pixels" else torch.int64)
+        hidden = {"mask": torch.zeros(*shape, T, dtype=torch.bool), "whole": passes == 2}
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(inputs, lengths)
-    return counter.get_total_flops() / (T * spec.num_inputs)
+        model(inputs, lengths, **(hidden if isinstance(model, JointModel) else {}))
+    return counter.get_total_flops() / (passes * T * spec.num_inputs)
 
 
 def fit_width(config: ModelConfig, spec: TaskSpec, size: str, *, causal: bool) -> ModelConfig:

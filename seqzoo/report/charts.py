@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from .comparison import Cell, Conditions
+from .comparison import Cell, Comparison, Conditions, Row
 from .intervals import Interval
 from .sheet import to_sheet
 
 SCRATCH, PRETRAINED, MATCHED = "from scratch", "self-pretrained", "from scratch, same total"
+ONE_PHASE = "one phase"
 CSV_HEADER = ("panel", "series", "x_label", "x", "y_label", "y", "low", "high", "interval", "note", "runs")
 Kind = Literal["bars", "lines", "scatter"]
 
@@ -134,11 +135,46 @@ def short(count: float) -> str:
     return f"{count:g}"
 
 
+def training(cell: Cell) -> str:
+    """How a cell was trained, without its budgets."""
+    if cell.one_phase:
+        return one_phase(cell, cell.compared_under)
+    return PRETRAINED if cell.pretraining else SCRATCH
+
+
+def one_phase(cell: Cell, conditions: Conditions) -> str:
+    """The name of a cell's one phase among `conditions`: what is not as usual, and not said there, stands in it."""
+    assert cell.one_phase
+    weight, passes = cell.one_phase
+    parts = [
+        ONE_PHASE,
+        f"masked loss times {weight:g}" if weight != 1 else "",
+        "two passes" if passes == 2 else "",
+        "augmented" if cell.conditions.augment and not conditions.augment else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def phases_of(comparison: Comparison) -> list[str]:
+    """The names of all that a comparison has in one phase, in reading order."""
+    named = {
+        one_phase(cell, comparison.conditions): (cell.one_phase, cell.conditions.augment)
+        for row in comparison.rows
+        for cell in row.one_phase
+    }
+    return sorted(named, key=lambda name: named[name])
+
+
+def by_phase(comparison: Comparison, row: Row) -> dict[str, Cell]:
+    """The cells of a row that were trained in one phase, under the names of `phases_of`."""
+    return {one_phase(cell, comparison.conditions): cell for cell in row.one_phase}
+
+
 def stages(cell: Cell) -> str:
     """How a cell was trained, with its budgets."""
     finetuning = short(cell.conditions.finetune_budget)
     if cell.pretraining is None:
-        return f"{SCRATCH} {finetuning}"
+        return f"{training(cell)} {finetuning}"
     return f"{cell.pretraining.objective} {short(cell.pretraining.budget)} + {finetuning}"
 
 

@@ -1,4 +1,5 @@
-"""From scratch beside self-pretrained: runs that differ in their seed alone make a cell, cells make a table."""
+"""From scratch beside self-pretrained, and beside one phase of both losses: runs that differ in their seed alone make a
+cell, cells make a table."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from .intervals import Interval, of_difference, over_examples, over_seeds
 from .published import TASKS
-from .results import LeftOut, Pretraining, Result
+from .results import LeftOut, OnePhase, Pretraining, Result
 
 
 class Conditions(NamedTuple):
@@ -30,6 +31,7 @@ class Conditions(NamedTuple):
     tuning: str
     init: str
     precision: str
+    augment: bool
 
     @property
     def setting(self) -> str:
@@ -39,7 +41,7 @@ class Conditions(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether these are the conditions of the comparison itself, and not a variant that another study is about."""
-        return (self.train_fraction, self.tuning, self.init) == (1.0, "full", "structured")
+        return (self.train_fraction, self.tuning, self.init, self.augment) == (1.0, "full", "structured", False)
 
 
 class Size(NamedTuple):
@@ -66,6 +68,15 @@ class Cell:
     @property
     def pretraining(self) -> Pretraining | None:
         return self.results[0].pretraining
+
+    @property
+    def one_phase(self) -> OnePhase | None:
+        return self.results[0].one_phase
+
+    @property
+    def compared_under(self) -> Conditions:
+        """Its conditions but for augmentation where that is a part of one phase, whose name then says so."""
+        return self.conditions._replace(augment=False) if self.one_phase else self.conditions
 
     @property
     def total_budget(self) -> int:
@@ -100,17 +111,31 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One model: from scratch with the fine-tuning budget of the table, self-pretrained, and from scratch with the
-    budget of both stages of the pretrained one."""
+    """One model: from scratch with the fine-tuning budget of the table, self-pretrained, and with the budget of both
+    stages of the pretrained one, from scratch and in one phase. Without a pretrained one, one phase has the table's."""
 
     size: Size
     scratch: Cell | None
     pretrained: Cell | None
     matched: Cell | None = None
+    one_phase: tuple[Cell, ...] = ()
 
     @property
     def cells(self) -> list[Cell]:
-        return [cell for cell in (self.scratch, self.pretrained, self.matched) if cell]
+        return [cell for cell in (self.scratch, self.pretrained, self.matched, *self.one_phase) if cell]
+
+    @property
+    def scratch_of_total(self) -> Cell | None:
+        """The cell from scratch with the budget of the cells in one phase."""
+        return self.matched if self.pretrained else self.scratch
+
+    def gain_of(self, cell: Cell) -> float | None:
+        """What one phase, of the budget that `cell` has, adds to the mean score from scratch."""
+        return cell.mean - self.scratch_of_total.mean if self.scratch_of_total else None
+
+    def interval_of(self, cell: Cell) -> Interval | None:
+        """95 %, of `gain_of`."""
+        return _difference_interval(cell, self.scratch_of_total)
 
     @property
     def difference(self) -> float | None:
@@ -155,7 +180,7 @@ def cells_of(results: Iterable[Result]) -> tuple[list[Cell], list[LeftOut]]:
     repetitions: dict[tuple, list[Result]] = defaultdict(list)
     for result in results:
         cell = Cell((result,))
-        repetitions[cell.conditions, cell.size, cell.pretraining].append(result)
+        repetitions[cell.conditions, cell.size, cell.pretraining, cell.one_phase].append(result)
 
     cells: list[Cell] = []
     left_out: list[LeftOut] = []
@@ -174,35 +199,53 @@ def compare(cells: Iterable[Cell]) -> list[Comparison]:
     """One comparison for each (conditions, pretraining objective and budget).
 
     A scratch cell stands beside every pretraining that was fine-tuned under its conditions, and beside every pretrained
-    cell of its size whose total budget it has; one that stands beside none is in a comparison without pretraining.
+    cell of its size whose total budget it has; one that stands beside none is in a comparison without pretraining. So
+    does a cell of one phase, but that an augmented one stands beside what is not augmented, too.
     """
+    cells = list(cells)
     by_conditions: dict[Conditions, dict[Pretraining | None, dict[Size, Cell]]]
     by_conditions = defaultdict(lambda: defaultdict(dict))
+    phases: dict[tuple[Conditions, Size], list[Cell]] = defaultdict(list)
     for cell in cells:
-        by_conditions[cell.conditions][cell.pretraining][cell.size] = cell
+        if cell.one_phase:
+            phases[cell.conditions, cell.size].append(cell)
+        else:
+            by_conditions[cell.conditions][cell.pretraining][cell.size] = cell
 
-    def matched(cell: Cell | None) -> Cell | None:
-        if cell is None:
-            return None
-        same_total = cell.conditions._replace(finetune_budget=cell.total_budget)
-        return by_conditions.get(same_total, {}).get(None, {}).get(cell.size)
+    def from_scratch(conditions: Conditions, size: Size) -> Cell | None:
+        return by_conditions.get(conditions, {}).get(None, {}).get(size)
+
+    def in_one_phase(conditions: Conditions, size: Size) -> tuple[Cell, ...]:
+        variants = dict.fromkeys((conditions, conditions._replace(augment=True)))
+        return tuple(cell for variant in variants for cell in phases.get((variant, size), ()))
+
+    def row(conditions: Conditions, size: Size, pretrained: Cell | None) -> Row:
+        scratch = from_scratch(conditions, size)
+        if pretrained is None:
+            return Row(size, scratch, None)
+        same_total = conditions._replace(finetune_budget=pretrained.total_budget)
+        return Row(size, scratch, pretrained, from_scratch(same_total, size), in_one_phase(same_total, size))
 
     comparisons = []
     for conditions, groups in by_conditions.items():
         scratch = groups.get(None, {})
         for pretraining in sorted(pretraining for pretraining in groups if pretraining):
             pretrained = groups[pretraining]
-            rows = tuple(
-                Row(size, scratch.get(size), pretrained.get(size), matched(pretrained.get(size)))
-                for size in sorted({*scratch, *pretrained})
-            )
+            sizes = sorted({*scratch, *pretrained})
+            rows = tuple(row(conditions, size, pretrained.get(size)) for size in sizes)
             comparisons.append(Comparison(conditions, pretraining, rows))
     beside = {id(cell) for comparison in comparisons for row in comparison.rows for cell in row.cells}
-    for conditions, groups in by_conditions.items():
-        alone = [cell for cell in groups.get(None, {}).values() if id(cell) not in beside]
-        if alone:
-            rows = tuple(Row(cell.size, cell, None) for cell in sorted(alone, key=lambda cell: cell.size))
-            comparisons.append(Comparison(conditions, None, rows))
+    alone: dict[Conditions, set[Size]] = defaultdict(set)
+    for cell in cells:
+        if cell.pretraining is None and id(cell) not in beside:
+            shared = from_scratch(cell.compared_under, cell.size)
+            alone[shared.conditions if shared else cell.conditions].add(cell.size)
+    for conditions, of_sizes in alone.items():
+        rows = tuple(
+            Row(size, from_scratch(conditions, size), None, None, in_one_phase(conditions, size))
+            for size in sorted(of_sizes)
+        )
+        comparisons.append(Comparison(conditions, None, rows))
     return sorted(comparisons, key=lambda comparison: _conditions_order(comparison.conditions))
 
 
@@ -221,7 +264,7 @@ def _difference_interval(after: Cell | None, before: Cell | None) -> Interval | 
 
 
 def _reading_order(cell: Cell) -> tuple:
-    return *_conditions_order(cell.conditions), cell.pretraining or (), cell.size
+    return *_conditions_order(cell.conditions), cell.pretraining or (), cell.one_phase or (), cell.size
 
 
 def _conditions_order(conditions: Conditions) -> tuple[int, bool, Conditions]:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from ..study import read_metrics
 from .charts import (
-    PRETRAINED,
-    SCRATCH,
     Chart,
     Panel,
     Point,
@@ -20,6 +18,7 @@ from .charts import (
     namer,
     one_line,
     panel_title,
+    training,
 )
 from .comparison import Cell, Conditions, Size
 from .results import Result
@@ -44,18 +43,18 @@ def read_curve(folder: Path, stage: str, metric: str) -> list[tuple[int, float]]
 def learning_curves(cells: Iterable[Cell]) -> list[Chart]:
     """Validation accuracy over the tokens of both stages: a chart for each task, a panel for each model. The curve of a
     pretrained run starts where its pretraining ended."""
-    cells = [cell for cell in cells if cell.conditions.plain and cell.conditions.metric == "accuracy"]
+    cells = [cell for cell in cells if cell.compared_under.plain and cell.conditions.metric == "accuracy"]
     name_of = namer(cells)
     families: dict[Conditions, dict[tuple[Size, str], list[Series]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
-        label = PRETRAINED if cell.pretraining else SCRATCH
+        label = training(cell)
         for result in cell.results:
             points = tuple(
                 Point((result.pretrain_tokens + tokens) / MILLION, 100 * value, (result.folder,))
                 for tokens, value in read_curve(result.folder, "finetune", "val/accuracy")
             )
             if points:
-                families[family(cell.conditions)][cell.size, name_of(cell)].append(Series(label, points, label))
+                families[family(cell.compared_under)][cell.size, name_of(cell)].append(Series(label, points, label))
     return [
         Chart(
             f"curves_{number}",

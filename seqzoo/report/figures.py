@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import write_bytes
-from .charts import MATCHED, PRETRAINED, SCRATCH, Chart, Panel, Point, Series, short
+from .charts import MATCHED, ONE_PHASE, PRETRAINED, SCRATCH, Chart, Panel, Point, Series, short
 from .comparison import Comparison
 from .gains import scratch_against_pretrained
 
@@ -25,7 +25,7 @@ BAR = 0.32  # inches, with the number over it
 LETTER, LINE = 0.07, 0.14  # inches
 EDGE, NUMBERS = 0.12, 0.42  # inches: free, and of the numbers at an axis
 SLANT = math.radians(30)
-STAGES = {SCRATCH: "#9aa5b1", MATCHED: "#d08a2e", PRETRAINED: "#1f5fa8"}
+STAGES = {SCRATCH: "#9aa5b1", MATCHED: "#d08a2e", PRETRAINED: "#1f5fa8", ONE_PHASE: "#2f8f6b"}
 # Paul Tol's "bright" and two of his "vibrant" colours: told apart with any colour vision.
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#ee7733", "#009988", "#555555")
 MARKERS = "osD^vPX<>"

@@ -13,12 +13,14 @@ from .charts import (
     Panel,
     Point,
     Series,
+    by_phase,
     chart_of,
     direction,
     folders,
     majority_level,
     namer,
     panel_title,
+    phases_of,
     scaled,
     score_label,
     score_point,
@@ -28,15 +30,17 @@ from .comparison import Comparison
 
 
 def scratch_against_pretrained(comparisons: Iterable[Comparison]) -> Chart | None:
-    """Bars for every comparison: both cells of a row, and the one from scratch with the same total budget."""
+    """Bars for every comparison: the cells of a row from scratch, self-pretrained and in one phase."""
     panels = []
     for comparison in comparisons:
         conditions, pretraining = comparison.conditions, comparison.pretraining
         name_of = namer(cell for row in comparison.rows for cell in row.cells)
+        in_one_phase = [by_phase(comparison, row) for row in comparison.rows]
         sides = (
             (SCRATCH, [row.scratch for row in comparison.rows]),
             (MATCHED, [row.matched for row in comparison.rows]),
             (PRETRAINED, [row.pretrained for row in comparison.rows]),
+            *((name, [cells.get(name) for cells in in_one_phase]) for name in phases_of(comparison)),
         )
         series = tuple(
             Series(label, tuple(score_point(name_of(cell), cell) for cell in side if cell), label)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from .charts import direction, family, folders, namer, short, stages
+from .charts import by_phase, direction, family, folders, namer, phases_of, short, stages
 from .comparison import Cell, Comparison, Conditions, Row
 from .intervals import Interval
 from .published import Figure
-from .tables import ABSENT, Sources, points, published_beside, score
+from .tables import ABSENT, Sources, points, published_beside, score, variant
 
-HEADER = (
+MEASURED = (
     "model",
     "training tokens",
     "from scratch, same fine-tuning",
@@ -20,9 +20,8 @@ HEADER = (
     "self-pretrained",
     "gain at the same fine-tuning",
     "gain at the same total",
-    "published from scratch",
-    "published self-pretrained",
 )
+PUBLISHED = ("published from scratch", "published self-pretrained")
 
 
 class Entry(NamedTuple):
@@ -43,7 +42,7 @@ def main_tables(comparisons: Iterable[Comparison], numbers: Mapping[Path, int], 
     """A table for each task, recipe and direction; columns that would be empty are left out.
 
     Args:
-        comparisons: of the plain variant, in reading order.
+        comparisons: of the plain variant, augmented or not, in reading order.
         numbers: of the run folders.
         sources: gets those of the published figures.
     """
@@ -56,37 +55,55 @@ def main_tables(comparisons: Iterable[Comparison], numbers: Mapping[Path, int], 
     for conditions, members in families.items():
         beside = {id(cell) for _, row in members if row.pretrained for cell in row.cells}
         name_of = namer(cell for _, row in members for cell in row.cells)
+        phases = list(dict.fromkeys(name for comparison, _ in members for name in phases_of(comparison)))
         lines: list[list[Entry]] = []
         alone: set[int] = set()
         for comparison, row in members:
             # A scratch cell without a pretrained one would stand in the table of every pretraining.
-            if row.pretrained is None and ({id(row.scratch)} & (beside | alone)):
+            if not (row.pretrained or row.one_phase) and ({id(row.scratch)} & (beside | alone)):
                 continue
             alone.add(id(row.scratch))
-            lines.append(_line(comparison, row, name_of(row.cells[0]), numbers, sources))
-        filled = [place for place in range(len(HEADER)) if any(line[place].text != ABSENT for line in lines)]
+            lines.append(_line(comparison, row, name_of(row.cells[0]), phases, numbers, sources))
+        in_one_phase = (column for name in phases for column in (name, f"gain of {name} at the same total"))
+        header = (*MEASURED, *in_one_phase, *PUBLISHED)
+        filled = [place for place in range(len(header)) if any(line[place].text != ABSENT for line in lines)]
         hardware = sorted({name for comparison, _ in members for name in comparison.hardware})
         tables.append(
             PageTable(
                 _title(conditions, hardware),
-                [HEADER[place] for place in filled],
+                [header[place] for place in filled],
                 [[line[place] for place in filled] for line in lines],
             )
         )
     return tables
 
 
-def _line(comparison: Comparison, row: Row, name: str, numbers: Mapping[Path, int], sources: Sources) -> list[Entry]:
+def _line(
+    comparison: Comparison,
+    row: Row,
+    name: str,
+    phases: Iterable[str],
+    numbers: Mapping[Path, int],
+    sources: Sources,
+) -> list[Entry]:
     scratch_figure, pretrained_figure = published_beside(comparison, row)
+    in_one_phase = by_phase(comparison, row)
     return [
         Entry(name, f"{row.size.params:,} parameters"),
         Entry(stages(row.pretrained) if row.pretrained else short(comparison.conditions.finetune_budget)),
         *(_score(cell, numbers) for cell in (row.scratch, row.matched, row.pretrained)),
         Entry(points(row.difference), _percent(row.difference_interval)),
         Entry(points(row.gain), _percent(row.gain_interval)),
+        *(entry for phase in phases for entry in _one_phase(row, in_one_phase.get(phase), numbers)),
         _published(scratch_figure, row.scratch or row.matched, sources),
         _published(pretrained_figure, row.pretrained, sources),
     ]
+
+
+def _one_phase(row: Row, cell: Cell | None, numbers: Mapping[Path, int]) -> tuple[Entry, Entry]:
+    if cell is None:
+        return Entry(ABSENT), Entry(ABSENT)
+    return _score(cell, numbers), Entry(points(row.gain_of(cell)), _percent(row.interval_of(cell)))
 
 
 def _score(cell: Cell | None, numbers: Mapping[Path, int]) -> Entry:
@@ -120,6 +137,7 @@ def _title(conditions: Conditions, hardware: Iterable[str]) -> str:
         f"{conditions.n_test:,} test examples",
         f"majority class {100 * conditions.majority:.2f}" if in_percent else "",
         conditions.task_note,
+        variant(conditions),
         ", ".join(hardware),
     ]
     return "; ".join(part for part in parts if part)

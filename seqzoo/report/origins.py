@@ -36,7 +36,10 @@ def overview(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     """(what, its values) of all runs together: models, tasks, budgets, seeds, hardware, commits, versions."""
     pretrained = [result for result in results if result.pretraining]
     seconds = sum(result.seconds or 0 for result in results)
-    finished = f"{len(results)}: {len(results) - len(pretrained)} from scratch, {len(pretrained)} self-pretrained"
+    in_one_phase = sum(result.one_phase is not None for result in results)
+    from_scratch = len(results) - len(pretrained) - in_one_phase
+    finished = f"{len(results)}: {from_scratch} from scratch, {len(pretrained)} self-pretrained"
+    finished += f", {in_one_phase} in one phase" if in_one_phase else ""
     versions = Counter(f"{name} {version}" for result in results for name, version in result.versions.items())
     return [
         ("Finished runs", [finished]),
@@ -91,6 +94,9 @@ def _pretraining(pretraining: Pretraining | None) -> str:
 def _training(result: Result) -> str:
     direction = "causal" if result.causal else "bidirectional"
     finetuning = f"fine-tuned on {short(result.finetune_budget)}"
+    if result.one_phase:
+        weight, passes = result.one_phase
+        finetuning = f"one phase on {short(result.finetune_budget)}, masked loss times {weight:g}, passes {passes}"
     return ", ".join(part for part in (direction, _pretraining(result.pretraining), finetuning) if part)
 
 
@@ -100,6 +106,7 @@ def _variant(result: Result) -> str:
         f"{result.tuning} tuning of {result.trained_params:,} parameters" if result.tuning != "full" else "",
         f"{result.init} initialisation" if result.init != "structured" else "",
         result.precision if result.precision != "fp32" else "",
+        "augmented" if result.augment else "",
     ]
     return ", ".join(part for part in parts if part)
 

@@ -66,8 +66,9 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], t
     files = inside(path.parent, f"{path.stem}{FIGURES}")
     results = [result for cell in cells for result in cell.results]
     numbers = {result.folder: number for number, result in enumerate(results, start=1)}
-    plain = [comparison for comparison in compare(cells) if comparison.conditions.plain]
-    write_text(files / "main.csv", table_csv(plain))
+    tabled = [each for each in compare(cells) if each.conditions._replace(augment=False).plain]
+    plain = [comparison for comparison in tabled if comparison.conditions.plain]
+    write_text(files / "main.csv", table_csv(tabled))
     timed = [_page_table(table) for table in time_tables(times)]
     if timed:
         write_text(files / "time_to_accuracy.csv", times_csv(times))
@@ -75,7 +76,7 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], t
     sections = [_section(charts, files) for charts in _charts(cells, plain) if charts]
     page = _template().render(
         overview=overview(results),
-        tables=main_tables(plain, numbers, sources),
+        tables=main_tables(tabled, numbers, sources),
         table_file=_address(files / "main.csv", path.parent),
         sources=sources.notes,
         timed=timed,
@@ -98,17 +99,18 @@ def _page_table(table: Table) -> PageTable:
 def _charts(cells: Sequence[Cell], plain: Sequence[Comparison]) -> list[list[Chart]]:
     """The charts of each section, in the order of the page; a section without data is empty."""
     cells = list(cells)
+    in_stages = [cell for cell in cells if cell.one_phase is None]
     single = [
         scratch_against_pretrained(plain),
         gain_over_budget(plain),
-        studies.share_of_pretraining(cells),
-        studies.data_scale(cells),
-        studies.model_size(cells),
-        studies.objectives(cells),
-        studies.tunings(cells),
-        studies.inits(cells),
+        studies.share_of_pretraining(in_stages),
+        studies.data_scale(in_stages),
+        studies.model_size(in_stages),
+        studies.objectives(in_stages),
+        studies.tunings(in_stages),
+        studies.inits(in_stages),
         studies.speed(cells),
-        distances(cells),
+        distances(in_stages),
     ]
     sections = [[chart] if chart else [] for chart in single]
     losses = pretraining_losses(cells)

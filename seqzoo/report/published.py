@@ -12,7 +12,11 @@ TASKS = ("lra_listops", "lra_text", "lra_retrieval", "lra_image", "lra_pathfinde
 _TAY = "Tay et al. 2021 (arXiv 2011.04006), revised figures in the README of google-research/long-range-arena"
 _AMOS = "Amos, Berant and Gupta 2024 (arXiv 2310.02980)"
 _RTF = "Parnichkun et al. 2024 (arXiv 2405.06147), table of Long Range Arena results"
-_LRU = "Orvieto et al. 2023 (arXiv 2303.06349); its image task is in colour and not shown"
+_BIASED = "Yu and Erichson 2025 (arXiv 2505.09022), tables 3 and 4"
+_LRU = f"Orvieto et al. 2023 (arXiv 2303.06349); its image task is in colour and not shown; quoted by {_BIASED}"
+_SCALED = f"Yu et al. 2025 (arXiv 2410.02035), as quoted by {_BIASED}"
+_DFOUT = "Solozabal et al. 2025 (arXiv 2508.20441), table 1"
+_MAMBA = f"{_BIASED}; figures of others (fluderm/MLRA) differ by up to 14 points"
 
 
 class Figure(NamedTuple):
@@ -45,6 +49,11 @@ _ROWS = (
     _Row("performer", "scratch", (18.01, 65.40, 53.82, 42.77, 77.05, "x"), _TAY),
     _Row("s4d", "scratch", (60.74, 87.03, 90.68, 89.18, 95.42, 97.32), _RTF),
     _Row("lru", "scratch", (60.2, 89.4, 89.9, None, 95.1, 94.2), _LRU, recalled=True),
+    _Row("s4d_ft", "scratch", (62.75, 89.76, 92.45, 90.89, 95.89, 97.84), _SCALED),
+    _Row("s4d_dfout", "scratch", (61.89, 87.41, 90.95, 88.48, 94.30, 94.17), _DFOUT),
+    _Row("b2s6", "scratch", (63.85, 88.32, 91.44, 88.81, 95.93, 97.90), _BIASED),
+    _Row("mamba", "scratch", (38.02, 82.98, 72.14, 69.82, 69.26, 67.32), _MAMBA),
+    _Row("mamba2", "scratch", (41.45, 86.09, 79.23, 71.96, 75.45, 69.07), _BIASED),
     _Row("transformer", "masked", (59.75, 89.27, 88.64, 74.22, 88.45, 87.73), _AMOS, recalled=True),
     _Row("transformer", "causal", (59.15, 88.81, 90.38, 76.0, 88.49, 88.05), f"{_AMOS}, as quoted by {_RTF}"),
     _Row("s4d", "masked", (61.25, 90.34, 88.74, 89.36, 94.92, 96.94), _AMOS, recalled=True, label="S4"),

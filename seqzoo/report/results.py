@@ -23,6 +23,11 @@ class Pretraining(NamedTuple):
     budget: int  # tokens
 
 
+class OnePhase(NamedTuple):
+    weight: float  # of the masked loss beside the labels'
+    passes: int  # over a batch in a step
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What a report needs of one finished run. Budgets are in tokens; see `_budget` for one set in epochs.
@@ -34,7 +39,8 @@ class Result:
     model: str
     task: str
     causal: bool
-    pretraining: Pretraining | None  # None: trained from scratch
+    pretraining: Pretraining | None  # None: one stage, of the labels alone, from scratch, or
+    one_phase: OnePhase | None  # of these and the masked loss together
     finetune_budget: int
     total_budget: int  # of both stages together
     in_epochs: bool  # a budget was set in epochs, so that it depends on how much data there is
@@ -52,6 +58,7 @@ class Result:
     tuning: str  # what fine-tuning moved: "full", "head", "lora" or "ladder"
     init: str  # what training began from: "structured" or "random"
     precision: str  # "fp32" or "bf16"
+    augment: bool  # whether training batches were augmented
     trained_params: int  # parameters that fine-tuning moved
     pretrain_run: str | None  # the run folder, beside this one, whose pretraining it reused
     pretrain_tokens: int  # seen in pretraining; 0 from scratch
@@ -133,8 +140,9 @@ def read_result(folder: Path) -> Result:
         raise ValueError(f"result.json has schema {schema}; this version reads schema {SCHEMA}")
     pretrain = _field(record, "pretrain", bool)
     objective = _field(record, "objective", str)
-    if objective not in ("masked", "causal"):
-        raise ValueError(f"result.json: objective is {objective!r}; valid: 'masked', 'causal'")
+    valid = ("masked", "causal") if pretrain else ("masked", "causal", "joint")
+    if objective not in valid:
+        raise ValueError(f"result.json: objective is {objective!r}; valid: {', '.join(map(repr, valid))}")
     stages = ("pretrain", "finetune") if pretrain else ("finetune",)
     params = _positive(record, "params")
     tested = record.get("test")
@@ -148,6 +156,7 @@ def read_result(folder: Path) -> Result:
         task=_field(record, "task", str),
         causal=_field(record, "causal", bool),
         pretraining=Pretraining(objective, _budget(record, "pretrain")) if pretrain else None,
+        one_phase=_one_phase(record) if objective == "joint" else None,
         finetune_budget=_budget(record, "finetune"),
         total_budget=_budget(record, *stages),
         in_epochs=any(_field(record, f"token_budget.{stage}", int, NoneType) is None for stage in stages),
@@ -164,6 +173,7 @@ def read_result(folder: Path) -> Result:
         tuning=_optional(record, "tuning", "full", str),
         init=_optional(record, "init", "structured", str),
         precision=_optional(record, "precision", None, str) or _configured_precision(folder),
+        augment=_optional(record, "augment", False, bool),
         trained_params=_optional(record, "trained_params", params, int),
         pretrain_run=_name(record, "pretrain_run"),
         pretrain_tokens=_field(record, "tokens_seen.pretrain", int) if pretrain else 0,
@@ -266,6 +276,10 @@ def _name(record: Any, key: str) -> str | None:
     if value is not None and not is_name(value):
         raise ValueError(f"result.json: {key} is {value!r}, not the name of a folder")
     return value
+
+
+def _one_phase(record: Any) -> OnePhase:
+    return OnePhase(_amount(record, "joint.weight"), _positive(record, "joint.passes"))
 
 
 def _budget(record: Any, *stages: str) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from .charts import (
-    PRETRAINED,
     SCRATCH,
     Chart,
     Kind,
@@ -24,6 +23,7 @@ from .charts import (
     score_point,
     short,
     stages,
+    training,
 )
 from .comparison import Cell, Conditions
 from .results import disturbed_left_out
@@ -91,7 +91,7 @@ def model_size(cells: list[Cell]) -> Chart | None:
 def speed(cells: list[Cell]) -> Chart | None:
     """Accuracy over tokens per second of fine-tuning, a panel for each task and hardware; of runs that had their cores
     to themselves, where that is known."""
-    plain = [cell for cell in cells if cell.conditions.plain]
+    plain = [cell for cell in cells if cell.compared_under.plain]
     name_of = namer(plain)
     series: dict[tuple[Conditions, str], list[Series]] = defaultdict(list)
     disturbed = 0
@@ -103,9 +103,9 @@ def speed(cells: list[Cell]) -> Chart | None:
         disturbed += cell.num_seeds - len(speeds)
         if not speeds:
             continue
-        label = f"{name_of(cell)}, {PRETRAINED if cell.pretraining else SCRATCH}"
+        label = f"{name_of(cell)}, {training(cell)}"
         point = score_point(sum(speeds) / len(speeds), cell)
-        series[family(cell.conditions), hardware.pop()].append(
+        series[family(cell.compared_under), hardware.pop()].append(
             Series(label, (point,), name_of(cell), filled=cell.pretraining is not None)
         )
     panels = _panels(series, "tokens per second in fine-tuning", kind="scatter")

@@ -5,10 +5,11 @@ Language modelling has bits per character instead, and neither pretraining nor p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ..messages import printable
+from .charts import by_phase, phases_of
 from .comparison import Cell, Comparison, Conditions, Row
 from .intervals import Interval
 from .published import Figure, published
@@ -34,6 +35,11 @@ LEGENDS = {
 }
 IN_FP32 = "In fp32 where no precision is named."
 SAME_TOTAL = "Same total: from scratch on as many tokens as both stages of the pretrained run together."
+IN_ONE_PHASE = (
+    "One phase: the labels' loss and the masked loss together, on as many tokens as both stages of the pretrained run "
+    "or, where there is none, as from scratch. Its difference is to from scratch on as many tokens, with the 95 % "
+    "interval."
+)
 
 
 class Table(NamedTuple):
@@ -59,10 +65,17 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
         notes = LEGENDS[metric]
         if metric == "accuracy":
             with_matched = any(row.matched for row in comparison.rows)
-            header = (*MEASURED, *(MATCHED if with_matched else ()), *PUBLISHED)
+            phases = phases_of(comparison)
+            in_one_phase = (column for name in phases for column in (name, f"difference, {name}"))
+            header = (*MEASURED, *(MATCHED if with_matched else ()), *in_one_phase, *PUBLISHED)
             notes += (SAME_TOTAL,) if with_matched else ()
+            notes += (IN_ONE_PHASE,) if phases else ()
             rows = [
-                (*_text_row(row, with_matched), *map(sources.cite, published_beside(comparison, row)))
+                (
+                    *_text_row(row, with_matched),
+                    *_in_one_phase(comparison, row, phases),
+                    *map(sources.cite, published_beside(comparison, row)),
+                )
                 for row in comparison.rows
             ]
         else:
@@ -118,6 +131,7 @@ def variant(conditions: Conditions) -> str:
         f"{100 * conditions.train_fraction:g} % of the train split" if conditions.train_fraction != 1 else "",
         f"{conditions.tuning} tuning" if conditions.tuning != "full" else "",
         f"{conditions.init} initialisation" if conditions.init != "structured" else "",
+        "augmented" if conditions.augment else "",
     ]
     return ", ".join(part for part in parts if part)
 
@@ -168,29 +182,43 @@ def _in_markdown(text: str) -> str:
 
 def to_csv(comparisons: Iterable[Comparison]) -> str:
     """One line for each row of each table, scores at full precision, accuracies in [0, 1]; empty where none is."""
-    lines = [_csv_line(comparison, row) for comparison in comparisons for row in comparison.rows]
+    comparisons = list(comparisons)
+    phases = list(dict.fromkeys(name for comparison in comparisons for name in phases_of(comparison)))
+    lines = [_csv_line(comparison, row, phases) for comparison in comparisons for row in comparison.rows]
     return to_sheet([list(lines[0]) if lines else [], *(line.values() for line in lines)])
 
 
-def _csv_line(comparison: Comparison, row: Row) -> dict[str, object]:
+def _csv_line(comparison: Comparison, row: Row, phases: Iterable[str]) -> dict[str, object]:
     line: dict[str, object] = {**row.size._asdict(), **comparison.conditions._asdict()}
     line["objective"] = comparison.pretraining and comparison.pretraining.objective
     line["pretrain_budget"] = comparison.pretraining and comparison.pretraining.budget
     for name, cell in (("scratch", row.scratch), ("pretrained", row.pretrained), ("scratch_same_total", row.matched)):
-        line[f"{name}_mean"] = cell and cell.mean
-        line[f"{name}_std"] = cell and cell.std
-        line |= _csv_interval(name, cell.interval if cell else None)
-        line[f"{name}_seeds"] = cell and " / ".join(str(result.seed) for result in cell.results)
+        line |= _csv_cell(name, cell)
     line["difference"] = row.difference
     line |= _csv_interval("difference", row.difference_interval)
     line["difference_same_total"] = row.gain
     line |= _csv_interval("difference_same_total", row.gain_interval)
+    in_one_phase = by_phase(comparison, row)
+    for phase in phases:
+        name, cell = phase.replace(",", "").replace(" ", "_"), in_one_phase.get(phase)
+        line |= _csv_cell(name, cell)
+        line[f"difference_{name}"] = row.gain_of(cell) if cell else None
+        line |= _csv_interval(f"difference_{name}", row.interval_of(cell) if cell else None)
     for name, figure in zip(("scratch", "pretrained"), published_beside(comparison, row), strict=True):
         percent = figure and figure.percent
         line[f"published_{name}"] = f"{percent / 100:.6g}" if isinstance(percent, float) else percent
         line[f"published_{name}_source"] = figure and figure.reference
     line["hardware"] = " / ".join(comparison.hardware)
     return line
+
+
+def _csv_cell(name: str, cell: Cell | None) -> dict[str, object]:
+    return {
+        f"{name}_mean": cell and cell.mean,
+        f"{name}_std": cell and cell.std,
+        **_csv_interval(name, cell.interval if cell else None),
+        f"{name}_seeds": cell and " / ".join(str(result.seed) for result in cell.results),
+    }
 
 
 def _csv_interval(name: str, interval: Interval | None) -> dict[str, object]:
@@ -202,6 +230,18 @@ def _text_row(row: Row, with_matched: bool) -> tuple[str, ...]:
     measured = (row.size.model, millions(row.size.params), score(row.scratch), score(row.pretrained))
     matched = (score(row.matched), points(row.gain)) if with_matched else ()
     return *measured, points(row.difference), *matched
+
+
+def _in_one_phase(comparison: Comparison, row: Row, phases: Iterable[str]) -> Iterator[str]:
+    """For each of `phases` its score, and the difference to from scratch with the interval."""
+    in_one_phase = by_phase(comparison, row)
+    for phase in phases:
+        cell = in_one_phase.get(phase)
+        interval = row.interval_of(cell) if cell else None
+        yield score(cell)
+        yield points(row.gain_of(cell) if cell else None) + (
+            f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})" if interval else ""
+        )
 
 
 def score(cell: Cell | None) -> str:

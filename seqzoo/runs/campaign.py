@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIGS, ConfigError, compose, is_text, seconds
+from ..config import CONFIGS, Config, ConfigError, compose, is_text, seconds
 from ..messages import shortened, unknown
 from ..tasks import DataError
 from .attempt import BUSY, DONE, FAILED, INTERRUPTED, MISUSED, UNFINISHED, attempt, fail, say
@@ -29,16 +29,19 @@ RANGE = re.compile(r"range\(.*\)", re.DOTALL)
 OUTSIDE_QUOTES = re.compile(r"""(?:^|(?<=,))(?:'[^']*'|"[^"]*"|[^,])*""", re.DOTALL)  # what commas part
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """The runs of a sweep, each a list of overrides; the last sweep varies fastest.
+def expand(overrides: Sequence[str]) -> list[list[list[str]]]:
+    """The parts of a sweep, each a list of runs, each a list of overrides; the last sweep varies fastest.
 
-    `study=<name>` stands for the overrides in `configs/study/<name>.yaml`, less those of keys that are given too.
+    `study=<name>` stands for the overrides in `configs/study/<name>.yaml`, less those of keys that are given too. Where
+    these are a list, each of it is a part; otherwise there is one.
 
     Raises:
         ConfigError: an override that is not Hydra's syntax, a sweep that has no list of values, or an unknown study.
     """
-    overrides = _with_study(overrides)
-    return [list(cell) for cell in itertools.product(*(_values(override) for override in overrides))]
+    return [
+        [list(cell) for cell in itertools.product(*(_values(override) for override in part))]
+        for part in _with_study(overrides)
+    ]
 
 
 def single(overrides: Sequence[str]) -> list[str]:
@@ -55,7 +58,7 @@ def single(overrides: Sequence[str]) -> list[str]:
     return list(overrides)
 
 
-def run_campaign(sweep: Sequence[Sequence[str]]) -> int:
+def run_campaign(sweep: Sequence[Sequence[Sequence[str]]]) -> int:
     """Runs what is left of a sweep, of `expand`, and returns how it ended, like `attempt`; 1 if any run failed."""
     start = time.monotonic()
     cells, failed = plan(sweep)
@@ -92,39 +95,42 @@ def run_campaign(sweep: Sequence[Sequence[str]]) -> int:
     return FAILED if failed else UNFINISHED if unfinished else DONE
 
 
-def plan(sweep: Sequence[Sequence[str]]) -> tuple[list[Cell], list[str]]:
+def plan(sweep: Sequence[Sequence[Sequence[str]]]) -> tuple[list[Cell], list[str]]:
     """The runs of a sweep in the order to run them, none twice, and the overrides that no run can be made of.
 
-    First seeds; within a seed the Transformer and the LRU before other models, and tasks in the order Image,
-    Pathfinder, ListOps, Text before others; from scratch before pretrained. Otherwise as listed.
+    One part after another. In a part first seeds; within a seed the Transformer and the LRU before other models, and
+    tasks in the order Image, Pathfinder, ListOps, Text before others; from scratch before pretrained or in one phase.
+    Otherwise as listed.
     """
     cells: dict[Path, Cell] = {}
+    ranks: dict[Path, tuple[int, ...]] = {}
     failed = []
-    for overrides in sweep:
-        try:
-            config = compose(overrides)
-            cell = Cell(
-                tuple(overrides),
-                config,
-                Path(config.runs_dir) / run_name(config),
-                pretraining_key(config) if config.pretrain is True else None,
-            )
-        except (ConfigError, DataError) as error:
-            fail(str(error), MISUSED)
-            failed.append(" ".join(overrides))
-            continue
-        cells.setdefault(cell.folder, cell)
-    return sorted(cells.values(), key=_rank), failed
+    for number, part in enumerate(sweep):
+        for overrides in part:
+            try:
+                config = compose(overrides)
+                cell = Cell(
+                    tuple(overrides),
+                    config,
+                    Path(config.runs_dir) / run_name(config),
+                    pretraining_key(config) if config.pretrain is True else None,
+                )
+            except (ConfigError, DataError) as error:
+                fail(str(error), MISUSED)
+                failed.append(" ".join(overrides))
+                continue
+            cells.setdefault(cell.folder, cell)
+            ranks.setdefault(cell.folder, (number, *_rank(config)))
+    return sorted(cells.values(), key=lambda cell: ranks[cell.folder]), failed
 
 
-def _rank(cell: Cell) -> tuple[int, ...]:
-    config = cell.config
+def _rank(config: Config) -> tuple[int, ...]:
     return (
         config.seed,
         int(config.model.name not in MODELS_FIRST),
         TASKS_FIRST.index(config.task.name) if config.task.name in TASKS_FIRST else len(TASKS_FIRST),
         MODELS_FIRST.index(config.model.name) if config.model.name in MODELS_FIRST else len(MODELS_FIRST),
-        int(config.pretrain is not False),
+        int(config.pretrain is not False or config.objective == "joint"),
     )
 
 
@@ -182,17 +188,18 @@ def _values(override: str) -> list[str]:
     return [f"{key}={value}" for value in parsed.sweep_string_iterator()]
 
 
-def _with_study(overrides: Sequence[str]) -> list[str]:
-    """`overrides` with `study=` replaced by what it stands for."""
+def _with_study(overrides: Sequence[str]) -> list[list[str]]:
+    """`overrides` with `study=` replaced by what it stands for, part by part."""
     from omegaconf import OmegaConf
 
     named = [override.removeprefix(STUDY) for override in overrides if override.startswith(STUDY)]
     if not named:
-        return list(overrides)
+        return [list(overrides)]
     studies = {path.stem: path for path in (CONFIGS / "study").glob("*.yaml")}
     if named[-1] not in studies:
         raise ConfigError(unknown("study", named[-1], sorted(studies)))
     given = [override for override in overrides if not override.startswith(STUDY)]
     keys = {override.partition("=")[0] for override in given}
     study: Any = OmegaConf.to_container(OmegaConf.load(studies[named[-1]]))
-    return [*(f"{key}={value}" for key, value in study.items() if key not in keys), *given]
+    parts = study if isinstance(study, list) else [study]
+    return [[*(f"{key}={value}" for key, value in part.items() if key not in keys), *given] for part in parts]

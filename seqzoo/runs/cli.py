@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import chain
 
 from ..config import GROUPS, ConfigError, available, check_keys, compose, to_dict
 from .attempt import BUSY, MISUSED, UNFINISHED, attempt, fail
@@ -38,19 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_intermixed_args(argv)
     try:
-        cells = expand(arguments.overrides) if arguments.multirun else [single(arguments.overrides)]
+        sweep = expand(arguments.overrides) if arguments.multirun else [[single(arguments.overrides)]]
         if arguments.cfg:
-            for cell in cells:
-                _print_config(cell)
+            for run in chain(*sweep):
+                _print_config(run)
             return 0
         if arguments.multirun:
-            return run_campaign(cells)
-        check_keys(cells[0])
-        if any(override.startswith("launcher") and override != "launcher=here" for override in cells[0]):
+            return run_campaign(sweep)
+        ((overrides,),) = sweep
+        check_keys(overrides)
+        if any(override.startswith("launcher") and override != "launcher=here" for override in overrides):
             raise ConfigError("launcher= queues the runs of a sweep; add -m, for one run too")
     except ConfigError as error:
         return fail(str(error), MISUSED)
-    status = attempt(cells[0])
+    status = attempt(overrides)
     return UNFINISHED if status == BUSY else status
 
 

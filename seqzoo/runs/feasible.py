@@ -26,7 +26,9 @@ def check_model(model: SequenceModel, device: torch.device) -> None:
         )
 
 
-def check_stage(name: str, stage: StageConfig, model: SequenceModel, train: Split, fabric: Fabric) -> None:
+def check_stage(
+    name: str, stage: StageConfig, model: SequenceModel, train: Split, fabric: Fabric, *, passes: int = 1
+) -> None:
     """Raises ConfigError where a stage cannot be trained.
 
     Memory is refused for what training cannot do without: weights, gradients and moments; and, at every position of a
@@ -36,12 +38,13 @@ def check_stage(name: str, stage: StageConfig, model: SequenceModel, train: Spli
         name: of the stage's keys, "pretraining" or "finetuning".
         model: as it is to be trained; its tensors may be on the meta device.
         train: what it is trained on.
+        passes: over a batch in a step.
     """
     if stage.batch_size % fabric.world_size:
         raise ConfigError(
             f"{name}.batch_size={stage.batch_size}: valid: a multiple of the {fabric.world_size} processes"
         )
-    tokens = int(train.lengths.sum())
+    tokens = passes * int(train.lengths.sum())
     if budget(stage, len(train), tokens)[0] < 1:
         raise ConfigError(f"{name}.epochs={stage.epochs}: of {tokens:,} tokens none; valid: 1 token or more")
     memory, needed = held_by(fabric.device), needed_to_train(model)

@@ -1,6 +1,6 @@
 """Run folders: their names, what lies in them, and when one run's pretraining may serve another.
 
-<runs_dir>/<task>-<model>-<recipe>-<none|masked|causal>-s<seed>-<hash>/
+<runs_dir>/<task>-<model>-<recipe>-<none|masked|causal|joint-w<weight>-p<passes>>[-augmented]-s<seed>-<hash>/
     config.yaml  task.json  metrics.jsonl  result.json  lock
     pretrain/    key  summary.json  best.safetensors  last.safetensors
     finetune/    best.safetensors  last.safetensors
@@ -57,7 +57,11 @@ def run_name(config: Config, task: Task | None = None) -> str:
     Raises:
         DataError: the task reads a text of the user's that is not there, or published files that are damaged.
     """
-    dropped = () if config.pretrain is True else OF_PRETRAINING
+    dropped: tuple[str, ...] = OF_PRETRAINING
+    if config.pretrain is True:
+        dropped = ()
+    elif config.objective == "joint":
+        dropped = ("pretraining",)
     name = config.task.name if task is None else task.spec.name
     return f"{cell_name(config, name)}-s{config.seed}-{_digest(config, task, without=dropped)}"
 
@@ -125,7 +129,10 @@ def require_weights(run: Path) -> None:
 
 def cell_name(config: Config, task: str) -> str:
     """What the seeds of an experiment have in common in their names."""
-    return f"{task}-{config.model.name}-{config.recipe}-{config.objective if config.pretrain else 'none'}"
+    objective = config.objective if config.pretrain else "none"
+    if config.objective == "joint":
+        objective = f"joint-w{config.joint.weight:g}-p{config.joint.passes}"
+    return f"{task}-{config.model.name}-{config.recipe}-{objective}{'-augmented' if config.augment else ''}"
 
 
 def write_description(folder: Path, config: Config, task: Task) -> None:
@@ -237,7 +244,7 @@ def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"pretrain={folder}: no such folder; valid: true, false, or the folder of a run")
     there, here = read_config(folder), config
-    for key in ("causal", "objective", "size", "train_fraction", "model", "task"):
+    for key in ("causal", "objective", "size", "train_fraction", "augment", "model", "task"):
         for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):
             if name not in MAY_DIFFER:
                 raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
@@ -267,10 +274,12 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     if isinstance(config.pretrain, str):
         shaping["pretrain"] = Path(config.pretrain).name
     unused = [name for name in ("lora", "ladder") if name != config.tuning]
+    unused += ["joint"] if config.objective != "joint" else []
     # What they were before there was a choice counts as a key that is not there, see below.
     unused += ["tuning"] if config.tuning == "full" else []
     unused += ["model.init"] if config.model.init == "structured" else []
     unused += ["search"] if config.lr is None or config.search == SearchConfig() else []
+    unused += ["augment"] if not config.augment else []
     for key in (*WITHOUT_EFFECT, *unused, *without):
         _drop(shaping, key)
     if task is not None:

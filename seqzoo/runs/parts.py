@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,9 +93,14 @@ def model_of(config: Config, spec: TaskSpec, head: str) -> SequenceModel:
 
 
 def objective_of(config: Config, spec: TaskSpec) -> Objective:
-    """What pretraining minimises."""
+    """What pretraining minimises or, with `objective=joint`, the one phase that there is."""
     with blaming(f"objective={config.objective}"):
-        return build_objective(config.objective, spec, pixel_loss=config.pixel_loss)
+        return build_objective(config.objective, spec, pixel_loss=config.pixel_loss, **asdict(config.joint))
+
+
+def finetuning_of(config: Config, spec: TaskSpec) -> Objective:
+    """What fine-tuning minimises: what the task asks, be it alone or in one phase with masked self-pretraining."""
+    return objective_of(config, spec) if config.objective == "joint" else build_objective("task", spec)
 
 
 def part_of(split: Split, n: int | None) -> Split:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,12 @@ from torch import nn
 from ..config import Config, ConfigError, StageConfig, to_dict
 from ..files import LinkError, inside, write_json, write_text
 from ..messages import printable, printable_lines
-from ..models import SequenceModel, build_model, task_head
+from ..models import SequenceModel, build_model
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..study import is_packed, read_metrics
-from ..tasks import Task, nested
+from ..tasks import AUGMENTATIONS, Task, nested
 from ..training.cores import cpu_share
 from ..training.evaluation import evaluate, require_questions
 from ..training.forecast import forecast, training_rate
@@ -47,7 +47,17 @@ from .folder import (
     shared_pretraining,
     write_description,
 )
-from .parts import SUBSET_SEED, blaming, build_fabric, model_of, objective_of, part_of, sized, task_of
+from .parts import (
+    SUBSET_SEED,
+    blaming,
+    build_fabric,
+    finetuning_of,
+    model_of,
+    objective_of,
+    part_of,
+    sized,
+    task_of,
+)
 from .search import search_lr
 
 if TYPE_CHECKING:
@@ -140,6 +150,11 @@ class _Run:
         deadline: float | None,
     ) -> None:
         _check_answer(config, task.spec)
+        if config.augment and task.augmentation is None:
+            valid = f"augment=false, or a task that has one: {', '.join(AUGMENTATIONS)}"
+            shown = f"{task.spec.name} with {task.note}" if config.task.permuted else task.spec.name
+            raise ConfigError(f"augment=true: {shown} has none; valid: {valid}")
+        self.objective = finetuning_of(config, task.spec)
         self.config, self.task, self.folder, self.key = config, task, folder, key
         self.fabric, self.deadline = fabric, deadline
         self.examples = task.train
@@ -158,10 +173,11 @@ class _Run:
         if key is not None:
             model = self.on_meta(objective_of(config, task.spec).head)
             check_stage("pretraining", config.pretraining, model, self.examples, fabric)
-        model = self.on_meta(task_head(task.spec))
+        model = self.on_meta(self.objective.head)
         with blaming(f"tuning={config.tuning}"), torch.device("meta"):
             model = tune(model, config)
-        check_stage("finetuning", config.finetuning, model, self.examples, fabric)
+        passes = self.objective.passes
+        check_stage("finetuning", config.finetuning, model, self.examples, fabric, passes=passes)
         with blaming(f"model={config.model.name}"):
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
@@ -184,7 +200,7 @@ class _Run:
             self.say(f"tuning={config.tuning} moves {self.trained:,} parameters{alone}")
         self.say_how_long()
         source, pretraining = self.pretrain()
-        objective = build_objective("task", self.task.spec)
+        objective = self.objective
         model = model_of(config, self.task.spec, objective.head)
         if pretraining is not None:  # also when fine-tuning continues: its checkpoint is loaded over it
             transfer = transfer_backbone(model, source / "pretrain" / "best.safetensors")
@@ -198,7 +214,7 @@ class _Run:
     def say_how_long(self) -> None:
         """Says of each stage that is left how long it will take, from a few steps of a model of its own."""
         config, spec, fabric = self.config, self.task.spec, self.fabric
-        stages = {"finetune": (build_objective("task", spec), config.finetuning)}
+        stages: dict[str, tuple[Objective, StageConfig]] = {"finetune": (self.objective, config.finetuning)}
         if self.key is not None and not (self.pretraining_folder() / "pretrain" / "summary.json").exists():
             stages = {"pretrain": (objective_of(config, spec), config.pretraining), **stages}
         fitting = "short" if fabric.device.type == "cuda" else "tiny"
@@ -213,7 +229,7 @@ class _Run:
                 objective,
                 self.examples,
                 stage,
-                flops_at=partial(self.flops_at, head=objective.head),
+                flops_at=partial(self.flops_at, objective=objective),
                 name=name,
                 seed=config.seed,
                 folder=self.folder / "forecast",
@@ -225,6 +241,7 @@ class _Run:
                 self.examples,
                 self.val,
                 rate,
+                passes=objective.passes,
                 seen=seen.get(name, 0),
                 trials=config.search.share * len(config.search.rates)
                 if config.lr == "search" and name not in seen
@@ -233,10 +250,10 @@ class _Run:
             )
             self.say(f"{said}, not compiled" if config.compile else said)
 
-    def flops_at(self, length: int, *, head: str) -> float:
-        """`flops_per_token` of the model with that head, in sequences of a length."""
-        spec = replace(self.task.spec, max_length=length)
-        return flops_per_token(self.sized, spec, causal=self.config.causal, head=head)
+    def flops_at(self, length: int, objective: Objective) -> float:
+        """`flops_per_token` of the model with the objective's head, in sequences of a length."""
+        spec, causal = replace(self.task.spec, max_length=length), self.config.causal
+        return flops_per_token(self.sized, spec, causal=causal, head=objective.head, passes=objective.passes)
 
     def pretraining_folder(self) -> Path:
         """Where the run's own pretraining is, or is to be."""
@@ -274,6 +291,7 @@ class _Run:
             "fabric": self.fabric,
             "compile": config.compile,
             "deadline": self.deadline,
+            "augmentation": self.task.augmentation if config.augment else None,
         }
         if config.lr == "search":
             trials = inside(folder, "search")
@@ -288,7 +306,7 @@ class _Run:
             **shared,
             folder=folder,
             tracker=self.tracker,
-            flops_per_token=self.flops_at(self.task.spec.max_length, head=objective.head),
+            flops_per_token=self.flops_at(self.task.spec.max_length, objective),
         )
         if stage.warmup_steps > trainer.total_steps:
             steps = f"{stage.warmup_steps:,} steps of warmup in {trainer.total_steps:,}"
@@ -333,6 +351,8 @@ class _Run:
             "trained_params": self.trained,
             "init": config.model.init,
             "tuning": config.tuning,
+            "joint": asdict(config.joint) if config.objective == "joint" else None,
+            "augment": config.augment,
             "train_fraction": 1.0 if config.train_fraction is None else config.train_fraction,
             "flops_per_token": self.flops,
             "tokens_seen": of_stages("tokens_seen"),
@@ -377,7 +397,8 @@ def _reaching(folder: Path) -> Iterator[None]:
 
 def _check_answer(config: Config, spec: TaskSpec) -> None:
     """Raises ConfigError where a task asks for something else than the run would learn."""
-    if config.pretrain and config.pixel_loss != "cross_entropy" and spec.kind != "pixels":
+    learns_inputs = config.pretrain or config.objective == "joint"
+    if learns_inputs and config.pixel_loss != "cross_entropy" and spec.kind != "pixels":
         raise ConfigError(f"pixel_loss={config.pixel_loss}: {spec.name} has no pixels; valid: cross_entropy")
     if spec.answer != "next":
         return

@@ -39,7 +39,7 @@ def search_lr(
     Raises:
         TrainingError: training fails at every rate.
     """
-    tokens = max(1, round(search.share * budget(stage, len(train), int(train.lengths.sum()))[0]))
+    tokens = max(1, round(search.share * budget(stage, len(train), objective.passes * int(train.lengths.sum()))[0]))
     scores = {}
     for lr in search.rates:
         trial = inside(folder, f"lr-{lr:g}")

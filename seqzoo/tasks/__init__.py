@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from . import (
     speech_commands,
 )
 from .arrays import from_arrays
+from .augmentation import AUGMENTATIONS
 from .config import TaskConfig
-from .data import Split, Task, epoch_order, nested, stratified
+from .data import Augmentation, Split, Task, epoch_order, nested, stratified
 from .identity import Fingerprint, fingerprint
 from .store.cache import default_folder, reading
 from .store.sources import DataError, MissingData
 
 __all__ = [
+    "AUGMENTATIONS",
     "TASKS",
+    "Augmentation",
     "DataError",
     "Fingerprint",
     "MissingData",
@@ -108,7 +112,8 @@ def build_task(
     if config.name not in TASKS:
         raise ValueError(f"no task {config.name!r}; valid: {', '.join(TASKS)}")
     with reading(None if filled is None else _user_path(filled)):
-        return TASKS[config.name](config, **_places(data_dir, cache_dir))
+        task = TASKS[config.name](config, **_places(data_dir, cache_dir))
+    return task if config.permuted else replace(task, augmentation=AUGMENTATIONS.get(config.name))
 
 
 def _places(data_dir: Path | str | None, cache_dir: Path | str | None) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def build(
 
     Raises:
         DataError: the pictures are missing, incomplete or damaged.
-        ValueError: a key of `config` is missing, does not belong to this task, or asks for other than 1,024 pixels.
+        ValueError: a key of `config` is missing, does not belong to this task, or asks for a number of pixels
+            that smaller pictures of these cannot have.
     """
 
     def read() -> tuple[Pictures, Pictures]:

@@ -16,7 +16,7 @@ class TaskConfig:
     """What shapes a task's data. The first three keys are every task's; the others are None where they do not apply."""
 
     name: str
-    max_length: Length  # in tokens, <eos> included; longer sequences are cut
+    max_length: Length  # in tokens, <eos> included; longer sequences are cut, pictures made smaller
     mask_ratio: Between  # share of positions hidden in masked pretraining
 
     # cut from the published training split, so that nothing is ever chosen by looking at the test split
@@ -25,6 +25,8 @@ class TaskConfig:
     test_fraction: Between | None = None  # of data that are published without a test split
 
     min_frequency: Number | None = None  # text: rarer characters are <unk>
+
+    permuted: bool | None = None  # pictures: read in one random order of pixels, the same for all
 
     difficulty: str | None = None  # Pathfinder, see `seqzoo.tasks.pathfinder.parameters.DIFFICULTIES`
 
@@ -54,6 +56,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, f"task={self.name}: task.", absent=True)
+        self.permuted = self.permuted or None  # the same data as without it, under the same name
         counts = [count for key in COUNTS.values() if (count := getattr(self, key)) is not None]
         if sum(counts) * self.max_length > POSITIONS:
             raise ValueError(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -133,6 +134,12 @@ class Split:
         return (index[:, None] * self.spec.num_inputs + torch.arange(self.spec.num_inputs)).flatten()
 
 
+class Augmentation(Protocol):
+    """Changes the examples of a training batch at random, and not their answers; see `seqzoo.tasks.augmentation`."""
+
+    def __call__(self, batch: Batch, spec: TaskSpec, *, seed: int) -> Batch: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A dataset ready to train on."""
@@ -144,6 +151,7 @@ class Task:
     note: str = ""  # how the data differs from the published benchmark's; empty where it does not
     symbols: tuple[str, ...] = ()  # of tokens that stand for text: what each id is
     folder: Path | None = None  # the cache entry its arrays are mapped from; None where they are in memory
+    augmentation: Augmentation | None = None  # what `augment=true` does to training batches; None: it cannot be had
 
     @property
     def majority(self) -> float:

@@ -2,8 +2,9 @@
 
 Grey images of 32, 128 and 256 pixels a side, read pixel by pixel from the top left. The benchmark's own images are used
 where its folder `pathfinder<size>/curv_contour_length_14` is found and nothing else is asked for; otherwise images are
-generated, as `seqzoo.tasks.pathfinder.generator` says. The benchmark's are split as published pipelines do: a random
-permutation of seed 42 of all rows, in the order of their metadata, of which 80 % are for training.
+generated, as `seqzoo.tasks.pathfinder.generator` says, and so are smaller ones, for what trains on a CPU. The
+benchmark's are split as published pipelines do: a random permutation of seed 42 of all rows, in the order of their
+metadata, of which 80 % are for training.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from ..spec import TaskSpec
 from .config import COUNTS, TaskConfig
 from .data import Task, assemble
-from .pathfinder.parameters import published
+from .pathfinder.parameters import SMALLER_SIZES, parameters_of
 from .pathfinder.release import decode, metadata_files, read_metadata, split_rows
 from .store.cache import Stored, cached
 from .store.release import released_folder
@@ -41,16 +42,14 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
     """
     settings = config.settings("difficulty", *COUNTS.values(), "generator_seed", optional=("workers",))
     workers = settings.pop("workers")
-    size = SIZES[config.name]
-    if config.max_length != size * size:
-        raise ValueError(
-            f"task {config.name}: max_length is {config.max_length}; an image has {size * size} pixels, uncut"
-        )
-    parameters = published(size, settings["difficulty"])
+    size = _size(config)
+    parameters = parameters_of(size, settings["difficulty"])
     counts = {split: settings[name] for split, name in COUNTS.items()}
     changed = _changed(config)
     folder = _released(config, data_dir, cache_dir)
     request: dict[str, Any] = dict(settings)
+    if size != SIZES[config.name]:
+        request["size"] = size
     if folder is not None:
         request["released"] = _fingerprint(folder)
 
@@ -68,6 +67,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         return Stored(arrays, {}, "generated" if folder is None else f"lra_release/{_name(config)}")
 
     notes = ["generated"] if folder is None else []
+    notes += [f"images of {size} x {size}"] if "size" in request else []
     notes += [f"{name} {value:,}" if isinstance(value, int) else str(value) for name, value in changed.items()]
     spec = TaskSpec(
         name=config.name,
@@ -94,7 +94,7 @@ def answer(values: np.ndarray, spec: TaskSpec, request: Mapping[str, Any]) -> in
     from .pathfinder.tracer import connected
 
     size = math.isqrt(spec.max_length)
-    return int(connected(values.reshape(1, size, size), published(size, request["difficulty"]))[0])
+    return int(connected(values.reshape(1, size, size), parameters_of(size, request["difficulty"]))[0])
 
 
 def _fill(
@@ -124,6 +124,24 @@ def _fill(
     return arrays
 
 
+def _size(config: TaskConfig) -> int:
+    """Pixels a side.
+
+    Raises:
+        ValueError: `config` asks for a number of pixels that no image of the task has.
+    """
+    own = SIZES[config.name]
+    sides = (own, *SMALLER_SIZES) if config.name == "lra_pathfinder" else (own,)
+    for side in sides:
+        if config.max_length == side * side:
+            return side
+    smaller = ", ".join(str(side * side) for side in sides[1:])
+    raise ValueError(
+        f"task {config.name}: max_length is {config.max_length}; an image has {own * own} pixels, uncut"
+        + (f"; valid: {own * own}, or {smaller} for smaller images" if smaller else "")
+    )
+
+
 def _changed(config: TaskConfig) -> dict[str, Any]:
     """What is asked for that the benchmark has otherwise."""
     return {name: getattr(config, name) for name, published in PUBLISHED.items() if getattr(config, name) != published}
@@ -131,7 +149,7 @@ def _changed(config: TaskConfig) -> dict[str, Any]:
 
 def _released(config: TaskConfig, data_dir: Path | None, cache_dir: Path) -> Path | None:
     """The benchmark's own folder, where it is found and nothing else is asked for."""
-    if _changed(config):
+    if _changed(config) or config.max_length != SIZES[config.name] ** 2:
         return None
     return released_folder(_name(config), data_dir, cache_dir)
 

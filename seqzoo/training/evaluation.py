@@ -67,12 +67,15 @@ def require_questions(objective: Objective, splits: Mapping[str, Split]) -> None
 
 def means(sums: dict[str, Any]) -> dict[str, float]:
     """Sums over "count" examples or positions as means, of which there are none where nothing was asked; "correct"
-    becomes "accuracy"."""
+    becomes "accuracy". Those of "masked/..." are over "masked/count" likewise."""
     values = {key: float(total) for key, total in sums.items()}
-    count = values.pop("count")
-    if not count:
-        return {}
-    return {"accuracy" if key == "correct" else key: value / count for key, value in values.items()}
+    metrics = {}
+    for key, value in values.items():
+        group, slash, name = key.rpartition("/")
+        count = values[f"{group}{slash}count"]
+        if count and name != "count":
+            metrics[f"{group}{slash}{'accuracy' if name == 'correct' else name}"] = value / count
+    return metrics
 
 
 def module_metrics(model: nn.Module) -> dict[str, float]:

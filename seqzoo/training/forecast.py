@@ -53,7 +53,7 @@ def training_rate(
         name, seed, fabric: as of `Stage`.
         folder: where nothing lies; nor does anything afterwards.
     """
-    positions, whole, ranks = int(train.lengths.sum()), train.spec.max_length, fabric.world_size
+    positions, whole, ranks = objective.passes * int(train.lengths.sum()), train.spec.max_length, fabric.world_size
     per_example = positions / len(train)
     fitting = fabric.broadcast(STEP_SECONDS * USUAL_SHARE * peak_flops(fabric) / (3 * flops_at(whole)))  # tokens
     longest = whole
@@ -93,6 +93,7 @@ def forecast(
     val: Split,
     rate: float,
     *,
+    passes: int = 1,
     seen: int = 0,
     trials: float = 0.0,
     advice: str,
@@ -100,11 +101,12 @@ def forecast(
     """What to say of a stage that trains `rate` tokens a second.
 
     Args:
+        passes: over each batch, in which its positions count.
         seen: tokens that are behind.
         trials: of learning rates, before it, as a share of its budget.
         advice: what to say if it would take more than a day.
     """
-    tokens, _ = budget(stage, len(train), int(train.lengths.sum()))
+    tokens, _ = budget(stage, len(train), passes * int(train.lengths.sum()))
     left = max(0, tokens - seen)
     validations = stage.evaluations * int(val.lengths.sum()) * left / tokens
     seconds = (left + trials * tokens + validations / 3) / rate  # a forward pass is a third of a step

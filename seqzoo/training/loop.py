@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from ..blocks import after_step, auxiliary_loss
 from ..config import StageConfig
+from ..models import JointModel
 from ..objectives import Objective
 from ..spec import Batch
-from ..tasks import Split, epoch_order
+from ..tasks import Augmentation, Split, epoch_order
 from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
 from .compilation import compile_model
 from .cores import Cores, cpu_share
@@ -40,6 +42,7 @@ SAVE_SHARE = 0.01  # of the time, for checkpoints between validations
 FIRST_SAVE_SECONDS = 1.0  # till the first, which tells how long one takes
 READ_EVERY = 16  # steps, between two looks at how a GPU fares
 CURVE_POINTS = 200  # training lines in metrics.jsonl, per stage
+AUGMENTED = 1  # what the seed of a batch's augmentation has beside that of its masks
 
 
 @dataclass
@@ -61,23 +64,24 @@ class State:
 class MicroBatch(NamedTuple):
     """A rank's share of one of the batches that a step accumulates.
 
-    Times the number of ranks, whose gradients are averaged, it has `asked` of all that the step asks for, and
-    `positions` of all its valid positions, over which auxiliary losses are means.
+    Times the number of ranks, whose gradients are averaged, it has `asked` of all that the step asks for, [n] where the
+    loss is a sum of n means, and `positions` of all its valid positions, over which auxiliary losses are means.
     """
 
     examples: Tensor  # int64 [batch], on the CPU
     batch: Batch
     seed: int
     asked: Tensor | float = 1.0
-    positions: float = 1.0
+    positions: Tensor | float = 1.0
 
 
 class Stage:
     """Trains `model` on `train` and keeps the weights that do best on `val`.
 
-    A step is a function of (seed, stage, step, weights): the examples it sees, their masks and its dropout are drawn
-    from nothing else, so that continuing from a checkpoint is exact. Batches are cut from the endless row of epochs,
-    so all are full, and those of one step do not depend on how many devices share them.
+    A step is a function of (seed, stage, step, weights): the examples it sees, their augmentation and masks and its
+    dropout are drawn from nothing else, so that continuing from a checkpoint is exact. Batches are cut from the endless
+    row of epochs, so all are full, and those of one step do not depend on how many devices share them. A budget counts
+    the positions of `train`, as they are before augmentation, once for each pass over them.
 
     The loss of a step is the mean over all answers that it asks for, on all ranks and in all batches that it
     accumulates, however unevenly they are spread; losses that blocks have of their own are means over valid positions
@@ -93,6 +97,7 @@ class Stage:
         folder: `<run folder>/<name>`, for checkpoints; training continues from the one it finds there.
         fabric: device, precision and ranks, launched.
         tracker: for metrics; None on all ranks but the first.
+        augmentation: of the training batches; None: they stay as they are.
         compile: compile the model, forward and backward, once for each shape of a batch.
         flops_per_token: of the forward pass; with it, the model-flops utilisation is measured.
         deadline: the moment of `time.monotonic()` at which to stop as if interrupted.
@@ -114,17 +119,20 @@ class Stage:
         folder: Path,
         fabric: Fabric,
         tracker: Tracker | None = None,
+        augmentation: Augmentation | None = None,
         compile: bool = False,
         flops_per_token: float | None = None,
         deadline: float | None = None,
     ):
         self.objective, self.config, self.name, self.seed = objective, stage, name, seed
         self.folder, self.fabric, self.tracker = folder, fabric, tracker
-        self.flops_per_token, self.deadline = flops_per_token, deadline
+        self.augmentation, self.flops_per_token, self.deadline = augmentation, flops_per_token, deadline
         self.peak = None if flops_per_token is None else peak_flops(fabric)
         self.model = model.to(fabric.device)
+        self.kept = model.without_second() if isinstance(model, JointModel) else model  # what its best weights are of
         self.train, self.val = train.to(fabric.device), val.to(fabric.device)
-        self.lengths = train.lengths.reshape(len(train), -1).sum(1)  # int64 [N], of all inputs of an example
+        # int64 [N], of all inputs of an example, in all passes
+        self.lengths = objective.passes * train.lengths.reshape(len(train), -1).sum(1)
         self.examples_per_step = stage.batch_size * stage.accumulate
         self.budget, self.total_steps = budget(stage, len(train), int(self.lengths.sum()))
         self.log_every = max(1, self.total_steps // CURVE_POINTS)
@@ -199,7 +207,7 @@ class Stage:
                 self.save()
                 raise
         self.fabric.barrier()
-        self.model.load_state_dict(load_weights(self.folder / "best.safetensors"))
+        self.kept.load_state_dict(load_weights(self.folder / "best.safetensors"))
         return state
 
     def take_step(self) -> None:
@@ -271,25 +279,38 @@ class Stage:
         for number in range(self.config.accumulate):
             index = self.examples(number * size, size)[rank::ranks]
             seed = derive_seed(self.seed, STAGES.index(self.name), self.state.step, number, rank)
-            micros.append(MicroBatch(index, self.train.batch(index), seed))
+            batch = self.train.batch(index)
+            if self.augmentation is not None:
+                batch = self.augmentation(batch, self.train.spec, seed=derive_seed(seed, AUGMENTED))
+            micros.append(MicroBatch(index, batch, seed))
         if len(micros) * ranks == 1:
             return micros
-        asked = torch.stack([self.objective.asked(micro.batch, seed=micro.seed).sum() for micro in micros])
-        total = asked.sum()
-        if ranks > 1:
-            torch.distributed.all_reduce(total)  # Fabric's would have a GPU waited for
-        positions = self.positions(self.examples(0, self.examples_per_step))
+        asked = self.shares([self.objective.count(micro.batch, seed=micro.seed) for micro in micros])
+        positions: Iterable[Tensor | float]
+        if self.augmentation is None:
+            total = self.positions(self.examples(0, self.examples_per_step))
+            positions = [ranks * self.positions(micro.examples) / total for micro in micros]
+        else:
+            positions = self.shares([micro.batch.lengths.sum() for micro in micros])
         return [
-            micro._replace(asked=share, positions=ranks * self.positions(micro.examples) / positions)
-            for micro, share in zip(micros, ranks * asked / total.clamp(min=1), strict=True)
+            micro._replace(asked=share, positions=part)
+            for micro, share, part in zip(micros, asked, positions, strict=True)
         ]
+
+    def shares(self, counts: Sequence[Tensor]) -> Tensor:
+        """Counts of this rank's batches, int64 [] or [n] each, as parts of those of all ranks, times their number."""
+        counted = torch.stack(list(counts))
+        total = counted.sum(0)
+        if self.fabric.world_size > 1:
+            torch.distributed.all_reduce(total)  # Fabric's would have a GPU waited for
+        return self.fabric.world_size * counted / total.clamp(min=1)
 
     def forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The part of a step's loss that is `micro`'s, and the sums its metrics are made of."""
         torch.manual_seed(micro.seed)
         with self.fabric.autocast():
-            loss, totals = self.objective(model, micro.batch, seed=micro.seed)
-            return micro.asked * loss + micro.positions * auxiliary_loss(self.model), totals
+            loss, totals = self.objective.weighed(model, micro.batch, seed=micro.seed, shares=micro.asked)
+            return loss + micro.positions * auxiliary_loss(self.model), totals
 
     def examples(self, start: int, count: int) -> Tensor:
         """`count` of the coming step's examples, int64 [count], from its `start`-th on."""
@@ -325,7 +346,7 @@ class Stage:
         if metrics[monitor] > best if maximise else metrics[monitor] < best:
             state.best = {**metrics, "step": state.step}
             if self.fabric.is_global_zero:
-                save_weights(self.folder / "best.safetensors", self.model.state_dict(), state.best)
+                save_weights(self.folder / "best.safetensors", self.kept.state_dict(), state.best)
         if self.tracker:
             named = {f"val/{key}": value for key, value in metrics.items()} | self.reports()
             named |= {"training_seconds": state.training_seconds} | self.share_of_cores()

@@ -130,6 +130,17 @@ def s4d(block, x, mask, lengths):
     return gain(kernel, x, mask, len(C))
 
 
+def conv(block, x, mask, lengths):
+    """J = diag(weight) of the distance; past the kernel's ends it is zero."""
+
+    def kernel(direction, lag):
+        at = block.conv.past + (lag if direction else -lag)
+        within = 0 <= at < block.conv.width and lag >= direction  # t = s is in one direction only
+        return block.conv.weight[:, at].diag() if within else torch.zeros(D, D, dtype=x.dtype)
+
+    return gain(kernel, x, mask, 1 if block.causal else 2)
+
+
 def gain(kernel, x, mask, directions):
     """√(Σ_r ‖J[t, s] x_r‖² / Σ_r ‖x_r‖²), r over the valid positions of all sequences."""
     J = torch.zeros(T, T, D, D, dtype=torch.float64)
@@ -163,6 +174,7 @@ CASES = {
     "gau_softmax": (gau_softmax, "gau", {"attention": "softmax", "key_dim": 6, "rotary": False}),
     "lru": (lru, "lru", {"state_dim": 5}),
     "s4d": (s4d, "s4d", {"state_dim": 6}),
+    "conv": (conv, "conv", {}),
 }
 
 
@@ -182,7 +194,7 @@ def test_is_the_equation(case, causal, lengths):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("lru", "s4d")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("lru", "s4d", "conv")])
 @torch.no_grad()
 def test_moves_the_values_as_the_block_does(case, causal):
     _, name, options = CASES[case]

@@ -27,7 +27,7 @@ def test_every_model_of_the_zoo(name, causal, task):
     assert len({layer.layer for layer in layers}) == len(layers)
     for layer in layers:
         heads = len(layer.entropy)
-        assert heads == (1 if name in ("flash", "lru", "s4d") else 2)
+        assert heads == (1 if name in ("conv", "flash", "lru", "s4d") else 2)
         for values, low, high in (
             (layer.entropy, 0, math.log(longest)),
             (layer.normalized_entropy, 0, 1),

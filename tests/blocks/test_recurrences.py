@@ -125,6 +125,29 @@ def test_files_and_seeds_of_before_give_the_same_block(name, earlier, causal):
     other.load_state_dict(own)  # of today
 
 
+def test_s4d_starts_as_published():
+    """The poles of one step, exp(A Δ): of every channel d and pair n."""
+    n, d, state_dim = torch.arange(4), torch.arange(D)[:, None], 8
+
+    def started(init, **options):
+        dynamics = build_block("s4d", D, state_dim=state_dim, init=init, **options).dynamics.double()
+        A, step = dynamics(torch.float64)
+        return dynamics.log_dt.exp()[:, None], A, step.exp()
+
+    step, A, poles = started("lin")
+    assert_close(A, torch.complex(torch.full((D, 4), -0.5).double(), math.pi * n.double().expand(D, 4)), 1e-6)
+    step, A, poles = started("ft")
+    assert_close(A, torch.complex(torch.full((D, 4), -0.5).double(), 3 * math.pi * n.double().expand(D, 4)), 1e-6)
+    assert_close(started("ft", frequency_scale=5.0)[1].imag, 5 / 3 * A.imag, 1e-6)
+    step, A, poles = started("dfout")
+    offset = 2 * math.pi * d.double() / (state_dim * D)
+    assert_close(poles, torch.exp(-step / 2) * torch.exp(1j * (2 * math.pi * n / state_dim + offset)), 1e-6)
+    angles = poles.angle().flatten().sort().values  # a grid of the half circle, none twice
+    assert_close(angles, math.pi * torch.arange(4 * D).double() / (4 * D), 1e-5)
+    with pytest.raises(ValueError, match="S4D: init='legs'; valid: lin, ft, dfout"):
+        build_block("s4d", D, init="legs")
+
+
 def test_low_rank_changes_of_before_load():
     """Of the one layer that read both directions: A has its inputs, B is of both."""
     peft = pytest.importorskip("peft")

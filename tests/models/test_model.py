@@ -66,7 +66,7 @@ def test_regression_gives_a_number_per_channel():
         build_model(config(), TOKENS, head="regress", causal=False)
 
 
-@pytest.mark.parametrize("block", ["softmax_attention", "linear_attention", "vq_attention", "lru", "s4d"])
+@pytest.mark.parametrize("block", ["softmax_attention", "linear_attention", "vq_attention", "lru", "s4d", "conv"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_never_changes_a_score(block, causal):
     torch.manual_seed(0)
@@ -240,3 +240,31 @@ def test_a_frozen_backbone_stays_in_eval_mode():
     features = model.backbone(x, lengths)
     assert not features.requires_grad
     assert torch.equal(features, model.backbone(x, lengths))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("spec", [TOKENS, PIXELS, PAIRS], ids=lambda spec: spec.name)
+def test_a_second_head_reads_what_is_hidden(spec, whole):
+    models = {}
+    for head in ("classify", "per_position", "classify+per_position"):
+        torch.manual_seed(0)
+        models[head] = build_model(config(block={"name": "vq_attention"}), spec, head=head, causal=False)
+    both = models["classify+per_position"]
+    models["per_position"].backbone.load_state_dict(both.backbone.state_dict())
+    models["per_position"].head.load_state_dict(both.second.state_dict())
+    x = inputs(spec)
+    lengths = torch.randint(1, 21, (4, 2) if spec.num_inputs == 2 else (4,))
+    mask = torch.rand((*lengths.shape, 20)) < 0.3
+    for model in models.values():
+        model.eval()
+    torch.testing.assert_close(both(x, lengths), models["classify"](x, lengths))
+    answers, filled = both(x, lengths, mask, whole=whole)
+    torch.testing.assert_close(answers, models["classify"](x, lengths, None if whole else mask))
+    torch.testing.assert_close(filled, models["per_position"](x, lengths, mask))
+    assert both.without_second().state_dict().keys() == models["classify"].state_dict().keys()
+
+
+@pytest.mark.parametrize("head", ["classified", "classify+", "classify+per_position+regress"])
+def test_heads_that_there_are_not(head):
+    with pytest.raises(ValueError, match=r"valid: classify, per_position, regress, or two of them, such as"):
+        build_model(config(), TOKENS, head=head, causal=False)

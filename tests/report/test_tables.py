@@ -155,6 +155,11 @@ def test_figure_shows_what_was_measured(comparisons, tmp_path, monkeypatch):
         ("s4d", "lra_pathx", None, False, (97.32, False, "")),
         ("s4d", "lra_text", "masked", False, (90.34, True, "S4")),
         ("lru", "lra_pathx", None, False, (94.2, True, "")),
+        ("s4d_ft", "lra_image", None, False, (90.89, False, "")),
+        ("s4d_dfout", "lra_pathfinder", None, False, (94.3, False, "")),
+        ("b2s6", "lra_listops", None, False, (63.85, False, "")),
+        ("mamba", "lra_retrieval", None, False, (72.14, False, "")),
+        ("mamba2", "lra_text", None, False, (86.09, False, "")),
     ],
 )
 def test_published_figures(model, task, objective, causal, expected):
@@ -180,3 +185,11 @@ def test_what_is_not_comparable_is_not_shown(model, task, objective, causal):
 def test_mean_of_the_published_causal_row():
     figures = [published("transformer", task, "causal", causal=True).percent for task in TASKS]
     assert sum(figures) / len(figures) == pytest.approx(81.81, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("model", "mean"), [("s4d_ft", 88.26), ("s4d_dfout", 86.2), ("b2s6", 87.71), ("mamba", 66.59), ("mamba2", 70.54)]
+)
+def test_means_of_published_rows(model, mean):
+    figures = [published(model, task, None, causal=False).percent for task in TASKS]
+    assert sum(figures) / len(figures) == pytest.approx(mean, abs=0.0051)

@@ -187,6 +187,28 @@ def test_studies_stand_for_sweeps(tmp_path, monkeypatch):
         expand(["study=size"])
 
 
+def test_a_study_may_have_parts_that_come_one_after_another(tmp_path, monkeypatch):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "two.yaml").write_text(
+        "- {model: 'lru,transformer', seed: '0,1', pretrain: true}\n- {model: 's4d,lru', pretrain: 'true,false'}\n"
+    )
+    monkeypatch.setattr("seqzoo.runs.campaign.CONFIGS", tmp_path)
+    cells, failed = plan(expand(["study=two", "task=lra_text", "recipe=tiny"]))
+    assert not failed
+    assert [(cell.config.seed, cell.config.model.name, cell.config.pretrain) for cell in cells] == [
+        (0, "transformer", True),
+        (0, "lru", True),
+        (1, "transformer", True),
+        (1, "lru", True),
+        (0, "lru", False),
+        (0, "s4d", False),
+        (0, "s4d", True),
+    ]
+    first, second = expand(["study=two", "model=flash", "size=params:50k"])
+    assert [len(first), len(second)] == [2, 2]
+    assert all({"model=flash", "size=params:50k"} < set(run) for run in (*first, *second))
+
+
 @pytest.mark.parametrize("study", sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml")))
 def test_every_study_can_be_run(study):
     cells, failed = plan(expand([f"study={study}", "task=lra_text", "recipe=tiny"]))

@@ -127,11 +127,10 @@ def test_sweeps_go_on_after_a_bug(tiny, monkeypatch, capsys):
 
 
 def test_sweeps_expand_as_hydra_does():
-    assert expand(["a=1,2", "b=x", "c=range(0,4,2)", "d=choice(p,q)"]) == [
-        [f"a={a}", "b=x", f"c={c}", f"d={d}"] for a in (1, 2) for c in (0, 2) for d in ("p", "q")
-    ]
-    assert expand(["a=[1,2]", "b={x:1,y:2}", "c='1,2'"]) == [["a=[1,2]", "b={x:1,y:2}", "c='1,2'"]]
-    assert expand([]) == [[]]
+    (part,) = expand(["a=1,2", "b=x", "c=range(0,4,2)", "d=choice(p,q)"])
+    assert part == [[f"a={a}", "b=x", f"c={c}", f"d={d}"] for a in (1, 2) for c in (0, 2) for d in ("p", "q")]
+    assert expand(["a=[1,2]", "b={x:1,y:2}", "c='1,2'"]) == [[["a=[1,2]", "b={x:1,y:2}", "c='1,2'"]]]
+    assert expand([]) == [[[]]]
 
 
 def test_cfg_prints_what_would_run(tmp_path, capsys):

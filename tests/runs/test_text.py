@@ -59,12 +59,11 @@ def test_a_tilde_is_the_home_folder_as_everywhere(monkeypatch, tmp_path):
 
 def test_a_comma_makes_a_sweep_of_texts_with_m_only():
     assert single(["runs_dir=a,b"]) == ["runs_dir=a,b"]
-    assert expand(["runs_dir=1.10, é#", "seed=0,1"]) == [
-        [f"runs_dir={folder}", f"seed={seed}"] for folder in ("1.10", "é#") for seed in (0, 1)
-    ]
-    assert expand(["runs_dir='a,b'"]) == [["runs_dir='a,b'"]]
-    assert expand(["pretrain=choice(false,true)"]) == [["pretrain=false"], ["pretrain=true"]]
-    assert expand(["runs_dir=choice(2024_11_28, 1.10)"]) == [["runs_dir=2024_11_28"], ["runs_dir=1.10"]]
+    (swept,) = expand(["runs_dir=1.10, é#", "seed=0,1"])
+    assert swept == [[f"runs_dir={folder}", f"seed={seed}"] for folder in ("1.10", "é#") for seed in (0, 1)]
+    assert expand(["runs_dir='a,b'"]) == [[["runs_dir='a,b'"]]]
+    assert expand(["pretrain=choice(false,true)"]) == [[["pretrain=false"], ["pretrain=true"]]]
+    assert expand(["runs_dir=choice(2024_11_28, 1.10)"]) == [[["runs_dir=2024_11_28"], ["runs_dir=1.10"]]]
 
 
 @pytest.mark.parametrize("name", ["2024_11_28", "é~#=,() x", "it's"])

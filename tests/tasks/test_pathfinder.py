@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from seqzoo.tasks import DataError, TaskConfig, build_task, lra_pathfinder, origin_of
+from seqzoo.tasks.checks import verify
 from seqzoo.tasks.pathfinder import release
 from seqzoo.tasks.pathfinder.release import COLUMNS, read_metadata
 
@@ -54,6 +55,13 @@ def test_generated(name, size, tmp_path):
     assert not list(tmp_path.glob(".*.work"))
 
 
+def test_smaller_images(tmp_path):
+    task = build_task(config(max_length=256, difficulty="curv_baseline"), data_dir=None, cache_dir=tmp_path)
+    assert task.note == "generated, images of 16 x 16, curv_baseline, num_train 40, num_val 5, num_test 5"
+    assert task.train.batch(torch.arange(TRAIN)).inputs.shape == (TRAIN, 256, 1)
+    assert not verify(task).faults
+
+
 def test_the_same_from_the_cache_and_from_other_workers(tmp_path):
     values = [
         build_task(config(num_train=300, workers=workers), data_dir=None, cache_dir=tmp_path / cache).train.values
@@ -71,6 +79,9 @@ def test_the_same_from_the_cache_and_from_other_workers(tmp_path):
     ("change", "message"),
     [
         ({"max_length": 1000}, "max_length is 1000; an image has 1024 pixels, uncut"),
+        ({"max_length": 400}, "an image has 1024 pixels, uncut; valid: 1024, or 576, 256 for smaller images"),
+        ({"name": "lra_pathx", "max_length": 256}, "max_length is 256; an image has 16384 pixels, uncut$"),
+        ({"max_length": 256}, "'curv_contour_length_14', for which 16 x 16 pixels have no room; valid: curv_baseline$"),
         ({"difficulty": "hard"}, "difficulty is 'hard'; valid: curv_baseline"),
         ({"num_val": 0}, "num_val=0: valid: 1 or more"),
         ({"workers": 0}, "workers=0"),
@@ -173,6 +184,8 @@ def test_metadata_as_the_generator_writes_it(released):
 def test_other_settings_are_generated(released):
     assert load(released, difficulty="curv_baseline").note == "generated, curv_baseline"
     assert load(released, num_train=8).note == "generated, num_train 8"
+    smaller = load(released, difficulty="curv_baseline", max_length=256)
+    assert smaller.note == "generated, images of 16 x 16, curv_baseline"
 
 
 def test_changed_metadata_is_read_anew(released):

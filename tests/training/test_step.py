@@ -14,6 +14,7 @@ from seqzoo.models import build_model
 from seqzoo.objectives import build_objective
 from seqzoo.runs.parts import build_fabric
 from seqzoo.tasks import from_arrays
+from seqzoo.tasks.augmentation import crop, move
 from seqzoo.training.loop import Stage
 
 BLOCKS = {
@@ -24,6 +25,7 @@ BLOCKS = {
     "gau": {},
     "lru": {},
     "s4d": {},
+    "conv": {},
 }
 
 
@@ -51,7 +53,18 @@ def pixel_task():
     )
 
 
-def stage_without_numbers(task, folder, monkeypatch, *, objective, block, pixel_loss="cross_entropy", accumulate=1):
+def stage_without_numbers(
+    task,
+    folder,
+    monkeypatch,
+    *,
+    objective,
+    block="vq_attention",
+    pixel_loss="cross_entropy",
+    accumulate=1,
+    passes=1,
+    augmentation=None,
+):
     stages = {"finetuning": {"accumulate": accumulate}}
     config = tiny_config(folder, model={"block": {"name": block, **BLOCKS[block]}}, **stages)
     fabric = build_fabric(config)
@@ -63,9 +76,10 @@ def stage_without_numbers(task, folder, monkeypatch, *, objective, block, pixel_
         lambda model, stage: torch.optim.RMSprop([{"params": list(model.parameters()), "base_lr": 1e-3}]),
     )
     # On a GPU the numbers would be drawn there, and these copies not wait.
-    monkeypatch.setattr("seqzoo.objectives._uniform", lambda shape, seed, device: torch.rand(shape, device=device))
+    for user in ("seqzoo.objectives", "seqzoo.tasks.augmentation"):
+        monkeypatch.setattr(f"{user}.uniform", lambda shape, seed, device: torch.rand(shape, device=device))
     monkeypatch.setattr("seqzoo.tasks.data._copy", lambda x, device: torch.empty_like(x, device=device))
-    goal = build_objective(objective, task.spec, pixel_loss=pixel_loss)
+    goal = build_objective(objective, task.spec, pixel_loss=pixel_loss, passes=passes)
     return Stage(
         build_model(config.model, task.spec, head=goal.head, causal=objective == "causal"),
         goal,
@@ -76,11 +90,12 @@ def stage_without_numbers(task, folder, monkeypatch, *, objective, block, pixel_
         seed=0,
         folder=folder,
         fabric=fabric,
+        augmentation=augmentation,
     )
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("objective", ["task", "masked", "causal"])
+@pytest.mark.parametrize("objective", ["task", "masked", "causal", "joint"])
 def test_a_step_waits_for_no_device(task, tmp_path, monkeypatch, block, objective):
     stage = stage_without_numbers(task, tmp_path, monkeypatch, objective=objective, block=block)
     with Copies() as copies:
@@ -88,9 +103,10 @@ def test_a_step_waits_for_no_device(task, tmp_path, monkeypatch, block, objectiv
     assert copies.found == []
 
 
-@pytest.mark.parametrize("objective", ["task", "masked", "causal"])
-def test_batches_are_weighed_where_they_are(task, tmp_path, monkeypatch, objective):
-    options = {"objective": objective, "block": "vq_attention", "accumulate": 3}
+@pytest.mark.parametrize("objective", ["task", "masked", "causal", "joint"])
+@pytest.mark.parametrize("augmentation", [None, crop])
+def test_batches_are_weighed_where_they_are(task, tmp_path, monkeypatch, objective, augmentation):
+    options = {"objective": objective, "accumulate": 3, "augmentation": augmentation, "passes": 2}
     stage = stage_without_numbers(task, tmp_path, monkeypatch, **options)
     with Copies() as copies:
         stage.take_step()
@@ -99,7 +115,7 @@ def test_batches_are_weighed_where_they_are(task, tmp_path, monkeypatch, objecti
 
 @pytest.mark.parametrize("pixel_loss", ["cross_entropy", "l1"])
 def test_a_step_on_pixels_waits_for_no_device(tmp_path, monkeypatch, pixel_loss):
-    options = {"objective": "masked", "block": "lru", "pixel_loss": pixel_loss}
+    options = {"objective": "masked", "block": "lru", "pixel_loss": pixel_loss, "augmentation": move}
     stage = stage_without_numbers(pixel_task(), tmp_path, monkeypatch, **options)
     with Copies() as copies:
         stage.take_step()

@@ -29,6 +29,7 @@ BLOCKS = {
     "gau": {"key_dim": 8, "chunk_len": 4},
     "lru": {},
     "s4d": {"state_dim": 4},
+    "conv": {},
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seqzoo.tasks.pathfinder.generator import generate
-from seqzoo.tasks.pathfinder.parameters import DIFFICULTIES, SIZES, published
+from seqzoo.tasks.pathfinder.parameters import DIFFICULTIES, SIZES, parameters_of, published
 from seqzoo.tasks.pathfinder.statistics import histogram, largest_gap, measure
 from seqzoo.tasks.pathfinder.strokes import DEGREES, strokes
 from seqzoo.tasks.pathfinder.tracer import connected, locate_markers, lone_marker
@@ -67,6 +67,18 @@ def test_labels_are_what_a_tracer_finds(size, difficulty):
     found = connected(images, published(size, difficulty))
     assert found[labels == 1].mean() >= 0.99
     assert found[labels == 0].mean() <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("size", "difficulty", "mistaken"),
+    [(24, "curv_baseline", 0.03), (24, "curv_contour_length_9", 0.03), (16, "curv_baseline", 0.06)],
+)
+def test_labels_of_smaller_images_can_be_told(size, difficulty, mistaken):
+    images, labels = np.empty((600, size, size), np.uint8), np.empty(600, np.int64)
+    parameters = parameters_of(size, difficulty)
+    generate(parameters, images, labels, seed=(0,), workers=1)
+    assert (connected(images, parameters) != labels).mean() <= mistaken
+    assert len({image.tobytes() for image in images}) == len(images)
 
 
 def test_the_tracer_follows_the_line_itself():

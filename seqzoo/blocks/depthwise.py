@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.derivatives import forward_mode, gradient
+from ..valid import Count
+
+CHUNK = 32
+FEW = 8  # positions of a kernel, whose gradient is a sum of products for each
+
+
+class Depthwise(nn.Module):
+    """A convolution over time of each channel with a kernel of its own.
+
+    Args:
+        d_model: channels, D.
+        width: of the kernels, W positions.
+        causal: an output sees its own position and the W - 1 before it, or else as many on either side.
+    """
+
+    def __init__(self, d_model: int, width: Count, *, causal: bool) -> None:
+        super().__init__()
+        if not causal and width % 2 == 0:
+            raise ValueError(f"width={width} has no middle; valid: an odd number, or causal=True")
+        self.past = width - 1 if causal else width // 2
+        self.weight = nn.Parameter(torch.empty(d_model, width).uniform_(-1, 1) / math.sqrt(width))
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, x: Tensor, before: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """y_t = Σ_j weight_j ∘ x_{t - past + j}.
+
+        Args:
+            x: [B, T, D], zero past `lengths`.
+            before: the W - 1 inputs ahead of `x`, [B, W - 1, D]; None is zeros, and then none are returned.
+            lengths: int64 [B], after how many steps the returned inputs are the last; None is T.
+
+        Returns:
+            y [B, T, D], and the last W - 1 inputs [B, W - 1, D] in the dtype of `before`.
+        """
+        T, W = x.shape[1], self.width
+        if before is None:
+            return convolve(F.pad(x, (0, 0, self.past, W - 1 - self.past)), self.weight), None
+        seen = torch.cat([before.to(x.dtype), x], 1)
+        if lengths is None:
+            after = seen[:, T:]
+        else:
+            last = lengths[:, None] + torch.arange(W - 1, device=x.device)
+            after = seen.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
+        return convolve(seen, self.weight), after.to(before.dtype)
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """y_td = Σ_j weight_dj x_{t+j,d}: [B, T + W - 1, D] and [D, W] -> [B, T, D]."""
+    if forward_mode() or x.device.type != "cpu":
+        return _convolve(x, weight)
+    return _Convolution.apply(x, weight)
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    # In one dimension a CPU would lay its channels out anew first.
+    return F.conv2d(x.mT[:, :, None], weight[:, None, None], groups=len(weight))[:, :, 0].mT
+
+
+class _Convolution(torch.autograd.Function):
+    """PyTorch's on a CPU, whose gradient of the kernels takes thirty times as long as the rest."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        inputs = ctx.saved_tensors
+
+        def form(x, weight):
+            return (_convolve(x.to(dy.dtype), weight.to(dy.dtype)),)  # as autocast had them
+
+        def written():
+            x, weight = (tensor.to(dy.dtype) for tensor in inputs)
+            W = weight.shape[1]
+            dx = _convolve(F.pad(dy, (0, 0, W - 1, W - 1)), weight.flip(1))
+            return dx, _kernel_gradient(x, dy, W)
+
+        return gradient(written, form, inputs, (dy,))
+
+
+def _kernel_gradient(x: Tensor, dy: Tensor, W: int) -> Tensor:
+    """Σ_bt dy_btd x_b,t+j,d: [B, T + W - 1, D] and [B, T, D] -> [D, W]."""
+    B, T, D = dy.shape
+    if W <= FEW:
+        return torch.stack([(dy * x[:, j : j + T]).sum((0, 1)) for j in range(W)], 1)
+    L = min(CHUNK, T)
+    N = -(-T // L)
+    x, dy = (F.pad(tensor, (0, 0, 0, N * L - T)).flatten(0, 1).t().contiguous() for tensor in (x, dy))
+    reached = x.view(D, B, -1).unfold(-1, L + W - 1, L).flatten(1, 2)  # by each chunk of outputs
+    products = dy.view(D, B * N, L).mT @ reached  # [D, L, L + W - 1]; those of j stand j right of the diagonal
+    return F.pad(products.flatten(1), (0, L)).view(D, L, L + W)[..., :W].sum(1)

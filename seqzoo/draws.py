@@ -1,0 +1,17 @@
+"""Random numbers that a seed alone decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniform(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    """float32 from 0 up to 1, which is left out.
+
+    They are drawn where they are needed: CPUs agree with each other, and GPUs do, but not one with the other.
+    """
+    generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
+    return torch.rand(tuple(shape), generator=generator, device=generator.device).to(device)
