@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+CACHED = 1 << 17  # numbers, half of what a core's own cache commonly holds
 
 
 def valid_positions(lengths: Tensor, T: int) -> Tensor:
@@ -32,6 +34,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of matrix products of `tensors`: bfloat16 where all are, which is multiplied into single precision and
+    has its range, and otherwise that of their sums."""
+    if all(x.dtype == torch.bfloat16 for x in tensors):
+        return torch.bfloat16
+    return accumulation_dtype(reduce(torch.promote_types, (x.dtype for x in tensors)))
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """As tables have it: float32."""
     return str(dtype).removeprefix("torch.")
@@ -43,7 +53,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor | None:
-    """`lengths` as int64, or None.
+    """`lengths` as int64, or None where there are none or they are seen to be all T: then nothing is padded.
 
     Values are looked at where that costs nothing: on a CPU, outside of graphs. A GPU would be waited for: there, what
     lies outside [0, T] counts as the nearest end.
@@ -66,7 +76,7 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > T:
             raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
-        return lengths.long()
+        return None if low == T else lengths.long()
     return lengths.long().clamp(0, T)
 
 
@@ -79,6 +89,17 @@ def _can_be_looked_at(x: Tensor) -> bool:
             return False
         x = torch._C._functorch.get_unwrapped(x)
     return True
+
+
+def in_cache(count: int, numbers: int, x: Tensor) -> list[slice]:
+    """How to go through `count` items of so many `numbers` each, such that a CPU's cache holds them from pass to pass.
+
+    All at once on devices other than that of a CPU, and in graphs, whose compiler sees to that.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(0, count)]
+    step = max(1, CACHED // max(1, numbers))
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def contiguous(*tensors: Any) -> list[Any]:
