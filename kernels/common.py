@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from .derivatives import by_hand
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+CACHED = 1 << 17  # numbers, half of what a core's own cache commonly holds
 
 
 def valid_positions(lengths: Tensor, T: int) -> Tensor:
@@ -53,23 +54,26 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products of `x`, the sums of which are kept in `accumulation_dtype` whatever it is.
-
-    bfloat16, where `x` is or autocast makes it so, on a CPU that has instructions for it; else that of the sums.
-    """
-    dtype = x.dtype
-    if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    if dtype == torch.bfloat16 and x.device.type == "cpu" and _multiplies_bfloat16():
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of matrix products of `tensors`: bfloat16 where all are, which is multiplied into single precision and
+    has its range, but on a CPU without instructions for it; otherwise that of their sums."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    if dtype == torch.bfloat16 and (tensors[0].device.type != "cpu" or _multiplies_bfloat16()):
         return dtype
-    return accumulation_dtype(x.dtype)
+    return accumulation_dtype(dtype)
 
 
 @cache
 def _multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for it: others are slower in bfloat16 than in single precision."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of `x`, or, if that is single precision, the one in which autocast multiplies it here."""
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -83,7 +87,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor | None:
-    """`lengths` as int64, or None.
+    """`lengths` as int64, or None where there are none or they are seen to be all T: then nothing is padded.
 
     Values are looked at where that costs nothing: on a CPU, outside of graphs. A GPU would be waited for: there, what
     lies outside [0, T] counts as the nearest end.
@@ -106,7 +110,7 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > T:
             raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
-        return lengths.long()
+        return None if low == T else lengths.long()
     return lengths.long().clamp(0, T)
 
 
@@ -119,6 +123,17 @@ def _can_be_looked_at(x: Tensor) -> bool:
             return False
         x = torch._C._functorch.get_unwrapped(x)
     return True
+
+
+def in_cache(count: int, numbers: int, x: Tensor) -> list[slice]:
+    """How to go through `count` items of so many `numbers` each, such that a CPU's cache holds them from pass to pass.
+
+    All at once on devices other than that of a CPU, and in graphs, whose compiler sees to that.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(0, count)]
+    step = max(1, CACHED // max(1, numbers))
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def contiguous(*tensors: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import accumulation_dtype, without_autocast, zero_padding
+from ..common import accumulation_dtype, in_cache, product_dtype, without_autocast, zero_padding
 from ..derivatives import Outline, forward_mode, gradient
 from ..diagonal_scan import diagonal_scan
 from .resume import Resumed
@@ -35,20 +35,21 @@ def gated_attention_chunked(
     lengths: Tensor | None,
 ) -> tuple[Tensor, GatedAttentionState | None]:
     (B, _, S), E = q_quad.shape, v.shape[-1]
-    out_dtype, dtype, device = v.dtype, accumulation_dtype(v.dtype), v.device
-    u, q_quad, k_quad, q_lin, k_lin, v = (
-        zero_padding(x, lengths).to(dtype) for x in (u, q_quad, k_quad, q_lin, k_lin, v)
-    )
+    rows = (u, q_quad, k_quad, q_lin, k_lin, v)
+    stateful = initial_state is not None or output_final_state  # a state is not to be rounded
+    out_dtype, device = v.dtype, v.device
+    dtype = accumulation_dtype(v.dtype) if stateful else product_dtype(*rows)
+    u, q_quad, k_quad, q_lin, k_lin, v = (zero_padding(x, lengths).to(dtype) for x in rows)
     # Autocast would keep the sums in half precision.
     with without_autocast(device):
         bias = None if bias is None else by_offset(bias.to(dtype), chunk_len, causal)
         if not causal:
-            o, state = _bidirectional(scale * q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, lengths), None
-        elif initial_state is None and not output_final_state:
-            o, state = in_chunks(scale * q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len), None
+            o, state = _bidirectional(q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, scale, lengths), None
+        elif not stateful:
+            o, state = in_chunks(q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, scale), None
         else:
             past = initial_state or GatedAttentionState.empty(B, S, E, chunk_len, device=device, dtype=dtype)
-            o, state = _resume(scale * q_quad, k_quad, q_lin, k_lin, v, bias, past, lengths)
+            o, state = _resume(q_quad, k_quad, q_lin, k_lin, v, bias, scale, past, lengths)
         o = u * o
     return zero_padding(o, lengths).to(out_dtype), state
 
@@ -66,13 +67,14 @@ def by_offset(bias: Tensor, C: int, causal: bool) -> Tensor:
 
 
 def in_chunks(
-    q_quad: Tensor,  # [B, T, S], scaled
+    q_quad: Tensor,  # [B, T, S]
     k_quad: Tensor,
     q_lin: Tensor,
     k_lin: Tensor,
     v: Tensor,  # [B, T, E]
     bias: Tensor | None,  # [chunk_len, chunk_len]
     chunk_len: int,
+    scale: float,
     earlier: Tensor | None = None,  # int64 [B], positions before the first chunk; none by default
     memory: Tensor | None = None,  # [B, S, E], the sum over these
 ) -> Tensor:  # [B, T, E]
@@ -83,7 +85,7 @@ def in_chunks(
     q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, C) for x in (q_quad, k_quad, q_lin, k_lin, v))
     start = torch.arange(0, T, C, device=v.device)
     start = start if earlier is None else earlier[:, None] + start
-    o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start, memory)
+    o, _ = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, scale, start, memory)
     return o.flatten(1, 2)[:, :T]
 
 
@@ -95,6 +97,7 @@ def _bidirectional(
     v: Tensor,
     bias: Tensor | None,
     chunk_len: int,
+    scale: float,
     lengths: Tensor | None,
 ) -> Tensor:  # [B, T, E]
     T = v.shape[1]
@@ -103,7 +106,7 @@ def _bidirectional(
     C = min(chunk_len, T)
     q, k, v = (_chunks(x, C) for x in (q_quad, k_quad, v))
     bias = None if bias is None else bias[:C, :C]
-    return lin.add_(_relu_squared(q, k, v, bias, False).flatten(1, 2)[:, :T])
+    return lin.add_(_relu_squared(q, k, v, bias, scale, False).flatten(1, 2)[:, :T])
 
 
 def _causal(
@@ -113,6 +116,7 @@ def _causal(
     k_lin: Tensor,  # [B, N, C, S]
     v: Tensor,  # [B, N, C, E]
     bias: Tensor | None,  # [C, C], or the row's [B, 1, 1, C]
+    scale: float,
     start: Tensor,  # [N] or [B, N], positions before each chunk
     memory: Tensor | None = None,  # [B, S, E], the sum over chunks before the first; zero by default
 ) -> tuple[Tensor, Tensor]:  # o as q_quad, and what each chunk adds to the memory [B, N, S, E]
@@ -121,12 +125,13 @@ def _causal(
     before = torch.cat([first[:, None], updates[:, :-1]], 1).flatten(2)  # [B, N, S E]
     before = diagonal_scan(before, before.new_ones(before.shape[-1])).view_as(updates)
     mean = before / start.clamp(min=1)[..., None, None]
-    quad = _relu_squared(q_quad, k_quad, v, bias, q_quad.shape[2] > 1)
+    quad = _relu_squared(q_quad, k_quad, v, bias, scale, q_quad.shape[2] > 1)
     return (q_lin @ mean).add_(quad), updates
 
 
 class _ReluSquared(torch.autograd.Function):
-    """relu²(q kᵀ + bias) v, lower triangular if causal. Autograd would hold the weights four times, this does once."""
+    """relu²(scale q kᵀ + bias) v, lower triangular if causal. Autograd would hold the weights four times, this does
+    once, and computes with those of a few chunks while they are in the cache."""
 
     @staticmethod
     def forward(
@@ -136,14 +141,21 @@ class _ReluSquared(torch.autograd.Function):
         v: Tensor,  # [B, N, C, E]
         bias: Tensor | None,  # [R, C], or one for each sequence [B, 1, R, C]
         outline: Tensor | None,  # of the bias
+        scale: float,
         causal: bool,
     ) -> Tensor:  # [B, N, R, E]
-        root = q @ k.mT
-        if bias is not None:
-            root += bias
-        root = (root.tril_() if causal else root).relu_()
+        ctx.scale = scale
+        root, o = q.new_empty(*q.shape[:3], k.shape[2]), q.new_empty(*q.shape[:3], v.shape[3])
         ctx.save_for_backward(q, k, v, outline, root)
-        return root.square() @ v
+        q, k, v, root, out = (x.flatten(0, 1) for x in (q, k, v, root, o))
+        for n in _together(root):
+            scores = root[n]
+            if bias is not None:
+                scores.copy_(bias if bias.dim() == 2 else bias.flatten(0, 1)[n])
+            scores.baddbmm_(q[n], k[n].mT, beta=0 if bias is None else 1, alpha=scale)
+            weights = (scores.tril_() if causal else scores).relu_().square()
+            out[n].baddbmm_(weights, v[n], beta=0)
+        return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,30 +163,52 @@ class _ReluSquared(torch.autograd.Function):
 
         def written() -> tuple[Tensor | None, ...]:
             with without_autocast(do.device):  # whatever `backward` is called under
-                dv = root.square().mT @ do
-                dw = (do @ v.mT).mul_(root).mul_(2)
-                d_bias = None if bias is None else dw.sum_to_size(bias.shape)
-                return dw @ k, dw.mT @ q, dv, d_bias
+                return _gradients(do, q, k, v, None if bias is None else bias.shape, root, ctx.scale)
 
         def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor]:
             with without_autocast(do.device):
-                scores = _scores(q, k, bias)
+                scores = _scores(q, k, bias, ctx.scale)
                 return ((root + scores - scores.detach()).relu().square() @ v,)
 
         dq, dk, dv, d_bias = gradient(written, form, (q, k, v, bias), (do,))
-        return dq, dk, dv, None, d_bias, None
+        return dq, dk, dv, None, d_bias, None, None
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    return q @ k.mT if bias is None else q @ k.mT + bias
+def _gradients(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: torch.Size | None, root: Tensor, scale: float
+) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    d_bias = None if bias is None else q.new_zeros(bias, dtype=accumulation_dtype(q.dtype))
+    q, k, v, do, root = (x.flatten(0, 1) for x in (q, k, v, do, root))
+    into_q, into_k, into_v = (x.flatten(0, 1) for x in (dq, dk, dv))
+    for n in _together(root):
+        weights = root[n].square()
+        into_v[n].baddbmm_(weights.mT, do[n], beta=0)
+        half = torch.bmm(do[n], v[n].mT).mul_(root[n])  # of the gradient of scores
+        into_q[n].baddbmm_(half, k[n], beta=0, alpha=2 * scale)
+        into_k[n].baddbmm_(half.mT, q[n], beta=0, alpha=2 * scale)
+        if d_bias is not None and d_bias.dim() == 2:
+            d_bias += half.sum(0, dtype=d_bias.dtype)
+        elif d_bias is not None:
+            d_bias.flatten(0, 1)[n] = half
+    return dq, dk, dv, None if d_bias is None else (2 * d_bias).to(q.dtype)
 
 
-def _relu_squared(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+def _together(root: Tensor) -> list[slice]:
+    return in_cache(len(root), root.shape[1] * root.shape[2], root)
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    scores = scale * (q @ k.mT)
+    return scores if bias is None else scores + bias
+
+
+def _relu_squared(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
     if forward_mode():
-        scores = _scores(q, k, bias)
+        scores = _scores(q, k, bias, scale)
         return (scores.tril() if causal else scores).relu().square() @ v
     values, outline = (None, None) if bias is None else (bias.detach(), Outline.apply(bias))
-    return _ReluSquared.apply(q, k, v, values, outline, causal)
+    return _ReluSquared.apply(q, k, v, values, outline, scale, causal)
 
 
 def _resume(
@@ -184,6 +218,7 @@ def _resume(
     k_lin: Tensor,
     v: Tensor,
     bias: Tensor | None,  # [C, C]
+    scale: float,
     past: GatedAttentionState,
     lengths: Tensor | None,
 ) -> tuple[Tensor, GatedAttentionState]:  # [B, T, E]
@@ -201,7 +236,7 @@ def _resume(
         q_quad, q_lin = (_chunks(resumed.rows(q), C) for q in (q_quad, q_lin))
     chunk = torch.arange(resumed.N, device=v.device)
     start = resumed.earlier()[:, None] + chunk * C  # [B, N]
-    o, updates = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, start, past.memory.to(v.dtype))
+    o, updates = _causal(q_quad, k_quad, q_lin, k_lin, v, bias, scale, start, past.memory.to(v.dtype))
     o = o.flatten(1, 2)
     full = (chunk < resumed.full[:, None]).to(v.dtype)  # [B, N]
     added = torch.einsum("bn,bnse->bse", full, updates)

@@ -216,7 +216,7 @@ def _plain(do: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
         u, q_quad, k_quad, q_lin, k_lin, v = (zero_padding(x, lengths).float() for x in rows)
         with without_autocast(v.device):
             offsets = None if bias is None else by_offset(bias, chunk_len, causal)
-            o = u * in_chunks(scale * q_quad, k_quad, q_lin, k_lin, v, offsets, chunk_len, earlier, initial)
+            o = u * in_chunks(q_quad, k_quad, q_lin, k_lin, v, offsets, chunk_len, scale, earlier, initial)
         return (zero_padding(o, lengths).to(rows[-1].dtype),)
 
     return pullback(form, inputs, (do,))

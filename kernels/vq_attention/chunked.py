@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import accumulation_dtype, valid_positions, without_autocast, zero_padding
+from ..common import (
+    accumulation_dtype,
+    in_cache,
+    product_dtype,
+    valid_positions,
+    without_autocast,
+    zero_padding,
+)
 from ..derivatives import Outline, forward_mode, gradient
 from .outside import read_outside, read_outside_backward, sums_outside
 from .state import VQState
@@ -33,7 +40,9 @@ def vq_attention_chunked(
     lengths: Tensor | None,
 ) -> tuple[Tensor, VQState | None]:
     (B, T, H, _), L, out_dtype = q.shape, block_len, v.dtype
-    q, v = (zero_padding(x, lengths).to(accumulation_dtype(x.dtype)) for x in (q, v))
+    stateful = initial_state is not None or output_final_state  # a state is not to be rounded
+    dtype = accumulation_dtype(v.dtype) if stateful else product_dtype(q, v)
+    q, v = (zero_padding(x, lengths).to(dtype) for x in (q, v))
     valid = torch.ones(B, T, dtype=torch.bool, device=q.device) if lengths is None else valid_positions(lengths, T)
     state, past = None, initial_state
     if output_final_state:
@@ -61,10 +70,10 @@ def vq_attention_chunked(
         counts, past_sums = counts + past.counts[:, :, None], past.sums.to(v.dtype)
     if bias is not None:
         bias = zero_padding(bias, lengths) if bias.dim() == 4 else bias
-        bias = split(bias.to(q.dtype).expand(B, T, H, -1), first)
+        bias = split(bias.expand(B, T, H, -1), first)
     # Autocast would keep the sums in half precision.
     with without_autocast(q.device):
-        q, k, v = split(q, first), split(k.to(q.dtype), first), split(v)
+        q, k, v = split(q, first), split(k, first), split(v)
         form = plain_attention if forward_mode() else _attend
         y = form(q, k, v, bias, past_sums, codebook.to(q.dtype), codes_b, valid_b, counts, causal)
     y = y.flatten(2, 3)[:, :, first : first + T].transpose(1, 2)
@@ -97,7 +106,8 @@ class _Attention(torch.autograd.Function):
     """Softmax attention to windows and, outside of them, to codes; k̂ is looked up by code, and k takes its gradient.
 
     The gradient is written out because on a CPU the operation is bound by memory: autograd would copy the windows, hold
-    the scores at every stage, and the sums of values by code as each block sees them.
+    the scores at every stage, and the sums of values by code as each block sees them. Scores are computed with while
+    those of a few blocks are in the cache, in single precision at least.
     """
 
     @staticmethod
@@ -122,38 +132,41 @@ class _Attention(torch.autograd.Function):
         values = F.pad(v.reshape(G, L, Dv), (0, 0, 0, 0, 1, behind))
         codes = codes.reshape(B * H, N, L)
 
-        near = torch.bmm(q, _windows(keys, W))
+        wide = accumulation_dtype(q.dtype)
+        prior, number = _prior(valid, counts, W, wide), _number(counts, wide)
+        near = q.new_empty(G, L, W * L)
         far = torch.matmul(q.view(B, H, N * L, D), codebook.mT).view(G, L, S)
-        scores = torch.cat([near, far], -1)  # [G, L, WL + S]
-        scores += _prior(valid, counts, W, scores.dtype)
-        if causal:
-            scores[..., L : 2 * L].masked_fill_(_future(q), torch.finfo(scores.dtype).min)
-        if bias is not None:
-            _by_offset(scores, bias.shape[-1], W).add_(bias.reshape(G, L, -1))
-
-        weights = scores.softmax(-1)
-        near, far = weights.split([W * L, S], -1)
-        share = _share(counts, q)
-        far = (far * share).view(B * H, N, L, S)  # of one key
-        y = read_outside(far, values[1 : G + 1].view(B * H, N, L, Dv), codes, causal)
-        y.view(G, L, Dv).baddbmm_(near, _windows(values, W).mT)
+        terms = None if bias is None else bias.reshape(G, L, -1)
+        parts = in_cache(G, L * (W * L + S), q)
+        for n in parts:
+            scores = torch.cat([torch.bmm(q[n], _windows(keys, W, n).mT), far[n]], -1).to(wide)
+            scores += prior[n]
+            if causal:
+                scores[..., L : 2 * L].masked_fill_(_future(q), torch.finfo(wide).min)
+            if terms is not None:
+                _by_offset(scores, terms.shape[-1], W).add_(terms[n])
+            near[n], by_code = scores.softmax(-1).split([W * L, S], -1)
+            far[n] = by_code / number[n]  # of one key
+        y = read_outside(far.view(B * H, N, L, S), values[1 : G + 1].view(B * H, N, L, Dv), codes, causal)
+        for n in parts:
+            y.view(G, L, Dv)[n].baddbmm_(near[n], _windows(values, W, n))
         if past_sums is not None:
-            y.view(B * H, N * L, Dv).baddbmm_(far.flatten(1, 2), past_sums.flatten(0, 1))
+            y.view(B * H, N * L, Dv).baddbmm_(far.view(B * H, N * L, S), past_sums.flatten(0, 1))
         ctx.causal = causal
         outlines = (k_outline, v_outline, bias_outline)
-        ctx.save_for_backward(q, keys, values, weights, share, codes, codebook, past_sums, *outlines)
+        ctx.save_for_backward(q, keys, values, near, far, number, codes, codebook, past_sums, *outlines)
         return y.view(B, H, N, L, Dv)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *kept, k, v, bias = ctx.saved_tensors
-        q, _, values, weights, share, codes, codebook, past_sums = kept
-        written = partial(_gradients, ctx.causal, None if bias is None else bias.shape[-1], dy, *kept)
+        q, _, values, near, far, number, codes, codebook, past_sums = kept
+        written = partial(_gradients, ctx.causal, bias, dy, *kept)
 
         def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, past_sums: Tensor | None) -> tuple[Tensor]:
             v = values[1 : len(q) + 1].view_as(v) + v - v.detach()
-            others = (past_sums, codebook, codes.view(k.shape[:-1]), share, ctx.causal)
-            return (_plain(q, k, v, bias, *others, weights=weights),)
+            others = (past_sums, codebook, codes.view(k.shape[:-1]), number, ctx.causal)
+            return (_plain(q, k, v, bias, *others, weights=torch.cat([near, far * number], -1)),)
 
         dq, dk, dv, d_bias, d_past_sums = gradient(written, form, (q, k, v, bias, past_sums), (dy,))
         return dq, None, None, dk, dv, d_bias, d_past_sums, *(None,) * 5
@@ -161,13 +174,14 @@ class _Attention(torch.autograd.Function):
 
 def _gradients(
     causal: bool,
-    offsets: int | None,
+    bias: Tensor | None,  # an outline
     dy: Tensor,
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    weights: Tensor,
-    share: Tensor,
+    near: Tensor,
+    far: Tensor,
+    number: Tensor,
     codes: Tensor,
     codebook: Tensor,
     past_sums: Tensor | None,
@@ -175,27 +189,34 @@ def _gradients(
     (B, H, N, L, Dv), (S, D) = dy.shape, codebook.shape[1:]
     G, W = B * H * N, 2 if causal else 3
     with without_autocast(dy.device):
-        dy = dy.reshape(G, L, Dv)
-        dy_n = dy.view(B * H, N, L, Dv)
-        near, far = weights.split([W * L, S], -1)
-        far = (far * share).view(B * H, N, L, S)
-        d_far, dv = read_outside_backward(dy_n, far, values[1 : G + 1].view(dy_n.shape), codes, causal)
-        dv += _window_sums(near, dy, W).view(dv.shape)
+        dy = dy.reshape(B * H, N, L, Dv)
+        d_far, dv_outside = read_outside_backward(
+            dy, far.view(B * H, N, L, S), values[1 : G + 1].view(dy.shape), codes, causal
+        )
         d_past_sums = None
         if past_sums is not None:
-            d_far.flatten(1, 2).baddbmm_(dy_n.flatten(1, 2), past_sums.flatten(0, 1).mT)
-            d_past_sums = torch.bmm(far.flatten(1, 2).mT, dy_n.flatten(1, 2)).view_as(past_sums)
+            d_far.flatten(1, 2).baddbmm_(dy.flatten(1, 2), past_sums.flatten(0, 1).mT)
+            d_past_sums = torch.bmm(far.view(B * H, N * L, S).mT, dy.flatten(1, 2)).view_as(past_sums)
 
-        d_near, d_far = torch.bmm(dy, _windows(values, W)), d_far.view(G, L, S).mul_(share)
-        d_weights = torch.cat([d_near, d_far], -1)
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        d_near, d_far = d_scores.split([W * L, S], -1)
-        dq = torch.bmm(d_near, _windows(keys, W).mT).view(B, H, N * L, D)
-        dq += d_far.reshape(B, H, N * L, S) @ codebook
-        dk = _window_sums(d_near, q, W)
-        d_bias = None if offsets is None else _by_offset(d_scores, offsets, W).reshape(B, H, N, L, -1)
+        dy, d_far = dy.view(G, L, Dv), d_far.view(G, L, S)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
+        dv[1 : G + 1] = dv_outside.view(G, L, Dv)
+        d_bias = None if bias is None else bias.new_empty(G, L, bias.shape[-1])
+        for n in in_cache(G, L * (W * L + S), q):
+            _add_to_windows(dv, W, n, near[n], dy[n])
+            d_near = torch.bmm(dy[n], _windows(values, W, n).mT)
+            d_weights = torch.cat([d_near, d_far[n] / number[n]], -1)
+            weights = torch.cat([near[n], far[n] * number[n]], -1)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            if d_bias is not None:
+                d_bias[n] = _by_offset(d_scores, d_bias.shape[-1], W)
+            d_near, d_far[n] = d_scores[..., : W * L].to(q.dtype), d_scores[..., W * L :]
+            dq[n] = torch.bmm(d_near, _windows(keys, W, n))
+            _add_to_windows(dk, W, n, d_near, q[n])
+        dq.view(B, H, N * L, D).add_(d_far.view(B, H, N * L, S) @ codebook)
     shape = (B, H, N, L, -1)
-    return dq.view(G, L, D), dk.view(shape), dv.view(shape), d_bias, d_past_sums
+    dk, dv = (x[1 : G + 1].view(shape) for x in (dk, dv))
+    return dq, dk, dv, None if d_bias is None else d_bias.view(shape), d_past_sums
 
 
 def plain_attention(
@@ -213,7 +234,7 @@ def plain_attention(
     """As `_attend`, for PyTorch to differentiate."""
     q = q.reshape(-1, *q.shape[-2:])
     prior = _prior(valid, counts, 2 if causal else 3, q.dtype)
-    return _plain(q, k, v, bias, past_sums, codebook, codes, _share(counts, q), causal, prior=prior)
+    return _plain(q, k, v, bias, past_sums, codebook, codes, _number(counts, q.dtype), causal, prior=prior)
 
 
 def _plain(
@@ -224,7 +245,7 @@ def _plain(
     past_sums: Tensor | None,
     codebook: Tensor,
     codes: Tensor,
-    share: Tensor,  # [G, 1, S]
+    number: Tensor,  # [G, 1, S]
     causal: bool,
     *,
     prior: Tensor | None = None,
@@ -234,9 +255,9 @@ def _plain(
     (B, H, N, L, Dv), S = v.shape, codebook.shape[1]
     G, W, behind = B * H * N, 2 if causal else 3, 0 if causal else 1
     with without_autocast(q.device):
-        keys = _keys(codebook, codes) + (k - k.detach()).reshape(G, L, -1)
-        around = (0, 0, 0, 0, 1, behind)
-        near = torch.bmm(q, _windows(F.pad(keys, around), W))
+        keys = _keys(codebook, codes) + (k - k.detach()).reshape(G, L, -1).to(codebook.dtype)
+        around, all_blocks = (0, 0, 0, 0, 1, behind), slice(0, G)
+        near = torch.bmm(q, _windows(F.pad(keys, around), W, all_blocks).mT)
         far = torch.matmul(q.view(B, H, N * L, -1), codebook.mT).view(G, L, S)
         scores = torch.cat([near, far], -1)
         if bias is not None:
@@ -250,12 +271,12 @@ def _plain(
         else:
             scores = weights.log() + (scores - scores.detach())
         near, far = scores.softmax(-1).split([W * L, S], -1)
-        far = far * share
+        far = far / number
         by_code = F.one_hot(codes, S).to(v.dtype).mT @ v  # [B, H, N, S, Dv]
         sums = sums_outside(by_code.flatten(3), causal).view(G, S, Dv)
         if past_sums is not None:
             sums = sums + past_sums[:, :, None].expand(B, H, N, S, Dv).reshape(G, S, Dv)
-        y = torch.bmm(near, _windows(F.pad(v.reshape(G, L, Dv), around), W).mT) + torch.bmm(far, sums)
+        y = torch.bmm(near, _windows(F.pad(v.reshape(G, L, Dv), around), W, all_blocks)) + torch.bmm(far, sums)
         return y.view(B, H, N, L, Dv)
 
 
@@ -282,24 +303,24 @@ def _future(q: Tensor) -> Tensor:
     return torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
 
 
-def _share(counts: Tensor, q: Tensor) -> Tensor:
-    """Of one key in the weight of its code, [G, 1, S]."""
-    return counts.clamp(min=1).to(q.dtype).reciprocal_().view(len(q), 1, -1)
+def _number(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many keys share the weight of a code, [G, 1, S]; 1 where there is none."""
+    return counts.clamp(min=1).to(dtype).view(-1, 1, counts.shape[-1])
 
 
-def _windows(x: Tensor, W: int) -> Tensor:
-    """Each W consecutive blocks, a view: [G + W - 1, L, D] -> [G, D, WL]."""
+def _windows(x: Tensor, W: int, n: slice) -> Tensor:
+    """The windows of blocks `n`, each W consecutive ones of x [G + W - 1, L, D]: [., WL, D]."""
     L = x.shape[1]
-    return x.flatten(0, 1).unfold(0, W * L, L)
+    windows = x[n.start : n.stop + W - 1].flatten(0, 1).unfold(0, W * L, L).mT
+    # A view is enough for products in single precision; those in half would copy it, and transpose it meanwhile.
+    return windows.contiguous() if x.dtype == torch.bfloat16 else windows
 
 
-def _window_sums(weights: Tensor, y: Tensor, W: int) -> Tensor:
-    """For every key the sum of `y` [G, L, D] by its column of `weights` [G, L, WL]: [G, L, D]."""
-    G, L, D = y.shape
-    sums = y.new_zeros(G + W - 1, L, D)
-    for w in range(W):
-        sums[w : w + G].baddbmm_(weights[..., w * L : (w + 1) * L].mT, y)
-    return sums[1 : G + 1]
+def _add_to_windows(sums: Tensor, W: int, n: slice, weights: Tensor, y: Tensor) -> None:
+    """Adds to every key in the windows of blocks `n` the sum of `y` [., L, D] by its column of `weights` [., L, WL]."""
+    L = y.shape[1]
+    for w, part in enumerate(torch.bmm(weights.mT, y).split(L, 1)):
+        sums[n.start + w :][: len(y)].add_(part)
 
 
 def _by_offset(scores: Tensor, offsets: int, W: int) -> Tensor:

@@ -1,15 +1,20 @@
 """What attention takes from outside the windows, by code: a loop over blocks, forward and backward.
 
-The loop holds the values summed by code once, where a product over all blocks would hold a sum for each. It is a
+The loop holds the values summed by code once, where a product over all blocks would hold a sum for each: from block to
+block what enters the window is taken out and what leaves it, if not causal, is put back. It is a
 registered operator, or a graph compiler would unroll it. A block's window ends with its neighbours, so that the first
 block outside is two away. G = B H sequences, N blocks of L positions each, S codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..common import accumulation_dtype
 
 
 def sums_outside(blocks: Tensor, causal: bool) -> Tensor:
@@ -34,12 +39,8 @@ def read_outside(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -
     Returns: [G, N, L, Dv].
     """
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    row = _rows(codes, weights.shape[-1])
-    for order in _orders(weights, causal):
-        sums = _sums(weights, values)
-        for i, j in zip(order[2:], order, strict=False):
-            _add_values(sums, row[:, j], values[:, j])
-            out[:, i] += torch.bmm(weights[:, i], sums)
+    for i, sums in _sums_of_values(weights, values, codes, causal):
+        out[:, i] = torch.bmm(weights[:, i], sums)
     return out
 
 
@@ -48,19 +49,21 @@ def read_outside_backward(
     dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights and values from `dy`, that of what was read."""
-    d_weights, d_values = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (weights, values))
-    row = _rows(codes, weights.shape[-1])
-    for order in _orders(weights, causal):
-        pairs = list(zip(order[2:], order, strict=False))
-        sums = _sums(weights, values)
-        for i, j in pairs:
-            _add_values(sums, row[:, j], values[:, j])
-            d_weights[:, i] += torch.bmm(dy[:, i], sums.mT)
-        d_sums = sums.zero_()
-        for i, j in reversed(pairs):
-            d_sums.baddbmm_(weights[:, i].mT, dy[:, i])
-            d_values[:, j] += F.embedding(row[:, j], d_sums.flatten(0, 1))
-    return d_weights, d_values
+    d_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    for i, sums in _sums_of_values(weights, values, codes, causal):
+        d_weights[:, i] = torch.bmm(dy[:, i], sums.mT)
+    N, row = weights.shape[1], _rows(codes, weights.shape[-1])
+    d_sums = _sums(weights, values)
+    d_values = torch.zeros_like(values, dtype=d_sums.dtype, memory_format=torch.contiguous_format)
+    for i in range(N - 1, 1 if causal else -1, -1):  # adds up the gradients of the sums that later blocks read
+        d_sums += torch.bmm(weights[:, i].contiguous().mT, dy[:, i])
+        if i >= 2:
+            d_values[:, i - 2] += F.embedding(row[:, i - 2], d_sums.flatten(0, 1))
+        if not causal and i + 1 < N:
+            d_values[:, i + 1] -= F.embedding(row[:, i + 1], d_sums.flatten(0, 1))
+    if not causal:
+        d_values[:, 1:] += F.embedding(row[:, 1:], d_sums.flatten(0, 1))
+    return d_weights, d_values.to(values.dtype)
 
 
 @read_outside.register_fake
@@ -73,10 +76,22 @@ def _(dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool) 
     return weights.new_empty(weights.shape), values.new_empty(values.shape)
 
 
-def _orders(weights: Tensor, causal: bool) -> list[range]:
-    """The orders in which to go through the blocks: each reads the sum of those two or more before it."""
-    forward = range(weights.shape[1])
-    return [forward] if causal else [forward, forward[::-1]]
+def _sums_of_values(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -> Iterator[tuple[int, Tensor]]:
+    """Each block that has others outside its window, and the sums of their values by code, [G, S, Dv] to multiply."""
+    N, row, sums = weights.shape[1], _rows(codes, weights.shape[-1]), _sums(weights, values)
+
+    def add(blocks: slice, sign: int) -> None:
+        values_of = values[:, blocks].flatten(0, 2).to(sums.dtype)
+        sums.flatten(0, 1).index_add_(0, row[:, blocks].flatten(), values_of, alpha=sign)
+
+    if not causal:
+        add(slice(1, N), 1)
+    for i in range(2 if causal else 0, N):
+        if not causal and i + 1 < N:
+            add(slice(i + 1, i + 2), -1)
+        if i >= 2:
+            add(slice(i - 2, i - 1), 1)
+        yield i, sums.to(weights.dtype)
 
 
 def _rows(codes: Tensor, S: int) -> Tensor:
@@ -85,8 +100,6 @@ def _rows(codes: Tensor, S: int) -> Tensor:
 
 
 def _sums(weights: Tensor, values: Tensor) -> Tensor:
-    return values.new_zeros(len(weights), weights.shape[-1], values.shape[-1])  # [G, S, Dv]
-
-
-def _add_values(sums: Tensor, row: Tensor, values: Tensor) -> None:
-    sums.flatten(0, 1).index_add_(0, row.flatten(), values.flatten(0, 1))
+    """[G, S, Dv], in single precision at least."""
+    shape = len(weights), weights.shape[-1], values.shape[-1]
+    return values.new_zeros(shape, dtype=accumulation_dtype(values.dtype))

@@ -11,7 +11,7 @@ from ..kernels import GatedAttentionState, attention, gated_attention
 from ..kernels.common import accumulation_dtype, without_autocast, zero_padding
 from ..valid import Factor
 from .base import Block, advance, grow
-from .rotary import rotate
+from .offset_scale import offset_scale
 
 ATTENTIONS = ("flash", "relu2_n2", "relu2_ns", "softmax")
 GAMMA_STD = 3.0  # z starts at about a third of it
@@ -119,11 +119,7 @@ class GAU(Block):
         E, S = self.value_dim, self.key_dim
         u, v, z = F.silu(self.uvz_proj(x)).split((E, E, S), -1)  # [B, T, E or S]
         place = torch.arange(x.shape[1], device=x.device) + (0 if state is None else state.position[:, None])
-        wide = accumulation_dtype(z.dtype)
-        qk = z[:, :, None] * self.gamma.to(wide) + self.beta.to(wide)  # [B, T, 4 or 2, S]
-        if self.rotary:
-            qk = rotate(qk, place)
-        qk = qk.to(v.dtype)
+        qk = offset_scale(z, self.gamma, self.beta, place if self.rotary else None)  # 4 or 2 of [B, T, S]
         if self.attention == "flash":
             y, state = self._flash(u, qk, v, state, lengths)
         else:
@@ -132,9 +128,14 @@ class GAU(Block):
         return self.out_proj(y), state
 
     def _flash(
-        self, u: Tensor, qk: Tensor, v: Tensor, state: GatedAttentionState | None, lengths: Tensor | None
+        self,
+        u: Tensor,
+        qk: tuple[Tensor, ...],
+        v: Tensor,
+        state: GatedAttentionState | None,
+        lengths: Tensor | None,
     ) -> tuple[Tensor, GatedAttentionState | None]:
-        q_quad, q_lin, k_quad, k_lin = qk.unbind(2)
+        q_quad, q_lin, k_quad, k_lin = qk
         y = self.over_time(
             lambda v, u: gated_attention(
                 u,
@@ -156,9 +157,9 @@ class GAU(Block):
         return y if state is not None else (y, None)
 
     def _quadratic(
-        self, qk: Tensor, v: Tensor, place: Tensor, state: GAUCache | None, lengths: Tensor | None
+        self, qk: tuple[Tensor, ...], v: Tensor, place: Tensor, state: GAUCache | None, lengths: Tensor | None
     ) -> tuple[Tensor, GAUCache | None]:
-        q, k = qk.unbind(2)  # [B, T, S]
+        q, k = qk
         if self.causal:
             n = place + 1  # [T] or [B, T]
         elif lengths is not None:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
-from ..kernels.common import accumulation_dtype, product_dtype, valid_positions, without_autocast
+from ..kernels.common import accumulation_dtype, autocast_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import forward_mode
 from ..valid import BelowOne, Positive
 from .base import Block, advance
@@ -91,9 +91,9 @@ class S4D(Block):
         A, step = self.dynamics(wide)  # [D, P]
         C = 2 * torch.view_as_complex(self.C.to(wide)) * torch.expm1(step) / A  # [directions, D, P]
         before = None if state is None else torch.view_as_complex(state.hidden)
-        products = product_dtype(x)
+        values = x.to(autocast_dtype(x))
         with without_autocast(x.device):
-            y, after = self.over_time(lambda x: convolve(x, step, C, before, lengths), x.to(products))
+            y, after = self.over_time(lambda x: convolve(x, step, C, before, lengths), values.to(product_dtype(values)))
         if state is not None and after is not None:
             state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths))
         return self.gate(y.to(x.dtype) + self.skip * x), state

@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import VQState, vq_attention
-from ..kernels.common import accumulation_dtype, valid_positions, without_autocast
+from ..kernels.common import accumulation_dtype, product_dtype, valid_positions, without_autocast
 from ..valid import Factor
 from .base import Block, head_dim
 from .quantizers import FiniteScalarQuantizer, VectorQuantizer
@@ -96,7 +96,8 @@ class VQAttention(Block):
             keys, codebook, codes, loss = self.quantizer(k, lengths, record=record)
         if record and loss is not None:
             self.add_loss(loss, k)
-        bias = torch.einsum("bthd,nhd->bthn", q + self.distance_bias, self._distances(wide))
+        products = product_dtype(v)
+        bias = torch.einsum("bthd,nhd->bthn", (q + self.distance_bias).to(products), self._distances(wide).to(products))
         # In v's precision: that of the products, under autocast.
         q, keys = (q + self.content_bias).to(v.dtype), keys.to(v.dtype)
         if self._exact and self.training and torch.is_grad_enabled() and state is None:
