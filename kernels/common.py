@@ -71,7 +71,7 @@ def _multiplies_bfloat16() -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype of `x`, or, if that is single precision, the one in which autocast multiplies it here."""
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float32 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

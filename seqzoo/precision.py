@@ -22,7 +22,7 @@ def native_precision(device: str) -> str:
 
 def cpu_features() -> set[str]:
     """The extensions of this CPU's instruction set, by the names of PyTorch and of Linux."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 may not have it
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 may not have it
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:

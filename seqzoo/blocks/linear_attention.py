@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return _EluPlusOne.apply(x) if by_hand() else F.elu(x).add_(1)
 
 
-FEATURE_MAPS = {"elu": elu_plus_one, "relu": F.relu, "silu": F.silu}
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": F.relu, "silu": F.silu}
 
 
 class LinearAttentionState(NamedTuple):
