@@ -98,7 +98,7 @@ class Positions(Objective):
         return _cross_entropy(scores, batch.targets, self.asked(batch, seed=0))
 
 
-class _SelfPretraining(Objective):
+class SelfPretraining(Objective):
     """What masked and causal self-pretraining share: positions are asked for what stands there."""
 
     monitor = "loss"
@@ -115,7 +115,7 @@ class _SelfPretraining(Objective):
         return _cross_entropy(answers, truth, asked)
 
 
-class Masked(_SelfPretraining):
+class Masked(SelfPretraining):
     """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones.
 
     Where no position of a batch is drawn, the first one of each sequence is hidden.
@@ -136,7 +136,7 @@ class Masked(_SelfPretraining):
         return self.measure(model(inputs, lengths, mask), inputs, mask)
 
 
-class Causal(_SelfPretraining):
+class Causal(SelfPretraining):
     """Self-pretraining on the next position."""
 
     nothing = "no sequence has a second step; valid: sequences of 2 steps and more, or objective=masked"

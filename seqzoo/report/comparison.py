@@ -108,6 +108,11 @@ class Cell:
     def num_seeds(self) -> int:
         return len(self.results)
 
+    @property
+    def learnt(self) -> bool:
+        """Whether each pretraining got beyond the frequency of symbols, as far as that is known."""
+        return all(result.learnt is not False for result in self.results)
+
 
 @dataclass(frozen=True)
 class Row:

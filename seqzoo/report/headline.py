@@ -30,6 +30,7 @@ class Entry(NamedTuple):
     text: str
     detail: str = ""  # under it, smaller
     runs: tuple[int, ...] = ()  # numbers of the runs it was computed from
+    strong: bool = False
 
 
 class PageTable(NamedTuple):
@@ -92,8 +93,8 @@ def _line(
         Entry(name, f"{row.size.params:,} parameters"),
         Entry(stages(row.pretrained) if row.pretrained else short(comparison.conditions.finetune_budget)),
         *(_score(cell, numbers) for cell in (row.scratch, row.matched, row.pretrained)),
-        Entry(points(row.difference), _percent(row.difference_interval)),
-        Entry(points(row.gain), _percent(row.gain_interval)),
+        _gain(row.difference, row.difference_interval),
+        _gain(row.gain, row.gain_interval),
         *(entry for phase in phases for entry in _one_phase(row, in_one_phase.get(phase), numbers)),
         _published(scratch_figure, row.scratch or row.matched, sources),
         _published(pretrained_figure, row.pretrained, sources),
@@ -103,7 +104,13 @@ def _line(
 def _one_phase(row: Row, cell: Cell | None, numbers: Mapping[Path, int]) -> tuple[Entry, Entry]:
     if cell is None:
         return Entry(ABSENT), Entry(ABSENT)
-    return _score(cell, numbers), Entry(points(row.gain_of(cell)), _percent(row.interval_of(cell)))
+    return _score(cell, numbers), _gain(row.gain_of(cell), row.interval_of(cell))
+
+
+def _gain(value: float | None, interval: Interval | None) -> Entry:
+    """Bold where the interval leaves out zero."""
+    beyond_chance = interval is not None and not interval.low <= 0 <= interval.high
+    return Entry(points(value), _percent(interval), strong=beyond_chance)
 
 
 def _score(cell: Cell | None, numbers: Mapping[Path, int]) -> Entry:

@@ -59,6 +59,7 @@ class Result:
     init: str  # what training began from: "structured" or "random"
     precision: str  # "fp32" or "bf16"
     augment: bool  # whether training batches were augmented
+    learnt: bool | None  # whether pretraining got beyond the frequency of symbols; None: there was none, or not known
     trained_params: int  # parameters that fine-tuning moved
     pretrain_run: str | None  # the run folder, beside this one, whose pretraining it reused
     pretrain_tokens: int  # seen in pretraining; 0 from scratch
@@ -174,6 +175,7 @@ def read_result(folder: Path) -> Result:
         init=_optional(record, "init", "structured", str),
         precision=_optional(record, "precision", None, str) or _configured_precision(folder),
         augment=_optional(record, "augment", False, bool),
+        learnt=_optional(record, "learnt.learnt", None, bool, NoneType),
         trained_params=_optional(record, "trained_params", params, int),
         pretrain_run=_name(record, "pretrain_run"),
         pretrain_tokens=_field(record, "tokens_seen.pretrain", int) if pretrain else 0,

@@ -42,6 +42,10 @@ IN_ONE_PHASE = (
 )
 
 
+UNLEARNT = "†"
+OF_UNLEARNT = f"{UNLEARNT} A pretraining learnt nothing beyond how frequent symbols are."
+
+
 class Table(NamedTuple):
     title: str
     header: tuple[str, ...]
@@ -70,6 +74,7 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
             header = (*MEASURED, *(MATCHED if with_matched else ()), *in_one_phase, *PUBLISHED)
             notes += (SAME_TOTAL,) if with_matched else ()
             notes += (IN_ONE_PHASE,) if phases else ()
+            notes += () if all(cell.learnt for row in comparison.rows for cell in row.cells) else (OF_UNLEARNT,)
             rows = [
                 (
                     *_text_row(row, with_matched),
@@ -218,6 +223,7 @@ def _csv_cell(name: str, cell: Cell | None) -> dict[str, object]:
         f"{name}_std": cell and cell.std,
         **_csv_interval(name, cell.interval if cell else None),
         f"{name}_seeds": cell and " / ".join(str(result.seed) for result in cell.results),
+        **({f"{name}_learnt": cell and cell.learnt} if name == "pretrained" else {}),
     }
 
 
@@ -250,7 +256,8 @@ def score(cell: Cell | None) -> str:
         return ABSENT
     scale, digits = (100, 2) if cell.conditions.metric == "accuracy" else (1, 3)
     spread = "" if cell.std is None else f" ± {scale * cell.std:.{digits}f}"
-    return f"{scale * cell.mean:.{digits}f}{spread} ({cell.num_seeds})"
+    mark = "" if cell.learnt else f" {UNLEARNT}"
+    return f"{scale * cell.mean:.{digits}f}{spread} ({cell.num_seeds}){mark}"
 
 
 def points(difference: float | None) -> str:

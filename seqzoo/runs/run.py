@@ -47,6 +47,7 @@ from .folder import (
     shared_pretraining,
     write_description,
 )
+from .learnt import learnt, sentence
 from .parts import (
     SUBSET_SEED,
     blaming,
@@ -278,8 +279,20 @@ class _Run:
             objective = objective_of(config, self.task.spec)
             model = model_of(config, self.task.spec, objective.head)
             summary = self.train(model, objective, config.pretraining, "pretrain")
+            summary["learnt"] = learnt(
+                model,
+                objective,
+                self.examples,
+                self.val,
+                loss=summary["val"]["loss"],
+                batch_size=config.pretraining.batch_size,
+                fabric=self.fabric,
+            )
             if self.fabric.is_global_zero:
                 write_json(folder / "pretrain" / "summary.json", summary)
+        found = summary.get("learnt")  # pretrainings of before have none
+        if found is not None and not found["learnt"]:
+            self.say(sentence(found))
         return source, summary
 
     def train(self, model: nn.Module, objective: Objective, stage: StageConfig, name: str) -> dict[str, Any]:
@@ -358,6 +371,7 @@ class _Run:
             "tokens_seen": of_stages("tokens_seen"),
             "token_budget": of_stages("token_budget"),
             "lr": of_stages("lr"),
+            "learnt": pretraining.get("learnt") if pretraining else None,
             "val": finetuning["val"],
             "test": tested,
             "n_test": len(self.test),
