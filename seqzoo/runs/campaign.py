@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .launch import launch
 TASKS_FIRST = ("lra_image", "lra_pathfinder", "lra_listops", "lra_text")
 MODELS_FIRST = ("transformer", "lru")
 STUDY = "study="
+SEED = "seed="
 CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)  # as Hydra writes them, beside a,b,c
 RANGE = re.compile(r"range\(.*\)", re.DOTALL)
 OUTSIDE_QUOTES = re.compile(r"""(?:^|(?<=,))(?:'[^']*'|"[^"]*"|[^,])*""", re.DOTALL)  # what commas part
@@ -105,10 +107,11 @@ def plan(sweep: Sequence[Sequence[Sequence[str]]]) -> tuple[list[Cell], list[str
     cells: dict[Path, Cell] = {}
     ranks: dict[Path, tuple[int, ...]] = {}
     failed = []
+    known: dict[tuple[str, ...], Config] = {}
     for number, part in enumerate(sweep):
         for overrides in part:
             try:
-                config = compose(overrides)
+                config = _compose(overrides, known)
                 cell = Cell(
                     tuple(overrides),
                     config,
@@ -122,6 +125,17 @@ def plan(sweep: Sequence[Sequence[Sequence[str]]]) -> tuple[list[Cell], list[str
             cells.setdefault(cell.folder, cell)
             ranks.setdefault(cell.folder, (number, *_rank(config)))
     return sorted(cells.values(), key=lambda cell: ranks[cell.folder]), failed
+
+
+def _compose(overrides: Sequence[str], known: dict[tuple[str, ...], Config]) -> Config:
+    """As `compose` does, which takes a sixth of a second: once for all runs that differ in their seed alone."""
+    others = tuple(override for override in overrides if not override.startswith(SEED))
+    seeds = [override.removeprefix(SEED) for override in overrides if override.startswith(SEED)]
+    if len(seeds) != 1 or not seeds[0].isdecimal():
+        return compose(overrides)
+    if others not in known:
+        known[others] = compose(overrides)
+    return replace(known[others], seed=int(seeds[0]))
 
 
 def _rank(config: Config) -> tuple[int, ...]:

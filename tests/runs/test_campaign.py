@@ -211,7 +211,7 @@ def test_a_study_may_have_parts_that_come_one_after_another(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("study", sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml")))
 def test_every_study_can_be_run(study):
-    cells, failed = plan(expand([f"study={study}", "task=lra_text", "recipe=tiny"]))
+    cells, failed = plan(expand([f"study={study}", "task=lra_text", "model=lru", "recipe=tiny"]))
     assert not failed
     assert len(cells) >= 3
     assert any(cell.config.pretrain for cell in cells)

@@ -133,6 +133,8 @@ def test_a_task_says_which_it_allows(monkeypatch, tmp_path):
         built = build_task(config, data_dir=None, cache_dir=tmp_path)
         assert built.augmentation is AUGMENTATIONS.get(name)
         assert (built.augmentation is None) == (name not in AUGMENTATIONS)
+    config = TaskConfig(name="lra_image", max_length=16, mask_ratio=0.1, permuted=True)
+    assert build_task(config, data_dir=None, cache_dir=tmp_path).augmentation is None
 
 
 @pytest.mark.parametrize("name", ["lra_pathfinder", "lra_pathx", "lra_pathx256"])

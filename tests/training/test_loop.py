@@ -16,7 +16,7 @@ from torch import nn
 from seqzoo import after_step, build_block
 from seqzoo.config import StageConfig, WandbConfig
 from seqzoo.models import build_model
-from seqzoo.objectives import build_objective
+from seqzoo.objectives import Objective, build_objective
 from seqzoo.runs.parts import build_fabric
 from seqzoo.tasks import epoch_order
 from seqzoo.training import Interrupted, TrainingError
@@ -68,7 +68,7 @@ def untimed(folder) -> list[dict]:
     return [{key: line[key] for key in line if key not in timed} for line in lines(folder)]
 
 
-class Signalling:
+class Signalling(Objective):
     """An objective during whose `at`-th call a signal arrives."""
 
     head, monitor, maximise = "classify", "accuracy", True
