@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .derivatives import by_hand
+
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-CACHED = 1 << 17  # numbers, half of what a core's own cache commonly holds
+CACHED = 1 << 18  # numbers; in single precision as much as a core's own cache commonly holds
 
 
 def valid_positions(lengths: Tensor, T: int) -> Tensor:
@@ -23,8 +25,26 @@ def zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     """`x` [B, T, ...] with zeros past each length, in value and gradient, whatever stood there (NaN included)."""
     if lengths is None:
         return x
+    if x.device.type == "cpu" and type(lengths) is Tensor and by_hand():
+        return _ZeroPadding.apply(x, lengths)
     valid = valid_positions(lengths, x.shape[1])
     return torch.where(valid.reshape(valid.shape + (1,) * (x.dim() - 2)), x, 0)
+
+
+class _ZeroPadding(torch.autograd.Function):
+    """A copy with zeros behind each sequence: on a CPU a third of what looking at every position costs, and less."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        ctx.save_for_backward(lengths)
+        x = x.clone(memory_format=torch.contiguous_format)
+        for sequence, n in zip(x, lengths.tolist(), strict=True):
+            sequence[n:] = 0
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return zero_padding(dx, *ctx.saved_tensors), None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -22,6 +22,12 @@ def forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def by_hand() -> bool:
+    """Whether an `autograd.Function` may stand in for operations here: not in forward mode or other transforms of
+    functions, which it knows no rule of, nor in graphs, where compilers do what it would."""
+    return not (torch.compiler.is_compiling() or forward_mode() or torch._C._are_functorch_transforms_active())
+
+
 def gradient(
     written: Callable[[], Sequence[Tensor | None]],
     form: Callable[..., Sequence[Tensor | None]],
