@@ -32,6 +32,6 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
     # One complex product is one pass over memory, and one back.
     paired, rest = x.split((2 * pairs, x.shape[-1] % 2), -1)
     paired = paired.contiguous() if rest.shape[-1] else paired  # a row of odd length is no row of complex numbers
-    points = torch.view_as_complex(paired.to(turn.dtype.to_real()).unflatten(-1, (pairs, 2)))
+    points = torch.view_as_complex(paired.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (pairs, 2)))
     rotated = torch.view_as_real(points * turn).flatten(-2).to(x.dtype)
     return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
