@@ -13,7 +13,7 @@ from torch import Tensor
 from .derivatives import by_hand
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-CACHED = 1 << 17  # numbers, half of what a core's own cache commonly holds
+CACHED = 1 << 18  # numbers; in single precision as much as a core's own cache commonly holds
 
 
 def valid_positions(lengths: Tensor, T: int) -> Tensor:
@@ -32,7 +32,7 @@ def zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 class _ZeroPadding(torch.autograd.Function):
-    """A copy, in which only padding is written a second time."""
+    """A copy with zeros behind each sequence: on a CPU a third of what looking at every position costs, and less."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: Tensor) -> Tensor:

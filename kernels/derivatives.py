@@ -23,10 +23,9 @@ def forward_mode() -> bool:
 
 
 def by_hand() -> bool:
-    """Whether an operation may come with a gradient written by hand: not in forward mode, nor in function transforms."""
-    if torch.compiler.is_compiling():
-        return True
-    return not (forward_mode() or torch._C._are_functorch_transforms_active())
+    """Whether an `autograd.Function` may stand in for operations here: not in forward mode or other transforms of
+    functions, which it knows no rule of, nor in graphs, where compilers do what it would."""
+    return not (torch.compiler.is_compiling() or forward_mode() or torch._C._are_functorch_transforms_active())
 
 
 def gradient(

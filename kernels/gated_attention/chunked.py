@@ -42,7 +42,7 @@ def gated_attention_chunked(
     u, q_quad, k_quad, q_lin, k_lin, v = (zero_padding(x, lengths).to(dtype) for x in rows)
     # Autocast would keep the sums in half precision.
     with without_autocast(device):
-        bias = None if bias is None else by_offset(bias.to(dtype), chunk_len, causal)
+        bias = None if bias is None else by_offset(bias.to(accumulation_dtype(dtype)), chunk_len, causal)
         if not causal:
             o, state = _bidirectional(q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, scale, lengths), None
         elif not stateful:
@@ -191,7 +191,7 @@ def _gradients(
             d_bias += half.sum(0, dtype=d_bias.dtype)
         elif d_bias is not None:
             d_bias.flatten(0, 1)[n] = half
-    return dq, dk, dv, None if d_bias is None else (2 * d_bias).to(q.dtype)
+    return dq, dk, dv, None if d_bias is None else 2 * d_bias
 
 
 def _together(root: Tensor) -> list[slice]:
@@ -200,7 +200,7 @@ def _together(root: Tensor) -> list[slice]:
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     scores = scale * (q @ k.mT)
-    return scores if bias is None else scores + bias
+    return scores if bias is None else scores + bias.to(scores.dtype)
 
 
 def _relu_squared(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:

@@ -139,7 +139,8 @@ class _Attention(torch.autograd.Function):
         terms = None if bias is None else bias.reshape(G, L, -1)
         parts = in_cache(G, L * (W * L + S), q)
         for n in parts:
-            scores = torch.cat([torch.bmm(q[n], _windows(keys, W, n).mT), far[n]], -1).to(wide)
+            scores = torch.empty_like(prior[n].expand(-1, L, -1), memory_format=torch.contiguous_format)
+            scores[..., : W * L], scores[..., W * L :] = torch.bmm(q[n], _windows(keys, W, n).mT), far[n]
             scores += prior[n]
             if causal:
                 scores[..., L : 2 * L].masked_fill_(_future(q), torch.finfo(wide).min)

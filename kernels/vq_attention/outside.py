@@ -39,8 +39,9 @@ def read_outside(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -
     Returns: [G, N, L, Dv].
     """
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    by_block = _blocks(weights)
     for i, sums in _sums_of_values(weights, values, codes, causal):
-        out[:, i] = torch.bmm(weights[:, i], sums)
+        out[:, i] = torch.bmm(by_block[i], sums)
     return out
 
 
@@ -50,20 +51,21 @@ def read_outside_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights and values from `dy`, that of what was read."""
     d_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    dy_of, weights_of, row = _blocks(dy), _blocks(weights), _rows(codes, weights.shape[-1])
     for i, sums in _sums_of_values(weights, values, codes, causal):
-        d_weights[:, i] = torch.bmm(dy[:, i], sums.mT)
-    N, row = weights.shape[1], _rows(codes, weights.shape[-1])
-    d_sums = _sums(weights, values)
-    d_values = torch.zeros_like(values, dtype=d_sums.dtype, memory_format=torch.contiguous_format)
-    for i in range(N - 1, 1 if causal else -1, -1):  # adds up the gradients of the sums that later blocks read
-        d_sums += torch.bmm(weights[:, i].contiguous().mT, dy[:, i])
+        d_weights[:, i] = torch.bmm(dy_of[i], sums.mT)
+    N, d_sums = len(row), _sums(weights, values)
+    d_values = d_sums.new_zeros(N, *values[:, 0].flatten(0, 1).shape)
+    for i in range(N - 1, 1 if causal else -1, -1):  # adds up the gradients of the sums that blocks from i on read
+        d_sums += torch.bmm(weights_of[i].mT, dy_of[i])
         if i >= 2:
-            d_values[:, i - 2] += F.embedding(row[:, i - 2], d_sums.flatten(0, 1))
+            torch.index_select(d_sums.flatten(0, 1), 0, row[i - 2], out=d_values[i - 2])
         if not causal and i + 1 < N:
-            d_values[:, i + 1] -= F.embedding(row[:, i + 1], d_sums.flatten(0, 1))
-    if not causal:
-        d_values[:, 1:] += F.embedding(row[:, 1:], d_sums.flatten(0, 1))
-    return d_weights, d_values.to(values.dtype)
+            d_values[i + 1].sub_(d_sums.flatten(0, 1)[row[i + 1]])
+    for i in range(N if causal else 1, N):
+        d_values[i].add_(d_sums.flatten(0, 1)[row[i]])
+    d_values = d_values.unflatten(1, values[:, 0].shape[:2]).transpose(0, 1)
+    return d_weights, d_values.to(values.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 @read_outside.register_fake
@@ -79,24 +81,31 @@ def _(dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool) 
 def _sums_of_values(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -> Iterator[tuple[int, Tensor]]:
     """Each block that has others outside its window, and the sums of their values by code, [G, S, Dv] to multiply."""
     N, row, sums = weights.shape[1], _rows(codes, weights.shape[-1]), _sums(weights, values)
+    values_of = [block.flatten(0, 1) for block in _blocks(values.to(sums.dtype))]
 
-    def add(blocks: slice, sign: int) -> None:
-        values_of = values[:, blocks].flatten(0, 2).to(sums.dtype)
-        sums.flatten(0, 1).index_add_(0, row[:, blocks].flatten(), values_of, alpha=sign)
+    def add(block: int, sign: int) -> None:
+        sums.flatten(0, 1).index_add_(0, row[block], values_of[block], alpha=sign)
 
-    if not causal:
-        add(slice(1, N), 1)
+    for i in range(N if causal else 1, N):
+        add(i, 1)
     for i in range(2 if causal else 0, N):
         if not causal and i + 1 < N:
-            add(slice(i + 1, i + 2), -1)
+            add(i + 1, -1)
         if i >= 2:
-            add(slice(i - 2, i - 1), 1)
+            add(i - 2, 1)
         yield i, sums.to(weights.dtype)
 
 
-def _rows(codes: Tensor, S: int) -> Tensor:
-    """Where a key's code lies in sums [G S, Dv]: [G, N, L]."""
-    return torch.arange(len(codes), device=codes.device)[:, None, None] * S + codes
+def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Each block by itself, dense in memory: N of [G, L, .]."""
+    return x.transpose(0, 1).contiguous().unbind(0)
+
+
+def _rows(codes: Tensor, S: int) -> tuple[Tensor, ...]:
+    """Where the keys of each block have their codes in sums [G S, Dv]: N of [G L]."""
+    return tuple(
+        rows.flatten() for rows in _blocks(torch.arange(len(codes), device=codes.device)[:, None, None] * S + codes)
+    )
 
 
 def _sums(weights: Tensor, values: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class GAU(Block):
 
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
         E, S = self.value_dim, self.key_dim
-        u, v, z = F.silu(self.uvz_proj(x)).split((E, E, S), -1)  # [B, T, E or S]
+        u, v, z = (F.silu(y) for y in self.uvz_proj(x).split((E, E, S), -1))  # [B, T, E or S], each dense
         place = torch.arange(x.shape[1], device=x.device) + (0 if state is None else state.position[:, None])
         qk = offset_scale(z, self.gamma, self.beta, place if self.rotary else None)  # 4 or 2 of [B, T, S]
         if self.attention == "flash":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import nearest_code
-from ..kernels.common import valid_positions, without_autocast
+from ..kernels.common import valid_positions, without_autocast, zero_padding
 from .wide import Wide, default_dtype, widened
 
 SAMPLE = 4096  # keys per head kept of a training pass, to start or restart codes from
@@ -95,7 +95,7 @@ class VectorQuantizer(Wide):
             with torch.no_grad():
                 present = valid[..., None].expand_as(codes)
                 self.new_counts.view(-1).index_add_(0, row.flatten(), present.flatten().to(self.new_counts.dtype))
-                shown = (k * present[..., None]).to(self.new_sums.dtype)
+                shown = zero_padding(k, lengths).to(self.new_sums.dtype)
                 self.new_sums.flatten(0, 1).index_add_(0, row.flatten(), shown.flatten(0, 2))
                 size = (_squared_norm(k) * present).sum()
                 self.errors += torch.stack([error, size]).to(self.errors.dtype)

@@ -15,14 +15,23 @@ def rotate(x: Tensor, position: Tensor, *, base: float = 10_000.0) -> Tensor:
 
     Source: Su et al., "RoFormer" (2021), equation 34, interleaved pairs.
     """
-    pairs = x.shape[-1] // 2
-    wide = torch.promote_types(x.dtype, torch.float32)
-    frequency = base ** (-torch.arange(pairs, device=x.device, dtype=wide) / max(pairs, 1))
-    angle = position[..., None, None].to(wide) * frequency  # [..., T, 1, D / 2]
-    turn = torch.polar(torch.ones_like(angle), angle)
+    return turned(x, turns(position, x.shape[-1], torch.promote_types(x.dtype, torch.float32), base=base))
+
+
+def turns(position: Tensor, channels: int, dtype: torch.dtype, *, base: float = 10_000.0) -> Tensor:
+    """By what `rotate` turns each pair of channels: complex [T, 1, D // 2], or with a batch in front."""
+    pairs = channels // 2
+    frequency = base ** (-torch.arange(pairs, device=position.device, dtype=dtype) / max(pairs, 1))
+    angle = position[..., None, None].to(dtype) * frequency
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def turned(x: Tensor, turn: Tensor) -> Tensor:
+    """`x` [B, T, H, D] turned by `turn`."""
+    pairs = turn.shape[-1]
     # One complex product is one pass over memory, and one back.
     paired, rest = x.split((2 * pairs, x.shape[-1] % 2), -1)
     paired = paired.contiguous() if rest.shape[-1] else paired  # a row of odd length is no row of complex numbers
-    points = torch.view_as_complex(paired.to(wide).unflatten(-1, (pairs, 2)))
+    points = torch.view_as_complex(paired.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (pairs, 2)))
     rotated = torch.view_as_real(points * turn).flatten(-2).to(x.dtype)
     return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated

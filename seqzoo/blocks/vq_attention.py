@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import VQState, vq_attention
 from ..kernels.common import accumulation_dtype, product_dtype, valid_positions, without_autocast
+from ..kernels.derivatives import by_hand, gradient
 from ..valid import Factor
 from .base import Block, head_dim
 from .quantizers import FiniteScalarQuantizer, VectorQuantizer
@@ -84,10 +87,10 @@ class VQAttention(Block):
 
     def mix(self, x: Tensor, state: VQState | None, lengths: Tensor | None) -> tuple[Tensor, VQState | None]:
         H, D = self.num_heads, self.head_dim
-        q, k = self.qk_proj(x).unflatten(-1, (2, H, D)).unbind(2)  # [B, T, H, D]
-        v, gate = (F.silu(y).unflatten(-1, (H, self.value_dim)) for y in self.vg_proj(x).chunk(2, -1))
         wide = accumulation_dtype(x.dtype)
-        q, k = (F.rms_norm(y.to(wide), (D,)) * D**-0.25 for y in (q, k))
+        qk = self.qk_proj(x).unflatten(-1, (2, H, D)).to(wide)
+        q, k = (_Normalised.apply if by_hand() else _normalised)(qk, D**-0.25).unbind(2)  # [B, T, H, D]
+        v, gate = (F.silu(y).unflatten(-1, (H, self.value_dim)) for y in self.vg_proj(x).chunk(2, -1))
         # A grid learns nothing beside the gradient, but is not to be recomputed with codes where keys were exact.
         record = (self._exact or isinstance(self.quantizer, VectorQuantizer)) and self.recording()
         if record:
@@ -153,6 +156,34 @@ class VQAttention(Block):
     def metrics(self) -> dict[str, float]:
         """The quantizer's health."""
         return self.quantizer.health()
+
+
+def _normalised(x: Tensor, size: float) -> Tensor:
+    """Rows of root mean square `size`."""
+    return F.rms_norm(x, x.shape[-1:]) * size
+
+
+class _Normalised(torch.autograd.Function):
+    """`_normalised` in fewer passes over memory than those that autograd makes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        scale = (square + torch.finfo(x.dtype).eps).rsqrt()
+        ctx.size = size
+        ctx.save_for_backward(x, scale)
+        return x * (size * scale)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        x, scale = ctx.saved_tensors
+
+        def written() -> tuple[Tensor]:
+            along = (dy * x).mean(-1, keepdim=True) * scale.square()
+            return (torch.addcmul(dy, x, along, value=-1).mul_(ctx.size * scale),)
+
+        (dx,) = gradient(written, lambda x: (_normalised(x, ctx.size),), (x,), (dy,))
+        return dx, None
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, causal: bool, lengths: Tensor | None) -> Tensor:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from agreement import assert_close
 
-from seqzoo.kernels import attention, diagonal_scan, favor_attention, gated_attention, linear_attention, vq_attention
+from seqzoo.kernels import (
+    attention,
+    common,
+    diagonal_scan,
+    favor_attention,
+    gated_attention,
+    linear_attention,
+    vq_attention,
+)
 
 B, T, H, D = 2, 5, 1, 16
 
@@ -59,3 +70,43 @@ def test_lengths_are_looked_at_inside_function_transforms():
     x = torch.rand(B, T, D)
     with pytest.raises(ValueError, match="lengths must lie in"):
         torch.func.jvp(lambda x: diagonal_scan(x, torch.ones(D), lengths=torch.tensor([9, 1])), (x,), (x,))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_lengths_that_hide_nothing_are_none(name):
+    torch.manual_seed(0)
+    expected = OPERATIONS[name]()
+    torch.manual_seed(0)
+    assert torch.equal(OPERATIONS[name](lengths=torch.tensor([5, 5])), expected)
+    assert common.check_lengths(name, torch.tensor([5, 5]), B, T) is None
+
+
+def test_what_is_padding_is_zero_in_value_and_gradients():
+    x = torch.randn(3, 4, 2)
+    x[0, 1:] = math.nan
+    x.requires_grad_()
+    lengths = torch.tensor([1, 4, 0])
+    valid = common.valid_positions(lengths, 4)[..., None].expand_as(x)
+    y = common.zero_padding(x, lengths)
+    assert torch.equal(y, torch.where(valid, x, 0))
+    (dx,) = torch.autograd.grad(y.square().sum() / 2, x, create_graph=True)
+    assert torch.equal(dx, torch.where(valid, x, 0))
+    assert torch.equal(torch.autograd.grad(dx.sum(), x)[0], valid.float())
+    assert torch.equal(torch.vmap(common.zero_padding)(x[None], lengths[None])[0], y)
+
+
+@pytest.mark.parametrize("name", ["gated_attention", "vq_attention"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_results_do_not_depend_on_how_much_is_held_in_the_cache(name, causal, monkeypatch):
+    results = []
+    for numbers in (1, 1 << 30):
+        monkeypatch.setattr(common, "CACHED", numbers)
+        torch.manual_seed(0)
+        x = torch.randn(2, 9, 1, 4, requires_grad=True)
+        if name == "gated_attention":
+            y = gated_attention(*(x[:, :, 0],) * 6, chunk_len=2, causal=causal, bias=torch.ones(2 if causal else 3))
+        else:
+            y = vq_attention(x, x, x, torch.randn(1, 3, 4), block_len=2, causal=causal)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-6)
