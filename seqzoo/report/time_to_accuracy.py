@@ -16,7 +16,7 @@ from .sheet import to_sheet
 from .tables import ABSENT, Report, Table
 
 Accuracies = Mapping[str, Sequence[float]]  # to be reached, in [0, 1], by task
-REACH: Accuracies = {"lra_image": (0.25, 0.3, 0.35), "lra_text": (0.55, 0.6, 0.65)}
+REACH: Accuracies = {"lra_image": (0.2, 0.25, 0.3, 0.35), "lra_text": (0.55, 0.6, 0.65)}
 LEGEND = (
     "Time to accuracy: seconds of training, pretraining's counted in and validations not, until a validation is as "
     "accurate; mean over the seeds that get there (how many of those timed). Where a run noted no seconds: tokens over "

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +223,11 @@ class _Run:
         if config.recipe == fitting:
             advice = "fewer tokens or a smaller model would make it shorter"
         seen = {line["stage"]: line["tokens"] for line in read_metrics(self.folder, "tokens")}
+
+        @cache
+        def flops_at(length: int) -> float:
+            return flops_per_token(self.sized, replace(spec, max_length=length), causal=config.causal)
+
         for name, (objective, stage) in stages.items():
             model = model_of(config, spec, objective.head)
             rate = training_rate(
@@ -230,7 +235,8 @@ class _Run:
                 objective,
                 self.examples,
                 stage,
-                flops_at=partial(self.flops_at, objective=objective),
+                flops=self.flops,
+                flops_at=flops_at,
                 name=name,
                 seed=config.seed,
                 folder=self.folder / "forecast",
@@ -250,11 +256,6 @@ class _Run:
                 advice=advice,
             )
             self.say(f"{said}, not compiled" if config.compile else said)
-
-    def flops_at(self, length: int, objective: Objective) -> float:
-        """`flops_per_token` of the model with the objective's head, in sequences of a length."""
-        spec, causal = replace(self.task.spec, max_length=length), self.config.causal
-        return flops_per_token(self.sized, spec, causal=causal, head=objective.head, passes=objective.passes)
 
     def pretraining_folder(self) -> Path:
         """Where the run's own pretraining is, or is to be."""
@@ -319,7 +320,9 @@ class _Run:
             **shared,
             folder=folder,
             tracker=self.tracker,
-            flops_per_token=self.flops_at(self.task.spec.max_length, objective),
+            flops_per_token=flops_per_token(
+                self.sized, self.task.spec, causal=config.causal, head=objective.head, passes=objective.passes
+            ),
         )
         if stage.warmup_steps > trainer.total_steps:
             steps = f"{stage.warmup_steps:,} steps of warmup in {trainer.total_steps:,}"

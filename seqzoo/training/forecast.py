@@ -21,7 +21,7 @@ from .progress import duration
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-TIMED_SECONDS = 0.5  # that steps are timed for, or a step
+TIMED_SECONDS = 0.3  # that steps are timed for, or a step
 TIMED_SHARE = 0.02  # of the stage's steps, at most
 STEP_SECONDS = 0.25  # that a step may be expected to take
 USUAL_SHARE = 0.2  # of the device's peak that steps reach, or more
@@ -36,26 +36,29 @@ def training_rate(
     train: Split,
     stage: StageConfig,
     *,
+    flops: float,
     flops_at: Callable[[int], float],
     name: str,
     seed: int,
     folder: Path,
     fabric: Fabric,
 ) -> float:
-    """Tokens a second of a stage, validations aside: a few of its steps are timed, after one that is not.
+    """Tokens a second of a stage, validations aside: a few of its steps are timed.
 
-    Where a step would take too long it has fewer examples, and then shorter ones, whose operations tell what whole ones
-    would take. Nothing is moved but `model`: nothing else that is random draws other numbers for it.
+    A first one is not, unless it takes as long as all of them may. Where a step would take too long it has fewer
+    examples, and then shorter ones, whose operations tell what whole ones would take. Nothing is moved but `model`:
+    nothing else that is random draws other numbers for it.
 
     Args:
         model: one of its own, which is used up.
-        flops_at: operations per token in sequences of a length.
+        flops: operations per token.
+        flops_at: the same in sequences of a length; asked where they are shortened.
         name, seed, fabric: as of `Stage`.
         folder: where nothing lies; nor does anything afterwards.
     """
     positions, whole, ranks = objective.passes * int(train.lengths.sum()), train.spec.max_length, fabric.world_size
     per_example = positions / len(train)
-    fitting = fabric.broadcast(STEP_SECONDS * USUAL_SHARE * peak_flops(fabric) / (3 * flops_at(whole)))  # tokens
+    fitting = fabric.broadcast(STEP_SECONDS * USUAL_SHARE * peak_flops(fabric) / (3 * flops))  # tokens
     longest = whole
     if fitting < ranks * per_example:
         longest = min(whole, max(SHORTEST, int(fitting / ranks / train.spec.num_inputs)))
@@ -76,14 +79,21 @@ def training_rate(
             fabric=fabric,
         )
         most = max(1, int(TIMED_SHARE * budget(stage, len(train), positions)[1]))
-        steps.take_step()  # finds memory, compiles kernels
-        wait_for(fabric.device)
-        started, before, seconds = time.perf_counter(), steps.state.tokens, 0.0
-        while steps.state.step <= most and seconds < TIMED_SECONDS:
-            steps.take_step()
-            wait_for(fabric.device)
-            seconds = fabric.broadcast(time.perf_counter() - started)
-    return (steps.state.tokens - before) / seconds * flops_at(longest) / flops_at(whole)
+        tokens, seconds = _step(steps)
+        if seconds < TIMED_SECONDS:  # else memory to be found, and kernels to be compiled, were little of it
+            tokens, seconds = 0, 0.0
+            while steps.state.step <= most and seconds < TIMED_SECONDS:
+                more, took = _step(steps)
+                tokens, seconds = tokens + more, seconds + took
+    return tokens / seconds * (flops_at(longest) / flops if longest < whole else 1.0)
+
+
+def _step(stage: Stage) -> tuple[int, float]:
+    """Takes a step; its tokens and its seconds, on which all ranks agree."""
+    before, started = stage.state.tokens, time.perf_counter()
+    stage.take_step()
+    wait_for(stage.fabric.device)
+    return stage.state.tokens - before, stage.fabric.broadcast(time.perf_counter() - started)
 
 
 def forecast(

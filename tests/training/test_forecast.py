@@ -17,7 +17,7 @@ from seqzoo.training.forecast import forecast, training_rate
 from seqzoo.training.loop import Stage
 
 
-def rate_of(task, folder: Path, *, flops_at=lambda length: 1e3, **changes) -> float:
+def rate_of(task, folder: Path, *, flops=1e3, flops_at=lambda length: 1e3, **changes) -> float:
     config = tiny_config(folder, finetuning=changes)
     torch.manual_seed(0)
     return training_rate(
@@ -25,6 +25,7 @@ def rate_of(task, folder: Path, *, flops_at=lambda length: 1e3, **changes) -> fl
         build_objective("task", task.spec),
         task.train,
         config.finetuning,
+        flops=flops,
         flops_at=flops_at,
         name="finetune",
         seed=0,
@@ -63,23 +64,22 @@ def test_large_steps_are_made_smaller(task, tmp_path, batches, monkeypatch):
     monkeypatch.setattr(module, "peak_flops", lambda fabric: 1e9)
     monkeypatch.setattr(module, "SHORTEST", 3)
     fitting = 0.25 * 0.2 * 1e9 / 3
-    rate_of(task, tmp_path, flops_at=lambda length: fitting / 40)
+    rate_of(task, tmp_path, flops=fitting / 40)
     few = {len(batch.labels) for batch in batches}
     assert few < set(range(2, 8))
     batches.clear()
-    rate_of(task, tmp_path, flops_at=lambda length: fitting / 6)
+    rate_of(task, tmp_path, flops=fitting / 6)
     assert {tuple(batch.inputs.shape) for batch in batches} <= {(1, 5), (1, 6)}, "not padded to their full length"
     batches.clear()
-    rate_of(task, tmp_path, flops_at=lambda length: fitting)
+    rate_of(task, tmp_path, flops=fitting)
     assert {tuple(batch.inputs.shape) for batch in batches} == {(1, 3)}
 
 
 def test_operations_make_whole_steps_of_shorter_ones(task, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "peak_flops", lambda fabric: 1.0)
     monkeypatch.setattr(module, "SHORTEST", 4)
-    monkeypatch.setattr(module.time, "perf_counter", iter([0.0, *range(10, 1000, 10)]).__next__)
-    flops = {16: 400.0, 4: 100.0}
-    assert rate_of(task, tmp_path, flops_at=flops.__getitem__) == pytest.approx(4 / 10 / 4)
+    monkeypatch.setattr(module.time, "perf_counter", iter(range(0, 1000, 10)).__next__)
+    assert rate_of(task, tmp_path, flops=400.0, flops_at={4: 100.0}.__getitem__) == pytest.approx(4 / 10 / 4)
 
 
 def test_nothing_else_is_moved(task, tmp_path):
@@ -94,6 +94,7 @@ def test_nothing_else_is_moved(task, tmp_path):
         build_objective("task", task.spec),
         task.train,
         config.finetuning,
+        flops=1e3,
         flops_at=lambda length: 1e3,
         name="finetune",
         seed=0,
