@@ -29,11 +29,10 @@ from torch import Tensor, nn
 
 import seqzoo
 from seqzoo import build_block, kernels
-from seqzoo.runs import provenance
-from seqzoo.training.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 B, T, D_MODEL, HEADS = 4, 4096, 256, 4
+KEEP_MEMORY = {f"MALLOC_{name}_THRESHOLD_": str(2**30) for name in ("MMAP", "TRIM")}  # glibc's; as training does
 
 
 class Pass(NamedTuple):
@@ -112,9 +111,8 @@ def prepared(name: str, causal: bool, dtype: str) -> tuple[Pass, Tensor]:
 
 
 def work() -> None:
-    """Says what it runs; then, line by line, is asked for an operation and answers with the time of its passes."""
-    keep_freed_memory()
-    print(json.dumps({"imported": str(Path(seqzoo.__file__).parent), "commit": provenance.commit()}), flush=True)
+    """Says which package it has; then, line by line, is asked for an operation and answers with its times."""
+    print(json.dumps(str(Path(seqzoo.__file__).parent)), flush=True)
     for line in sys.stdin:
         one_pass, gradient = prepared(*json.loads(line))
         print(json.dumps(one_pass.ms(gradient)), flush=True)
@@ -126,15 +124,15 @@ class Worker:
     def __init__(self, root: Path) -> None:
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker"],
-            env={**os.environ, "PYTHONPATH": str(root)},
+            env={**os.environ, **KEEP_MEMORY, "PYTHONPATH": str(root)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        about = self.answer()
-        if Path(about["imported"]) != root / "seqzoo":
-            raise SystemExit(f"{root} has no package seqzoo: it was imported from {about['imported']}")
-        self.commit = about["commit"]
+        imported = self.answer()
+        if Path(imported) != root / "seqzoo":
+            raise SystemExit(f"{root} is no checkout: seqzoo was imported from {imported}")
+        self.commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=root, text=True).strip()
 
     def ask(self, request: Any) -> Any:
         assert self.process.stdin is not None
@@ -180,6 +178,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return work()
+    from seqzoo.runs import provenance  # which another checkout need not have
 
     workers = {"this": Worker(ROOT)}
     if options.against is not None:
