@@ -6,7 +6,7 @@
     python benchmarks/operations.py --against ../before --out results/operations.json
 
 Each checkout has a process of its own, on the same inputs, and they take turns, so that a slow phase of the machine
-meets both. Where other work shares the cores, OMP_NUM_THREADS=1.
+meets both. Times are the processor's, of one thread, so that other work on the same cores counts for little.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Pass(NamedTuple):
     wrt: list[Tensor]
 
     def ms(self, gradient: Tensor) -> tuple[float, float]:
-        start = time.perf_counter()
+        start = time.process_time()
         output = self.call()
-        between = time.perf_counter()
+        between = time.process_time()
         torch.autograd.grad(output, self.wrt, gradient)
-        return 1e3 * (between - start), 1e3 * (time.perf_counter() - between)
+        return 1e3 * (between - start), 1e3 * (time.process_time() - between)
 
 
 def draw(dtype: torch.dtype, *channels: int, scale: float = 1.0) -> Tensor:
@@ -124,7 +124,7 @@ class Worker:
     def __init__(self, root: Path) -> None:
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker"],
-            env={**os.environ, **KEEP_MEMORY, "PYTHONPATH": str(root)},
+            env={**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -203,7 +203,8 @@ def main() -> None:
         print(line, flush=True)
     if options.out is None:
         return
-    measured = {"batch": B, "length": T, "d_model": D_MODEL, "heads": HEADS, "repeats": options.repeats, "unit": "ms"}
+    measured = {"batch": B, "length": T, "d_model": D_MODEL, "heads": HEADS, "repeats": options.repeats}
+    measured["unit"] = "ms, processor time"
     commits = {name: worker.commit for name, worker in workers.items()}
     record = {**provenance.of_benchmark(measured), "commits": commits, "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
