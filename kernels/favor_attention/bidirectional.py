@@ -12,10 +12,17 @@ from ..derivatives import forward_mode, gradient
 from .features import exp_, finite, log_features, on_cache_lines, with_ones
 
 
-def bidirectional(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, hidden: Tensor | None) -> Tensor:
-    """[B, H, T, Dv], of arguments as in `_Bidirectional`."""
-    form = _bidirectional if forward_mode() else _Bidirectional.apply
-    return form(q, k, v, directions, hidden)
+def bidirectional(
+    q: Tensor,  # [B, H, T, D]
+    k: Tensor,  # [B, H, T, D]
+    v: Tensor,  # [B, H, T, Dv]
+    directions: Tensor,  # [H, D, M]
+    hidden: Tensor | None,  # [B, 1, T, 1], keys that are padding
+    narrow: torch.dtype,  # of features and their products; exponents are as the inputs
+) -> Tensor:  # [B, H, T, Dv]
+    if forward_mode():
+        return _bidirectional(q, k, v, directions, hidden)
+    return _Bidirectional.apply(q, k, v, directions, hidden, narrow)
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -28,24 +35,25 @@ class _Bidirectional(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,  # [B, H, T, D]
-        k: Tensor,  # [B, H, T, D]
-        v: Tensor,  # [B, H, T, Dv]
-        directions: Tensor,  # [H, D, M]
-        hidden: Tensor | None,  # [B, 1, T, 1], keys that are padding
-    ) -> Tensor:  # [B, H, T, Dv]
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        directions: Tensor,
+        hidden: Tensor | None,
+        narrow: torch.dtype,
+    ) -> Tensor:
         M, given = directions.shape[-1], directions
         directions = on_cache_lines(directions)
         b = log_features(k, directions, hidden)
         R = finite(b.amax(2, keepdim=True))
         b = exp_(b.sub_(R))
-        sums = b.mT @ with_ones(v)  # [B, H, M, Dv + 1]
-        count = sums[..., -1:].clamp(min=1)  # the largest is exp(0), unless there is no key at all
-        means = sums / count
-        L = R + count.mT.log()  # [B, H, 1, M]
+        count = b.sum(2, keepdim=True).clamp_(min=1)  # the largest is exp(0), unless there is no key at all
+        b = b.to(narrow)
+        means = (b.mT @ v.to(narrow)).div_(count.mT)  # [B, H, M, Dv]
+        L = R + count.log()  # [B, H, 1, M]
         L[..., M:] = -torch.inf
-        a = (q @ directions).add_(L).softmax(-1)
-        o = a @ means[..., :-1]
+        a = (q @ directions).add_(L).softmax(-1).to(narrow)
+        o = (a @ means).to(v.dtype)
         ctx.save_for_backward(q, k, v, given, hidden, a, b, means, count, o)
         return o
 
@@ -59,7 +67,7 @@ class _Bidirectional(torch.autograd.Function):
         def form(q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> tuple[Tensor]:
             return (_bidirectional(q, k, v, directions, hidden),)
 
-        return *gradient(written, form, (q, k, v, directions), (do,)), None
+        return *gradient(written, form, (q, k, v, directions), (do,)), None, None
 
 
 def _gradients(
@@ -77,16 +85,19 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     with without_autocast(do.device):  # whatever `backward` is called under
         M, directions = directions.shape[-1], on_cache_lines(directions)
-        do = torch.cat([do, (do * o).sum(-1, keepdim=True).neg_()], -1)  # [B, H, T, Dv + 1]
-        d_means = (a.mT @ do) / count  # [B, H, M, Dv + 1]
-        da = (do @ means.mT).mul_(a)
+        dn = (do * o).sum(-1, keepdim=True).neg_()  # [B, H, T, 1]
+        q_n, k_n, v_n, do, dn, directions = (x.to(a.dtype) for x in (q, k, v, do, dn, directions))
+        d_means, d_count = (a.mT @ do).div_(count.mT), (dn.mT @ a).div_(count)  # [B, H, M, Dv], [B, H, 1, M]
+        da = (do @ means.mT).add_(dn).mul_(a)
         dq = da @ directions.mT
-        d_directions = q.mT @ da if learnt else None
+        d_directions = q_n.mT @ da if learnt else None
         del da
-        dv = b @ d_means[..., :-1]
-        db = (with_ones(v) @ d_means.mT).mul_(b)
+        dv = b @ d_means
+        db = (v_n @ d_means.mT).add_(d_count).mul_(b)
         dk = (db @ directions.mT).sub_(k * db.sum(-1, keepdim=True))
-        return dq, dk, dv, None if d_directions is None else (d_directions + k.mT @ db).sum(0)[..., :M]
+        if d_directions is not None:
+            d_directions = (d_directions + k_n.mT @ db).sum(0, dtype=k.dtype)[..., :M]
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_directions
 
 
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, hidden: Tensor | None) -> Tensor:

@@ -42,12 +42,13 @@ def causal_by_chunks(
     directions: Tensor,  # [H, D, M]
     first: FavorState,
     hidden: Tensor | None,  # [B, 1, T, 1], keys that are padding
+    narrow: torch.dtype,
 ) -> tuple[Tensor, FavorState]:
-    """As `causal_by_halves`."""
+    """As `causal_by_halves`, with features and their products in `narrow`, but for exponents and the state."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, directions, first.sums)):
-        o, *state = _Causal.apply(q, k, v, directions, *first, hidden)
+        o, *state = _Causal.apply(q, k, v, directions, *first, hidden, narrow)
         return o, FavorState(*state)
-    return _forward(q, k, v, directions, first, hidden)[:2]
+    return _forward(q, k, v, directions, first, hidden, narrow)[:2]
 
 
 class _Causal(torch.autograd.Function):
@@ -63,12 +64,13 @@ class _Causal(torch.autograd.Function):
         sums: Tensor,
         log_scale: Tensor,
         hidden: Tensor | None,
+        narrow: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kept: list[_Plain | _Careful] = []
-        o, state, scale = _forward(q, k, v, directions, FavorState(sums, log_scale), hidden, kept)
+        o, state, scale = _forward(q, k, v, directions, FavorState(sums, log_scale), hidden, narrow, kept)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(state.log_scale)
-        ctx.kinds = [type(chunk) for chunk in kept]
+        ctx.narrow, ctx.kinds = narrow, [type(chunk) for chunk in kept]
         ctx.save_for_backward(q, k, v, directions, sums, log_scale, hidden, scale, *chain.from_iterable(kept))
         return o, *state
 
@@ -77,9 +79,11 @@ class _Causal(torch.autograd.Function):
         q, k, v, directions, sums, log_scale, hidden, scale, *tensors = ctx.saved_tensors
         parts = iter(tensors)
         kept = [kind(*(next(parts) for _ in kind._fields)) for kind in ctx.kinds]
-        written = partial(_gradients, do, d_sums, q, k, v, directions, hidden, scale, kept, ctx.needs_input_grad[3])
+        written = partial(
+            _gradients, do, d_sums, q, k, v, directions, hidden, scale, kept, ctx.narrow, ctx.needs_input_grad[3]
+        )
         form = partial(_by_halves, log_scale, hidden)
-        return *gradient(written, form, (q, k, v, directions, sums), (do, d_sums)), None, None
+        return *gradient(written, form, (q, k, v, directions, sums), (do, d_sums)), None, None, None
 
 
 class _Plain(NamedTuple):
@@ -110,6 +114,7 @@ def _forward(
     directions: Tensor,
     first: FavorState,
     hidden: Tensor | None,
+    narrow: torch.dtype,
     kept: list[_Plain | _Careful] | None = None,
 ) -> tuple[Tensor, FavorState, Tensor]:
     (B, _, H, Dv), M, padded = v.shape, directions.shape[-1], on_cache_lines(directions)
@@ -130,15 +135,16 @@ def _forward(
         fade = exp_(r - least)
         b = exp_(b.sub_(least))
         a = torch.bmm(q_c.flatten(1, 2), padded).view(G, C, P).add_(least + absent).softmax(-1)
-        weights = torch.bmm(a, b.mT).tril_()
         faded, z_0 = S * fade.mT, z * fade
-        n = (a * z_0).sum(-1, keepdim=True).add_(weights.sum(-1, keepdim=True))
+        a_n, b_n, S_n, v_n = (x.to(narrow) for x in (a, b, faded, v_c))
+        weights = torch.bmm(a_n, b_n.mT).tril_()
+        n = (a * z_0).sum(-1, keepdim=True).add_(weights.sum(-1, keepdim=True, dtype=a.dtype))
         if hidden_c is not None:
             n.view(H, B, C, 1).masked_fill_(hidden_c.transpose(0, 1), 1)  # nobody asks what padding sees
         if (n >= enough).all():
-            o_c = torch.bmm(a, faded).baddbmm_(weights, v_c).div_(n)
+            o_c = torch.bmm(a_n, S_n).baddbmm_(weights, v_n) / n
             o[:, steps] = _steps_first(o_c.view(H, B, C, Dv))
-            chunk: _Plain | _Careful = _Plain(a, b, weights, n, o_c, faded, z_0, fade)
+            chunk: _Plain | _Careful = _Plain(a_n, b_n, weights, n, o_c, S_n, z_0, fade)
             S, z, R, r = torch.baddbmm(faded, b.mT, v_c), z_0 + b.sum(1, keepdim=True), top, r_c
         else:
             scale = exp_(r - R.clamp(min=lowest))
@@ -163,6 +169,7 @@ def _gradients(
     hidden: Tensor | None,
     scale: Tensor,
     kept: list[_Plain | _Careful],
+    narrow: torch.dtype,
     learnt: bool,
 ) -> tuple[Tensor | None, ...]:
     (B, _, H, _), M, padded = q.shape, directions.shape[-1], on_cache_lines(directions)
@@ -172,7 +179,7 @@ def _gradients(
     d_sums = v.new_zeros(B, H, M, v.shape[-1] + 1) if d_sums is None else d_sums
     dS, dz = _sums_by_head(d_sums, P)
     dS, dz = dS * scale.mT, dz * scale
-    d_directions = torch.zeros_like(padded)
+    d_directions, back = torch.zeros_like(padded), padded.mT.to(narrow)
     with without_autocast(do.device):  # whatever `backward` is called under
         for steps, chunk in zip(reversed(_chunks(v)), reversed(kept), strict=True):
             if isinstance(chunk, _Careful):
@@ -184,23 +191,31 @@ def _gradients(
                 dS, dz = _sums_by_head(d_before, P)
                 dS, dz = dS * chunk.scale.mT, dz * chunk.scale
                 continue
+            a, b, C = chunk.a, chunk.b, chunk.a.shape[1]
             q_c, k_c, v_c, do_c = (_heads_first(x[:, steps]) for x in (q, k, v, do))
-            v_c, g = v_c.flatten(0, 1), do_c.flatten(0, 1) / chunk.n
+            g = do_c.flatten(0, 1) / chunk.n
             gn = (g * chunk.o).sum(-1, keepdim=True).neg_()
-            d_weights = torch.bmm(g, v_c.mT).add_(gn).tril_()
-            da = torch.bmm(g, chunk.S.mT).baddbmm_(d_weights, chunk.b).addcmul_(gn, chunk.z).mul_(chunk.a)
-            db = torch.bmm(d_weights.mT, chunk.a).baddbmm_(v_c, dS.mT).add_(dz).mul_(chunk.b)
-            dv_c = torch.bmm(chunk.weights.mT, g).baddbmm_(chunk.b, dS)
-            dS.baddbmm_(chunk.a.mT, g).mul_(chunk.fade.mT)
-            dz.baddbmm_(gn.mT, chunk.a).mul_(chunk.fade)
-            da, db = (x.view(H, B * x.shape[1], P) for x in (da, db))
-            dk_c = torch.bmm(db, padded.mT).view_as(k_c).addcmul_(k_c, db.sum(-1).view(*k_c.shape[:3], 1), value=-1)
-            dq[:, steps] = _steps_first(torch.bmm(da, padded.mT).view_as(q_c))
-            dk[:, steps] = _steps_first(dk_c)
+            v_n, g, gn, z, dS_n, dz_n = (x.to(narrow) for x in (v_c.flatten(0, 1), g, gn, chunk.z, dS, dz))
+            d_weights = torch.bmm(g, v_n.mT).add_(gn).tril_()
+            da = torch.bmm(g, chunk.S.mT).baddbmm_(d_weights, b).addcmul_(gn, z).mul_(a)
+            db = torch.bmm(d_weights.mT, a).baddbmm_(v_n, dS_n.mT).add_(dz_n).mul_(b)
+            dv_c = torch.bmm(chunk.weights.mT, g).baddbmm_(b, dS_n)
+            dS = _plus(dS, a.mT, g).mul_(chunk.fade.mT)
+            dz = _plus(dz, gn.mT, a).mul_(chunk.fade)
+            d_half = db.sum(-1, dtype=k.dtype).view(H, B, C, 1)
+            da, db = da.view(H, B * C, P), db.view(H, B * C, P)
+            dq[:, steps] = _steps_first(torch.bmm(da, back).view_as(q_c))
+            dk[:, steps] = _steps_first(torch.bmm(db, back).view_as(k_c) - k_c * d_half)
             dv[:, steps] = _steps_first(dv_c.view_as(do_c))
             if learnt:
-                d_directions.baddbmm_(q_c.flatten(1, 2).mT, da).baddbmm_(k_c.flatten(1, 2).mT, db)
+                q_n, k_n = (x.flatten(1, 2).mT.to(narrow) for x in (q_c, k_c))
+                d_directions = _plus(_plus(d_directions, q_n, da), k_n, db)
     return dq, dk, dv, d_directions[..., :M] if learnt else None, _sums(dS, dz, B, H, M)
+
+
+def _plus(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x + y z in place, in the precision of x."""
+    return x.baddbmm_(y, z) if x.dtype == y.dtype else x.add_(torch.bmm(y, z))
 
 
 def _by_halves(

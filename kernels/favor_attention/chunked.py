@@ -7,6 +7,7 @@ from torch import Tensor
 from ..common import accumulation_dtype, valid_positions, without_autocast, zero_padding
 from .bidirectional import bidirectional
 from .causal import causal_by_chunks, eager
+from .features import products_dtype
 from .halves import causal_by_halves
 from .state import FavorState
 
@@ -25,6 +26,7 @@ def favor_attention_chunked(
 
     # Autocast would compute features in half precision and keep the sums in it.
     with without_autocast(q.device):
+        narrow = products_dtype(q, k, v, dtype)
         q, k, v = (zero_padding(x, lengths).to(dtype) for x in (q, k, v))
         directions = projection.to(dtype).mT  # [H, D, M]
         hidden = None if lengths is None else ~valid_positions(lengths, T)[:, None, :, None]
@@ -32,9 +34,11 @@ def favor_attention_chunked(
         if causal:
             first = initial_state or FavorState.empty(B, H, M, Dv, device=q.device, dtype=dtype)
             first = FavorState(first.sums.to(dtype), first.log_scale.detach().to(dtype))
-            form = causal_by_chunks if eager(q, k, v, directions, *first) else causal_by_halves
-            o, state = form(q, k, v, directions, first, hidden)
+            if eager(q, k, v, directions, *first):
+                o, state = causal_by_chunks(q, k, v, directions, first, hidden, narrow)
+            else:
+                o, state = causal_by_halves(q, k, v, directions, first, hidden)
         else:
             q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [B, H, T, .]
-            o = bidirectional(q, k, v, directions, hidden).transpose(1, 2)  # [B, T, H, Dv]
+            o = bidirectional(q, k, v, directions, hidden, narrow).transpose(1, 2)  # [B, T, H, Dv]
     return zero_padding(o, lengths).to(out_dtype).contiguous(), state
