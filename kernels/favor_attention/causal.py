@@ -96,7 +96,7 @@ class _Plain(NamedTuple):
     o: Tensor  # [G, C, Dv]
     S: Tensor  # [G, P, Dv], the state before the chunk, relative to what b is relative to
     z: Tensor  # [G, 1, P], its normaliser
-    fade: Tensor  # [G, 1, P], by what both were multiplied for that
+    fade: Tensor | None  # [G, 1, P], by what both were multiplied for that
 
 
 class _Careful(NamedTuple):
@@ -130,22 +130,23 @@ def _forward(
             half.masked_fill_(hidden_c.transpose(0, 1), torch.inf)
         b = torch.bmm(k_c.flatten(1, 2), padded).view(G, C, P).sub_(half.view(G, C, 1))
         seen_by_all, top = torch.maximum(R, b[:, :1]), torch.maximum(R, b.amax(1, keepdim=True))
-        r_c = torch.where(top - seen_by_all <= RISE, seen_by_all, top)
+        r_c = seen_by_all if (seen_by_all - r > RISE / 2).any() else r
+        r_c = torch.where(top - r_c <= RISE, r_c, top)
         least = r_c.clamp(min=lowest)  # no key at all has -inf, and relative to this still
-        fade = exp_(r - least)
+        fade = None if steps.start and torch.equal(r_c, r) else exp_(r - least)
+        S_0, z_0 = (S, z) if fade is None else (S * fade.mT, z * fade)
         b = exp_(b.sub_(least))
         a = torch.bmm(q_c.flatten(1, 2), padded).view(G, C, P).add_(least + absent).softmax(-1)
-        faded, z_0 = S * fade.mT, z * fade
-        a_n, b_n, S_n, v_n = (x.to(narrow) for x in (a, b, faded, v_c))
+        a_n, b_n, S_n, v_n = (x.to(narrow) for x in (a, b, S_0, v_c))
         weights = torch.bmm(a_n, b_n.mT).tril_()
-        n = (a * z_0).sum(-1, keepdim=True).add_(weights.sum(-1, keepdim=True, dtype=a.dtype))
+        n = weights.sum(-1, keepdim=True, dtype=a.dtype).baddbmm_(a, z_0.mT)
         if hidden_c is not None:
             n.view(H, B, C, 1).masked_fill_(hidden_c.transpose(0, 1), 1)  # nobody asks what padding sees
         if (n >= enough).all():
             o_c = torch.bmm(a_n, S_n).baddbmm_(weights, v_n) / n
             o[:, steps] = _steps_first(o_c.view(H, B, C, Dv))
             chunk: _Plain | _Careful = _Plain(a_n, b_n, weights, n, o_c, S_n, z_0, fade)
-            S, z, R, r = torch.baddbmm(faded, b.mT, v_c), z_0 + b.sum(1, keepdim=True), top, r_c
+            S, z, R, r = torch.baddbmm(S_0, b.mT, v_c), z_0 + b.sum(1, keepdim=True), top, r_c
         else:
             scale = exp_(r - R.clamp(min=lowest))
             before = _state(S * scale.mT, z * scale, R, B, H, M)
@@ -200,8 +201,10 @@ def _gradients(
             da = torch.bmm(g, chunk.S.mT).baddbmm_(d_weights, b).addcmul_(gn, z).mul_(a)
             db = torch.bmm(d_weights.mT, a).baddbmm_(v_n, dS_n.mT).add_(dz_n).mul_(b)
             dv_c = torch.bmm(chunk.weights.mT, g).baddbmm_(b, dS_n)
-            dS = _plus(dS, a.mT, g).mul_(chunk.fade.mT)
-            dz = _plus(dz, gn.mT, a).mul_(chunk.fade)
+            dS, dz = _plus(dS, a.mT, g), _plus(dz, gn.mT, a)
+            if chunk.fade is not None:
+                dS.mul_(chunk.fade.mT)
+                dz.mul_(chunk.fade)
             d_half = db.sum(-1, dtype=k.dtype).view(H, B, C, 1)
             da, db = da.view(H, B * C, P), db.view(H, B * C, P)
             dq[:, steps] = _steps_first(torch.bmm(da, back).view_as(q_c))
