@@ -1,9 +1,9 @@
 """Causal FAVOR attention on a CPU, one chunk after the other with all heads at once, so that features stay in a cache.
 
 In a chunk all features of keys are relative to one reference r, and the weights of a query to the largest product that
-it would have with r. A feature's r is its largest value until the chunk's first key, which all queries see, so that the
-weights of a query sum to 1 or more, and no later key has a part in how they are rounded. Where a feature rises by more
-than `RISE` within the chunk, r is its largest value until the chunk's end instead. What a query before that sees is the
+it would have with r. Usually r is what a feature had reached by the first key of this or an earlier chunk: all queries
+have seen it, so that their weights sum to 1 or more, and no later key has a part in how they are rounded. Where a
+feature rises above that by more than `RISE`, r is what it reaches by the chunk's end. What earlier queries see is the
 smaller for it, which is usually nothing that matters. Should a query be left with less than the square root of the
 smallest normal number, factors may have underflowed whose product counts, and the chunk is computed by halves.
 """
@@ -25,7 +25,7 @@ from .halves import causal_by_halves
 from .state import FavorState
 
 CHUNK = 64  # or as long as values are wide, so that states take no more room than features
-RISE = 16.0
+RISE = 16.0  # of logarithms: exp(RISE) is far from what a product of two such numbers must not reach
 
 
 def eager(*tensors: Tensor) -> bool:

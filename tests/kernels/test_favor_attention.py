@@ -335,6 +335,18 @@ def test_half_precision_is_summed_in_single(dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_gradients_in_bfloat16(causal):
+    """Of products in bfloat16, where the CPU has them: errors of a few roundings."""
+    inputs = make(2, 150, 2, 16, 44, 16, state=causal, dtype=torch.bfloat16)
+    w = torch.randn(2, 150, 2, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    options = {"causal": causal, "lengths": torch.tensor([150, 70]), "learnt": True}
+    expected = run(double(inputs), w.double(), **options, backend="reference")
+    for name, value in run(inputs, w, **options).items():
+        assert value.dtype == torch.bfloat16
+        assert_close(value, expected[name], 2 * torch.finfo(torch.bfloat16).eps, name, worst_row=100)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_autocast_keeps_features_and_sums_in_single(causal):
     inputs = make(2, 100, 2, 8, 12, 8, dtype=torch.float32)
     expected = call(**inputs, causal=causal)
