@@ -34,9 +34,12 @@ def call(q, k, v, projection, sums=None, log_scale=None, **options):
     return favor_attention(q, k, v, projection, initial_state=state, **options)
 
 
-def run(inputs: dict[str, Tensor], w: Tensor, w_state: Tensor | None = None, **options) -> dict[str, Tensor]:
-    """The output, the final state if there is a w_state, and the gradients."""
-    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in NAMES if name in inputs}
+def run(
+    inputs: dict[str, Tensor], w: Tensor, w_state: Tensor | None = None, *, learnt: bool = False, **options
+) -> dict[str, Tensor]:
+    """The output, the final state if there is a w_state, and the gradients, with that of the projection if learnt."""
+    names = (*NAMES, "projection") if learnt else NAMES
+    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in names if name in inputs}
     if w_state is None:
         o = call(**inputs | leaves, **options)
         return {"o": o} | gradients((o,), leaves, (w,))
@@ -102,6 +105,43 @@ def test_inputs_thirty_times_as_large(causal, state, dtype):
         assert_close(value, expected[name], rounding, name, worst_row=1000)
 
 
+class Halved:
+    """Counts the chunks that are computed by halves."""
+
+    def __init__(self, monkeypatch):
+        module = import_module("seqzoo.kernels.favor_attention.causal")
+        self.times, by_halves = 0, module.causal_by_halves
+
+        def counted(*arguments):
+            self.times += 1
+            return by_halves(*arguments)
+
+        monkeypatch.setattr(module, "causal_by_halves", counted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("lengths", [None, [200, 70, 0]])
+@pytest.mark.parametrize("state", [False, True])
+def test_where_features_rise_steeply_a_chunk_is_computed_by_halves(state, lengths, dtype, monkeypatch):
+    """Here the second of four: what it takes and what it gives, forward and backward, are others'."""
+    inputs = make(3, 200, 2, 8, 12, 5, state=state, dtype=dtype)
+    inputs["k"][:, :90] = inputs["k"][:, :90] / 10 + (7 if dtype == torch.float32 else 14)
+    half_square = inputs["k"].square().sum(-1).max().item() / 2
+    if state:
+        inputs["log_scale"] -= half_square
+    w, w_state = torch.randn(3, 200, 2, 5, dtype=dtype), torch.randn(3, 2, 12, 6, dtype=dtype)
+    options = {"causal": True, "lengths": None if lengths is None else torch.tensor(lengths), "learnt": True}
+    halved = Halved(monkeypatch)
+    values = run(inputs, w, w_state, **options)
+    assert halved.times == 2
+    expected = run(double(inputs), w.double(), w_state.double(), **options, backend="reference")
+    for name, value in values.items():
+        if name == "log_scale":
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert_close(value, expected[name], torch.finfo(dtype).eps / 2 * half_square, name, worst_row=1000)
+
+
 def test_growing_keys_do_not_hide_the_past():
     """Each key's features dwarf all before it, which no query before it may notice."""
     inputs = make(1, 50, 1, 8, 12, 3, dtype=torch.float32)
@@ -158,7 +198,7 @@ def test_many_features_make_softmax_attention():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(causal, monkeypatch):
-    monkeypatch.setattr(import_module("seqzoo.kernels.favor_attention.chunked"), "MIN_CHUNK", 2)
+    monkeypatch.setattr(import_module("seqzoo.kernels.favor_attention.causal"), "CHUNK", 2)
     inputs = make(2, 5, 1, 3, 4, 2, state=causal)
     leaves = {name: inputs[name].requires_grad_() for name in (*NAMES, "projection") if name in inputs}
 
@@ -295,6 +335,18 @@ def test_half_precision_is_summed_in_single(dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_gradients_in_bfloat16(causal):
+    """Of products in bfloat16, where the CPU has them: errors of a few roundings."""
+    inputs = make(2, 150, 2, 16, 44, 16, state=causal, dtype=torch.bfloat16)
+    w = torch.randn(2, 150, 2, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    options = {"causal": causal, "lengths": torch.tensor([150, 70]), "learnt": True}
+    expected = run(double(inputs), w.double(), **options, backend="reference")
+    for name, value in run(inputs, w, **options).items():
+        assert value.dtype == torch.bfloat16
+        assert_close(value, expected[name], 2 * torch.finfo(torch.bfloat16).eps, name, worst_row=100)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_autocast_keeps_features_and_sums_in_single(causal):
     inputs = make(2, 100, 2, 8, 12, 8, dtype=torch.float32)
     expected = call(**inputs, causal=causal)
@@ -316,11 +368,14 @@ def test_two_runs_are_equal_to_the_bit(causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_compiles_whole(causal):
+def test_compiles_whole(causal, monkeypatch):
+    """To the form that looks at no values."""
     inputs = make(2, 70, 2, 4, 6, 3, dtype=torch.float32, state=causal)
     options = {"causal": causal, "lengths": torch.tensor([70, 33])}
     w, w_state = torch.randn(2, 70, 2, 3), torch.randn(2, 2, 6, 4) if causal else None
-    expected = run(inputs, w, w_state, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("seqzoo.kernels.favor_attention.chunked"), "eager", lambda *_: False)
+        expected = run(inputs, w, w_state, **options)
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES if name in inputs}

@@ -1,0 +1,84 @@
+"""Causal FAVOR attention whatever the keys, for PyTorch to differentiate: all chunks at once, each cut into halves.
+
+With a and b the logarithms of the features of queries and keys, the weight of key j for query i is the sum over m of
+exp(a_im + b_jm). R_im is the largest b_jm among the keys that query i sees; a_im is taken relative to the largest
+a_im + R_im of its query, so that the weights of a query sum to 1 or more.
+
+The product exp(a_im + r) exp(b_jm - r) is then safe for any reference r between b_jm and R_im. A smaller one could make
+the second factor overflow; a larger one, such as a key of the future, the first, or make the second vanish where the
+product does not. For every pair of a key up to some time and a query after it, R at that time is such a reference.
+So time is cut into chunks with a state carried between them, and each chunk recursively into halves, of which the later
+one's queries meet the earlier one's keys in a matrix product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common import without_autocast
+from ..diagonal_scan import diagonal_scan
+from ..linear_attention.reference import divide_by_normalizer
+from .features import exp_, finite, log_features, with_ones
+from .state import FavorState
+
+MIN_CHUNK = 32  # a chunk is at least as long as values are wide, so that states take no more room than features
+
+
+def causal_by_halves(
+    q: Tensor,  # [B, T, H, D]
+    k: Tensor,  # [B, T, H, D]
+    v: Tensor,  # [B, T, H, Dv]
+    directions: Tensor,  # [H, D, M]
+    first: FavorState,
+    hidden: Tensor | None,  # [B, 1, T, 1], keys that are padding
+) -> tuple[Tensor, FavorState]:
+    """Outputs [B, T, H, Dv] from the keys up to each query and those of the state, and the state after them."""
+    with without_autocast(q.device):
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        o, state = _over_chunks(q @ directions, log_features(k, directions, hidden), v, first)
+        return o.transpose(1, 2), state
+
+
+def _over_chunks(a: Tensor, b: Tensor, v: Tensor, first: FavorState) -> tuple[Tensor, FavorState]:
+    """From a, b [B, H, T, M] and v [B, H, T, Dv]: outputs [B, H, T, Dv], and the state after them."""
+    v = with_ones(v)  # [B, H, T, V]
+    (B, H, T, M), V = a.shape, v.shape[-1]
+    C, enough = 1, min(T, max(MIN_CHUNK, V - 1))
+    while enough > C:
+        C *= 2
+    N = -(-T // C)
+    if N * C > T:
+        rest = (0, 0, 0, N * C - T)
+        a, b, v = F.pad(a, rest), F.pad(b, rest, value=-torch.inf), F.pad(v, rest)
+    R = torch.maximum(b.detach().cummax(2).values, first.log_scale[:, :, None])
+    a = a - finite((a.detach() + R).amax(-1, keepdim=True))
+
+    R_n = R.view(B, H, N, C, M)[..., -1, :]  # [B, H, N, M], at the end of each chunk
+    R_0 = torch.cat([first.log_scale[:, :, None], R_n[:, :, :-1]], 2)  # before each chunk
+
+    # G = B * H * N, all the chunks there are. One batch axis keeps every product a single batched GEMM.
+    a, b, v, R = (x.reshape(B * H * N, C, -1) for x in (a, b, v, R))
+    updates = torch.bmm(exp_(b - finite(R_n).view(-1, 1, M)).mT, v)  # [G, M, V]
+    decay = exp_(R_0 - finite(R_n)).view(B * H, N, M, 1).expand(-1, -1, -1, V)
+    sums = diagonal_scan(
+        updates.view(B * H, N, M * V), decay.reshape(B * H, N, M * V), initial_state=first.sums.reshape(B * H, M * V)
+    ).view(B, H, N, M, V)
+    sums_0 = torch.cat([first.sums[:, :, None], sums[:, :, :-1]], 2)
+    o = torch.bmm(exp_(a + R_0.view(-1, 1, M)), sums_0.view(-1, M, V)) + _within_chunks(a, b, v, R)
+    return divide_by_normalizer(o.view(B, H, N * C, V)[:, :, :T]), FavorState(sums[:, :, -1], R_n[:, :, -1])
+
+
+def _within_chunks(a: Tensor, b: Tensor, v: Tensor, R: Tensor) -> Tensor:
+    """What each step sums over the keys of its own chunk, itself included: [G, C, V] from a, b, R [G, C, M]."""
+    G, C, _ = a.shape
+    o = exp_(a + b).sum(-1, keepdim=True) * v
+    L = 1
+    while L < C:  # the later half of every 2L steps sees the earlier half
+        a_s, b_s, v_s, R_s = (x.view(G * C // (2 * L), 2 * L, -1) for x in (a, b, v, R))
+        r = R_s[:, L - 1 : L]
+        scores = torch.bmm(exp_(a_s[:, L:] + r), exp_(b_s[:, :L] - finite(r)).mT)  # [., L, L]
+        o = o + F.pad(torch.bmm(scores, v_s[:, :L]), (0, 0, L, 0)).view_as(o)
+        L *= 2
+    return o
