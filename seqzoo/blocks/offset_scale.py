@@ -50,7 +50,7 @@ class _OffsetScale(torch.autograd.Function):
             for t in _together(z, gamma):
                 d = torch.stack([row[:, t] for row in upstream], 2).to(gamma.dtype)  # [B, t, rows, S]
                 if back is not None:
-                    d = turned(d, _at(back, t))
+                    d = turned(d, back[..., t, :, :])
                 d_beta += d.sum((0, 1))
                 d_gamma += (d * z[:, t, None]).sum((0, 1))
                 dz[:, t] = (d * gamma).sum(2)
