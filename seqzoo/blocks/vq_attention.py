@@ -175,15 +175,14 @@ class _Normalised(torch.autograd.Function):
         return x * (size * scale)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
 
         def written() -> tuple[Tensor]:
             along = (dy * x).mean(-1, keepdim=True) * scale.square()
             return (torch.addcmul(dy, x, along, value=-1).mul_(ctx.size * scale),)
 
-        (dx,) = gradient(written, lambda x: (_normalised(x, ctx.size),), (x,), (dy,))
-        return dx, None
+        return *gradient(written, lambda x: (_normalised(x, ctx.size),), (x,), (dy,)), None
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, causal: bool, lengths: Tensor | None) -> Tensor:
