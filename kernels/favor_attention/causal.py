@@ -186,7 +186,7 @@ def _gradients(
             if isinstance(chunk, _Careful):
                 form = partial(_by_halves, chunk.log_scale, None if hidden is None else hidden[:, :, steps])
                 inputs = (q[:, steps], k[:, steps], v[:, steps], directions, chunk.sums)
-                found = pullback(form, inputs, (do[:, steps], _sums(dS, dz, B, H, M)))
+                found: tuple[Any, ...] = pullback(form, inputs, (do[:, steps], _sums(dS, dz, B, H, M)))
                 dq[:, steps], dk[:, steps], dv[:, steps], d_directions_c, d_before = found
                 d_directions[..., :M] += d_directions_c
                 dS, dz = _sums_by_head(d_before, P)
