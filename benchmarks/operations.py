@@ -70,7 +70,7 @@ def gated_attention(causal: bool, dtype: torch.dtype) -> Pass:
     tensors = [draw(dtype, n) for n in (2 * D_MODEL, 128, 128, 128, 128, 2 * D_MODEL)]
     bias = torch.randn(256 if causal else 511).to(dtype).requires_grad_()
     return Pass(
-        lambda: kernels.gated_attention(*tensors, chunk_len=256, bias=bias, causal=causal),  # type: ignore[misc]
+        lambda: kernels.gated_attention(*tensors, chunk_len=256, bias=bias, causal=causal),
         [*tensors, bias],
     )
 
@@ -177,7 +177,8 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return work()
+        work()
+        return
     from seqzoo.runs import provenance  # which another checkout need not have
 
     workers = {"this": Worker(ROOT)}
@@ -203,7 +204,7 @@ def main() -> None:
         print(line, flush=True)
     if options.out is None:
         return
-    measured = {"batch": B, "length": T, "d_model": D_MODEL, "heads": HEADS, "repeats": options.repeats}
+    measured: dict[str, Any] = {"batch": B, "length": T, "d_model": D_MODEL, "heads": HEADS, "repeats": options.repeats}
     measured["unit"] = "ms, processor time"
     commits = {name: worker.commit for name, worker in workers.items()}
     record = {**provenance.of_benchmark(measured), "commits": commits, "rows": rows}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -186,8 +186,8 @@ def _gradients(
             if isinstance(chunk, _Careful):
                 form = partial(_by_halves, chunk.log_scale, None if hidden is None else hidden[:, :, steps])
                 inputs = (q[:, steps], k[:, steps], v[:, steps], directions, chunk.sums)
-                found = pullback(form, inputs, (do[:, steps], _sums(dS, dz, B, H, M)))
-                dq[:, steps], dk[:, steps], dv[:, steps], d_directions_c, d_before = (cast(Tensor, x) for x in found)
+                found: tuple[Any, ...] = pullback(form, inputs, (do[:, steps], _sums(dS, dz, B, H, M)))
+                dq[:, steps], dk[:, steps], dv[:, steps], d_directions_c, d_before = found
                 d_directions[..., :M] += d_directions_c
                 dS, dz = _sums_by_head(d_before, P)
                 dS, dz = dS * chunk.scale.mT, dz * chunk.scale
