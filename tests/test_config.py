@@ -19,7 +19,7 @@ def test_a_recipe_sets_sizes_by_task_and_model():
     assert compose(["model=transformer", "task=lra_text"]).model.d_model == 512
     assert compose(["model=s4d", "task=lra_text"]).model.d_model == 256
     tiny = compose(["model=s4d", "task=lra_text", "recipe=tiny"])
-    assert (tiny.model.d_model, tiny.task.max_length, tiny.n_test) == (64, 1024, 2000)
+    assert (tiny.model.d_model, tiny.task.max_length, tiny.n_test) == (64, 512, 2000)
 
 
 def test_overrides_win_over_the_recipe():

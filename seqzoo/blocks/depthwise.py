@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.common import accumulation_dtype, without_autocast
 from ..kernels.derivatives import forward_mode, gradient
 from ..valid import Count
 
@@ -58,9 +59,13 @@ class Depthwise(nn.Module):
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """y_td = Σ_j weight_dj x_{t+j,d}: [B, T + W - 1, D] and [D, W] -> [B, T, D]."""
-    if forward_mode() or x.device.type != "cpu":
+    if x.device.type != "cpu":
         return _convolve(x, weight)
-    return _Convolution.apply(x, weight)
+    # In single precision at least: PyTorch's products in half precision can fail to end on a CPU.
+    dtype = accumulation_dtype(x.dtype)
+    with without_autocast(x.device):
+        convolution = _convolve if forward_mode() else _Convolution.apply
+        return convolution(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
@@ -81,13 +86,15 @@ class _Convolution(torch.autograd.Function):
         inputs = ctx.saved_tensors
 
         def form(x, weight):
-            return (_convolve(x.to(dy.dtype), weight.to(dy.dtype)),)  # as autocast had them
+            with without_autocast(dy.device):
+                return (_convolve(x, weight),)
 
         def written():
-            x, weight = (tensor.to(dy.dtype) for tensor in inputs)
+            x, weight = inputs
             W = weight.shape[1]
-            dx = _convolve(F.pad(dy, (0, 0, W - 1, W - 1)), weight.flip(1))
-            return dx, _kernel_gradient(x, dy, W)
+            with without_autocast(dy.device):  # whatever `backward` is called under
+                dx = _convolve(F.pad(dy, (0, 0, W - 1, W - 1)), weight.flip(1))
+                return dx, _kernel_gradient(x, dy, W)
 
         return gradient(written, form, inputs, (dy,))
 
