@@ -73,6 +73,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "flash": ("model.position=sinusoidal", "model.block.chunk_len=32", "model.block.key_dim=64"),
     "lru": (),
     "s4d": (),
+    "conv": (),
 }
 
 

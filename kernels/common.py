@@ -44,7 +44,7 @@ class _ZeroPadding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _ZeroPadding.apply(dy, *ctx.saved_tensors), None
+        return zero_padding(dy, *ctx.saved_tensors), None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -190,7 +190,7 @@ def _gradients(
     (B, H, N, L, Dv), (S, D) = dy.shape, codebook.shape[1:]
     G, W = B * H * N, 2 if causal else 3
     with without_autocast(dy.device):
-        dy = dy.reshape(B * H, N, L, Dv)
+        dy = dy.reshape(B * H, N, L, Dv).contiguous()
         d_far, dv_outside = read_outside_backward(
             dy, far.view(B * H, N, L, S), values[1 : G + 1].view(dy.shape), codes, causal
         )

@@ -306,7 +306,7 @@ def test_a_job_at_its_time_limit_is_queued_again(tmp_path, monkeypatch):
 
 def test_a_launcher_that_is_not_here_is_explained(listops, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # where there is SLURM, the test finds none and queues nothing
-    assert main(["-m", *listops, "seed=0,1", "launcher=slurm"]) == 2
+    assert main(["-m", *listops, "seed=0,1", "launcher=slurm", "precision=fp32"]) == 2
     assert "launcher: " in capsys.readouterr().err
     assert main(["-m", *listops, "seed=0,1", "launcher=local", "launcher.options.walltime=5"]) == 2
     assert "walltime" in capsys.readouterr().err

@@ -12,12 +12,11 @@ import pytest
 import torch
 from tiny_runs import tiny_config
 
-from seqzoo.config import Config, ConfigError, JointConfig, compose, from_dict, to_dict
+from seqzoo.config import Config, ConfigError, JointConfig, SearchConfig, compose, from_dict, to_dict
 from seqzoo.models import task_head
 from seqzoo.models.size import flops_per_token
 from seqzoo.report import read_result
 from seqzoo.runs import evaluate_run, load, run
-from seqzoo.runs import search as search_module
 from seqzoo.runs.folder import read_config, run_name
 from seqzoo.spec import IGNORED
 from seqzoo.tasks import Task, TaskConfig, build_task, from_arrays
@@ -198,10 +197,8 @@ def test_answers_at_positions_have_a_head_of_their_own(recall, tmp_path):
     assert right.double().mean().item() == result["test"]["accuracy"]
 
 
-def test_rates_are_searched_by_accuracy(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, "GRID", (1e-6, 1e-2))
-    monkeypatch.setattr(search_module, "SHARE", 0.5)
-    result = run(joint(tmp_path, lr="search"), task=task)
+def test_rates_are_searched_by_accuracy(task, tmp_path):
+    result = run(joint(tmp_path, lr="search", search=SearchConfig(rates=[1e-6, 1e-2], share=0.5)), task=task)
     trials = list(Path(result["folder"]).glob("finetune/search/*/summary.json"))
     assert len(trials) == 2
     assert all(json.loads(path.read_text()).keys() == {"lr", "accuracy"} for path in trials)
@@ -252,7 +249,7 @@ def test_what_cannot_be_is_refused(overrides, message):
 
 def test_a_share_of_nothing_is_the_whole_budget_in_one_phase():
     recipe = ["objective=joint", "recipe=tiny", "model=lru"]
-    shared, plain = compose([*recipe, "pretrain=true", "share=0"]), compose([*recipe, "finetuning.tokens=6000000"])
+    shared, plain = compose([*recipe, "pretrain=true", "share=0"]), compose([*recipe, "finetuning.tokens=3500000"])
     assert run_name(shared) == run_name(plain)
 
 

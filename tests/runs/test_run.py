@@ -209,7 +209,7 @@ def test_names_say_what_shapes_the_result(task, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        ("model=lru task=lra_listops recipe=tiny", "lra_listops-lru-tiny-none-s0-2baba7f4"),
+        ("model=lru task=lra_listops recipe=tiny precision=fp32", "lra_listops-lru-tiny-none-s0-2baba7f4"),
         ("model=lru task=lra_text recipe=small pretrain=true", "lra_text-lru-small-masked-s0-00608e22"),
         (
             "model=vq_transformer task=lra_image size=params:1M "
@@ -242,8 +242,8 @@ def test_names_tell_studies_apart(tmp_path):
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("pretrain=true share=0", "pretrain=false finetuning.tokens=6000000"),
-        ("pretrain=true share=0.5", "pretrain=true pretraining.tokens=3000000 finetuning.tokens=3000000"),
+        ("pretrain=true share=0", "pretrain=false finetuning.tokens=3500000"),
+        ("pretrain=true share=0.5", "pretrain=true pretraining.tokens=1750000 finetuning.tokens=1750000"),
         ("train_fraction=1", ""),
     ],
 )
