@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from ..objectives import Causal, Masked, Objective
 from ..tasks import Split
 from ..training.counting import counted
+from ..training.errors import TrainingError
 from ..training.evaluation import evaluate
 
 if TYPE_CHECKING:
@@ -33,9 +35,11 @@ def learnt(
         return None
     margin = MARGIN.get(train.spec.name)
     if margin is None:
-        parts = [val.subset(part) for part in torch.arange(len(val)).tensor_split(min(PARTS, len(val)))]
-        options: dict[str, Any] = {"batch_size": batch_size, "fabric": fabric}
-        losses = [evaluate(model, objective, part.to(fabric.device), **options)["loss"] for part in parts]
+        losses = []
+        for index in torch.arange(len(val)).tensor_split(min(PARTS, len(val))):
+            part = val.subset(index).to(fabric.device)
+            with suppress(TrainingError):  # nothing is asked in it
+                losses.append(evaluate(model, objective, part, batch_size=batch_size, fabric=fabric)["loss"])
         margin = 3 * torch.tensor(losses).std().item() / len(losses) ** 0.5 if len(losses) > 1 else 0.0
     found = counted(objective, train, val)
     return {"loss": loss, **found._asdict(), "margin": margin, "learnt": loss < found.symbols - margin}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_runs import tiny_config
 
-from seqzoo.config import ConfigError, LadderConfig, LoraConfig
+from seqzoo.config import ConfigError, LadderConfig, LoraConfig, SearchConfig
 from seqzoo.models import build_model
-from seqzoo.runs import evaluate_run, load, run, search
+from seqzoo.runs import evaluate_run, load, run
 from seqzoo.training import TrainingError
 from seqzoo.training.checkpoint import load_weights
 from seqzoo.training.loop import Stage
@@ -149,9 +149,8 @@ def test_b_learns_faster_than_a(task, tmp_path):
     assert adapted == {"0.branch.qkv_proj", "0.branch.out_proj", "1.branch.0", "1.branch.2"}
 
 
-def test_a_search_tries_rates_of_what_is_tuned(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "GRID", (1e-4, 1e-2))
-    result = run(config(tmp_path, "lora", lr="search"), task=task)
+def test_a_search_tries_rates_of_what_is_tuned(task, tmp_path):
+    result = run(config(tmp_path, "lora", lr="search", search=SearchConfig(rates=[1e-4, 1e-2])), task=task)
     assert result["lr"]["finetune"] in (1e-4, 1e-2)
 
 
