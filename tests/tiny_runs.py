@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from seqzoo.config import Config, StageConfig, WandbConfig
 from seqzoo.models import ModelConfig
 from seqzoo.tasks import Task, TaskConfig, from_arrays
+from seqzoo.training import TrainingError
+from seqzoo.training.loop import Stage
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,6 +33,21 @@ def one_thread():
 def task() -> Task:
     """For a conftest to import."""
     return toy_task()
+
+
+@contextmanager
+def failing_at_the_last_validation() -> Iterator[None]:
+    """Within it no stage comes to its end."""
+    validate = Stage.validate
+
+    def fail_at_last(stage: Stage) -> dict[str, float]:
+        if stage.state.step == stage.total_steps:
+            raise TrainingError("out of luck")
+        return validate(stage)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Stage, "validate", fail_at_last)
+        yield
 
 
 def toy_task(n: int = 120, seed: int = 0) -> Task:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import tiny_config
+from tiny_runs import failing_at_the_last_validation, tiny_config
 
 from seqzoo import load
 from seqzoo.config import ConfigError, SearchConfig
@@ -87,22 +87,11 @@ def test_an_own_task_may_ask_at_positions(recall, tmp_path):
     assert other["folder"] != result["folder"]
 
 
-def test_an_interrupted_run_continues_alike(tmp_path, monkeypatch):
-    from seqzoo.training.loop import Stage
-
+def test_an_interrupted_run_continues_alike(tmp_path):
     settings = {"finetuning": {"tokens": 4000}, "causal": True}
     whole = run(config(tmp_path / "whole", HEADS, **settings))
-    validate = Stage.validate
-
-    def fail_at_last(stage):
-        if stage.state.step == stage.total_steps:
-            raise TrainingError("out of luck")
-        return validate(stage)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Stage, "validate", fail_at_last)
-        with pytest.raises(TrainingError):
-            run(config(tmp_path / "cut", HEADS, **settings))
+    with failing_at_the_last_validation(), pytest.raises(TrainingError):
+        run(config(tmp_path / "cut", HEADS, **settings))
     assert run(config(tmp_path / "cut", HEADS, **settings))["test"] == whole["test"]
 
 

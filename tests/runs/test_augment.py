@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import tiny_config
+from tiny_runs import failing_at_the_last_validation, tiny_config
 
 from seqzoo.config import ConfigError
 from seqzoo.report import read_result
@@ -62,20 +62,11 @@ def test_training_batches_are_augmented_and_others_are_not(changes, augmented, t
     assert all(validated)
 
 
-def test_an_interrupted_run_continues_alike(augmented, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_alike(augmented, tmp_path):
     settings = {"augment": True, "finetuning": {"accumulate": 2}}
     whole = run(tiny_config(tmp_path / "whole", **settings), task=augmented)
-    validate = Stage.validate
-
-    def fail_at_last(stage):
-        if stage.state.step == stage.total_steps:
-            raise TrainingError("out of luck")
-        return validate(stage)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Stage, "validate", fail_at_last)
-        with pytest.raises(TrainingError):
-            run(tiny_config(tmp_path / "cut", **settings), task=augmented)
+    with failing_at_the_last_validation(), pytest.raises(TrainingError):
+        run(tiny_config(tmp_path / "cut", **settings), task=augmented)
     assert run(tiny_config(tmp_path / "cut", **settings), task=augmented)["test"] == whole["test"]
 
 

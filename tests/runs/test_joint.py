@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import tiny_config
+from tiny_runs import failing_at_the_last_validation, tiny_config
 
 from seqzoo.config import Config, ConfigError, JointConfig, SearchConfig, compose, from_dict, to_dict
 from seqzoo.models import task_head
@@ -125,20 +125,11 @@ def test_operations_count_both_heads(task, tmp_path):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_an_interrupted_run_continues_alike(passes, task, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_alike(passes, task, tmp_path):
     settings = {"joint": JointConfig(passes=passes, weight=0.5), "finetuning": {"accumulate": 2}}
     whole = run(joint(tmp_path / "whole", **settings), task=task)
-    validate = Stage.validate
-
-    def fail_at_last(stage):
-        if stage.state.step == stage.total_steps:
-            raise TrainingError("out of luck")
-        return validate(stage)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Stage, "validate", fail_at_last)
-        with pytest.raises(TrainingError):
-            run(joint(tmp_path / "cut", **settings), task=task)
+    with failing_at_the_last_validation(), pytest.raises(TrainingError):
+        run(joint(tmp_path / "cut", **settings), task=task)
     again = run(joint(tmp_path / "cut", **settings), task=task)
     assert again["test"] == whole["test"]
     assert Path(again["folder"]).name == Path(whole["folder"]).name
