@@ -17,6 +17,7 @@ from typing import Any
 from ..config import CONFIGS, Config, ConfigError, compose, is_text, seconds
 from ..messages import shortened, unknown
 from ..tasks import DataError
+from ..valid import check_ranges
 from .attempt import BUSY, DONE, FAILED, INTERRUPTED, MISUSED, UNFINISHED, attempt, fail, say
 from .cell import Cell
 from .folder import pretraining_key, run_name
@@ -135,7 +136,12 @@ def _compose(overrides: Sequence[str], known: dict[tuple[str, ...], Config]) -> 
         return compose(overrides)
     if others not in known:
         known[others] = compose(overrides)
-    return replace(known[others], seed=int(seeds[0]))
+    config = replace(known[others], seed=int(seeds[0]))
+    try:
+        check_ranges(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return config
 
 
 def _rank(config: Config) -> tuple[int, ...]:
