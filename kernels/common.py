@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, reduce
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu import MULTIPLIES_BFLOAT16
 from .derivatives import by_hand
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -19,6 +20,11 @@ CACHED = 1 << 18  # numbers; in single precision as much as a core's own cache c
 def valid_positions(lengths: Tensor, T: int) -> Tensor:
     """True where a position lies within its sequence: [B] lengths -> [B, T]."""
     return torch.arange(T, device=lengths.device) < lengths[:, None]
+
+
+def future(n: int, device: torch.device) -> Tensor:
+    """Which of `n` keys each of as many queries, of the same steps, does not see: bool [n, n]."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
 
 
 def zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -58,15 +64,9 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of matrix products of `tensors`: bfloat16 where all are, which is multiplied into single precision and
     has its range, but on a CPU without instructions for it; otherwise that of their sums."""
     dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
-    if dtype == torch.bfloat16 and (tensors[0].device.type != "cpu" or _multiplies_bfloat16()):
+    if dtype == torch.bfloat16 and (tensors[0].device.type != "cpu" or MULTIPLIES_BFLOAT16):
         return dtype
     return accumulation_dtype(dtype)
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it: others are slower in bfloat16 than in single precision."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-CPUINFO = Path("/proc/cpuinfo")
-BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and, the last, of ARM
+from .kernels.cpu import multiplies_bfloat16
 
 
 def native_precision(device: str) -> str:
@@ -17,15 +14,4 @@ def native_precision(device: str) -> str:
     """
     if device != "cpu" and torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if BF16 & cpu_features() else "fp32"
-
-
-def cpu_features() -> set[str]:
-    """The extensions of this CPU's instruction set, by the names of PyTorch and of Linux."""
-    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 may not have it
-    try:
-        lines = CPUINFO.read_text().splitlines()
-    except OSError:
-        lines = []
-    listed = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
-    return {name for name, there in known.items() if there is True}.union(*listed)
+    return "bf16" if multiplies_bfloat16() else "fp32"

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from seqzoo import precision
 from seqzoo.config import ConfigError, compose, from_dict, to_dict
-from seqzoo.precision import cpu_features, native_precision
+from seqzoo.kernels import cpu
+from seqzoo.kernels.cpu import cpu_features
+from seqzoo.precision import native_precision
 from seqzoo.runs.folder import pretraining_key, run_name
 
 ZEN4 = "processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 clzero\nbogomips\t: 5000\n"
@@ -20,7 +21,7 @@ def machine(tmp_path, monkeypatch):
             monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
         else:
             monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-        monkeypatch.setattr(precision, "CPUINFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
         if cpuinfo is not None:
             (tmp_path / "cpuinfo").write_text(cpuinfo)
 

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import accumulation_dtype, without_autocast, zero_padding
+from ..common import zero_padding
 from ..derivatives import forward_mode, gradient, pullback
 from .kept import attention_kept, keeps
+from .plain import plain_attention
 
 
 def attention_chunked(
@@ -44,7 +45,7 @@ def attention_chunked(
     q, k, v = (q * scale).transpose(1, 2).to(q.dtype), k.transpose(1, 2), v.transpose(1, 2)
     causal = causal and mask is None
     if forward_mode():
-        y = _plain(mask, causal, q, k, v)
+        y = plain_attention(mask, causal, q, k, v)
     else:
         y = _sdpa(mask, causal, q, k, v)
         if y.requires_grad and _second_derivatives():
@@ -77,21 +78,6 @@ def _sdpa(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor) ->
     )
 
 
-def _plain(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`_sdpa` for PyTorch to differentiate, in quadratic memory."""
-    dtype = accumulation_dtype(v.dtype)
-    with without_autocast(q.device):
-        share = q.shape[1] // k.shape[1]
-        k, v = (x.to(dtype).repeat_interleave(share, dim=1) for x in (k, v))
-        scores = q.to(dtype) @ k.mT
-        if causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            scores = torch.where(mask, scores, torch.finfo(dtype).min)
-        weights = scores.softmax(-1)
-        return ((weights if mask is None else torch.where(mask, weights, 0)) @ v).to(q.dtype)
-
-
 def _second_derivatives() -> bool:
     """Whether they can be asked for: PyTorch refuses those of graphs, and has its own way in function transforms."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
@@ -120,6 +106,6 @@ class _Attention(torch.autograd.Function):
             return tuple(None if x is None else x.detach() for x in gradients)
 
         def form(*inputs: Tensor) -> tuple[Tensor]:
-            return (_plain(mask, ctx.causal, *inputs),)
+            return (plain_attention(mask, ctx.causal, *inputs),)
 
         return None, None, None, *gradient(written, form, inputs, (dy,))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..common import product_dtype, without_autocast
+from ..common import future, product_dtype, valid_positions, without_autocast, zero_padding
 from ..derivatives import by_hand, differentiable, pullback
+from .plain import plain_attention
 
 MOST_WEIGHTS = 1 << 26  # of a call, kept until its gradient: 128 MiB in half precision
 MOST_KEYS = 2048
@@ -30,24 +31,13 @@ def keeps(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return few and half and q.device.type == "cpu" and (torch.compiler.is_compiling() or by_hand())
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q kᵀ) v for PyTorch to differentiate: [G, T, D], [G, T, D], [G, T, Dv] and int64 [G] -> [G, T, Dv]."""
-    T = q.shape[1]
-    step = torch.arange(T, device=q.device)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    with without_autocast(q.device):
-        seen = step <= step[:, None] if causal else torch.ones(T, T, dtype=torch.bool, device=q.device)
-        if lengths is not None:
-            seen = seen & (step < lengths[:, None, None])
-        scores = torch.bmm(q.to(dtype), k.to(dtype).mT)
-        weights = scores.masked_fill(~seen, torch.finfo(dtype).min).softmax(-1)
-        y = torch.bmm(torch.where(seen, weights, 0), v.to(dtype)).to(q.dtype)
-        return y if lengths is None else torch.where(step[:, None] < lengths[:, None, None], y, 0)
-
-
 @custom_op("seqzoo::attention_kept", mutates_args=())
 def attention_kept(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """As `plain`, of contiguous tensors of one dtype; and the weights, as `_blocks` has them one behind the other."""
+    """softmax(q kᵀ) v, and the weights, as `_blocks` has them one behind the other.
+
+    Of contiguous tensors of one dtype: [G, T, D], [G, T, D], [G, T, Dv] and int64 [G] -> [G, T, Dv], zero past
+    `lengths`.
+    """
     G, T, _ = q.shape
     weights = q.new_empty(G * T * T)
     y = (v.new_zeros if lengths is not None else v.new_empty)(G, T, v.shape[-1])
@@ -55,7 +45,7 @@ def attention_kept(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, caus
         for g, rows, keys, w in _blocks(lengths, T, G, causal, weights):
             scores = torch.bmm(q[g, rows], k[g, keys].mT)
             if causal:
-                scores[..., rows].masked_fill_(_future(scores.shape[1], q.device), -torch.inf)
+                scores[..., rows].masked_fill_(future(scores.shape[1], q.device), -torch.inf)
             torch.softmax(scores, -1, out=w)
             y[g, rows] = torch.bmm(w, v[g, keys])
     return y, weights
@@ -107,10 +97,6 @@ def _equally_long(lengths: Tensor | None, T: int, G: int) -> Iterator[tuple[int,
         first = last
 
 
-def _future(n: int, device: torch.device) -> Tensor:
-    return torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
-
-
 @attention_kept.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     G, T, _ = q.shape
@@ -127,7 +113,15 @@ def _(
 def _plain_gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, lengths: Tensor | None, causal: bool
 ) -> tuple[Tensor | None, ...]:
-    return pullback(lambda q, k, v: (plain(q, k, v, lengths, causal),), (q, k, v), (dy,))
+    def form(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        mask = None
+        if lengths is not None:
+            q, k, v = (zero_padding(x, lengths) for x in (q, k, v))
+            mask = valid_positions(lengths, q.shape[1])[:, None, None]
+        y = plain_attention(mask, causal, *(x[:, None] for x in (q, k, v)))[:, 0]
+        return (zero_padding(y, lengths),)
+
+    return pullback(form, (q, k, v), (dy,))
 
 
 _backward = differentiable(attention_kept_backward, _plain_gradients)

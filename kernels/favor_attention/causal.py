@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import without_autocast
-from ..derivatives import forward_mode, gradient, pullback
+from ..derivatives import by_hand, gradient, pullback
 from .features import exp_, on_cache_lines
 from .halves import causal_by_halves
 from .state import FavorState
@@ -30,9 +30,7 @@ RISE = 16.0  # of logarithms: exp(RISE) is far from what a product of two such n
 
 def eager(*tensors: Tensor) -> bool:
     """Whether what is computed may depend on values: on a CPU, outside of graphs, function transforms and tangents."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_mode():
-        return False
-    return all(type(x) is Tensor and x.device.type == "cpu" for x in tensors)
+    return by_hand() and all(type(x) is Tensor and x.device.type == "cpu" for x in tensors)
 
 
 def causal_by_chunks(

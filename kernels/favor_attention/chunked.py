@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..common import accumulation_dtype, valid_positions, without_autocast, zero_padding
+from ..common import accumulation_dtype, product_dtype, valid_positions, without_autocast, zero_padding
 from .bidirectional import bidirectional
 from .causal import causal_by_chunks, eager
-from .features import products_dtype
 from .halves import causal_by_halves
 from .state import FavorState
 
@@ -26,7 +26,8 @@ def favor_attention_chunked(
 
     # Autocast would compute features in half precision and keep the sums in it.
     with without_autocast(q.device):
-        narrow = products_dtype(q, k, v, dtype)
+        half = q.device.type == "cpu" and product_dtype(q, k, v) == torch.bfloat16
+        narrow = torch.bfloat16 if half else dtype  # of features and their products
         q, k, v = (zero_padding(x, lengths).to(dtype) for x in (q, k, v))
         directions = projection.to(dtype).mT  # [H, D, M]
         hidden = None if lengths is None else ~valid_positions(lengths, T)[:, None, :, None]

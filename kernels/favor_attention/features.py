@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # more than twice as fast as products in single precision
-
 
 def log_features(k: Tensor, directions: Tensor, hidden: Tensor | None) -> Tensor:
     """b [B, H, T, M] of keys [B, H, T, D]. Those of queries lack -|q|²/2: it is common to all and cancels."""
@@ -37,9 +35,3 @@ def finite(maximum: Tensor) -> Tensor:
 def exp_(x: Tensor) -> Tensor:
     """exp in place. On a CPU that of PyTorch takes up to a hundred times as long where it underflows; exp2 does not."""
     return x.mul_(1 / math.log(2)).exp2_() if x.device.type == "cpu" else x.exp_()
-
-
-def products_dtype(q: Tensor, k: Tensor, v: Tensor, sums: torch.dtype) -> torch.dtype:
-    """Of features and their products: bfloat16 where inputs are, on a CPU that multiplies in it; otherwise as sums."""
-    narrow = FAST_BFLOAT16 and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (q, k, v))
-    return torch.bfloat16 if narrow else sums

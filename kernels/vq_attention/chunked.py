@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common import (
     accumulation_dtype,
+    future,
     in_cache,
     product_dtype,
     valid_positions,
@@ -143,7 +144,7 @@ class _Attention(torch.autograd.Function):
             scores[..., : W * L], scores[..., W * L :] = torch.bmm(q[n], _windows(keys, W, n).mT), far[n]
             scores += prior[n]
             if causal:
-                scores[..., L : 2 * L].masked_fill_(_future(q), torch.finfo(wide).min)
+                scores[..., L : 2 * L].masked_fill_(future(L, q.device), torch.finfo(wide).min)
             if terms is not None:
                 _by_offset(scores, terms.shape[-1], W).add_(terms[n])
             near[n], by_code = scores.softmax(-1).split([W * L, S], -1)
@@ -268,7 +269,7 @@ def _plain(
             scores = scores + prior
             if causal:
                 never = torch.finfo(scores.dtype).min
-                scores = scores.masked_fill(F.pad(_future(q), (L, S)), never)
+                scores = scores.masked_fill(F.pad(future(L, q.device), (L, S)), never)
         else:
             scores = weights.log() + (scores - scores.detach())
         near, far = scores.softmax(-1).split([W * L, S], -1)
@@ -296,12 +297,6 @@ def _prior(valid: Tensor, counts: Tensor, W: int, dtype: torch.dtype) -> Tensor:
     hidden = torch.zeros(B, H, N, W * L, device=counts.device, dtype=dtype).masked_fill_(~visible, never)
     log_counts = counts.to(dtype).log().clamp_(min=never)
     return torch.cat([hidden, log_counts], -1).view(B * H * N, 1, -1)
-
-
-def _future(q: Tensor) -> Tensor:
-    """Which keys of its own block a query does not see, [L, L]."""
-    L = q.shape[1]
-    return torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
 
 
 def _number(counts: Tensor, dtype: torch.dtype) -> Tensor:

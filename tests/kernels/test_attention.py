@@ -6,7 +6,7 @@ from agreement import assert_close
 
 from seqzoo.kernels import attention
 from seqzoo.kernels.attention import kept
-from seqzoo.kernels.common import _multiplies_bfloat16
+from seqzoo.kernels.cpu import MULTIPLIES_BFLOAT16
 
 
 def inputs(B, T, S, H, G, D, Dv, *, seed=0, dtype=torch.float64):
@@ -56,7 +56,7 @@ def test_agrees_with_the_reference(B, T, H, G, D, Dv, causal, padded, scaling, d
         assert_close(a, e, 4 * tolerance, f"d{name}")
 
 
-@pytest.mark.skipif(not _multiplies_bfloat16(), reason="the processor has no instructions for bfloat16")
+@pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the processor has no instructions for bfloat16")
 @pytest.mark.parametrize(("B", "T", "H", "G", "D", "Dv", "causal", "padded", "scaling"), CASES)
 def test_weights_kept_in_half_agree(B, T, H, G, D, Dv, causal, padded, scaling, monkeypatch):
     monkeypatch.setattr(kept, "BLOCK", 40 * T)  # blocks of 40 queries
