@@ -2,14 +2,17 @@
 
     python benchmarks/pathfinder.py --samples upstream_generator_pf32_hard_1000.npz
     python benchmarks/pathfinder.py --samples <file> --out results/pathfinder --picture docs/pathfinder.png
+    python benchmarks/pathfinder.py --small --out results/pathfinder
 
 The samples are 32 x 32 images of contours of 14 paddles: arrays `images`, uint8 [N, 32, 32], and `labels`, [N]. Rates
-are images a second of processor time, on one thread. A few minutes.
+are images a second of processor time, on one thread. A few minutes. With `--small`, what a tracer tells of images of
+32 x 32 pixels and of this project's smaller ones, at each difficulty that they have room for; that needs no samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -19,32 +22,58 @@ import numpy as np
 
 from seqzoo.runs import provenance
 from seqzoo.tasks.pathfinder.generator import generate
-from seqzoo.tasks.pathfinder.parameters import SIZES, published
+from seqzoo.tasks.pathfinder.parameters import (
+    DIFFICULTIES,
+    SIZES,
+    SMALLER_SIZES,
+    Parameters,
+    parameters_of,
+    published,
+)
 from seqzoo.tasks.pathfinder.statistics import histogram, largest_gap, measure
 from seqzoo.tasks.pathfinder.tracer import connected
 
 SHOWN = 8  # images of each set
+SMALL = 1000  # images of each size and difficulty
 
 Measures = dict[str, np.ndarray]  # of a set, as `measure` returns them
 
 
-def draw(size: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
+def draw(parameters: Parameters, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
     """Images, labels, and seconds of processor time."""
+    size = parameters.size
     images, labels = np.empty((n, size, size), np.uint8), np.empty(n, np.int64)
     start = time.process_time()
-    generate(published(size), images, labels, seed=(seed,), workers=1)
+    generate(parameters, images, labels, seed=(seed,), workers=1)
     return images, labels, time.process_time() - start
 
 
-def agreement(images: np.ndarray, labels: np.ndarray, size: int) -> dict[str, float]:
+def agreement(images: np.ndarray, labels: np.ndarray, parameters: Parameters) -> dict[str, float]:
     """Shares of the connected and of the others that the tracer says are connected."""
-    found = connected(images, published(size))
+    found = connected(images, parameters)
     return {
         "images": len(images),
         "agreement": float((found == labels).mean()),
         "connected_found": float(found[labels == 1].mean()),
         "others_taken_for_connected": float(found[labels == 0].mean()),
     }
+
+
+def small(out: Path | None) -> None:
+    """What the tracer tells of `SMALL` images of each size and difficulty."""
+    rows = []
+    for size, difficulty in itertools.product((32, *SMALLER_SIZES), DIFFICULTIES):
+        try:
+            parameters = parameters_of(size, difficulty)
+        except ValueError:  # there is no room for it
+            continue
+        images, labels, _ = draw(parameters, SMALL)
+        rows.append({"size": size, "difficulty": difficulty, **agreement(images, labels, parameters)})
+        print(rows[-1], flush=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        record = {**provenance.of_benchmark({"images": SMALL}), "tracer": rows}
+        (out / "small.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def compare(theirs: Measures, ours: Measures) -> list[dict[str, Any]]:
@@ -102,24 +131,29 @@ def picture(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=Path, required=True, metavar="FILE")
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--samples", type=Path, metavar="FILE")
+    of.add_argument("--small", action="store_true")
     parser.add_argument("--images", type=int, default=8000, help="how many of ours are held against the samples")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     parser.add_argument("--picture", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.small:
+        small(options.out)
+        return
 
     made = provenance.of_benchmark({"samples": options.samples.name, "images": options.images})
     with np.load(options.samples) as stored:
         theirs, their_labels = stored["images"], stored["labels"].astype(np.int64)
-    rates, traced = [], [{"set": "samples", "size": 32, **agreement(theirs, their_labels, 32)}]
+    rates, traced = [], [{"set": "samples", "size": 32, **agreement(theirs, their_labels, published(32))}]
     larger = []
     for size in SIZES:
-        draw(size, 1)  # compiles
+        draw(published(size), 1)  # compiles
         n = {32: options.images, 64: 1000, 128: 1000, 256: 500}[size]
-        images, labels, seconds = draw(size, n)
+        images, labels, seconds = draw(published(size), n)
         rates.append({"size": size, "images": n, "images_per_second": n / seconds})
         some = slice(0, 2000 if size == 32 else 500)
-        traced.append({"set": "ours", "size": size, **agreement(images[some], labels[some], size)})
+        traced.append({"set": "ours", "size": size, **agreement(images[some], labels[some], published(size))})
         print(f"{size:>4} x {size:<4} {n / seconds:7.0f} images a second   {traced[-1]}", flush=True)
         if size == 32:
             ours, our_labels = images, labels

@@ -33,5 +33,5 @@ def finite(maximum: Tensor) -> Tensor:
 
 
 def exp_(x: Tensor) -> Tensor:
-    """exp in place. On a CPU that of PyTorch takes up to a hundred times as long where it underflows; exp2 does not."""
+    """exp in place. On a CPU that of PyTorch takes many times as long where it underflows; exp2 does not."""
     return x.mul_(1 / math.log(2)).exp2_() if x.device.type == "cpu" else x.exp_()

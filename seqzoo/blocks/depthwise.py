@@ -74,7 +74,7 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """PyTorch's on a CPU, whose gradient of the kernels takes thirty times as long as the rest."""
+    """PyTorch's on a CPU, whose gradient of the kernels takes far longer than the rest."""
 
     @staticmethod
     def forward(ctx, x, weight):
