@@ -135,8 +135,8 @@ _PUBLISHED: dict[int, tuple[dict[str, Any], int]] = {
 SIZES = tuple(_PUBLISHED)
 
 # Of this project: markers, paddles and gaps of 32 x 32 pixels in less room, and as many distractors for the area. How
-# long contours may be is what a tracer allows, which tells the labels of 99.5 and 99.2 % of images at 24 x 24 with 6 and 9
-# paddles, and of 96.8 % at 16 x 16 with 6: `benchmarks/pathfinder.py --small`.
+# long contours may be is what a tracer allows: it tells the labels of 99.5 and 99.2 % of images at 24 x 24 with 6 and
+# 9 paddles, and of 96.8 % at 16 x 16 with 6: `benchmarks/pathfinder.py --small`.
 _SMALLER: dict[int, tuple[dict[str, Any], int]] = {
     24: (_PUBLISHED[32][0] | dict(seed_distance=5), 11),
     16: (_PUBLISHED[32][0] | dict(seed_distance=3), 5),
