@@ -31,7 +31,7 @@ def zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     """`x` [B, T, ...] with zeros past each length, in value and gradient, whatever stood there (NaN included)."""
     if lengths is None:
         return x
-    if type(x) is Tensor and _can_be_looked_at(lengths) and by_hand():
+    if type(x) is Tensor and can_be_looked_at(lengths) and by_hand():
         return x if (lengths == x.shape[1]).all() else _ZeroPadding.apply(x, lengths)
     valid = valid_positions(lengths, x.shape[1])
     return torch.where(valid.reshape(valid.shape + (1,) * (x.dim() - 2)), x, 0)
@@ -106,7 +106,7 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
             f"{what}: lengths must be int64 [{B}] or narrower integers, how many steps of each sequence count, "
             f"got {given}{hint}"
         )
-    if B and _can_be_looked_at(lengths):
+    if B and can_be_looked_at(lengths):
         low, high = (int(end) for end in torch.aminmax(lengths))
         if low < 0 or high > T:
             raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
@@ -114,7 +114,7 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
     return lengths.long().clamp(0, T)
 
 
-def _can_be_looked_at(x: Tensor) -> bool:
+def can_be_looked_at(x: Tensor) -> bool:
     """Whether `x` has values on a CPU: in graphs there are none, and under vmap one for each of a batch."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
         return False

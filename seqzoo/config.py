@@ -48,6 +48,9 @@ CHOICES = {
     "tuning": ("full", "head", "lora", "ladder"),
     "precision": ("fp32", "bf16", "auto"),
     "device": ("auto", "cpu", "cuda"),
+    "optimizer": (None, "adamw", "muon"),
+    "pretraining.optimizer": ("adamw", "muon"),
+    "finetuning.optimizer": ("adamw", "muon"),
     "pretraining.schedule": ("constant", "cosine"),
     "finetuning.schedule": ("constant", "cosine"),
     "launcher.cluster": (None, "local", "slurm"),
@@ -79,6 +82,7 @@ class Config:
     joint: JointConfig = field(default_factory=JointConfig)
     causal: bool = False
     size: str | None = None
+    optimizer: str | None = None  # of both stages; None once they say it
     lr: str | None = None
     search: SearchConfig = field(default_factory=SearchConfig)
     pixel_loss: str = "cross_entropy"
@@ -319,10 +323,12 @@ def _validate(config: Config) -> None:
         config.train_fraction = None
     for name in ("pretraining", "finetuning"):
         stage: StageConfig = getattr(config, name)
+        stage.optimizer = config.optimizer or stage.optimizer
         if (stage.tokens is None) == (stage.epochs is None):
             raise ConfigError(
                 f"{name} takes one budget: tokens or epochs, got tokens={stage.tokens} epochs={stage.epochs}"
             )
+    config.optimizer = None
     if config.share is not None:
         _split_budget(config, config.share)
     if config.objective == "joint":

@@ -17,6 +17,7 @@ class StageConfig:
     epochs: Epochs | None = None
     batch_size: Width = 32
     accumulate: Count = 1  # batches summed into one optimiser step
+    optimizer: str = "adamw"  # or muon, for the matrices of layers; see `seqzoo.training.optimizer`
     lr: Positive = 1e-3
     recurrence_lr_factor: NotNegative = 0.5  # learning rate of recurrence parameters (decay rates, phases), times lr
     weight_decay: NotNegative = 0.0

@@ -88,6 +88,15 @@ def test_a_share_of_both_budgets_goes_to_pretraining():
     assert (config.pretraining.epochs, config.finetuning.epochs) == (18, 12)
 
 
+def test_one_optimiser_for_both_stages_or_one_for_each():
+    config = compose([*SPLIT, "optimizer=muon"])
+    assert (config.optimizer, config.pretraining.optimizer, config.finetuning.optimizer) == (None, "muon", "muon")
+    config = compose([*SPLIT, "pretraining.optimizer=muon"])
+    assert (config.pretraining.optimizer, config.finetuning.optimizer) == ("muon", "adamw")
+    with pytest.raises(ConfigError, match="optimizer=sgd: valid: null, adamw, muon"):
+        compose([*SPLIT, "optimizer=sgd"])
+
+
 def test_no_share_is_training_from_scratch_on_both_budgets():
     config = compose([*SPLIT, "pretrain=true", "share=0"])
     assert not config.pretrain

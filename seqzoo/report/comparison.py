@@ -31,6 +31,7 @@ class Conditions(NamedTuple):
     tuning: str
     init: str
     precision: str
+    optimizer: str
     augment: bool
 
     @property
@@ -41,7 +42,8 @@ class Conditions(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether these are the conditions of the comparison itself, and not a variant that another study is about."""
-        return (self.train_fraction, self.tuning, self.init, self.augment) == (1.0, "full", "structured", False)
+        variant = (self.train_fraction, self.tuning, self.init, self.optimizer, self.augment)
+        return variant == (1.0, "full", "structured", "adamw", False)
 
 
 class Size(NamedTuple):

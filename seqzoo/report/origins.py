@@ -106,6 +106,7 @@ def _variant(result: Result) -> str:
         f"{result.tuning} tuning of {result.trained_params:,} parameters" if result.tuning != "full" else "",
         f"{result.init} initialisation" if result.init != "structured" else "",
         result.precision if result.precision != "fp32" else "",
+        result.optimizer if result.optimizer != "adamw" else "",
         "augmented" if result.augment else "",
     ]
     return ", ".join(part for part in parts if part)

@@ -58,6 +58,7 @@ class Result:
     tuning: str  # what fine-tuning moved: "full", "head", "lora" or "ladder"
     init: str  # what training began from: "structured" or "random"
     precision: str  # "fp32" or "bf16"
+    optimizer: str  # "adamw" or "muon", or, if pretraining had another than fine-tuning, "adamw after muon"
     augment: bool  # whether training batches were augmented
     learnt: bool | None  # whether pretraining got beyond the frequency of symbols; None: there was none, or not known
     trained_params: int  # parameters that fine-tuning moved
@@ -174,6 +175,7 @@ def read_result(folder: Path) -> Result:
         tuning=_optional(record, "tuning", "full", str),
         init=_optional(record, "init", "structured", str),
         precision=_optional(record, "precision", None, str) or _configured_precision(folder),
+        optimizer=_optional(record, "optimizer", "adamw", str),
         augment=_optional(record, "augment", False, bool),
         learnt=_optional(record, "learnt.learnt", None, bool, NoneType),
         trained_params=_optional(record, "trained_params", params, int),

@@ -136,6 +136,7 @@ def variant(conditions: Conditions) -> str:
         f"{100 * conditions.train_fraction:g} % of the train split" if conditions.train_fraction != 1 else "",
         f"{conditions.tuning} tuning" if conditions.tuning != "full" else "",
         f"{conditions.init} initialisation" if conditions.init != "structured" else "",
+        conditions.optimizer if conditions.optimizer != "adamw" else "",
         "augmented" if conditions.augment else "",
     ]
     return ", ".join(part for part in parts if part)

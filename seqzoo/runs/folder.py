@@ -280,6 +280,8 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     unused += ["model.init"] if config.model.init == "structured" else []
     unused += ["search"] if config.lr is None or config.search == SearchConfig() else []
     unused += ["augment"] if not config.augment else []
+    for name in ("pretraining", "finetuning"):
+        unused += [f"{name}.optimizer"] if getattr(config, name).optimizer == "adamw" else []
     for key in (*WITHOUT_EFFECT, *unused, *without):
         _drop(shaping, key)
     if task is not None:

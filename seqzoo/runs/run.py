@@ -351,6 +351,7 @@ class _Run:
         def of_stages(key: str) -> dict[str, Any]:
             return {name: stage[key] for name, stage in stages.items()}
 
+        optimizers = [config.finetuning.optimizer, *([config.pretraining.optimizer] if pretraining else [])]
         seconds = of_stages("seconds")
         return {
             "schema": 1,
@@ -368,6 +369,7 @@ class _Run:
             "init": config.model.init,
             "tuning": config.tuning,
             "joint": asdict(config.joint) if config.objective == "joint" else None,
+            "optimizer": " after ".join(dict.fromkeys(optimizers)),
             "augment": config.augment,
             "train_fraction": 1.0 if config.train_fraction is None else config.train_fraction,
             "flops_per_token": self.flops,

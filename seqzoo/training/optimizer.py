@@ -1,14 +1,16 @@
-"""AdamW over groups of parameters: recurrences, those never decayed, those with a rate of their own, the rest."""
+"""AdamW, or with it Muon, over groups of parameters: recurrences, those never decayed, those with a rate of their own,
+matrices of layers where Muon moves them, and the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import StageConfig
+from ..models.model import Residual
 from .errors import TrainingError
 
 
@@ -21,6 +23,8 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
     - "plain": norms, biases and whatever else has fewer than two dimensions, and what modules name in `undecayed`. No
       decay.
     - "rate x <factor>": what modules name, with that factor, in their attribute `lr_factors`.
+    - "matrices": of `optimizer=muon`, the weights of linear layers in residual branches. Those of embeddings and heads
+      are no maps between hidden vectors, and stay with AdamW.
     - "decayed": the rest.
     """
     recurrence, undecayed = (
@@ -37,7 +41,14 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
         for module in model.modules()
         for name, factor in getattr(module, "lr_factors", {}).items()
     }
-    members: dict[str, list[nn.Parameter]] = {"recurrence": [], "plain": [], "decayed": []}
+    matrices = {
+        id(linear.weight)
+        for layer in model.modules()
+        if isinstance(layer, Residual)
+        for linear in layer.branch.modules()
+        if isinstance(linear, nn.Linear)
+    }
+    members: dict[str, list[nn.Parameter]] = {"recurrence": [], "plain": [], "matrices": [], "decayed": []}
     factors = {"recurrence": stage.recurrence_lr_factor}
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -50,7 +61,8 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
             members.setdefault(name, []).append(parameter)
         else:
             plain = parameter.dim() < 2 or id(parameter) in undecayed
-            members["plain" if plain else "decayed"].append(parameter)
+            moved = "matrices" if stage.optimizer == "muon" and id(parameter) in matrices else "decayed"
+            members["plain" if plain else moved].append(parameter)
     return [
         {
             "name": name,
@@ -64,9 +76,53 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
     ]
 
 
-def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with betas 0.9 and 0.999 over `parameter_groups(model, stage)`."""
-    return torch.optim.AdamW(parameter_groups(model, stage), betas=(0.9, 0.999), fused=True)
+def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019; betas 0.9 and 0.999), or Muon too, over `parameter_groups(model, stage)`."""
+    groups = parameter_groups(model, stage)
+    return MuonAdamW(groups) if stage.optimizer == "muon" else _adamw(groups)
+
+
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the group "matrices", AdamW for all others, with one state.
+
+    An update of Muon is a momentum with all its singular values near 1, scaled to be as large as AdamW's are: rates and
+    decay keep their meaning. As it has no fused form, which would leave that to the device, it asks before each step
+    whether that failed (see `Guard`).
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale: Liu et al.,
+    "Muon is Scalable for LLM Training" (2025), section 2.2.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+        self.parts = [
+            (build(self._groups(matrices)), matrices)
+            for build, matrices in ((_muon, True), (_adamw, False))
+            if self._groups(matrices)  # where only a head is trained there are no matrices
+        ]
+
+    def _groups(self, matrices: bool) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if (group["name"] == "matrices") == matrices]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else closure()
+        if self.found_inf is not None and self.found_inf.item():
+            return loss
+        for part, matrices in self.parts:
+            part.state = self.state  # which loading replaces, as it does groups
+            part.param_groups = self._groups(matrices)
+            part.step()
+        return loss
+
+
+def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")
 
 
 def restore(optimizer: torch.optim.Optimizer, kept: Mapping[int, Mapping[str, Tensor]]) -> None:

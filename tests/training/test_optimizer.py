@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from seqzoo.config import StageConfig
+from seqzoo.models.model import Residual
 from seqzoo.training.errors import TrainingError
+from seqzoo.training.guard import Guard
 from seqzoo.training.optimizer import build_optimizer, parameter_groups, restore, set_lr
 from seqzoo.training.schedule import lr_factor
 
@@ -115,3 +117,80 @@ def test_state_of_other_parameters_is_refused():
     for other in (trained(4).state_dict()["state"], {5: kept[0]}):
         with pytest.raises(TrainingError, match="of other parameters"):
             restore(optimizer, other)
+
+
+def layered() -> nn.Module:
+    torch.manual_seed(0)
+    branch = nn.Sequential(nn.Linear(3, 6), nn.GELU(), nn.Linear(6, 3))
+    return nn.Sequential(nn.Embedding(5, 3), Residual(branch, 3, 0.0, mixes=False), nn.Linear(3, 2))
+
+
+class Inner(nn.Module):
+    """The middle layer alone, which takes its lengths."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, ids):
+        return self.net[2](self.net[1](self.net[0](ids), None))
+
+
+MUON = StageConfig(epochs=1, lr=0.01, weight_decay=0.1, optimizer="muon")
+
+
+def test_muon_moves_the_matrices_of_layers_and_nothing_else():
+    groups = names_by_group(layered(), MUON)
+    assert groups["matrices"] == {"1.branch.0.weight", "1.branch.2.weight"}
+    assert groups["decayed"] == {"0.weight", "2.weight"}
+    assert "matrices" not in names_by_group(layered(), StageConfig(epochs=1))
+
+
+def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    Inner(net)(torch.arange(5)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_an_update_of_muon_is_orthogonal_and_as_large_as_adamws():
+    net = layered()
+    weight, optimizer = net[1].branch[0].weight, build_optimizer(net, MUON)
+    before = weight.detach().clone()
+    Inner(net)(torch.arange(5)).square().sum().backward()
+    gradient = torch.linalg.svdvals(weight.grad)
+    optimizer.step()
+    update = (weight.detach() - (1 - 0.01 * 0.1) * before) / (0.01 * 0.2 * math.sqrt(6))
+    values = torch.linalg.svdvals(update)
+    assert gradient.min() < 0.02 * gradient.max()
+    assert ((values > 0.3) & (values < 1.3)).all()  # as near to 1 as five iterations bring them
+
+
+def test_muon_goes_on_from_what_it_kept():
+    nets = layered(), layered()
+    first, second = (build_optimizer(net, MUON) for net in nets)
+    for _ in range(3):
+        step(nets[0], first)
+    nets[1].load_state_dict(nets[0].state_dict())
+    kept = first.state_dict()["state"]
+    restore(second, {index: {name: x.clone() for name, x in tensors.items()} for index, tensors in kept.items()})
+    for net, optimizer in zip(nets, (first, second), strict=True):
+        step(net, optimizer)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert a.equal(b)
+
+
+def test_a_failed_step_moves_nothing_of_muons():
+    net = layered()
+    optimizer = build_optimizer(net, MUON)
+    step(net, optimizer)
+    weights = {name: x.clone() for name, x in net.state_dict().items()}
+    Guard(optimizer, torch.device("cpu")).watch(1, torch.tensor(False))
+    step(net, optimizer)
+    assert all(net.state_dict()[name].equal(x) for name, x in weights.items())
+
+
+def test_muon_without_matrices_is_adamw():
+    net = layered()
+    net[1].requires_grad_(False)
+    step(net, build_optimizer(net, MUON))
+    assert not net[2].weight.equal(layered()[2].weight)

@@ -1,0 +1,121 @@
+"""Documents that lie one behind the other in one row.
+
+All of it is made of tensors whose shapes follow from the number of documents and of steps: nothing waits for a device,
+and graphs do not depend on where documents end.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import can_be_looked_at
+
+
+class Documents(NamedTuple):
+    """N documents in a row of T steps, some of which may be empty."""
+
+    starts: Tensor  # int64 [N + 1], where each begins, and T
+    T: int
+
+    @property
+    def N(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [N]."""
+        return self.starts.diff()
+
+    def of_steps(self) -> Tensor:
+        """The document of each step: int64 [T]."""
+        steps = torch.arange(self.T, device=self.starts.device)
+        return torch.searchsorted(self.starts[1:], steps, right=True)
+
+    def positions(self) -> Tensor:
+        """How many steps of its document are ahead of each step: int64 [T]."""
+        return torch.arange(self.T, device=self.starts.device) - self.starts[self.of_steps()]
+
+    def pieces(self, length: int) -> Pieces:
+        """Every document cut into pieces of `length` steps, the last of which may be shorter."""
+        N, most = self.N, self.T // length + self.N
+        ends = ((self.lengths + length - 1) // length).cumsum(0)  # [N], pieces up to each document's end
+        before = torch.cat([ends.new_zeros(1), ends])
+        piece = torch.arange(most, device=ends.device)
+        document = torch.searchsorted(ends, piece, right=True)
+        known = document.clamp(max=N - 1)  # what is behind all pieces is read as the last document
+        number = piece - before[known]
+        start = torch.where(document < N, self.starts[known] + number * length, self.T)
+        steps = (self.starts[1:][known] - start).clamp(0, length)
+        return Pieces(self, length, document, number, start, steps, before)
+
+
+class Pieces(NamedTuple):
+    """P pieces, as many as there can be: those behind the last one are of document N and have no step."""
+
+    documents: Documents
+    length: int
+    document: Tensor  # int64 [P]
+    number: Tensor  # int64 [P], how many pieces of its document are ahead of each
+    start: Tensor  # int64 [P], its first step
+    steps: Tensor  # int64 [P], how many it has
+    before: Tensor  # int64 [N + 1], how many pieces are ahead of each document, and all there are
+
+    def rows(self) -> Tensor:
+        """Where each step stands in a row in which every piece takes up `length` steps: int64 [T]."""
+        return (self.before[:-1] * self.length)[self.documents.of_steps()] + self.documents.positions()
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """[1, T, ...] -> [1, P · length, ...], zero where no step stands."""
+        room = x.new_zeros(1, len(self.document) * self.length, *x.shape[2:])
+        return room.index_copy(1, self.rows(), x)
+
+    def take_up(self, y: Tensor) -> Tensor:
+        """What `lay_out` laid out: [1, P · length, ...] -> [1, T, ...]."""
+        return y.index_select(1, self.rows())
+
+
+def check_documents(what: str, cu_seqlens: Tensor | None, lengths: Tensor | None, B: int, T: int) -> Documents | None:
+    """The documents that end where `cu_seqlens`, int32 or int64 [N + 1], says; None where there is none.
+
+    Values are looked at where that costs nothing: on a CPU, outside of graphs. Elsewhere they are trusted, but for ends
+    past T or before the one ahead, which count as the nearest that is valid.
+
+    Raises:
+        ValueError: they are not integers [N + 1], do not begin at 0, fall or do not end at T; the batch is not one row;
+            or there are lengths too.
+    """
+    if cu_seqlens is None:
+        return None
+    if lengths is not None:
+        raise ValueError(
+            f"{what}: got cu_seqlens and lengths; valid: cu_seqlens, for documents one behind the other in one row, or "
+            "lengths, for sequences padded to a common length"
+        )
+    integers = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype in (torch.int32, torch.int64)
+    if not integers or cu_seqlens.dim() != 1:
+        given = type(cu_seqlens).__name__
+        if isinstance(cu_seqlens, Tensor):
+            given = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        raise ValueError(
+            f"{what}: cu_seqlens must be int32 or int64 [N + 1], where each of N documents begins, and their end, "
+            f"got {given}"
+        )
+    if len(cu_seqlens) < 2:
+        raise ValueError(f"{what}: cu_seqlens must be of 1 document or more, [0, ..., T], got {cu_seqlens.tolist()}")
+    if B != 1:
+        raise ValueError(
+            f"{what}: cu_seqlens are for documents in one row, a batch of 1, got {B}; x.reshape(1, -1, ...) makes one "
+            "of rows without padding"
+        )
+    starts = cu_seqlens.long()
+    if can_be_looked_at(starts):
+        if (starts.diff() < 0).any() or starts[0] != 0 or starts[-1] != T:
+            raise ValueError(
+                f"{what}: cu_seqlens must begin with 0, never fall and end with T = {T}, got {starts.tolist()}"
+            )
+        return Documents(starts, T)
+    starts = starts.clamp(0, T).cummax(0).values
+    return Documents(torch.cat([starts.new_zeros(1), starts[1:-1], starts.new_full((1,), T)]), T)
