@@ -38,6 +38,15 @@ class Documents(NamedTuple):
         """How many steps of its document are ahead of each step: int64 [T]."""
         return torch.arange(self.T, device=self.starts.device) - self.starts[self.of_steps()]
 
+    def padded(self, x: Tensor) -> Tensor:
+        """A document a row, [1, T, ...] -> [N, longest, ...], zero behind each: for references. Waits for the device."""
+        room = x.new_zeros(self.N, max(1, int(self.lengths.max())), *x.shape[2:])
+        return room.index_put((self.of_steps(), self.positions()), x[0])
+
+    def unpadded(self, y: Tensor) -> Tensor:
+        """What `padded` padded: [N, longest, ...] -> [1, T, ...]."""
+        return y[self.of_steps(), self.positions()][None]
+
     def pieces(self, length: int) -> Pieces:
         """Every document cut into pieces of `length` steps, the last of which may be shorter."""
         N, most = self.N, self.T // length + self.N

@@ -17,6 +17,17 @@ def test_steps_know_their_document_and_place():
     assert DOCUMENTS.positions().tolist() == [i for length in LENGTHS for i in range(length)]
 
 
+def test_padded_documents_are_rows():
+    x = torch.randn(1, T, 2, 3, dtype=torch.float64, requires_grad=True)
+    rows = DOCUMENTS.padded(x)
+    assert rows.shape == (6, 64, 2, 3)
+    for row, start, length in zip(rows, STARTS.tolist(), LENGTHS, strict=False):
+        assert row[:length].equal(x[0, start : start + length])
+        assert not row[length:].any()
+    assert DOCUMENTS.unpadded(rows).equal(x)
+    assert torch.autograd.gradcheck(lambda x: DOCUMENTS.unpadded(DOCUMENTS.padded(x).sin()), x, fast_mode=True)
+
+
 @pytest.mark.parametrize("length", [1, 4, 16, 64, 200])
 def test_pieces_cover_every_document_and_no_other(length: int):
     pieces = DOCUMENTS.pieces(length)
