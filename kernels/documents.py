@@ -39,7 +39,7 @@ class Documents(NamedTuple):
         return torch.arange(self.T, device=self.starts.device) - self.starts[self.of_steps()]
 
     def padded(self, x: Tensor) -> Tensor:
-        """A document a row, [1, T, ...] -> [N, longest, ...], zero behind each: for references. Waits for the device."""
+        """A document a row, [1, T, ...] -> [N, longest, ...], zero behind each. Waits for the device."""
         room = x.new_zeros(self.N, max(1, int(self.lengths.max())), *x.shape[2:])
         return room.index_put((self.of_steps(), self.positions()), x[0])
 
