@@ -91,7 +91,7 @@ def test_a_share_of_both_budgets_goes_to_pretraining():
 def test_one_optimiser_for_both_stages_or_one_for_each():
     config = compose([*SPLIT, "optimizer=muon"])
     assert (config.optimizer, config.pretraining.optimizer, config.finetuning.optimizer) == (None, "muon", "muon")
-    config = compose([*SPLIT, "pretraining.optimizer=muon"])
+    config = compose([*SPLIT, "pretraining.optimizer=muon", "finetuning.optimizer=adamw"])
     assert (config.pretraining.optimizer, config.finetuning.optimizer) == ("muon", "adamw")
     with pytest.raises(ConfigError, match="optimizer=sgd: valid: null, adamw, muon"):
         compose([*SPLIT, "optimizer=sgd"])
