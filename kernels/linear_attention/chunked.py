@@ -299,8 +299,7 @@ def _carry(
 def _carry_in_documents(
     steps: list[tuple[Tensor, Tensor]], first: Tensor, pieces: Pieces, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    starts = first[pieces.document.clamp(max=len(first) - 1)].unbind(0)  # P times [H, Dk, Dv]
-    begins = pieces.number == 0
+    starts, begins = pieces.of_documents(first).unbind(0), pieces.begin()
     states, ends, state = [], [], torch.zeros_like(starts[0])[None]
     order = range(len(steps))
     for p in reversed(order) if reverse else order:
@@ -312,6 +311,4 @@ def _carry_in_documents(
         update, decay = steps[p]
         state = torch.addcmul(update, decay, state)
         ends.append(state)
-    last = torch.cat(ends)[(pieces.before[1:] - 1).clamp(min=0)]  # [N, H, Dk, Dv]
-    last = torch.where((pieces.documents.lengths == 0)[:, None, None, None], first, last)
-    return torch.stack(states[::-1] if reverse else states, 2), last
+    return torch.stack(states[::-1] if reverse else states, 2), pieces.last(torch.cat(ends), first)
