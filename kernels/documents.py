@@ -76,6 +76,13 @@ class Pieces(NamedTuple):
         """Where each step stands in a row in which every piece takes up `length` steps: int64 [T]."""
         return (self.before[:-1] * self.length)[self.documents.of_steps()] + self.documents.positions()
 
+    def table(self) -> Tensor:
+        """What a kernel's program has to know of its piece, int64 [P, 4]: its document, where that begins, how many
+        steps it has (none behind the last piece), and how many of them are ahead of the piece."""
+        known = self.document.clamp(max=self.documents.N - 1)
+        lengths = torch.where(self.document < self.documents.N, self.documents.lengths[known], 0)
+        return torch.stack([known, self.documents.starts[known], lengths, self.number * self.length], 1)
+
     def hidden(self) -> Tensor:
         """Where no step stands: bool [P, length]."""
         return torch.arange(self.length, device=self.steps.device) >= self.steps[:, None]
