@@ -281,7 +281,7 @@ def _states(
         start = top.new_full((packed.pieces.documents.N, H, M), -torch.inf) if log_scale is None else log_scale
         before, behind = packed.pieces.running_max(top[0].transpose(0, 1), start)  # [P, H, M]
         end = packed.pieces.last(behind, start)
-        before, behind = (x.transpose(0, 1)[None] for x in (before, behind))
+        before, behind = (x.transpose(0, 1)[None].contiguous() for x in (before, behind))
     gains, fades = ((x - _or_zero(behind)).exp() for x in (top, before))
     seen, last = _carry(contiguous(sums, norm), added, gains, fades, packed, keep=causal)
     if not causal:
