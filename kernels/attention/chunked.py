@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ..common import zero_padding
 from ..derivatives import forward_mode, gradient, pullback
+from ..documents import Documents
 from .kept import attention_kept, keeps
 from .plain import plain_attention
+from .reference import padded
 
 
 def attention_chunked(
@@ -21,7 +23,11 @@ def attention_chunked(
     lengths: Tensor | None,
     scale: float | Tensor,
     position: Tensor | None,
+    documents: Documents | None = None,
+    queries: Documents | None = None,
 ) -> Tensor:
+    if documents is not None:
+        return padded(attention_chunked, q, k, v, causal, scale, documents, queries)
     T, S = q.shape[1], k.shape[1]
     if position is None and keeps(q, k, v):
         return _kept(q, k, v, causal, lengths, scale)

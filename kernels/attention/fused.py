@@ -19,10 +19,12 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
+from ..documents import Documents
 from ..launching import launch
 from .backward import _key_kernel, _query_kernel
 from .chunked import attention_chunked
 from .forward import _forward_kernel
+from .reference import padded
 
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -48,7 +50,11 @@ def attention_fused(
     lengths: Tensor | None,
     scale: float | Tensor,
     position: Tensor | None,
+    documents: Documents | None = None,
+    queries: Documents | None = None,
 ) -> Tensor:
+    if documents is not None:
+        return padded(attention_fused, q, k, v, causal, scale, documents, queries)
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     scales = scale.reshape(q.shape[:2]).float() if isinstance(scale, Tensor) else None
     number = 1.0 if isinstance(scale, Tensor) else float(scale)

@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from ..common import accumulation_dtype
+from ..documents import Documents
 from . import doubling
 from .operator import register
+from .reference import padded
 
 _scan, _forward, _backward = register("diagonal_scan", doubling.scan, doubling.scan_backward)
 
@@ -20,7 +22,10 @@ def diagonal_scan_chunked(
     reverse: bool,
     lengths: Tensor | None,  # [B]
     factor: Tensor | None,  # [D], real
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
+    if documents is not None:
+        return padded(diagonal_scan_chunked, x, a, initial_state, reverse, factor, documents)
     dtype = accumulation_dtype(x.dtype)
     factor = None if factor is None else factor.to(accumulation_dtype(x.real.dtype))
     initial_state = None if initial_state is None else initial_state.to(dtype)

@@ -25,10 +25,12 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import accumulation_dtype, contiguous
 from ..derivatives import differentiable
+from ..documents import Documents
 from ..launching import launch
 from . import doubling
 from .operator import register
 from .recurrence import _carry_kernel, _scan_kernel
+from .reference import padded
 
 MIN_CHUNK = 256  # steps: a shorter chunk costs more in passes than it gains in programs
 PROGRAMS = 4  # wanted for each multiprocessor, before time is cut
@@ -51,14 +53,23 @@ def diagonal_scan_fused(
     reverse: bool,
     lengths: Tensor | None,  # [B]
     factor: Tensor | None,  # [D], real
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
+    if documents is not None:
+        return padded(diagonal_scan_fused, x, a, initial_state, reverse, factor, documents)
     factor = None if factor is None else factor.float()
     initial_state = None if initial_state is None else initial_state.to(accumulation_dtype(x.dtype))
     return _scan(x, a, initial_state, reverse, lengths, factor)
 
 
-def both_scans_fused(x: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+def both_scans_fused(
+    x: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None, documents: Documents | None
+) -> tuple[Tensor, Tensor]:
     """h of either direction, [B, T, D] each."""
+    if documents is not None:
+        rows = (documents.padded(x), a if a.dim() == 1 else documents.padded(a), documents.lengths, factor, None)
+        forth, back = both_scans_fused(*rows)
+        return documents.unpadded(forth), documents.unpadded(back)
     forth, back = _both_scans(x, a, lengths, None if factor is None else factor.float()).unbind(0)
     return forth, back
 
