@@ -14,6 +14,7 @@ from torch import Tensor
 from ..common import accumulation_dtype, in_cache, product_dtype, without_autocast, zero_padding
 from ..derivatives import Outline, forward_mode, gradient
 from ..diagonal_scan import diagonal_scan
+from ..documents import Documents
 from .resume import Resumed
 from .state import GatedAttentionState
 
@@ -33,7 +34,21 @@ def gated_attention_chunked(
     initial_state: GatedAttentionState | None,
     output_final_state: bool,
     lengths: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, GatedAttentionState | None]:
+    if documents is not None:
+        o, state = gated_attention_chunked(
+            *(documents.padded(x) for x in (u, q_quad, k_quad, q_lin, k_lin, v)),
+            chunk_len=chunk_len,
+            bias=bias,
+            causal=causal,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            lengths=documents.lengths,
+            documents=None,
+        )
+        return documents.unpadded(o), state
     (B, _, S), E = q_quad.shape, v.shape[-1]
     rows = (u, q_quad, k_quad, q_lin, k_lin, v)
     stateful = initial_state is not None or output_final_state  # a state is not to be rounded

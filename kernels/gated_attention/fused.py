@@ -42,6 +42,7 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels, without_autocast, zero_padding
 from ..derivatives import differentiable, pullback
+from ..documents import Documents
 from ..launching import launch
 from ..linear_attention.fused import State, carry
 from .backward import _bias_kernel, _scores_kernel
@@ -84,7 +85,21 @@ def gated_attention_fused(
     initial_state: GatedAttentionState | None,
     output_final_state: bool,
     lengths: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, GatedAttentionState | None]:
+    if documents is not None:
+        o, state = gated_attention_fused(
+            *(documents.padded(x) for x in (u, q_quad, k_quad, q_lin, k_lin, v)),
+            chunk_len=chunk_len,
+            bias=bias,
+            causal=causal,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            lengths=documents.lengths,
+            documents=None,
+        )
+        return documents.unpadded(o), state
     inputs = (u, q_quad, k_quad, q_lin, k_lin, v)
     dtype = reduce(torch.promote_types, (x.dtype for x in inputs))
     bias = None if bias is None else bias.float()
@@ -211,7 +226,7 @@ def _plain(do: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
         *rows, bias, initial = inputs
         if earlier is None:
             options: dict[str, Any] = {"chunk_len": chunk_len, "causal": causal, "scale": scale, "lengths": lengths}
-            options |= {"initial_state": None, "output_final_state": False}
+            options |= {"initial_state": None, "output_final_state": False, "documents": None}
             return (gated_attention_chunked(*rows, bias=bias, **options)[0],)
         u, q_quad, k_quad, q_lin, k_lin, v = (zero_padding(x, lengths).float() for x in rows)
         with without_autocast(v.device):

@@ -22,6 +22,7 @@ from ..common import (
     zero_padding,
 )
 from ..derivatives import Outline, forward_mode, gradient
+from ..documents import Documents
 from .outside import read_outside, read_outside_backward, sums_outside
 from .state import VQState
 
@@ -39,7 +40,22 @@ def vq_attention_chunked(
     initial_state: VQState | None,
     output_final_state: bool,
     lengths: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, VQState | None]:
+    if documents is not None:
+        y, state = vq_attention_chunked(
+            *(documents.padded(x) for x in (q, k, v)),
+            codebook,
+            documents.padded(codes),
+            block_len=block_len,
+            bias=bias if bias is None or bias.dim() == 2 else documents.padded(bias),
+            causal=causal,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            lengths=documents.lengths,
+            documents=None,
+        )
+        return documents.unpadded(y), state
     (B, T, H, _), L, out_dtype = q.shape, block_len, v.dtype
     stateful = initial_state is not None or output_final_state  # a state is not to be rounded
     dtype = accumulation_dtype(v.dtype) if stateful else product_dtype(q, v)

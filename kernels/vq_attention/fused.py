@@ -28,6 +28,7 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels, zero_padding
 from ..derivatives import Outline, differentiable, pullback
+from ..documents import Documents
 from ..launching import launch
 from .backward import _key_kernel, _means_kernel, _query_kernel, _value_kernel
 from .chunked import plain_attention
@@ -67,7 +68,22 @@ def vq_attention_fused(
     initial_state: VQState | None,
     output_final_state: bool,
     lengths: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, VQState | None]:
+    if documents is not None:
+        y, state = vq_attention_fused(
+            *(documents.padded(x) for x in (q, k, v)),
+            codebook,
+            documents.padded(codes),
+            block_len=block_len,
+            bias=bias if bias is None or bias.dim() == 2 else documents.padded(bias),
+            causal=causal,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            lengths=documents.lengths,
+            documents=None,
+        )
+        return documents.unpadded(y), state
     (B, T, H, _), S, Dv, L, out_dtype = q.shape, codebook.shape[1], v.shape[-1], block_len, v.dtype
     dtype, state, past = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype), None, initial_state
     if output_final_state:
