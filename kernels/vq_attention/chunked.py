@@ -24,7 +24,7 @@ from ..common import (
 from ..derivatives import Outline, forward_mode, gradient
 from ..documents import Documents
 from .outside import read_outside, read_outside_backward, sums_outside
-from .packed import PackedBlocks
+from .packed import PackedBlocks, windows
 from .state import VQState
 
 
@@ -56,10 +56,10 @@ def vq_attention_chunked(
         state = state.advance(codes, v, lengths) if documents is None else state.advance_documents(codes, v, documents)
 
     first = 0 if past is None else L  # what a state remembers one by one becomes the block in front
-    windows = starts = packed = None
+    starts = packed = None
     if documents is not None:
         packed = PackedBlocks(documents, L, None if past is None else past.position.clamp(max=L))
-        valid, windows, starts, first = packed.valid(), packed.windows(causal), packed.starts, 0
+        valid, starts, first = packed.valid(), packed.starts, 0
         q, k = packed.row(q), packed.row(k)
         if past is None:
             codes, v = packed.row(codes), packed.row(v)
@@ -81,7 +81,7 @@ def vq_attention_chunked(
 
     valid_b, codes_b = split(valid[..., None, None])[..., 0], split(codes[..., None])[..., 0]  # [B, 1 or H, N, L]
     counts = sums_outside(_counts(codes_b, valid_b, codebook.shape[1]), causal, starts)  # [B, H, N, S]
-    visible = _visible(valid_b, 2 if causal else 3, windows)
+    visible = seen_in_window(valid_b, 2 if causal else 3, starts)
     past_sums = None
     if packed is not None and past is not None:  # what each block sees
         known = packed.pieces.known
@@ -97,7 +97,7 @@ def vq_attention_chunked(
         q, k, v = split(q, first), split(k, first), split(v)
         form = plain_attention if forward_mode() else _attend
         y = form(
-            q, k, v, bias, past_sums, codebook.to(q.dtype), codes_b, visible, counts, causal, windows, starts
+            q, k, v, bias, past_sums, codebook.to(q.dtype), codes_b, visible, counts, causal, starts
         )  # fmt: skip
     if packed is not None:
         return packed.pieces.take_up(y.flatten(2, 3).transpose(1, 2)).to(out_dtype), state
@@ -151,8 +151,7 @@ class _Attention(torch.autograd.Function):
         visible: Tensor,  # [B, 1, N, W L]
         counts: Tensor,  # [B, H, N, S], outside the windows
         causal: bool,
-        windows: Tensor | None,  # [N, W], of documents in one row
-        starts: Tensor | None,
+        starts: Tensor | None,  # the first block of each document in a row, and N
     ) -> Tensor:  # [B, H, N, L, Dv]
         (B, H, N, L, Dv), (S, D) = v.shape, codebook.shape[1:]
         G, W, behind = B * H * N, 2 if causal else 3, 0 if causal else 1
@@ -162,7 +161,7 @@ class _Attention(torch.autograd.Function):
 
         wide = accumulation_dtype(q.dtype)
         prior, number = _prior(visible, counts, wide), _number(counts, wide)
-        around = _around(windows, H)
+        around = _around(starts, H, N, W)
         near = q.new_empty(G, L, W * L)
         far = torch.matmul(q.view(B, H, N * L, D), codebook.mT).view(G, L, S)
         terms = None if bias is None else bias.reshape(G, L, -1)
@@ -185,23 +184,22 @@ class _Attention(torch.autograd.Function):
             y.view(len(past), -1, Dv).baddbmm_(far.view(len(past), -1, S), past)
         ctx.causal = causal
         outlines = (k_outline, v_outline, bias_outline)
-        tables = (windows, starts)
-        ctx.save_for_backward(q, keys, values, near, far, number, codes, codebook, past_sums, *tables, *outlines)
+        ctx.save_for_backward(q, keys, values, near, far, number, codes, codebook, past_sums, starts, *outlines)
         return y.view(B, H, N, L, Dv)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *kept, k, v, bias = ctx.saved_tensors
-        q, _, values, near, far, number, codes, codebook, past_sums, *tables = kept
+        q, _, values, near, far, number, codes, codebook, past_sums, starts = kept
         written = partial(_gradients, ctx.causal, bias, dy, *kept)
 
         def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, past_sums: Tensor | None) -> tuple[Tensor]:
             v = values[1 : len(q) + 1].view_as(v) + v - v.detach()
-            others = (past_sums, codebook, codes.view(k.shape[:-1]), number, ctx.causal, *tables)
+            others = (past_sums, codebook, codes.view(k.shape[:-1]), number, ctx.causal, starts)
             return (_plain(q, k, v, bias, *others, weights=torch.cat([near, far * number], -1)),)
 
         dq, dk, dv, d_bias, d_past_sums = gradient(written, form, (q, k, v, bias, past_sums), (dy,))
-        return dq, None, None, dk, dv, d_bias, d_past_sums, *(None,) * 7
+        return dq, None, None, dk, dv, d_bias, d_past_sums, *(None,) * 6
 
 
 def _gradients(
@@ -217,11 +215,10 @@ def _gradients(
     codes: Tensor,
     codebook: Tensor,
     past_sums: Tensor | None,
-    windows: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     (B, H, N, L, Dv), (S, D) = dy.shape, codebook.shape[1:]
-    G, W, around = B * H * N, 2 if causal else 3, _around(windows, H)
+    G, W, around = B * H * N, 2 if causal else 3, _around(starts, H, N, 2 if causal else 3)
     with without_autocast(dy.device):
         dy = dy.reshape(B * H, N, L, Dv).contiguous()
         d_far, dv_outside = read_outside_backward(
@@ -266,13 +263,12 @@ def plain_attention(
     visible: Tensor,
     counts: Tensor,
     causal: bool,
-    windows: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> Tensor:
     """As `_attend`, for PyTorch to differentiate."""
     q = q.reshape(-1, *q.shape[-2:])
     prior, number = _prior(visible, counts, q.dtype), _number(counts, q.dtype)
-    return _plain(q, k, v, bias, past_sums, codebook, codes, number, causal, windows, starts, prior=prior)
+    return _plain(q, k, v, bias, past_sums, codebook, codes, number, causal, starts, prior=prior)
 
 
 def _plain(
@@ -285,7 +281,6 @@ def _plain(
     codes: Tensor,
     number: Tensor,  # [G, 1, S]
     causal: bool,
-    windows: Tensor | None,
     starts: Tensor | None,
     *,
     prior: Tensor | None = None,
@@ -296,7 +291,7 @@ def _plain(
     G, W, behind = B * H * N, 2 if causal else 3, 0 if causal else 1
     with without_autocast(q.device):
         keys = _keys(codebook, codes) + (k - k.detach()).reshape(G, L, -1).to(codebook.dtype)
-        ends, all_blocks, around = (0, 0, 0, 0, 1, behind), slice(0, G), _around(windows, H)
+        ends, all_blocks, around = (0, 0, 0, 0, 1, behind), slice(0, G), _around(starts, H, N, W)
         near = torch.bmm(q, _windows(F.pad(keys, ends), W, all_blocks, around).mT)
         far = torch.matmul(q.view(B, H, N * L, -1), codebook.mT).view(G, L, S)
         scores = torch.cat([near, far], -1)
@@ -329,11 +324,11 @@ def _keys(codebook: Tensor, codes: Tensor) -> Tensor:
     return F.embedding(codes + first, codebook.flatten(0, 1)).reshape(-1, L, D)
 
 
-def _visible(valid: Tensor, W: int, windows: Tensor | None) -> Tensor:
+def seen_in_window(valid: Tensor, W: int, starts: Tensor | None) -> Tensor:
     """Which columns of a block's window there are, of valid positions [B, 1, N, L]: [B, 1, N, WL]."""
-    L = valid.shape[-1]
-    if windows is not None:
-        return F.pad(valid[0, 0], (0, 0, 1, 0))[windows].flatten(1)[None, None]
+    N, L = valid.shape[2:]
+    if starts is not None:
+        return F.pad(valid[0, 0], (0, 0, 1, 0))[windows(starts, N, W)].flatten(1)[None, None]
     return F.pad(valid.flatten(2), (L, L * (W - 2))).unfold(2, W * L, L)
 
 
@@ -351,12 +346,13 @@ def _number(counts: Tensor, dtype: torch.dtype) -> Tensor:
     return counts.clamp(min=1).to(dtype).view(-1, 1, counts.shape[-1])
 
 
-def _around(windows: Tensor | None, H: int) -> Tensor | None:
-    """The blocks in the windows of all heads, [G, W], 0 for none, of those of one [N, W]."""
-    if windows is None:
+def _around(starts: Tensor | None, H: int, N: int, W: int) -> Tensor | None:
+    """The blocks in the windows of documents in one row, counted from 1, 0 for none: [G, W]."""
+    if starts is None:
         return None
-    heads = len(windows) * torch.arange(H, device=windows.device)[:, None, None]
-    return torch.where(windows > 0, windows + heads, 0).flatten(0, 1)
+    of_head = windows(starts, N, W)
+    others = N * torch.arange(H, device=starts.device)[:, None, None]
+    return torch.where(of_head > 0, of_head + others, 0).flatten(0, 1)
 
 
 def _windows(x: Tensor, W: int, n: slice, around: Tensor | None) -> Tensor:

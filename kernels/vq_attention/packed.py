@@ -38,12 +38,24 @@ class PackedBlocks:
             valid = valid & (known | (self.pieces.number > 0)[:, None])
         return valid.flatten()[None]
 
-    def windows(self, causal: bool) -> Tensor:
-        """The blocks in each block's window, counted from 1; 0 stands for none. [P, 2] causal, else [P, 3]."""
-        document = self.pieces.document
-        own = torch.arange(1, len(document) + 1, device=document.device)
-        same = document[1:] == document[:-1]
-        ahead = torch.where(F.pad(same, (1, 0)), own - 1, 0)
-        if causal:
-            return torch.stack([ahead, own], 1)
-        return torch.stack([ahead, own, torch.where(F.pad(same, (0, 1)), own + 1, 0)], 1)
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Of each block's document the first valid position, and the one behind its last: [P] each."""
+        pieces, known = self.pieces, self.pieces.known
+        first, last = pieces.before[:-1] * self.L, pieces.before[:-1] * self.L + pieces.documents.lengths
+        if self.remembered is not None:
+            first, last = first + self.L - self.remembered, last + self.L
+        real = pieces.steps > 0
+        return torch.where(real, first[known], 0), torch.where(real, last[known], 0)
+
+
+def windows(starts: Tensor, N: int, W: int) -> Tensor:
+    """The blocks in each block's window, counted from 1, where documents have these first blocks: [N, W].
+
+    0 stands for none.
+    """
+    document = Documents(starts, N).of_steps()
+    own = torch.arange(1, N + 1, device=starts.device)
+    same = document[1:] == document[:-1]
+    ahead = torch.where(F.pad(same, (1, 0)), own - 1, 0)
+    behind = torch.where(F.pad(same, (0, 1)), own + 1, 0)
+    return torch.stack([ahead, own, behind][:W], 1)
