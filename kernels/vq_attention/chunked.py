@@ -24,7 +24,7 @@ from ..common import (
 from ..derivatives import Outline, forward_mode, gradient
 from ..documents import Documents
 from .outside import read_outside, read_outside_backward, sums_outside
-from .packed import PackedBlocks, windows
+from .packed import PackedBlocks, of_blocks, windows
 from .state import VQState
 
 
@@ -84,9 +84,10 @@ def vq_attention_chunked(
     visible = seen_in_window(valid_b, 2 if causal else 3, starts)
     past_sums = None
     if packed is not None and past is not None:  # what each block sees
-        known = packed.pieces.known
-        counts = counts + past.counts[known].transpose(0, 1)
-        past_sums = past.sums.to(v.dtype)[known].transpose(0, 1)[None]
+        counts, past_sums = (
+            counts + of_blocks(past.counts, packed.starts, counts.shape[2]),
+            of_blocks(past.sums.to(v.dtype), packed.starts, counts.shape[2]),
+        )
     elif past is not None:
         counts, past_sums = counts + past.counts[:, :, None], past.sums.to(v.dtype)
     if bias is not None:

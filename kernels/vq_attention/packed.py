@@ -59,3 +59,8 @@ def windows(starts: Tensor, N: int, W: int) -> Tensor:
     ahead = torch.where(F.pad(same, (1, 0)), own - 1, 0)
     behind = torch.where(F.pad(same, (0, 1)), own + 1, 0)
     return torch.stack([ahead, own, behind][:W], 1)
+
+
+def of_blocks(x: Tensor, starts: Tensor, N: int) -> Tensor:
+    """Of documents with these first blocks, for each of their blocks: [documents, H, ...] -> [1, H, N, ...]."""
+    return x[Documents(starts, N).of_steps()].transpose(0, 1)[None]
