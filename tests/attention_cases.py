@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from agreement import assert_close
+from fused_cases import DEVICE
 from torch import Tensor
 
 from seqzoo.kernels import attention
@@ -50,10 +51,13 @@ def check(tensors, asked, lengths, tolerance, backend, dtype=torch.int64, **opti
     scale = options.get("scale")
     wide = {**options, "scale": scale.double() if isinstance(scale, Tensor) else scale}
     expected = one_by_one(*(x.double() for x in tensors), asked, lengths, **wide)
-    given = {"cu_seqlens": starts(lengths, dtype)}
+    device = DEVICE if backend == "fused" else torch.device("cpu")
+    given = {**options, "cu_seqlens": starts(lengths, dtype).to(device), "backend": backend}
     if asked is not lengths:
-        given["query_cu_seqlens"] = starts(asked, dtype)
+        given["query_cu_seqlens"] = starts(asked, dtype).to(device)
+    if isinstance(scale, Tensor):
+        given["scale"] = scale.to(device)
     for name, actual, target in zip(
-        ("o", "dq", "dk", "dv"), run(*tensors, **given, **options, backend=backend), expected, strict=True
+        ("o", "dq", "dk", "dv"), run(*(x.to(device) for x in tensors), **given), expected, strict=True
     ):
-        assert_close(actual, target, tolerance, name)
+        assert_close(actual.cpu(), target, tolerance, name)

@@ -71,6 +71,7 @@ def _query_kernel(
         block = blocks - 1 - tl.program_id(0) % blocks
         head = tl.program_id(0) // blocks
         b, h = (head // H).to(tl.int64), head % H
+        g = h // (H // G)
         n, before = sequence(lengths, position, b, S)
     else:
         which = tl.load(document + tl.program_id(0) % pieces)
@@ -84,8 +85,7 @@ def _query_kernel(
         k, v = k + begin * G * D, v + begin * G * Dv
         if scales is not None:
             scales += first
-        b, n, before = first * 0, S, S - T
-    g = h // (H // G)
+        b, g, n, before = first * 0, h // (H // G), S, S - T
     query = block * QUERIES + tl.arange(0, QUERIES)
     here = before + query
     live = (query < T) & (here < n)

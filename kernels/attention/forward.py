@@ -67,6 +67,7 @@ def _forward_kernel(
         block = blocks - 1 - tl.program_id(0) % blocks  # the longest first
         head = tl.program_id(0) // blocks
         b, h = (head // H).to(tl.int64), head % H
+        g = h // (H // G)
         n, before = sequence(lengths, position, b, S)
     else:
         which = tl.load(document + tl.program_id(0) % pieces)
@@ -79,8 +80,7 @@ def _forward_kernel(
         k, v = k + begin * G * D, v + begin * G * Dv
         if scales is not None:
             scales += first
-        b, n, before = first * 0, S, S - T
-    g = h // (H // G)
+        b, g, n, before = first * 0, h // (H // G), S, S - T
     query = block * QUERIES + tl.arange(0, QUERIES)
     here = before + query
     live = (query < T) & (here < n)

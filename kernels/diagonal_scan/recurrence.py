@@ -139,11 +139,8 @@ def _scan_kernel(
         of_factor = tl.zeros([1, WIDTH], tl.float32)
 
     start = chunk * chunk_len
-    if document is None:
-        final = chunk == chunks - 1
-    else:
-        final = start + chunk_len >= n
-        if y is None and final:  # nothing comes after it
+    if document is not None and y is None:
+        if start + chunk_len >= n:  # nothing comes after it
             return
     for first in tl.range(start, min(start + chunk_len, end), STEPS, num_stages=STAGES):
         step = first + tl.arange(0, STEPS)
@@ -200,6 +197,10 @@ def _scan_kernel(
             tl.store(da + state, _side_by_side(dr, di, PARTS), mask=inside)
         if BACKWARD and factor is not None:
             tl.store(df + state, of_factor, mask=inside)
+        if document is None:
+            final = chunk == chunks - 1
+        else:
+            final = start + chunk_len >= n
         if after is not None and final:
             if BACKWARD:  # through the first step of the recurrence, the last one here
                 row = n.to(tl.int64) * 0 if CONSTANT else place(n - 1, n, down) * width
@@ -224,13 +225,14 @@ def _carry_kernel(initial, after, through, before, ahead, B, width, chunks, PART
     else:
         s = tl.load(initial + b * width + column, mask=inside, other=0.0)
     sr, si = _pairs(s, PARTS)
-    if ahead is None:
-        own, first = chunks, b * chunks
-    else:
-        before_it = tl.load(ahead + b % B)
-        own, first = (tl.load(ahead + b % B + 1) - before_it).to(tl.int32), b // B * chunks + before_it
-    for chunk in range(own):
-        state = (first + chunk) * width + column
+    if ahead is not None:
+        first = tl.load(ahead + b % B)
+        own = (tl.load(ahead + b % B + 1) - first).to(tl.int32)
+        first = (b // B * chunks + first) * width
+        after, through, before = after + first, through + first, before + first
+        b, chunks = b * 0, own
+    for chunk in range(chunks):
+        state = (b * chunks + chunk) * width + column
         tl.store(before + state, _side_by_side(sr, si, PARTS), mask=inside)
         pr, pi = _pairs(tl.load(through + state, mask=inside, other=0.0), PARTS)
         ar, ai = _pairs(tl.load(after + state, mask=inside, other=0.0), PARTS)

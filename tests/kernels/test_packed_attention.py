@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from attention_cases import ASKED, LENGTHS, check, make, run, starts
+from fused_cases import poisoned
 from torch import Tensor
 
 from seqzoo.kernels import attention
@@ -61,3 +62,22 @@ def test_errors_say_what_is_valid():
         attention(k, k, v, cu_seqlens=ends, position=torch.tensor([0]))
     with pytest.raises(ValueError, match="got cu_seqlens and lengths"):
         attention(k, k, v, cu_seqlens=ends, lengths=torch.tensor([8]))
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "scaling", "others"),
+    [
+        (False, None, None, False),
+        (True, None, "per query", False),
+        (False, None, 0.3, True),
+        (True, None, None, True),
+        (True, 9, None, False),
+        (False, (20, 3), "per query", False),
+    ],
+)
+def test_in_triton(causal, window, scaling, others):
+    asked = ASKED if others else LENGTHS
+    scale = torch.linspace(0.1, 1, sum(asked)) if scaling == "per query" else scaling
+    options = {"causal": causal, "window": window, "scale": scale}
+    with poisoned():
+        check(make(sum(asked), sum(LENGTHS), 4, 2, 8, 5, torch.float32), asked, LENGTHS, 5e-6, "fused", **options)
