@@ -37,6 +37,9 @@ def attention_calls(size: Size) -> Calls:
     B, T, H, D, dtype = size
     yield partial(passes.attention, B, T, H, H, D, D, dtype, True, padded=True)
     yield partial(passes.attention, B, T, H, 1, D, D, dtype, False, padded=True, placed=True, scaled=True)
+    yield partial(passes.attention, B, T, H, H, D, D, dtype, True, padded=True, placed=True, window=20)
+    yield partial(passes.attention, 1, B * T, H, 1, D, D, dtype, True, scaled=True, documents=B)
+    yield partial(passes.attention, 1, B * T, H, H, D, D, dtype, False, documents=B, window=20)
 
 
 def scan_calls(size: Size) -> Calls:
@@ -44,6 +47,8 @@ def scan_calls(size: Size) -> Calls:
     yield partial(passes.scan, B, T, H * D, torch.complex64, True, False, padded=True, state=True, scaled=True)
     yield partial(passes.scan, B, T, H * D, dtype, False, True, padded=True, scaled=True)
     yield partial(passes.both_scans, B, T, H * D, torch.complex64, padded=True)
+    yield partial(passes.scan, 1, B * T, H * D, dtype, False, True, state=True, documents=B)
+    yield partial(passes.both_scans, 1, B * T, H * D, torch.complex64, scaled=True, documents=B)
 
 
 def favor_calls(size: Size) -> Calls:
@@ -57,6 +62,7 @@ def gated_calls(size: Size) -> Calls:
     B, T, H, E, dtype = size
     for causal in (True, False):
         yield partial(passes.gated_attention, B, T, 40, E * H, 100, dtype, causal, True, state=causal)
+    yield partial(passes.gated_attention, B, T, 40, E * H, T, dtype, False, True, state=True)
 
 
 def linear_calls(size: Size) -> Calls:
@@ -75,7 +81,9 @@ def linear_calls(size: Size) -> Calls:
 def vq_calls(size: Size) -> Calls:
     B, T, H, D, dtype = size
     for causal, bias in ((True, "step"), (False, "head")):
-        yield partial(passes.vq_attention, B, T, H, D, D, 70, 50, dtype, causal, bias=bias, state=causal, padded=True)
+        call = partial(passes.vq_attention, D=D, Dv=D, S=70, L=50, dtype=dtype, causal=causal, bias=bias, state=causal)
+        yield partial(call, B, T, H, padded=True)
+        yield partial(call, 1, T, H, documents=3)
 
 
 def nearest_calls(size: Size) -> Calls:

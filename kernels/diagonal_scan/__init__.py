@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import choose, fit
 from ..common import check_lengths
+from ..documents import Documents, check_documents
 from .chunked import diagonal_scan_chunked
 from .reference import diagonal_scan_reference
 
@@ -30,9 +31,9 @@ def _fused_both(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _one_by_one(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda x, a, lengths, factor: (
-        scan(x, a, None, False, lengths, factor)[0],
-        scan(x, a, None, True, lengths, factor)[0],
+    return lambda x, a, lengths, factor, documents: (
+        scan(x, a, None, False, lengths, factor, documents)[0],
+        scan(x, a, None, True, lengths, factor, documents)[0],
     )
 
 
@@ -51,6 +52,7 @@ def diagonal_scan(
     output_final_state: bool = False,
     reverse: bool | str = False,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """The linear recurrence with diagonal coefficients, real or complex,
@@ -70,6 +72,9 @@ def diagonal_scan(
             `initial_state` of another call; gradients flow through both.
         reverse: whether to run from the last step to the first, or "both"; nothing is flipped in memory.
         lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
+        cu_seqlens: integers [N + 1], in place of `lengths`, with B = 1: where each of N documents begins that lie one
+            behind the other in the T steps, and T. None hears of another; states have a row for each, [N, D], and that
+            of an empty one passes unchanged.
         backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
@@ -80,28 +85,31 @@ def diagonal_scan(
     Raises:
         TypeError: x and a differ in dtype, the state is complex and x is not (or the reverse), or the factor is.
         ValueError: shapes that do not fit, a state with reverse="both", another `reverse`, or an unknown backend; on a
-            CPU, lengths outside [0, T] and a factor of 0.
+            CPU, lengths outside [0, T], cu_seqlens that do not rise from 0 to T, and a factor of 0.
 
     Source: Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks for Long Sequences", equation 4; Smith et al.
     2023, "Simplified State Space Layers", section 2.2. With p_t = dL/dh_t, the gradients are
     p_t = w_t + conj(a_{t+1}) p_{t+1}, dx_t = f p_t, da_t = p_t conj(h_{t-1}), dh_0 = conj(a_1) p_1, and f df is the
     real part of sum_t w_t conj(h_t) - dh_0 conj(h_0).
     """
-    _check(x, a, factor, initial_state)
+    _check(x, a, factor)
+    documents = check_documents("diagonal_scan", cu_seqlens, lengths, *x.shape[:2])
     lengths = check_lengths("diagonal_scan", lengths, *x.shape[:2])
+    if initial_state is not None:
+        _check_state(initial_state, x, documents)
     if reverse not in (False, True, "both"):
         raise ValueError(f'diagonal_scan: reverse={reverse!r}; valid: False, True, "both"')
     fitting = fit(x, channels=CHANNELS, width=0)
     if reverse == "both":
         if initial_state is not None or output_final_state:
             raise ValueError("diagonal_scan: a state belongs to one direction; valid with it: reverse=False or True")
-        return choose("diagonal_scan", backend, BOTH, fitting)(x, a, lengths, factor)
+        return choose("diagonal_scan", backend, BOTH, fitting)(x, a, lengths, factor, documents)
     implementation = choose("diagonal_scan", backend, FORMS, fitting)
-    h, final_state = implementation(x, a, initial_state, reverse, lengths, factor)
+    h, final_state = implementation(x, a, initial_state, reverse, lengths, factor, documents)
     return (h, final_state) if output_final_state else h
 
 
-def _check(x: Tensor, a: Tensor, factor: Tensor | None, initial_state: Tensor | None) -> None:
+def _check(x: Tensor, a: Tensor, factor: Tensor | None) -> None:
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"diagonal_scan: x must be [B, T, D] with T >= 1, got {list(x.shape)}")
     B, T, D = x.shape
@@ -115,12 +123,15 @@ def _check(x: Tensor, a: Tensor, factor: Tensor | None, initial_state: Tensor | 
         raise ValueError(f"diagonal_scan: factor must be [D] = [{D}], got {list(factor.shape)}")
     if factor is not None and not factor.is_floating_point():
         raise TypeError(f"diagonal_scan: factor must be real and of floating point, got {factor.dtype}")
-    if initial_state is None:
-        return
-    if list(initial_state.shape) != [B, D]:
-        raise ValueError(f"diagonal_scan: initial_state must be [B, D] = [{B}, {D}], got {list(initial_state.shape)}")
-    if initial_state.is_complex() != x.is_complex():
+
+
+def _check_state(state: Tensor, x: Tensor, documents: Documents | None) -> None:
+    rows, D = x.shape[0] if documents is None else documents.N, x.shape[-1]
+    if list(state.shape) != [rows, D]:
+        what = "[B, D]" if documents is None else "[N, D], a row for each document,"
+        raise ValueError(f"diagonal_scan: initial_state must be {what} = [{rows}, {D}], got {list(state.shape)}")
+    if state.is_complex() != x.is_complex():
         raise TypeError(
             "diagonal_scan: initial_state must be real where x is and complex where x is, "
-            f"got {initial_state.dtype} and {x.dtype}"
+            f"got {state.dtype} and {x.dtype}"
         )

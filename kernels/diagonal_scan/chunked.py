@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..common import accumulation_dtype
+from ..documents import Documents
 from . import doubling
 from .operator import register
 
@@ -20,11 +21,13 @@ def diagonal_scan_chunked(
     reverse: bool,
     lengths: Tensor | None,  # [B]
     factor: Tensor | None,  # [D], real
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     factor = None if factor is None else factor.to(accumulation_dtype(x.real.dtype))
     initial_state = None if initial_state is None else initial_state.to(dtype)
-    h, final_state = _scan(x.to(dtype), a.to(dtype), initial_state, reverse, lengths, factor)
+    starts = None if documents is None else documents.starts
+    h, final_state = _scan(x.to(dtype), a.to(dtype), initial_state, reverse, lengths, factor, starts)
     return h.to(x.dtype), final_state
 
 

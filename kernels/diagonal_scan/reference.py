@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..common import accumulation_dtype, valid_positions, zero_padding
+from ..documents import Documents
 
 
 def diagonal_scan_reference(
@@ -15,7 +18,10 @@ def diagonal_scan_reference(
     reverse: bool,
     lengths: Tensor | None,  # [B]
     factor: Tensor | None,  # [D], real
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
+    if documents is not None:
+        return padded(diagonal_scan_reference, x, a, initial_state, reverse, factor, documents)
     B, T, D = x.shape
     dtype = accumulation_dtype(x.dtype)
     lengths = torch.full((B,), T, device=x.device) if lengths is None else lengths
@@ -31,3 +37,18 @@ def diagonal_scan_reference(
         h = torch.where(valid[t], gates[t] * h + xs[t], h)
         outputs[t] = h
     return zero_padding(torch.stack(outputs, 1), lengths).to(x.dtype), h
+
+
+def padded(
+    form: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    a: Tensor,
+    initial_state: Tensor | None,
+    reverse: bool,
+    factor: Tensor | None,
+    documents: Documents,
+) -> tuple[Tensor, Tensor]:
+    """What `form` makes of a document a row."""
+    a = a if a.dim() == 1 else documents.padded(a)
+    h, state = form(documents.padded(x), a, initial_state, reverse, documents.lengths, factor, None)
+    return documents.unpadded(h), state

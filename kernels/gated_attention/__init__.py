@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends import Fit, choose, fit
 from ..common import check_lengths
+from ..documents import Documents, check_documents
 from .chunked import gated_attention_chunked
 from .reference import gated_attention_reference
 from .state import GatedAttentionState
@@ -43,6 +44,7 @@ def gated_attention(
     initial_state: GatedAttentionState | None = None,
     output_final_state: bool = False,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """FLASH's mixture of quadratic attention inside chunks and linear attention over all of them, gated by u.
@@ -73,6 +75,9 @@ def gated_attention(
         output_final_state: return the state after `lengths` (or T) positions too (causal only); gradients flow through
             both.
         lengths: int64 [B], the valid positions of each sequence in this call; all T by default.
+        cu_seqlens: int32 or int64 [N + 1], in place of `lengths`, with B = 1: where each of N documents begins that lie
+            one behind the other in the T positions, and T. Chunks are counted from the beginning of each, none hears of
+            another, and states have N rows.
         backend: "auto", "fused" (but for a single step with a state), "chunked" or "reference".
 
     Returns:
@@ -80,11 +85,14 @@ def gated_attention(
 
     Raises:
         ValueError: shapes that do not fit together, a state asked of bidirectional attention or made for another
-            `chunk_len`, or an unknown backend.
+            `chunk_len`, cu_seqlens that do not rise from 0 to T, or an unknown backend.
 
     Source: Hua et al., "Transformer Quality in Linear Time" (2022), section 3.2.
     """
     _check(u, q_quad, k_quad, q_lin, k_lin, v, chunk_len, bias, causal, initial_state, output_final_state)
+    documents = check_documents("gated_attention", cu_seqlens, lengths, *u.shape[:2])
+    if initial_state is not None:
+        _check_state(initial_state, u, q_quad, chunk_len, documents)
     lengths = check_lengths("gated_attention", lengths, *u.shape[:2])
     single = u.shape[1] == 1 and (initial_state is not None or output_final_state)
     run = choose("gated_attention", backend, FORMS, _fit(u, v, q_quad, k_quad, q_lin, k_lin, single=single))
@@ -102,6 +110,7 @@ def gated_attention(
         initial_state=initial_state,
         output_final_state=output_final_state,
         lengths=lengths,
+        documents=documents,
     )
     return (o, state) if output_final_state else o
 
@@ -141,10 +150,16 @@ def _check(
         )
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError("gated_attention: only causal attention has a state; valid: causal=True")
-    if initial_state is not None:
-        (B, _, E), S = u.shape, q_quad.shape[-1]
-        expected = [[B, S, E], [B, chunk_len, S], [B, chunk_len, S], [B, chunk_len, E], [B]]
-        given = [list(x.shape) for x in initial_state]
-        if given != expected:
-            names = ", ".join(f"{n} {s}" for n, s in zip(GatedAttentionState._fields, expected, strict=True))
-            raise ValueError(f"gated_attention: initial_state must be {names}, got {given}")
+
+
+def _check_state(
+    state: GatedAttentionState, u: Tensor, q_quad: Tensor, chunk_len: int, documents: Documents | None
+) -> None:
+    rows = u.shape[0] if documents is None else documents.N
+    S, E = q_quad.shape[-1], u.shape[-1]
+    expected = [[rows, S, E], [rows, chunk_len, S], [rows, chunk_len, S], [rows, chunk_len, E], [rows]]
+    given = [list(x.shape) for x in state]
+    if given != expected:
+        names = ", ".join(f"{n} {s}" for n, s in zip(GatedAttentionState._fields, expected, strict=True))
+        each = "" if documents is None else ", a row for each document"
+        raise ValueError(f"gated_attention: initial_state must be {names}{each}, got {given}")

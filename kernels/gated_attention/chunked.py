@@ -14,6 +14,8 @@ from torch import Tensor
 from ..common import accumulation_dtype, in_cache, product_dtype, without_autocast, zero_padding
 from ..derivatives import Outline, forward_mode, gradient
 from ..diagonal_scan import diagonal_scan
+from ..documents import Documents
+from .packed import over_documents
 from .resume import Resumed
 from .state import GatedAttentionState
 
@@ -33,6 +35,7 @@ def gated_attention_chunked(
     initial_state: GatedAttentionState | None,
     output_final_state: bool,
     lengths: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, GatedAttentionState | None]:
     (B, _, S), E = q_quad.shape, v.shape[-1]
     rows = (u, q_quad, k_quad, q_lin, k_lin, v)
@@ -43,12 +46,24 @@ def gated_attention_chunked(
     # Autocast would keep the sums in half precision.
     with without_autocast(device):
         bias = None if bias is None else by_offset(bias.to(accumulation_dtype(dtype)), chunk_len, causal)
-        if not causal:
+        past = initial_state
+        if past is None and output_final_state:
+            sequences = B if documents is None else documents.N
+            past = GatedAttentionState.empty(sequences, S, E, chunk_len, device=device, dtype=dtype)
+        if documents is not None:
+
+            def attend(rows: list[Tensor], seen: Tensor | None, terms: Tensor, _: Tensor) -> Tensor:
+                q_quad, k_quad, q_lin, k_lin, v = rows
+                y = in_one_chunk(q_quad, k_quad, q_lin, v, bias, causal, scale, seen, terms)
+                # Where no chunk sees another, the gradients of q_lin and k_lin are zeros rather than none.
+                return y if seen is not None else y.add_(q_lin[:0].sum() + k_lin[:0].sum())
+
+            o, state = over_documents(attend, (q_quad, k_quad, q_lin, k_lin, v), documents, chunk_len, causal, past)
+        elif not causal:
             o, state = _bidirectional(q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, scale, lengths), None
-        elif not stateful:
+        elif past is None:
             o, state = in_chunks(q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, scale), None
         else:
-            past = initial_state or GatedAttentionState.empty(B, S, E, chunk_len, device=device, dtype=dtype)
             o, state = _resume(q_quad, k_quad, q_lin, k_lin, v, bias, scale, past, lengths)
         o = u * o
     return zero_padding(o, lengths).to(out_dtype), state
@@ -107,6 +122,26 @@ def _bidirectional(
     q, k, v = (_chunks(x, C) for x in (q_quad, k_quad, v))
     bias = None if bias is None else bias[:C, :C]
     return lin.add_(_relu_squared(q, k, v, bias, scale, False).flatten(1, 2)[:, :T])
+
+
+def in_one_chunk(
+    q_quad: Tensor,  # [P, C, S]
+    k_quad: Tensor,
+    q_lin: Tensor,
+    v: Tensor,  # [P, C, E]
+    bias: Tensor | None,  # [chunk_len, chunk_len]
+    causal: bool,
+    scale: float,
+    seen: Tensor | None,  # [P, S, E], the sum that each chunk sees
+    terms: Tensor,  # [P], how many positions it is over
+) -> Tensor:  # [P, C, E]
+    """Attention without its gate, of chunks each by itself."""
+    C = v.shape[1]
+    bias = None if bias is None else bias[:C, :C]
+    quad = _relu_squared(q_quad[None], k_quad[None], v[None], bias, scale, causal)
+    if seen is None:
+        return quad[0]
+    return ((q_lin / terms.clamp(min=1)[:, None, None]) @ seen.to(q_lin.dtype)).add_(quad[0])
 
 
 def _causal(

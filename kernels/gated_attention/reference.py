@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..common import accumulation_dtype, zero_padding
+from ..documents import Documents
 from .state import GatedAttentionState
 
 
@@ -22,8 +23,23 @@ def gated_attention_reference(
     initial_state: GatedAttentionState | None,
     output_final_state: bool,
     lengths: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, GatedAttentionState | None]:
     """All weights between all positions, masked. Padding and rows of the state not seen yet are keys of zero."""
+    if documents is not None:
+        rows = (documents.padded(x) for x in (u, q_quad, k_quad, q_lin, k_lin, v))
+        o, state = gated_attention_reference(
+            *rows,
+            chunk_len=chunk_len,
+            bias=bias,
+            causal=causal,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            lengths=documents.lengths,
+            documents=None,
+        )
+        return documents.unpadded(o), state
     (B, T, S), E, C = q_quad.shape, v.shape[-1], chunk_len
     out_dtype, dtype, device = v.dtype, accumulation_dtype(v.dtype), v.device
     u, q_quad, k_quad, q_lin, k_lin, v = (

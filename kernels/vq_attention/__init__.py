@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backends import choose, fit
 from ..common import check_lengths
+from ..documents import check_documents
 from .chunked import vq_attention_chunked
 from .codes import CHANNELS, nearest_code
 from .reference import vq_attention_reference
@@ -38,6 +39,7 @@ def vq_attention(
     initial_state: VQState | None = None,
     output_final_state: bool = False,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """softmax(q k̂ᵀ + bias) v, where k̂ is the code nearest to each key.
@@ -63,6 +65,9 @@ def vq_attention(
         initial_state: where an earlier call stopped (causal only).
         output_final_state: return the state after `lengths` (or T) positions too (causal only).
         lengths: int64 [B].
+        cu_seqlens: int32 or int64 [N + 1], in place of `lengths`, with B = 1: where each of N documents begins that lie
+            one behind the other in the T positions, and T. Blocks are counted from the beginning of each, none hears of
+            another, and states have N rows.
         backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
@@ -70,7 +75,7 @@ def vq_attention(
 
     Raises:
         ValueError: shapes that do not fit together, a bias that reaches past `block_len`, a state asked of
-            bidirectional attention, or an unknown backend.
+            bidirectional attention, cu_seqlens that do not rise from 0 to T, or an unknown backend.
 
     Source: Lingle, "Transformer-VQ" (ICLR 2024), section 3; the bidirectional form: Su, post 9844 (2023).
     """
@@ -94,6 +99,12 @@ def vq_attention(
             )
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError("vq_attention: only causal attention has a state; valid: causal=True")
+    documents = check_documents("vq_attention", cu_seqlens, lengths, B, T)
+    if documents is not None and initial_state is not None and len(initial_state.position) != documents.N:
+        raise ValueError(
+            f"vq_attention: initial_state must have a row for each of {documents.N} documents, "
+            f"got {len(initial_state.position)}"
+        )
     lengths = check_lengths("vq_attention", lengths, B, T)
     run = choose("vq_attention", backend, FORMS, fit(q, k, v, channels=CHANNELS))
     if codes is None:
@@ -110,5 +121,6 @@ def vq_attention(
         initial_state=initial_state,
         output_final_state=output_final_state,
         lengths=lengths,
+        documents=documents,
     )
     return (y, state) if output_final_state else y

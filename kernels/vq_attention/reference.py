@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..common import accumulation_dtype, valid_positions, zero_padding
+from ..documents import Documents
 from .codes import straight_through
 from .state import VQState
 
@@ -21,8 +22,26 @@ def vq_attention_reference(
     initial_state: VQState | None,
     output_final_state: bool,
     lengths: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, VQState | None]:
     """Quadratic attention over every quantised key; keys from before the call stand in the state."""
+    if documents is not None:
+        q, k, v, codes = (documents.padded(x) for x in (q, k, v, codes))
+        y, state = vq_attention_reference(
+            q,
+            k,
+            v,
+            codebook,
+            codes,
+            block_len=block_len,
+            bias=bias if bias is None or bias.dim() == 2 else documents.padded(bias),
+            causal=causal,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            lengths=documents.lengths,
+            documents=None,
+        )
+        return documents.unpadded(y), state
     (B, T, H, _), S, Dv = q.shape, codebook.shape[1], v.shape[-1]
     q, k, v = (zero_padding(x, lengths).to(accumulation_dtype(x.dtype)) for x in (q, k, v))
     codebook = codebook.to(q.dtype)

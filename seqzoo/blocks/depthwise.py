@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.common import accumulation_dtype, without_autocast
 from ..kernels.derivatives import forward_mode, gradient
+from ..kernels.documents import Documents
 from ..valid import Count
 
 CHUNK = 32
@@ -34,18 +35,24 @@ class Depthwise(nn.Module):
     def width(self) -> int:
         return self.weight.shape[1]
 
-    def forward(self, x: Tensor, before: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, before: Tensor | None, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """y_t = Σ_j weight_j ∘ x_{t - past + j}.
 
         Args:
             x: [B, T, D], zero past `lengths`.
             before: the W - 1 inputs ahead of `x`, [B, W - 1, D]; None is zeros, and then none are returned.
             lengths: int64 [B], after how many steps the returned inputs are the last; None is T.
+            documents: N of them in the one row of x, in place of `lengths`: none sees another, and the inputs ahead of
+                each and the last ones are [N, W - 1, D].
 
         Returns:
             y [B, T, D], and the last W - 1 inputs [B, W - 1, D] in the dtype of `before`.
         """
         T, W = x.shape[1], self.width
+        if documents is not None:
+            return self._of_documents(x, before, documents)
         if before is None:
             return convolve(F.pad(x, (0, 0, self.past, W - 1 - self.past)), self.weight), None
         seen = torch.cat([before.to(x.dtype), x], 1)
@@ -55,6 +62,19 @@ class Depthwise(nn.Module):
             last = lengths[:, None] + torch.arange(W - 1, device=x.device)
             after = seen.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
         return convolve(seen, self.weight), after.to(before.dtype)
+
+    def _of_documents(self, x: Tensor, before: Tensor | None, documents: Documents) -> tuple[Tensor, Tensor | None]:
+        """Of a row in which W - 1 inputs, zeros where there are none, stand between documents."""
+        N, W = documents.N, self.width
+        gaps = torch.arange(N, device=x.device) * (W - 1)
+        place = torch.arange(x.shape[1], device=x.device) + gaps[documents.of_steps()]  # of each step's output
+        row = x.new_zeros(1, x.shape[1] + N * (W - 1), x.shape[2]).index_copy(1, place + self.past, x)
+        if before is None:
+            return convolve(row, self.weight).index_select(1, place), None
+        ahead = (documents.starts[:-1] + gaps)[:, None] + torch.arange(W - 1, device=x.device)  # [N, W - 1]
+        row = row.index_copy(1, ahead.flatten(), before.to(x.dtype).flatten(0, 1)[None])
+        after = row[0, ahead + documents.lengths[:, None]]
+        return convolve(row, self.weight).index_select(1, place), after.to(before.dtype)
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from .rotary import rotate
 
 
 class AttentionState(NamedTuple):
-    keys: Tensor  # [B, S, G, D]; the first `position` of each sequence are filled
+    keys: Tensor  # [B, S, G, D]; the first `position` of each sequence are filled, or as many as a window lets be seen
     values: Tensor  # [B, S, G, D]
     position: Tensor  # int64 [B]
 
@@ -29,6 +29,8 @@ class SoftmaxAttention(Block):
         rotary: rotary positions on queries and keys; without them the block knows no order unless its input does.
         entropy_length: scale scores by log n / log(entropy_length), n the number of keys a query sees (16 at least),
             so that attention stays as sharp on lengths it was not trained on (Su, post 8823: 512). None: no factor.
+        window: see only what is less than `window` positions away, or all if None. A state then holds no more than the
+            last window - 1 keys and values.
         bias: biases in the projections.
     """
 
@@ -41,6 +43,7 @@ class SoftmaxAttention(Block):
         num_kv_heads: int | None = None,
         rotary: bool = True,
         entropy_length: int | None = None,
+        window: int | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__(d_model, causal=causal)
@@ -51,6 +54,10 @@ class SoftmaxAttention(Block):
             raise ValueError(f"SoftmaxAttention: num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
         if entropy_length is not None and entropy_length < 2:
             raise ValueError(f"SoftmaxAttention: entropy_length={entropy_length}; valid: 2 or more, or None")
+        if window is not None and window < 1:
+            raise ValueError(f"SoftmaxAttention: window={window}; valid: 1 or more, or None")
+        self.window = window
+        self.reach = None if window is None else window - 1
         self.rotary = rotary
         self.entropy_length = entropy_length
         self.qkv_proj = nn.Linear(d_model, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=bias)
@@ -70,24 +77,35 @@ class SoftmaxAttention(Block):
         if self.rotary:
             place = torch.arange(T, device=x.device) + (0 if start is None else start[:, None])
             q, k = rotate(q, place), rotate(k, place)
-        if state is not None:
-            keys, values = grow(state.keys, k, state.position), grow(state.values, v, state.position)
-            state = AttentionState(keys, values, advance(state.position, x, lengths))
-            k, v, lengths = state.keys.to(q.dtype), state.values.to(q.dtype), state.position
         scale = self._scale(T, start, lengths, x)
-        y = self.over_time(
-            lambda v: attention(q, k, v, causal=self.causal, lengths=lengths, scale=scale, position=start), v
-        )
+        if state is not None:
+            k, v, start, lengths, state = self._remember(k, v, state, lengths)
+        options = {"causal": self.causal, "window": self.window, "scale": scale}
+        y = self.over_time(lambda v: attention(q, k, v, lengths=lengths, position=start, **options), v)
         return self.out_proj(y.flatten(2)), state
+
+    def _remember(
+        self, k: Tensor, v: Tensor, state: AttentionState, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, AttentionState]:
+        """Keys and values behind those of the state, how many were there and how many are, and the state after them."""
+        most = None if self.window is None else self.window - 1
+        held = state.position if most is None else state.position.clamp(max=most)
+        keys, values = grow(state.keys, k, held), grow(state.values, v, held)
+        filled, position = advance(held, k, lengths), advance(state.position, k, lengths)
+        seen = keys.to(k.dtype), values.to(v.dtype)
+        if most is not None and keys.shape[1] > most:
+            last = (filled - most).clamp(min=0)[:, None] + torch.arange(most, device=k.device)
+            keys, values = (x.take_along_dim(last[..., None, None], 1) for x in (keys, values))
+        return *seen, held, filled, AttentionState(keys, values, position)
 
     def _scale(self, T: int, start: Tensor | None, lengths: Tensor | None, x: Tensor) -> Tensor | None:
         if self.entropy_length is None:
             return None
-        if self.causal:
-            seen = torch.arange(1, T + 1, device=x.device) + (0 if start is None else start[:, None])
-        elif lengths is not None:
-            seen = lengths[:, None].expand(-1, T)
+        place = torch.arange(T, device=x.device) + (0 if start is None else start[:, None])  # [T] or [B, T]
+        end = place + 1 if self.causal else torch.full_like(place, T) if lengths is None else lengths[:, None]
+        if self.window is None:
+            seen = end.expand(-1, T) if end.dim() == 2 else end
         else:
-            seen = torch.full((T,), T, device=x.device)
+            seen = torch.minimum(end, place + self.window) - (place - self.window + 1).clamp(min=0)
         seen = seen.clamp(min=16).to(accumulation_dtype(x.dtype))
         return seen.log() / (math.log(self.entropy_length) * math.sqrt(self.head_dim))
