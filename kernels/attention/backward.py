@@ -188,7 +188,9 @@ def _key_kernel(
     v_t = load_tile(head_rows(v, b, block * KEYS, S, g, G, Dv), row, G * Dv, value_channel, Dv, key < n)
     dk_t, dv_t = tl.zeros([KEYS, DK], tl.float32), tl.zeros([KEYS, DV], tl.float32)
 
-    start, stop = 0, tl.maximum(tl.minimum(T, n - before), 0)
+    start, stop = 0, T
+    if document is None:
+        stop = tl.maximum(tl.minimum(T, n - before), 0)
     if CAUSAL:
         start = tl.maximum(block * KEYS - before, 0) // QUERIES * QUERIES
     if left is not None:
