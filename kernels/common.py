@@ -136,6 +136,12 @@ def in_cache(count: int, numbers: int, x: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
+def query_heads(x: Tensor, H: int) -> Tensor:
+    """[B, T, G, D] -> [B, T, H, D], where head h reads h // (H / G)."""
+    G = x.shape[2]
+    return x if G == H else x[:, :, :, None].expand(-1, -1, -1, H // G, -1).flatten(2, 3)
+
+
 def contiguous(*tensors: Any) -> list[Any]:
     """As kernels index them, by shape alone; None stays None."""
     return [None if x is None else x.contiguous() for x in tensors]

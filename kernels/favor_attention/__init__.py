@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, fit
-from ..common import check_lengths
+from ..common import check_lengths, query_heads
+from ..documents import check_documents
 from .chunked import favor_attention_chunked
 from .reference import favor_attention_reference
 from .state import FavorState
@@ -37,6 +38,7 @@ def favor_attention(
     initial_state: FavorState | None = None,
     output_final_state: bool = False,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """Softmax attention with exp(q·k) estimated from M positive random features, in time and memory linear in T.
@@ -54,14 +56,17 @@ def favor_attention(
     are constants for the gradient.
 
     Args:
-        q, k: [B, T, H, D]. There is no hidden scale: multiply both by D^(-1/4) for softmax attention's usual one.
-        v: [B, T, H, Dv].
+        q: [B, T, H, D]. There is no hidden scale: multiply q and k by D^(-1/4) for softmax attention's usual one.
+        k: [B, T, G, D]; G divides H, and head h reads key/value head h // (H / G).
+        v: [B, T, G, Dv].
         projection: W, [H, M, D], or [M, D] for all heads.
         causal: whether step t sees only steps up to t, itself included.
         initial_state: where an earlier call with the same projection stopped (causal only).
         output_final_state: return the state after `lengths` (or T) steps too (causal only). Gradients flow through
             its sums; its log_scale is a constant.
         lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
+        cu_seqlens: int32 or int64 [N + 1], in place of `lengths`: where each of N documents begins that lie one behind
+            the other in a batch of 1, and T. Each is a sequence of its own, and states have N rows in place of B.
         backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
@@ -69,34 +74,36 @@ def favor_attention(
         the accumulation dtype: at least float32.
 
     Raises:
-        ValueError: shapes that do not fit, a state without `causal`, or an unknown backend.
+        ValueError: shapes that do not fit, a state without `causal`, `cu_seqlens` that are no documents of one row, or
+            an unknown backend.
 
     Source: Choromanski et al. 2021, "Rethinking Attention with Performers", lemma 1 and equations 4 and 5.
     """
-    _check(q, k, v, projection, causal, initial_state, output_final_state)
+    _check(q, k, v, projection)
+    documents = check_documents("favor_attention", cu_seqlens, lengths, *q.shape[:2])
     lengths = check_lengths("favor_attention", lengths, *q.shape[:2])
-    learnt = "no kernel has a gradient of the projection" if projection.requires_grad else None
-    implementation = choose("favor_attention", backend, FORMS, fit(q, k, v, channels=MAX_CHANNELS, also=learnt))
-    projection = projection.expand(q.shape[2], -1, -1)
-    o, final_state = implementation(q, k, v, projection, causal, initial_state, lengths)
+    rows = q.shape[0] if documents is None else documents.N
+    _check_states(rows, q, v, projection, causal, initial_state, output_final_state)
+    H = q.shape[2]
+    k, v, projection = query_heads(k, H), query_heads(v, H), projection.expand(H, -1, -1)
+    refused = "no kernel has a gradient of the projection" if projection.requires_grad else None
+    if documents is not None:
+        refused = "no kernel takes documents"
+    implementation = choose("favor_attention", backend, FORMS, fit(q, k, v, channels=MAX_CHANNELS, also=refused))
+    o, final_state = implementation(q, k, v, projection, causal, initial_state, lengths, documents)
     return (o, final_state) if output_final_state else o
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor,
-    causal: bool,
-    initial_state: FavorState | None,
-    output_final_state: bool,
-) -> None:
-    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3] or q.shape[1] == 0:
+def _check(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> None:
+    fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and q.shape[1] > 0
+    if not fits or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         raise ValueError(
-            "favor_attention: expected q and k [B, T, H, D] and v [B, T, H, Dv] with T >= 1, "
-            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            "favor_attention: expected q and k [B, T, H, D] and v [B, T, H, Dv] with T >= 1, k and v with G heads "
+            f"where G divides H, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
-    B, _, H, D = q.shape
+    (_, _, H, D), G = q.shape, k.shape[2]
+    if G != H and (G == 0 or H % G):
+        raise ValueError(f"favor_attention: {G} key/value heads do not divide {H} query heads")
     M = projection.shape[-2] if projection.dim() in (2, 3) else 0
     if M == 0 or list(projection.shape) not in ([M, D], [H, M, D]):
         raise ValueError(
@@ -106,6 +113,17 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v), ("projection", projection)):
         if not x.is_floating_point():
             raise ValueError(f"favor_attention: {name} must be a real floating-point tensor, got {x.dtype}")
+
+
+def _check_states(
+    rows: int,
+    q: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    causal: bool,
+    initial_state: FavorState | None,
+    output_final_state: bool,
+) -> None:
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError(
             "favor_attention: initial_state and output_final_state need causal=True; "
@@ -113,9 +131,10 @@ def _check(
         )
     if initial_state is None:
         return
-    given, expected = [list(x.shape) for x in initial_state], [[B, H, M, v.shape[-1] + 1], [B, H, M]]
+    H, M = q.shape[2], projection.shape[-2]
+    given, expected = [list(x.shape) for x in initial_state], [[rows, H, M, v.shape[-1] + 1], [rows, H, M]]
     if given != expected:
         raise ValueError(
-            "favor_attention: initial_state must hold sums [B, H, M, Dv + 1] and log_scale [B, H, M], here "
-            f"{expected[0]} and {expected[1]}, got {given[0]} and {given[1]}"
+            "favor_attention: initial_state must hold sums [B, H, M, Dv + 1] and log_scale [B, H, M], of documents N "
+            f"rows, here {expected[0]} and {expected[1]}, got {given[0]} and {given[1]}"
         )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common import accumulation_dtype, product_dtype, valid_positions, without_autocast, zero_padding
+from ..documents import Documents
 from .bidirectional import bidirectional
 from .causal import causal_by_chunks, eager
 from .halves import causal_by_halves
@@ -20,7 +21,12 @@ def favor_attention_chunked(
     causal: bool,
     initial_state: FavorState | None,
     lengths: Tensor | None,  # [B]
+    documents: Documents | None,
 ) -> tuple[Tensor, FavorState | None]:
+    if documents is not None:
+        q, k, v = (documents.padded(x) for x in (q, k, v))
+        o, state = favor_attention_chunked(q, k, v, projection, causal, initial_state, documents.lengths, None)
+        return documents.unpadded(o), state
     (B, T, H, _), M, Dv = q.shape, projection.shape[1], v.shape[-1]
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
 

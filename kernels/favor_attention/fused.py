@@ -34,6 +34,7 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
+from ..documents import Documents
 from ..launching import launch
 from .backward import _feature_kernel, _key_kernel, _query_kernel, _value_kernel
 from .chunked import favor_attention_chunked
@@ -85,6 +86,7 @@ def favor_attention_fused(
     causal: bool,
     initial_state: FavorState | None,
     lengths: Tensor | None,  # [B]
+    documents: Documents | None,
 ) -> tuple[Tensor, FavorState | None]:
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     Dv = v.shape[-1]
@@ -222,7 +224,7 @@ def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
         first = None
         if sums is not None and norm is not None and log_scale is not None:
             first = FavorState(torch.cat([sums, norm[..., None]], -1), log_scale)
-        o, last = favor_attention_chunked(q, k, v, projection, causal, first, lengths)
+        o, last = favor_attention_chunked(q, k, v, projection, causal, first, lengths, None)
         return (o, None, None) if last is None else (o, last.sums[..., :-1], last.sums[..., -1])
 
     return pullback(form, (q, k, v, sums, norm), (do, d_last_sums, d_last_norm))

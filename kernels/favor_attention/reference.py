@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, valid_positions, zero_padding
+from ..documents import Documents
 from ..linear_attention.reference import divide_by_normalizer
 from .state import FavorState
 
@@ -19,7 +20,12 @@ def favor_attention_reference(
     causal: bool,
     initial_state: FavorState | None,
     lengths: Tensor | None,  # [B]
+    documents: Documents | None,
 ) -> tuple[Tensor, FavorState]:
+    if documents is not None:
+        q, k, v = (documents.padded(x) for x in (q, k, v))
+        o, state = favor_attention_reference(q, k, v, projection, causal, initial_state, documents.lengths, None)
+        return documents.unpadded(o), state
     (B, T, H, _), M, Dv = q.shape, projection.shape[1], v.shape[-1]
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
     q, k, v = (zero_padding(x, lengths).to(dtype) for x in (q, k, v))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Fit, choose, fit
-from ..common import check_lengths
+from ..common import check_lengths, query_heads
+from ..documents import Documents, check_documents
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
 
@@ -39,6 +40,7 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """Linear attention with an optional scalar decay per head, in time and memory linear in T.
@@ -55,8 +57,9 @@ def linear_attention(
     exactly 0 the output is 0. Nothing is added to n_t. Feature maps and scales are the caller's.
 
     Args:
-        q, k: [B, T, H, Dk], after their feature map.
-        v: [B, T, H, Dv].
+        q: [B, T, H, Dk], after its feature map.
+        k: [B, T, G, Dk], after its own; G divides H, and head h reads key/value head h // (H / G).
+        v: [B, T, G, Dv].
         log_decay: natural logarithm of the decay per step, at most 0: [H] constant in time, or [B, T, H]. -inf forgets
             everything before that step.
         causal: whether step t sees only steps up to t, itself included.
@@ -65,6 +68,8 @@ def linear_attention(
         output_final_state: whether to return the state after the last valid step too, causal only. It continues the
             sequence as the `initial_state` of another call; gradients flow through both.
         lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
+        cu_seqlens: int32 or int64 [N + 1], in place of `lengths`: where each of N documents begins that lie one behind
+            the other in a batch of 1, and T. Each is a sequence of its own, and states have N rows in place of B.
         backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
@@ -72,58 +77,80 @@ def linear_attention(
         the accumulation dtype: at least float32.
 
     Raises:
-        ValueError: shapes that do not fit, a state without `causal`, or an unknown backend.
+        ValueError: shapes that do not fit, a state without `causal`, `cu_seqlens` that are no documents of one row, or
+            an unknown backend.
 
     Source: Katharopoulos et al. 2020, "Transformers are RNNs", equations 8-12 and 18-20; the decay is that of Sun et
     al. 2023, "Retentive Network", equations 5 and 7 (per head), and of Mamba-2 (per head and step).
     """
-    _check(q, k, v, log_decay, causal, normalize, initial_state, output_final_state)
+    _check(q, k, v, log_decay)
+    documents = check_documents("linear_attention", cu_seqlens, lengths, *q.shape[:2])
     lengths = check_lengths("linear_attention", lengths, *q.shape[:2])
-    implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
-    o, final_state = implementation(q, k, v, log_decay, causal, normalize, initial_state, lengths, output_final_state)
+    rows = q.shape[0] if documents is None else documents.N
+    _check_states(rows, q, v, causal, normalize, initial_state, output_final_state)
+    k, v = query_heads(k, q.shape[2]), query_heads(v, q.shape[2])
+    implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal, documents))
+    o, final_state = implementation(
+        q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
+    )
     return (o, final_state) if output_final_state else o
 
 
-def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool) -> Fit:
+def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool, documents: Documents | None) -> Fit:
     most = MAX_CHANNELS
     if log_decay is not None and log_decay.dim() == 3:
         most = {dtype: min(channels, MAX_CHANNELS_PER_STEP) for dtype, channels in most.items()}
     decays = "no kernel decays in both directions" if not causal and log_decay is not None else None
+    if documents is not None:
+        decays = "no kernel takes documents"
     return fit(q, k, v, channels=most, also=decays)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    causal: bool,
-    normalize: bool,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-) -> None:
-    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3] or q.shape[1] == 0:
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
+    fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and q.shape[1] > 0
+    if not fits or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         raise ValueError(
-            "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, "
-            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, k and v with G heads "
+            f"where G divides H, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
-    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("initial_state", initial_state)):
+    B, T, H, _ = q.shape
+    G = k.shape[2]
+    if G != H and (G == 0 or H % G):
+        raise ValueError(f"linear_attention: {G} key/value heads do not divide {H} query heads")
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
         if x is not None and not x.is_floating_point():
             raise ValueError(f"linear_attention: {name} must be a real floating-point tensor, got {x.dtype}")
-    B, T, H, Dk = q.shape
     if log_decay is not None and list(log_decay.shape) not in ([H], [B, T, H]):
         raise ValueError(
             f"linear_attention: log_decay must be [H] = [{H}] or [B, T, H] = [{B}, {T}, {H}], "
             f"got {list(log_decay.shape)}"
         )
+
+
+def _check_states(
+    rows: int,
+    q: Tensor,
+    v: Tensor,
+    causal: bool,
+    normalize: bool,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> None:
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError(
             "linear_attention: initial_state and output_final_state need causal=True; "
             "with causal=False every step sees the whole sequence and there is no state to carry"
         )
-    state_shape = [B, H, Dk, v.shape[-1] + normalize]
-    if initial_state is not None and list(initial_state.shape) != state_shape:
+    if initial_state is None:
+        return
+    if not initial_state.is_floating_point():
         raise ValueError(
-            f"linear_attention: initial_state must be {state_shape} "
-            f"([B, H, Dk, {'Dv + 1] with' if normalize else 'Dv] without'} normalize), got {list(initial_state.shape)}"
+            f"linear_attention: initial_state must be a real floating-point tensor, got {initial_state.dtype}"
+        )
+    expected = [rows, q.shape[2], q.shape[3], v.shape[-1] + normalize]
+    if list(initial_state.shape) != expected:
+        raise ValueError(
+            f"linear_attention: initial_state must be {expected} "
+            f"([B, H, Dk, {'Dv + 1] with' if normalize else 'Dv] without'} normalize; of documents N rows), "
+            f"got {list(initial_state.shape)}"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common import accumulation_dtype, without_autocast, zero_padding
 from ..derivatives import forward_mode, gradient
+from ..documents import Documents
 from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
@@ -23,10 +24,18 @@ def linear_attention_chunked(
     log_decay: Tensor | None,  # [H] or [B, T, H]
     causal: bool,
     normalize: bool,
-    initial_state: Tensor | None,  # [B, H, Dk, Dv (+ 1)]
+    initial_state: Tensor | None,  # [B or N, H, Dk, Dv (+ 1)]
     lengths: Tensor | None,  # [B]
+    documents: Documents | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if documents is not None:
+        q, k, v = (documents.padded(x) for x in (q, k, v))
+        g = documents.padded(log_decay) if log_decay is not None and log_decay.dim() == 3 else log_decay
+        o, state = linear_attention_chunked(
+            q, k, v, g, causal, normalize, initial_state, documents.lengths, None, output_final_state
+        )
+        return documents.unpadded(o), state
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)

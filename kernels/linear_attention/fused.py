@@ -36,6 +36,7 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous, zero_padding
 from ..derivatives import differentiable, pullback
+from ..documents import Documents
 from ..launching import launch
 from .chunked import linear_attention_chunked
 from .recurrence import _carry_kernel, _linear_kernel
@@ -76,6 +77,7 @@ def linear_attention_fused(
     normalize: bool,
     initial_state: Tensor | None,  # [B, H, Dk, Dv (+ 1)]
     lengths: Tensor | None,  # [B]
+    documents: Documents | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -195,7 +197,7 @@ def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
     do, d_state, q, k, v, log_decay, initial_state, lengths, _, _, _, causal, normalize, final, _ = arguments
 
     def form(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return linear_attention_chunked(q, k, v, g, causal, normalize, start, lengths, final)
+        return linear_attention_chunked(q, k, v, g, causal, normalize, start, lengths, None, final)
 
     return pullback(form, (q, k, v, log_decay, initial_state), (do, d_state))
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, zero_padding
+from ..documents import Documents
 
 
 def linear_attention_reference(
@@ -16,10 +17,18 @@ def linear_attention_reference(
     log_decay: Tensor | None,  # [H] or [B, T, H]
     causal: bool,
     normalize: bool,
-    initial_state: Tensor | None,  # [B, H, Dk, Dv (+ 1)]
+    initial_state: Tensor | None,  # [B or N, H, Dk, Dv (+ 1)]
     lengths: Tensor | None,  # [B]
+    documents: Documents | None,  # N, of which B = 1
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if documents is not None:
+        q, k, v = (documents.padded(x) for x in (q, k, v))
+        g = documents.padded(log_decay) if log_decay is not None and log_decay.dim() == 3 else log_decay
+        o, state = linear_attention_reference(
+            q, k, v, g, causal, normalize, initial_state, documents.lengths, None, output_final_state
+        )
+        return documents.unpadded(o), state
     B, T, H, Dk = q.shape
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
     g = q.new_zeros(H) if log_decay is None else log_decay
