@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.common import accumulation_dtype, without_autocast
 from ..kernels.derivatives import forward_mode, gradient
+from ..kernels.documents import Documents
 from ..valid import Count
 
 CHUNK = 32
@@ -34,17 +35,22 @@ class Depthwise(nn.Module):
     def width(self) -> int:
         return self.weight.shape[1]
 
-    def forward(self, x: Tensor, before: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, before: Tensor | None, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """y_t = Σ_j weight_j ∘ x_{t - past + j}.
 
         Args:
             x: [B, T, D], zero past `lengths`.
             before: the W - 1 inputs ahead of `x`, [B, W - 1, D]; None is zeros, and then none are returned.
             lengths: int64 [B], after how many steps the returned inputs are the last; None is T.
+            documents: N in a row of a batch of 1; inputs ahead are [N, W - 1, D], as are those returned.
 
         Returns:
             y [B, T, D], and the last W - 1 inputs [B, W - 1, D] in the dtype of `before`.
         """
+        if documents is not None:
+            return self._of_documents(x, before, documents)
         T, W = x.shape[1], self.width
         if before is None:
             return convolve(F.pad(x, (0, 0, self.past, W - 1 - self.past)), self.weight), None
@@ -55,6 +61,21 @@ class Depthwise(nn.Module):
             last = lengths[:, None] + torch.arange(W - 1, device=x.device)
             after = seen.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
         return convolve(seen, self.weight), after.to(before.dtype)
+
+    def _of_documents(self, x: Tensor, before: Tensor | None, documents: Documents) -> tuple[Tensor, Tensor | None]:
+        """The same over a row in which W - 1 inputs stand ahead of each document, or as many zeros."""
+        (_, T, D), gap, N = x.shape, self.width - 1, documents.N
+        shift = gap * documents.of_steps()  # [T], of each step by the gaps between the documents ahead
+        steps = torch.arange(T, device=x.device) + shift
+        seen = x.new_zeros(1, T + gap * N, D).index_copy(1, steps + self.past, x)
+        each = gap * torch.arange(N, device=x.device)[:, None] + torch.arange(gap, device=x.device)  # [N, W - 1]
+        if before is not None:
+            ahead = (documents.starts[:-1, None] + each).flatten()
+            seen = seen.index_copy(1, ahead, before.to(x.dtype).flatten(0, 1)[None])
+        y = convolve(seen, self.weight).index_select(1, steps)
+        if before is None:
+            return y, None
+        return y, seen[0, documents.starts[1:, None] + each].to(before.dtype)
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:

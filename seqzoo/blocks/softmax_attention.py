@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..kernels import attention
 from ..kernels.common import accumulation_dtype
-from .base import Block, advance, grow, head_dim
+from ..kernels.documents import Documents
+from .base import Block, advance, grow, head_dim, in_a_row, places
 from .rotary import rotate
 
 
@@ -62,32 +63,36 @@ class SoftmaxAttention(Block):
         return AttentionState(empty, empty, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def mix(
-        self, x: Tensor, state: AttentionState | None, lengths: Tensor | None
+        self, x: Tensor, state: AttentionState | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, AttentionState | None]:
-        T, H, G = x.shape[1], self.num_heads, self.num_kv_heads
+        H, G = self.num_heads, self.num_kv_heads
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split((H, G, G), dim=2)  # [B, T, H or G, D]
-        start = None if state is None else state.position
+        place = places(x, state, documents)
         if self.rotary:
-            place = torch.arange(T, device=x.device) + (0 if start is None else start[:, None])
             q, k = rotate(q, place), rotate(k, place)
+        scale = self._scale(place, lengths, documents, x)
+        extent = {"lengths": lengths} if documents is None else {"cu_seqlens": documents.starts}
         if state is not None:
-            keys, values = grow(state.keys, k, state.position), grow(state.values, v, state.position)
-            state = AttentionState(keys, values, advance(state.position, x, lengths))
-            k, v, lengths = state.keys.to(q.dtype), state.values.to(q.dtype), state.position
-        scale = self._scale(T, start, lengths, x)
-        y = self.over_time(
-            lambda v: attention(q, k, v, causal=self.causal, lengths=lengths, scale=scale, position=start), v
-        )
+            start = state.position
+            keys, values = grow(state.keys, k, start, documents), grow(state.values, v, start, documents)
+            state = AttentionState(keys, values, advance(start, x, lengths, documents))
+            k, v = keys.to(q.dtype), values.to(q.dtype)
+            extent = {"lengths": state.position, "position": start}
+            if documents is not None:
+                (k, v), extent = in_a_row((k, v), state.position, documents)
+        y = self.over_time(lambda v: attention(q, k, v, causal=self.causal, scale=scale, **extent), v)
         return self.out_proj(y.flatten(2)), state
 
-    def _scale(self, T: int, start: Tensor | None, lengths: Tensor | None, x: Tensor) -> Tensor | None:
+    def _scale(self, place: Tensor, lengths: Tensor | None, documents: Documents | None, x: Tensor) -> Tensor | None:
         if self.entropy_length is None:
             return None
         if self.causal:
-            seen = torch.arange(1, T + 1, device=x.device) + (0 if start is None else start[:, None])
+            seen = place + 1
+        elif documents is not None:
+            seen = documents.lengths[documents.of_steps()]
         elif lengths is not None:
-            seen = lengths[:, None].expand(-1, T)
+            seen = lengths[:, None].expand(-1, x.shape[1])
         else:
-            seen = torch.full((T,), T, device=x.device)
+            seen = torch.full_like(place, x.shape[1])
         seen = seen.clamp(min=16).to(accumulation_dtype(x.dtype))
         return seen.log() / (math.log(self.entropy_length) * math.sqrt(self.head_dim))
