@@ -87,7 +87,7 @@ def linear_attention(
     """`decay` is "none", "head" or "step"."""
     q, k, v = (meta(B, T, H, width, dtype=dtype) for width in (D, D, Dv))
     g = {"none": None, "head": meta(H), "step": meta(B, T, H)}[decay]
-    inputs = (q, k, v, g, meta(B, H, D, Dv + normalize) if state else None, integers(B) if padded else None)
+    inputs = (q, k, v, g, meta(B, H, D, Dv + normalize) if state else None, integers(B) if padded else None, None)
     options = (causal, normalize, state)
     o, last, inverse = linear._linear_attention._init_fn(*inputs, *options)
     backward = linear._linear_attention_backward._init_fn

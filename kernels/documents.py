@@ -76,6 +76,42 @@ class Pieces(NamedTuple):
         """Where each step stands in a row in which every piece takes up `length` steps: int64 [T]."""
         return (self.before[:-1] * self.length)[self.documents.of_steps()] + self.documents.positions()
 
+    def table(self) -> Tensor:
+        """What a kernel's program has to know of its piece, int64 [P, 4]: its document, where that begins, how many
+        steps it has (none behind the last piece), and how many of them are ahead of the piece."""
+        known = self.document.clamp(max=self.documents.N - 1)
+        lengths = torch.where(self.document < self.documents.N, self.documents.lengths[known], 0)
+        return torch.stack([known, self.documents.starts[known], lengths, self.number * self.length], 1)
+
+    def hidden(self) -> Tensor:
+        """Where no step stands: bool [P, length]."""
+        return torch.arange(self.length, device=self.steps.device) >= self.steps[:, None]
+
+    def begin(self) -> Tensor:
+        """Which pieces are the first of their document: bool [P]."""
+        return self.number == 0
+
+    def of_documents(self, x: Tensor) -> Tensor:
+        """To each piece, what its document has: [N, ...] -> [P, ...]."""
+        return x.index_select(0, self.document.clamp(max=self.documents.N - 1))
+
+    def last(self, x: Tensor, otherwise: Tensor) -> Tensor:
+        """Of each document what its last piece has, [P, ...] -> [N, ...], or where it is empty that of `otherwise`."""
+        of_last = x.index_select(0, (self.before[1:] - 1).clamp(min=0))
+        empty = (self.documents.lengths == 0).reshape(-1, *[1] * (x.dim() - 1))
+        return torch.where(empty, otherwise, of_last)
+
+    def shared_sum(self, x: Tensor) -> Tensor:
+        """To each piece, the sum over the pieces of its document: [P, ...]."""
+        sums = x.new_zeros(self.documents.N + 1, *x.shape[1:])
+        return sums.index_add(0, self.document, x).index_select(0, self.document)
+
+    def shared_max(self, x: Tensor) -> Tensor:
+        """To each piece, the maximum over the pieces of its document: [P, ...]."""
+        lowest = x.new_full((self.documents.N + 1, *x.shape[1:]), -torch.inf)
+        index = self.document.reshape(-1, *[1] * (x.dim() - 1)).expand(x.shape)
+        return lowest.scatter_reduce(0, index, x, "amax").index_select(0, self.document)
+
     def lay_out(self, x: Tensor) -> Tensor:
         """[1, T, ...] -> [1, P · length, ...], zero where no step stands."""
         room = x.new_zeros(1, len(self.document) * self.length, *x.shape[2:])

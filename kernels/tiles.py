@@ -35,6 +35,14 @@ def valid_steps(lengths, b, T):
 
 
 @triton.jit
+def piece_of(pieces, piece):
+    """Of a row of `pieces` [P, 4]: its document, where that begins, its steps, and how many are ahead of the piece."""
+    row = pieces + piece.to(tl.int64) * 4
+    document, origin, n, ahead = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return document, origin, n.to(tl.int32), ahead.to(tl.int32)
+
+
+@triton.jit
 def place(step, n, down):
     """Where in memory a step of a pass over a sequence lies, from its end if `down`. What is past the end stays."""
     return tl.where(down & (step < n), n - 1 - step, step).to(tl.int64)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common import without_autocast
 from ..derivatives import forward_mode, gradient
+from ..documents import Pieces
 from .features import exp_, finite, log_features, on_cache_lines, with_ones
 
 
@@ -19,10 +20,11 @@ def bidirectional(
     directions: Tensor,  # [H, D, M]
     hidden: Tensor | None,  # [B, 1, T, 1], keys that are padding
     narrow: torch.dtype,  # of features and their products; exponents are as the inputs
+    pieces: Pieces | None = None,  # of documents, where rows are these: queries see the keys of all of their document
 ) -> Tensor:  # [B, H, T, Dv]
     if forward_mode():
-        return _bidirectional(q, k, v, directions, hidden)
-    return _Bidirectional.apply(q, k, v, directions, hidden, narrow)
+        return _bidirectional(q, k, v, directions, hidden, pieces)
+    return _Bidirectional.apply(q, k, v, directions, hidden, narrow, pieces)
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -41,19 +43,22 @@ class _Bidirectional(torch.autograd.Function):
         directions: Tensor,
         hidden: Tensor | None,
         narrow: torch.dtype,
+        pieces: Pieces | None,
     ) -> Tensor:
         M, given = directions.shape[-1], directions
         directions = on_cache_lines(directions)
         b = log_features(k, directions, hidden)
-        R = finite(b.amax(2, keepdim=True))
+        R = finite(_max(b.amax(2, keepdim=True), pieces))
         b = exp_(b.sub_(R))
-        count = b.sum(2, keepdim=True).clamp_(min=1)  # the largest is exp(0), unless there is no key at all
+        # The largest is exp(0), unless there is no key at all.
+        count = _sum(b.sum(2, keepdim=True), pieces).clamp_(min=1)
         b = b.to(narrow)
-        means = (b.mT @ v.to(narrow)).div_(count.mT)  # [B, H, M, Dv]
+        means = _sum(b.mT @ v.to(narrow), pieces).div_(count.mT)  # [B, H, M, Dv]
         L = R + count.log()  # [B, H, 1, M]
         L[..., M:] = -torch.inf
         a = (q @ directions).add_(L).softmax(-1).to(narrow)
         o = (a @ means).to(v.dtype)
+        ctx.pieces = pieces
         ctx.save_for_backward(q, k, v, given, hidden, a, b, means, count, o)
         return o
 
@@ -62,16 +67,17 @@ class _Bidirectional(torch.autograd.Function):
         q, k, v, directions, hidden, *kept = ctx.saved_tensors
 
         def written() -> tuple[Tensor | None, ...]:
-            return _gradients(ctx.needs_input_grad[3], do, q, k, v, directions, *kept)
+            return _gradients(ctx.needs_input_grad[3], ctx.pieces, do, q, k, v, directions, *kept)
 
         def form(q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> tuple[Tensor]:
-            return (_bidirectional(q, k, v, directions, hidden),)
+            return (_bidirectional(q, k, v, directions, hidden, ctx.pieces),)
 
-        return *gradient(written, form, (q, k, v, directions), (do,)), None, None
+        return *gradient(written, form, (q, k, v, directions), (do,)), None, None, None
 
 
 def _gradients(
     learnt: bool,
+    pieces: Pieces | None,
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -87,7 +93,8 @@ def _gradients(
         M, directions = directions.shape[-1], on_cache_lines(directions)
         dn = (do * o).sum(-1, keepdim=True).neg_()  # [B, H, T, 1]
         q_n, k_n, v_n, do, dn, directions = (x.to(a.dtype) for x in (q, k, v, do, dn, directions))
-        d_means, d_count = (a.mT @ do).div_(count.mT), (dn.mT @ a).div_(count)  # [B, H, M, Dv], [B, H, 1, M]
+        d_means = _sum(a.mT @ do, pieces).div_(count.mT)  # [B, H, M, Dv]
+        d_count = _sum(dn.mT @ a, pieces).div_(count)  # [B, H, 1, M]
         da = (do @ means.mT).add_(dn).mul_(a)
         dq = da @ directions.mT
         d_directions = q_n.mT @ da if learnt else None
@@ -100,13 +107,23 @@ def _gradients(
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_directions
 
 
-def _bidirectional(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, hidden: Tensor | None) -> Tensor:
+def _bidirectional(
+    q: Tensor, k: Tensor, v: Tensor, directions: Tensor, hidden: Tensor | None, pieces: Pieces | None
+) -> Tensor:
     """`_Bidirectional` for PyTorch to differentiate."""
     with without_autocast(q.device):
         b = k @ directions - k.square().sum(-1, keepdim=True) / 2
         b = b if hidden is None else b.masked_fill(hidden, -torch.inf)
-        R = finite(b.detach().amax(2, keepdim=True))
-        sums = (b - R).exp().mT @ with_ones(v)
+        R = finite(_max(b.detach().amax(2, keepdim=True), pieces))
+        sums = _sum((b - R).exp().mT @ with_ones(v), pieces)
         count = sums[..., -1:].clamp(min=1)
         a = (q @ directions + R + count.mT.log()).softmax(-1)
         return a @ (sums / count)[..., :-1]
+
+
+def _sum(x: Tensor, pieces: Pieces | None) -> Tensor:
+    return x if pieces is None else pieces.shared_sum(x)
+
+
+def _max(x: Tensor, pieces: Pieces | None) -> Tensor:
+    return x if pieces is None else pieces.shared_max(x)

@@ -12,6 +12,8 @@ from .causal import causal_by_chunks, eager
 from .halves import causal_by_halves
 from .state import FavorState
 
+MIN_PIECE, MAX_PIECE = 16, 64  # steps: states take about as much room as features, padding less
+
 
 def favor_attention_chunked(
     q: Tensor,  # [B, T, H, D]
@@ -23,10 +25,6 @@ def favor_attention_chunked(
     lengths: Tensor | None,  # [B]
     documents: Documents | None,
 ) -> tuple[Tensor, FavorState | None]:
-    if documents is not None:
-        q, k, v = (documents.padded(x) for x in (q, k, v))
-        o, state = favor_attention_chunked(q, k, v, projection, causal, initial_state, documents.lengths, None)
-        return documents.unpadded(o), state
     (B, T, H, _), M, Dv = q.shape, projection.shape[1], v.shape[-1]
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
 
@@ -39,13 +37,42 @@ def favor_attention_chunked(
         hidden = None if lengths is None else ~valid_positions(lengths, T)[:, None, :, None]
         state = None
         if causal:
-            first = initial_state or FavorState.empty(B, H, M, Dv, device=q.device, dtype=dtype)
+            rows = B if documents is None else documents.N
+            first = initial_state or FavorState.empty(rows, H, M, Dv, device=q.device, dtype=dtype)
             first = FavorState(first.sums.to(dtype), first.log_scale.detach().to(dtype))
-            if eager(q, k, v, directions, *first):
+            if not eager(q, k, v, directions, *first):
+                o, state = causal_by_halves(q, k, v, directions, first, hidden, documents)
+            elif documents is None:
                 o, state = causal_by_chunks(q, k, v, directions, first, hidden, narrow)
             else:
-                o, state = causal_by_halves(q, k, v, directions, first, hidden)
+                o, state = _one_by_one(q, k, v, directions, first, narrow, documents)
+        elif documents is not None:
+            o = _in_pieces(q, k, v, directions, narrow, documents)
         else:
             q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [B, H, T, .]
             o = bidirectional(q, k, v, directions, hidden, narrow).transpose(1, 2)  # [B, T, H, Dv]
     return zero_padding(o, lengths).to(out_dtype).contiguous(), state
+
+
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, directions: Tensor, first: FavorState, narrow: torch.dtype, documents: Documents
+) -> tuple[Tensor, FavorState]:
+    """Chunks, which are done one after the other anyway, begin anew with each document."""
+    lengths = documents.lengths.tolist()
+    parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), *(x.split(1) for x in first), strict=True)
+    found = [
+        causal_by_chunks(q_n, k_n, v_n, directions, FavorState(*state), None, narrow) for q_n, k_n, v_n, *state in parts
+    ]
+    states = (torch.cat(each) for each in zip(*(state for _, state in found), strict=True))
+    return torch.cat([o for o, _ in found], 1), FavorState(*states)
+
+
+def _in_pieces(
+    q: Tensor, k: Tensor, v: Tensor, directions: Tensor, narrow: torch.dtype, documents: Documents
+) -> Tensor:
+    """Every query sees every key of its document: [1, T, H, Dv]."""
+    steps = q.shape[1] // documents.N  # of a document
+    pieces = documents.pieces(min(MAX_PIECE, max(MIN_PIECE, steps // 4)))
+    q, k, v = (pieces.lay_out(x).unflatten(1, (-1, pieces.length))[0].transpose(1, 2).contiguous() for x in (q, k, v))
+    o = bidirectional(q, k, v, directions, pieces.hidden()[:, None, :, None], narrow, pieces)  # [P, H, length, Dv]
+    return pieces.take_up(o.transpose(1, 2).flatten(0, 1)[None])

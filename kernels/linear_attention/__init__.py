@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import Fit, choose, fit
 from ..common import check_lengths, query_heads
-from ..documents import Documents, check_documents
+from ..documents import check_documents
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
 
@@ -89,20 +89,18 @@ def linear_attention(
     rows = q.shape[0] if documents is None else documents.N
     _check_states(rows, q, v, causal, normalize, initial_state, output_final_state)
     k, v = query_heads(k, q.shape[2]), query_heads(v, q.shape[2])
-    implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal, documents))
+    implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
     o, final_state = implementation(
         q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
     )
     return (o, final_state) if output_final_state else o
 
 
-def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool, documents: Documents | None) -> Fit:
+def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool) -> Fit:
     most = MAX_CHANNELS
     if log_decay is not None and log_decay.dim() == 3:
         most = {dtype: min(channels, MAX_CHANNELS_PER_STEP) for dtype, channels in most.items()}
     decays = "no kernel decays in both directions" if not causal and log_decay is not None else None
-    if documents is not None:
-        decays = "no kernel takes documents"
     return fit(q, k, v, channels=most, also=decays)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..common import accumulation_dtype, without_autocast, zero_padding
 from ..derivatives import forward_mode, gradient
-from ..documents import Documents
+from ..documents import Documents, Pieces
+from .packed import causal_of_documents
 from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
@@ -29,13 +30,10 @@ def linear_attention_chunked(
     documents: Documents | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if documents is not None and causal and log_decay is None and initial_state is None and not output_final_state:
+        return _between_resets(q, k, v, normalize, documents), None
     if documents is not None:
-        q, k, v = (documents.padded(x) for x in (q, k, v))
-        g = documents.padded(log_decay) if log_decay is not None and log_decay.dim() == 3 else log_decay
-        o, state = linear_attention_chunked(
-            q, k, v, g, causal, normalize, initial_state, documents.lengths, None, output_final_state
-        )
-        return documents.unpadded(o), state
+        return _in_pieces(q, k, v, log_decay, causal, normalize, initial_state, documents, output_final_state)
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
@@ -68,6 +66,62 @@ def linear_attention_chunked(
                 o = divide_by_normalizer(o)
         o = o.view(B, H, N * C, Dv)[:, :, :T].transpose(1, 2)
     return zero_padding(o, lengths).to(out_dtype).contiguous(), final_state if output_final_state else None
+
+
+def _between_resets(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Documents) -> Tensor:
+    (_, T, H, Dk), Dv = q.shape, v.shape[-1]
+    out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
+    N = -(-T // max(MIN_CHUNK, Dk, Dv))
+    C = -(-T // N)
+
+    def split(x: Tensor) -> Tensor:  # [1, T, H, D] -> [H * N, C, D]
+        x = x.to(dtype).transpose(1, 2)
+        return (F.pad(x, (0, 0, 0, N * C - T)) if N * C > T else x).reshape(H * N, C, x.shape[-1])
+
+    with without_autocast(q.device):
+        of = F.pad(documents.of_steps(), (0, N * C - T), value=documents.N).view(N, C)
+        o = causal_of_documents(split(q), split(k), split(v), of, normalize)
+        o = o.view(1, H, N * C, Dv)[:, :, :T].transpose(1, 2)
+    return o.to(out_dtype).contiguous()
+
+
+def _in_pieces(
+    q: Tensor,  # [1, T, H, Dk]
+    k: Tensor,  # [1, T, H, Dk]
+    v: Tensor,  # [1, T, H, Dv]
+    log_decay: Tensor | None,  # [H] or [1, T, H]
+    causal: bool,
+    normalize: bool,
+    initial_state: Tensor | None,  # [N, H, Dk, Dv (+ 1)]
+    documents: Documents,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    (_, T, H, Dk), Dv = q.shape, v.shape[-1]
+    out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
+    pieces = documents.pieces(min(max(MIN_CHUNK, Dk, Dv), -(-T // documents.N)))
+    C = pieces.length
+
+    def split(x: Tensor, columns: int = 0) -> Tensor:  # [1, T, H, D] -> [H * P, C, D + columns]
+        x = pieces.lay_out(x.to(dtype)).transpose(1, 2)
+        if columns:  # where no step stands there is q = k = 0, and what v has counts for nothing
+            x = F.pad(x, (0, columns), value=1.0)
+        return x.reshape(-1, C, x.shape[-1])
+
+    with without_autocast(q.device):
+        rows = (documents.N, H, Dk, Dv + normalize)
+        first = q.new_zeros(rows, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+        q, k, v = split(q), split(k), split(v, columns=int(normalize))
+        if log_decay is None:
+            g = q.new_zeros(H, 1, C)
+        elif log_decay.dim() == 1 and not output_final_state:
+            g = log_decay.to(dtype)[:, None, None].expand(H, 1, C)
+        else:
+            g = split(log_decay.expand(1, T, H)[..., None]).view(1, H, -1, C)
+        o, final_state = _with_decay(q, k, v, g, causal, first, pieces)
+        if normalize:
+            o = divide_by_normalizer(o)
+        o = pieces.take_up(o.view(1, H, -1, Dv).transpose(1, 2))
+    return o.to(out_dtype).contiguous(), final_state if output_final_state else None
 
 
 # G = B * H * N, all the chunks there are. One batch axis keeps every product, and its gradient, a single batched GEMM.
@@ -183,10 +237,13 @@ def _with_decay(
     v: Tensor,  # [G, C, Dv]
     g: Tensor,  # [H, 1, C] or [B, H, N, C]
     causal: bool,
-    first: Tensor,  # [B, H, Dk, Dv]
+    first: Tensor,  # [B, H, Dk, Dv], of pieces a state a document
+    pieces: Pieces | None = None,  # where chunks are these
 ) -> tuple[Tensor, Tensor]:
     C = q.shape[1]
     B, H, Dk, Dv = first.shape
+    if pieces is not None:
+        B = 1
     between = _segment_sums(g)  # [..., C, C]
     head = g.cumsum(-1).exp()[..., None]  # [..., C, 1], from the chunk's start to each step
     tail = between[..., -1, :].exp()[..., None]  # from each step to the chunk's end
@@ -203,11 +260,11 @@ def _with_decay(
     o = torch.bmm(scaled(torch.bmm(q, k.mT), weights), v)
 
     updates = torch.bmm(scaled(k, tail).mT, v).view(B, H, -1, Dk, Dv)
-    states, final_state = _carry(updates, total, first)  # what earlier chunks pass on
+    states, final_state = _carry(updates, total, first, pieces)  # what earlier chunks pass on
     o = torch.baddbmm(o, scaled(q, head), states.view(-1, Dk, Dv))
     if not causal:
         updates = torch.bmm(scaled(k, head).mT, v).view(B, H, -1, Dk, Dv)
-        states, _ = _carry(updates, total, first, reverse=True)  # what later chunks send back
+        states, _ = _carry(updates, total, first, pieces, reverse=True)  # what later chunks send back
         o = torch.baddbmm(o, scaled(q, tail), states.view(-1, Dk, Dv))
     return o, final_state
 
@@ -221,12 +278,37 @@ def _segment_sums(g: Tensor) -> Tensor:
     return g[..., :, None].expand(*g.shape, g.shape[-1]).tril(-1).cumsum(-2)
 
 
-def _carry(updates: Tensor, decays: Tensor, state: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """The state that reaches each chunk [B, H, N, Dk, Dv], and the one that leaves the last [B, H, Dk, Dv]."""
+def _carry(
+    updates: Tensor, decays: Tensor, state: Tensor, pieces: Pieces | None, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The state that reaches each chunk [B, H, N, Dk, Dv], and the one that leaves the last [B, H, Dk, Dv].
+
+    Of pieces, those that leave the last of each document, in the direction of time.
+    """
     N = updates.shape[2]
     steps = list(zip(updates.unbind(2), decays.expand(*decays.shape[:-3], N, 1, 1).unbind(-3), strict=True))
+    if pieces is not None:
+        return _carry_in_documents(steps, state, pieces, reverse)
     states = []
     for update, decay in reversed(steps) if reverse else steps:
         states.append(state)
         state = torch.addcmul(update, decay, state)
     return torch.stack(states[::-1] if reverse else states, 2), state
+
+
+def _carry_in_documents(
+    steps: list[tuple[Tensor, Tensor]], first: Tensor, pieces: Pieces, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    starts, begins = pieces.of_documents(first).unbind(0), pieces.begin()
+    states, ends, state = [], [], torch.zeros_like(starts[0])[None]
+    order = range(len(steps))
+    for p in reversed(order) if reverse else order:
+        if reverse:
+            state = torch.where(begins[p + 1], 0, state) if p + 1 < len(steps) else state
+        else:
+            state = torch.where(begins[p], starts[p], state)
+        states.append(state)
+        update, decay = steps[p]
+        state = torch.addcmul(update, decay, state)
+        ends.append(state)
+    return torch.stack(states[::-1] if reverse else states, 2), pieces.last(torch.cat(ends), first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import dot, place, valid_steps
+from ..tiles import dot, piece_of, place, valid_steps
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def _linear_kernel(
     values_end,
     through,  # [B·H, segments]: the sum of log decays, where the states behind each segment are wanted
     lengths,  # [B] or None
+    pieces,  # [P, 4], of documents in one row, which are the segments; their states have a row a document; or None
     T,
     H,
     Dk,
@@ -54,11 +55,21 @@ def _linear_kernel(
     segment = item % segments
     head = item // segments  # of B·H
     b, h = (head // H).to(tl.int64), head % H
-    n = valid_steps(lengths, b, T)
+    start = segment * segment_len
+    if pieces is None:
+        origin, n, end = b * T, valid_steps(lengths, b, T), T
+        last, at_end = segment == segments - 1, head.to(tl.int64)
+    else:
+        document, origin, n, start = piece_of(pieces, segment)
+        end, last, at_end = n, start + segment_len >= n, document * H + h
+        if start >= n:
+            return
+        if CAUSAL and o is None and last:  # nobody goes on from there
+            return
     i, dk, dv = tl.arange(0, STEPS), tl.arange(0, DK), block * DV + tl.arange(0, DV)
     in_k, in_v = dk < Dk, dv < Dv
 
-    at = item.to(tl.int64) if CAUSAL else head.to(tl.int64)  # the state to start from
+    at = item.to(tl.int64) if CAUSAL else at_end  # the state to start from
     matrix, in_matrix = dk[:, None] * Dv + dv[None, :], in_k[:, None] & in_v[None, :]
     S, z, r = tl.zeros([DK, DV], tl.float32), tl.zeros([DK], tl.float32), tl.zeros([DV], tl.float32)
     if memory is not None:
@@ -69,11 +80,10 @@ def _linear_kernel(
         r = tl.load(values + at * Dv + dv, mask=in_v, other=0.0)
     decayed = tl.zeros([], tl.float32)
 
-    start = segment * segment_len
-    for first in tl.range(start, min(start + segment_len, T), STEPS, num_stages=STAGES):
+    for first in tl.range(start, min(start + segment_len, end), STEPS, num_stages=STAGES):
         step = first + i
         valid = step < n
-        row = (b * T + place(step, n, DOWN)) * H + h
+        row = (origin + place(step, n, DOWN)) * H + h
         k_t = tl.load(k + row[:, None] * Dk + dk[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
         v_t = tl.load(v + row[:, None] * Dv + dv[None, :], mask=valid[:, None] & in_v[None, :], other=0.0)
         f = tl.full([STEPS], 1.0, tl.float32)
@@ -84,7 +94,7 @@ def _linear_kernel(
             if PER_STEP:
                 counted = step - 1 if LATE else step
                 reads = (counted >= 0) & valid
-                g_t = tl.load(g + (b * T + place(counted, n, DOWN)) * H + h, mask=reads, other=0.0)
+                g_t = tl.load(g + (origin + place(counted, n, DOWN)) * H + h, mask=reads, other=0.0)
                 # A sum of its own for each pair: differences would lose small decays, and make NaN of -inf.
                 between = tl.cumsum(tl.where(i[:, None] > i[None, :], g_t[:, None], 0.0), 0)
                 since = tl.cumsum(g_t, 0)
@@ -126,9 +136,9 @@ def _linear_kernel(
                 norm = tl.where(norm == 0, 0.0, 1 / norm)
                 out *= norm[:, None]
                 if block == 0:
-                    tl.store(inverse + row, tl.where(valid, norm, 0.0), mask=step < T)
+                    tl.store(inverse + row, tl.where(valid, norm, 0.0), mask=step < end)
             out = tl.where(valid[:, None], out, 0.0).to(o.dtype.element_ty)
-            tl.store(o + row[:, None] * Dv + dv[None, :], out, mask=(step < T)[:, None] & in_v[None, :])
+            tl.store(o + row[:, None] * Dv + dv[None, :], out, mask=(step < end)[:, None] & in_v[None, :])
         if CAUSAL or o is None:
             u_t = v_t.to(tl.float32)
             if g is not None:
@@ -144,13 +154,13 @@ def _linear_kernel(
             if MORE:
                 r += tl.sum(f[:, None] * u_t, 0)
 
-    if o is None or segment == segments - 1:
-        at = item.to(tl.int64) if o is None else head.to(tl.int64)
+    if o is None or last:
+        at = item.to(tl.int64) if o is None else at_end
         if LATE and g is not None and o is not None:  # through the first step of the sequence, the last one here
-            last = g + h
+            last_decay = g + h
             if PER_STEP:
-                last = g + (b * T + place(tl.maximum(n - 1, 0), n, DOWN)) * H + h
-            factor = tl.exp(tl.load(last, mask=n > 0, other=0.0))
+                last_decay = g + (origin + place(tl.maximum(n - 1, 0), n, DOWN)) * H + h
+            factor = tl.exp(tl.load(last_decay, mask=n > 0, other=0.0))
             S, r = S * factor, r * factor
         if memory_end is not None:
             tl.store(memory_end + at * Dk * Dv + matrix, S, mask=in_matrix)
@@ -165,18 +175,31 @@ def _linear_kernel(
 
 
 @triton.jit(do_not_specialize=["segments"])
-def _carry_kernel(initial, added, through, before, size, segments, BLOCK: tl.constexpr):
-    """The state that each segment starts from, [B·H, segments, size] as what each adds; `initial` is [B·H, size]."""
+def _carry_kernel(initial, added, through, before, last, firsts, size, segments, H, BLOCK: tl.constexpr):
+    """The state that each segment starts from, [B·H, segments, size] as what each adds; `initial` is [B·H, size].
+
+    Where documents have the segments from `firsts` [N + 1] on, a program has one of them and a head of H; `initial`,
+    and `last`, the state behind each document, are [N·H, size]. `before` and `last` may be None: not wanted.
+    """
     blocks = tl.cdiv(size, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     S = tl.zeros([BLOCK], tl.float32)
+    if firsts is None:
+        begin, end, items = 0, segments, head * segments
+    else:
+        begin = tl.load(firsts + head // H).to(tl.int32)
+        end = tl.load(firsts + head // H + 1).to(tl.int32)
+        items = head % H * segments
     if initial is not None:
         S = tl.load(initial + head * size + at, mask=inside, other=0.0)
-    for segment in range(segments):
-        item = head * segments + segment
-        tl.store(before + item * size + at, S, mask=inside)
+    for segment in range(begin, end):
+        item = items + segment
+        if before is not None:
+            tl.store(before + item * size + at, S, mask=inside)
         if through is not None:
             S *= tl.exp(tl.load(through + item))
         S += tl.load(added + item * size + at, mask=inside, other=0.0)
+    if last is not None:
+        tl.store(last + head * size + at, S, mask=inside)

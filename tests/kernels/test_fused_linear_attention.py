@@ -142,18 +142,20 @@ def test_a_split_sequence_goes_on_where_it_stopped():
     assert_close(torch.cat([first, rest], 1), whole, 2e-6)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("causal", "decay", "normalize"), [(True, "step", True), (False, "none", False)])
-def test_operator(causal, decay, normalize):
-    inputs = make(2, 9, 2, 4, 3, decay=decay, normalize=normalize, state=causal)
+def test_operator(causal, decay, normalize, packed):
+    inputs = make(1 if packed else 2, 9, 2, 4, 3, decay=decay, normalize=normalize, state=causal and not packed)
     tensors = [y if y is None else y.requires_grad_() for y in inputs.values()]
-    lengths = torch.tensor([9, 4], device=DEVICE)
+    lengths = None if packed else torch.tensor([9, 4], device=DEVICE)
+    starts = torch.tensor([0, 4, 4, 9], device=DEVICE) if packed else None
     options = (causal, normalize, causal)
-    torch.library.opcheck(torch.ops.seqzoo.linear_attention_fused.default, (*tensors, lengths, *options))
+    torch.library.opcheck(torch.ops.seqzoo.linear_attention_fused.default, (*tensors, lengths, starts, *options))
     plain = [y if y is None else y.detach() for y in tensors]
-    o, state, inverse = torch.ops.seqzoo.linear_attention_fused(*plain, lengths, *options)
+    o, state, inverse = torch.ops.seqzoo.linear_attention_fused(*plain, lengths, starts, *options)
     torch.library.opcheck(
         torch.ops.seqzoo.linear_attention_fused_backward.default,
-        (o, state, *plain, lengths, o, state, inverse, *options, decay != "none"),
+        (o, state, *plain, lengths, starts, o, state, inverse, *options, decay != "none"),
     )
 
 

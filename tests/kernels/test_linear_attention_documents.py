@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from agreement import assert_close
+from fused_cases import DEVICE, poisoned
 from torch import Tensor
 
 from seqzoo.kernels import linear_attention
 
 TIMED = ("q", "k", "v", "o", "dq", "dk", "dv")
 LENGTHS = [37, 1, 0, 64, 5, 90, 0]
+SHORT = [17, 1, 0, 33, 40, 0]
 MANY = torch.randint(0, 40, (30,), generator=torch.Generator().manual_seed(0)).tolist()
 FORMS = [("none", True), ("head", True), ("step", True), ("none", False), ("head", False), ("step", False)]
 
@@ -101,6 +105,49 @@ def test_in_single_precision_with_int64(decay, causal, lengths, normalize):
     expected = each_alone(lengths, inputs, w, None, **options)
     for name, value in values.items():
         assert_close(value, expected[name], 5e-6, name)
+
+
+FUSED = [(decay, causal) for decay, causal in FORMS if causal or decay == "none"]
+
+
+@pytest.mark.parametrize("segment_len", [None, 32], ids=["one segment", "segments"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("decay", "causal"), FUSED)
+def test_in_triton(decay, causal, normalize, segment_len, monkeypatch):
+    fused = import_module("seqzoo.kernels.linear_attention.fused")
+    monkeypatch.setattr(fused, "_segment_len", lambda programs, T, steps, device: segment_len or T)
+    inputs = make(SHORT, 2, 9, 5, decay=decay, state=causal, normalize=normalize, dtype=torch.float32)
+    w, w_state = weights(SHORT, inputs, normalize, state=causal)
+    options = {"causal": causal, "normalize": normalize}
+    expected = each_alone(SHORT, inputs, w, w_state, **options)
+    on_device = {name: x.to(DEVICE) for name, x in inputs.items()}
+    w, w_state = w.to(DEVICE), None if w_state is None else w_state.to(DEVICE)
+    with poisoned():
+        values = run(on_device, w, w_state, cu_seqlens=starts_of(SHORT).to(DEVICE), **options, backend="fused")
+    assert values.keys() == expected.keys()
+    for name, value in values.items():
+        assert_close(value.cpu(), expected[name], 5e-6, name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize(("decay", "causal"), FORMS)
+def test_nothing_leaks_from_one_document_into_others(decay, causal, backend):
+    inputs = make(SHORT, 1, 4, 3, decay=decay, normalize=True, dtype=torch.float32)
+    w, _ = weights(SHORT, inputs, True, state=False)
+    options = {"causal": causal, "normalize": True, "cu_seqlens": starts_of(SHORT), "backend": backend}
+    clean = run(inputs, w, None, **options)
+    start, end = options["cu_seqlens"][3:5].tolist()
+    bad = float("nan")
+    if (decay, causal, backend) == ("none", True, "chunked"):  # what is not finite spoils the chunks that it is in
+        bad = 1e15
+    timed = [name for name, x in inputs.items() if x.dim() > 2]
+    dirty = {name: x.clone() for name, x in inputs.items()}
+    for name in timed:
+        dirty[name][:, start:end] = bad
+    values = run(dirty, w, None, **options)
+    for name in ("o", *(f"d{name}" for name in timed)):
+        for part in (slice(0, start), slice(end, None)):
+            assert torch.equal(values[name][:, part], clean[name][:, part]), name
 
 
 @pytest.mark.parametrize("normalize", [False, True])
