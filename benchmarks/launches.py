@@ -303,6 +303,9 @@ def vq_attentions() -> Calls:
     yield partial(both, 256, 512, torch.float16, True, True, 512, 512)
     yield partial(both, 128, 256, torch.bfloat16, True, False, 512, 512)
     yield partial(both, 16, 16, torch.float16, False, False, 16, 16)
+    for causal in (True, False):
+        packed = partial(passes.vq_attention, 1, 8192, 1, 128, 256, 128, 64, torch.bfloat16, causal)
+        yield partial(packed, "step", state=causal, documents=20)
 
 
 def gated_attentions() -> Calls:
@@ -320,6 +323,8 @@ def gated_attentions() -> Calls:
     yield partial(both, 2, 16384, 256, 512, 256, torch.bfloat16, True, True)
     yield partial(both, 2, 16384, 256, 512, 256, torch.bfloat16, True, True, True)
     yield partial(both, 4, 4096, 32, 64, 64, torch.bfloat16, True, False)
+    for causal in (True, False):  # chunks of documents
+        yield partial(both, 64, 256, 128, 256, 256, torch.bfloat16, causal, True, True)
 
 
 def widths(most: dict[torch.dtype, int]) -> Iterator[tuple[torch.dtype, int]]:

@@ -107,11 +107,11 @@ def favor_attention(
 def gated_attention(
     B: int, T: int, S: int, E: int, C: int, dtype: torch.dtype, causal: bool, options: bool, state: bool = False
 ) -> None:
-    """`options` are a bias and lengths."""
+    """`options` are a bias and lengths. With a `state` and not causal, sequences are chunks, as of documents."""
     u, v = (meta(B, T, E, dtype=dtype) for _ in range(2))
     keys = [meta(B, T, S, dtype=dtype) for _ in range(4)]
     bias, lengths = (meta(C if causal else 2 * C - 1), integers(B)) if options else (None, None)
-    initial, earlier = (meta(B, S, E), integers(B)) if state else (None, None)
+    initial, earlier = meta(B, S, E) if state else None, integers(B) if state and causal else None
     inputs = (u, *keys, v, bias, initial, earlier, lengths)
     o, memory = gated._gated_attention._init_fn(*inputs, C, causal, 0.5)
     gated._gated_attention_backward._init_fn(o, *inputs, memory, C, causal, 0.5, options, state)
@@ -119,18 +119,20 @@ def gated_attention(
 
 def vq_attention(
     B: int, T: int, H: int, D: int, Dv: int, S: int, L: int, dtype: torch.dtype, causal: bool,
-    bias: str = "none", state: bool = False, padded: bool = False,
+    bias: str = "none", state: bool = False, padded: bool = False, documents: int = 0,
 ) -> None:  # fmt: skip
-    """`bias` is "none", "head" or "step"."""
+    """`bias` is "none", "head" or "step". Of `documents` in one row, B = 1, if there are any."""
     offsets = L + 1 if causal else 2 * L + 1
     b = {"none": None, "head": meta(H, offsets), "step": meta(B, T, H, offsets)}[bias]
     q, k, v = (meta(B, T, H, n, dtype=dtype) for n in (D, D, Dv))
     inputs = (q, k, v, meta(H, S, D, dtype=dtype), integers(B, T, H), b)
-    sums, counts = (meta(B, H, S, Dv), integers(B, H, S)) if state else (None, None)
-    ends = (integers(B), integers(B)) if padded else (None, None)
-    outputs = vq._attention._init_fn(*inputs, sums, counts, *ends, L, causal)
+    rows, ends_of = (documents, -(-T // L)) if documents else (B, B)
+    sums, counts = (meta(rows, H, S, Dv), integers(rows, H, S)) if state else (None, None)
+    ends = (integers(ends_of), integers(ends_of)) if padded or documents else (None, None)
+    starts = integers(documents + 1) if documents else None
+    outputs = vq._attention._init_fn(*inputs, sums, counts, *ends, L, causal, starts)
     backward = vq._attention_backward._init_fn
-    backward(outputs[0], *inputs, sums, *ends, *outputs, L, causal, b is not None, state)
+    backward(outputs[0], *inputs, sums, *ends, *outputs, L, causal, b is not None, state, starts)
 
 
 def nearest_code(B: int, T: int, H: int, D: int, S: int, dtype: torch.dtype, padded: bool = False) -> None:

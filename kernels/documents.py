@@ -47,18 +47,24 @@ class Documents(NamedTuple):
         """What `padded` padded: [N, longest, ...] -> [1, T, ...]."""
         return y[self.of_steps(), self.positions()][None]
 
-    def pieces(self, length: int) -> Pieces:
-        """Every document cut into pieces of `length` steps, the last of which may be shorter."""
-        N, most = self.N, self.T // length + self.N
-        ends = ((self.lengths + length - 1) // length).cumsum(0)  # [N], pieces up to each document's end
+    def pieces(self, length: int, ahead: Tensor | None = None) -> Pieces:
+        """Every document cut into pieces of `length` steps, the last of which may be shorter.
+
+        A document may begin in the middle of its first piece: behind `ahead` rows, int64 [N], up to `length`, that
+        count as steps of it. With these there can be N pieces more.
+        """
+        N, most = self.N, self.T // length + (1 if ahead is None else 2) * self.N
+        lengths = self.lengths if ahead is None else self.lengths + ahead
+        ends = ((lengths + length - 1) // length).cumsum(0)  # [N], pieces up to each document's end
         before = torch.cat([ends.new_zeros(1), ends])
         piece = torch.arange(most, device=ends.device)
         document = torch.searchsorted(ends, piece, right=True)
         known = document.clamp(max=N - 1)  # what is behind all pieces is read as the last document
         number = piece - before[known]
-        start = torch.where(document < N, self.starts[known] + number * length, self.T)
+        start = self.starts[known] + number * length
+        start = torch.where(document < N, start if ahead is None else start - ahead[known], self.T)
         steps = (self.starts[1:][known] - start).clamp(0, length)
-        return Pieces(self, length, document, number, start, steps, before)
+        return Pieces(self, length, document, number, start, steps, before, ahead)
 
 
 class Pieces(NamedTuple):
@@ -71,10 +77,23 @@ class Pieces(NamedTuple):
     start: Tensor  # int64 [P], its first step
     steps: Tensor  # int64 [P], how many it has
     before: Tensor  # int64 [N + 1], how many pieces are ahead of each document, and all there are
+    ahead: Tensor | None  # int64 [N], how many of a document's first steps are none of the row, or None: 0
+
+    @property
+    def known(self) -> Tensor:
+        """The document of each piece, of those behind the last one the last document: int64 [P]."""
+        return self.document.clamp(max=self.documents.N - 1)
+
+    def as_documents(self) -> Documents:
+        """Documents whose steps are the pieces. Those behind the last one are taken for the last document's."""
+        P = len(self.document)
+        return Documents(torch.cat([self.before[:-1], self.before.new_full((1,), P)]), P)
 
     def rows(self) -> Tensor:
         """Where each step stands in a row in which every piece takes up `length` steps: int64 [T]."""
-        return (self.before[:-1] * self.length)[self.documents.of_steps()] + self.documents.positions()
+        first = self.before[:-1] * self.length
+        first = first if self.ahead is None else first + self.ahead
+        return first[self.documents.of_steps()] + self.documents.positions()
 
     def table(self) -> Tensor:
         """What a kernel's program has to know of its piece, int64 [P, 4]: its document, where that begins, how many

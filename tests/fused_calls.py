@@ -56,6 +56,7 @@ def gated_calls(size: Size) -> Calls:
     B, T, H, E, dtype = size
     for causal in (True, False):
         yield partial(passes.gated_attention, B, T, 40, E * H, 100, dtype, causal, True, state=causal)
+    yield partial(passes.gated_attention, B, T, 40, E * H, T, dtype, False, True, state=True)
 
 
 def linear_calls(size: Size) -> Calls:
@@ -71,7 +72,9 @@ def linear_calls(size: Size) -> Calls:
 def vq_calls(size: Size) -> Calls:
     B, T, H, D, dtype = size
     for causal, bias in ((True, "step"), (False, "head")):
-        yield partial(passes.vq_attention, B, T, H, D, D, 70, 50, dtype, causal, bias=bias, state=causal, padded=True)
+        call = partial(passes.vq_attention, D=D, Dv=D, S=70, L=50, dtype=dtype, causal=causal, bias=bias, state=causal)
+        yield partial(call, B, T, H, padded=True)
+        yield partial(call, 1, T, H, documents=3)
 
 
 def nearest_calls(size: Size) -> Calls:

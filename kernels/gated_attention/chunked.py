@@ -15,6 +15,7 @@ from ..common import accumulation_dtype, in_cache, product_dtype, without_autoca
 from ..derivatives import Outline, forward_mode, gradient
 from ..diagonal_scan import diagonal_scan
 from ..documents import Documents
+from .packed import over_documents
 from .resume import Resumed
 from .state import GatedAttentionState
 
@@ -36,19 +37,6 @@ def gated_attention_chunked(
     lengths: Tensor | None,
     documents: Documents | None,
 ) -> tuple[Tensor, GatedAttentionState | None]:
-    if documents is not None:
-        o, state = gated_attention_chunked(
-            *(documents.padded(x) for x in (u, q_quad, k_quad, q_lin, k_lin, v)),
-            chunk_len=chunk_len,
-            bias=bias,
-            causal=causal,
-            scale=scale,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            lengths=documents.lengths,
-            documents=None,
-        )
-        return documents.unpadded(o), state
     (B, _, S), E = q_quad.shape, v.shape[-1]
     rows = (u, q_quad, k_quad, q_lin, k_lin, v)
     stateful = initial_state is not None or output_final_state  # a state is not to be rounded
@@ -58,12 +46,22 @@ def gated_attention_chunked(
     # Autocast would keep the sums in half precision.
     with without_autocast(device):
         bias = None if bias is None else by_offset(bias.to(accumulation_dtype(dtype)), chunk_len, causal)
-        if not causal:
+        past = initial_state
+        if past is None and output_final_state:
+            sequences = B if documents is None else documents.N
+            past = GatedAttentionState.empty(sequences, S, E, chunk_len, device=device, dtype=dtype)
+        if documents is not None:
+
+            def attend(rows: list[Tensor], seen: Tensor, terms: Tensor, _: Tensor) -> Tensor:
+                q_quad, k_quad, q_lin, _, v = rows
+                return in_one_chunk(q_quad, k_quad, q_lin, v, bias, causal, scale, seen, terms)
+
+            o, state = over_documents(attend, (q_quad, k_quad, q_lin, k_lin, v), documents, chunk_len, causal, past)
+        elif not causal:
             o, state = _bidirectional(q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, scale, lengths), None
-        elif not stateful:
+        elif past is None:
             o, state = in_chunks(q_quad, k_quad, q_lin, k_lin, v, bias, chunk_len, scale), None
         else:
-            past = initial_state or GatedAttentionState.empty(B, S, E, chunk_len, device=device, dtype=dtype)
             o, state = _resume(q_quad, k_quad, q_lin, k_lin, v, bias, scale, past, lengths)
         o = u * o
     return zero_padding(o, lengths).to(out_dtype), state
@@ -122,6 +120,25 @@ def _bidirectional(
     q, k, v = (_chunks(x, C) for x in (q_quad, k_quad, v))
     bias = None if bias is None else bias[:C, :C]
     return lin.add_(_relu_squared(q, k, v, bias, scale, False).flatten(1, 2)[:, :T])
+
+
+def in_one_chunk(
+    q_quad: Tensor,  # [P, C, S]
+    k_quad: Tensor,
+    q_lin: Tensor,
+    v: Tensor,  # [P, C, E]
+    bias: Tensor | None,  # [chunk_len, chunk_len]
+    causal: bool,
+    scale: float,
+    seen: Tensor,  # [P, S, E], the sum that each chunk sees
+    terms: Tensor,  # [P], how many positions it is over
+) -> Tensor:  # [P, C, E]
+    """Attention without its gate, of chunks each by itself."""
+    mean = (seen / terms.clamp(min=1)[:, None, None]).to(q_lin.dtype)
+    C = v.shape[1]
+    bias = None if bias is None else bias[:C, :C]
+    quad = _relu_squared(q_quad[None], k_quad[None], v[None], bias, scale, causal)
+    return (q_lin @ mean).add_(quad[0])
 
 
 def _causal(

@@ -8,7 +8,8 @@ chunk's queries see (over earlier chunks if causal, over all if not) and m the n
 A program has a block of rows of one chunk and a block of channels of v, and goes through the chunk's keys block by
 block. M is made before, by programs that go through the chunks and hold a block of it; where these would not fill the
 GPU, time is cut into segments, as in linear attention. From a state, M begins as the state's, and PyTorch lays the
-steps behind those rows of a chunk that the state holds.
+steps behind those rows of a chunk that the state holds. Of documents in one row it makes M too, and lays out their
+chunks as a batch of sequences of one.
 
 Backward makes y and the weights again. With dy = do ∘ u and W the sum of q_lin dyᵀ / m over the queries that see a
 chunk, or the state,
@@ -46,8 +47,9 @@ from ..documents import Documents
 from ..launching import launch
 from ..linear_attention.fused import State, carry
 from .backward import _bias_kernel, _scores_kernel
-from .chunked import by_offset, gated_attention_chunked, in_chunks
+from .chunked import by_offset, gated_attention_chunked, in_chunks, in_one_chunk
 from .forward import _memory_kernel, _values_kernel
+from .packed import over_documents
 from .resume import Resumed
 from .state import GatedAttentionState
 
@@ -87,30 +89,30 @@ def gated_attention_fused(
     lengths: Tensor | None,
     documents: Documents | None,
 ) -> tuple[Tensor, GatedAttentionState | None]:
-    if documents is not None:
-        o, state = gated_attention_fused(
-            *(documents.padded(x) for x in (u, q_quad, k_quad, q_lin, k_lin, v)),
-            chunk_len=chunk_len,
-            bias=bias,
-            causal=causal,
-            scale=scale,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            lengths=documents.lengths,
-            documents=None,
-        )
-        return documents.unpadded(o), state
     inputs = (u, q_quad, k_quad, q_lin, k_lin, v)
     dtype = reduce(torch.promote_types, (x.dtype for x in inputs))
     bias = None if bias is None else bias.float()
     options = (chunk_len, causal, scale)
-    if initial_state is None and not output_final_state:
-        o, _ = _gated_attention(*(pad_channels(x.to(dtype)) for x in inputs), bias, None, None, lengths, *options)
-        return o[..., : v.shape[-1]].to(v.dtype), None
+    (B, T, E), S = v.shape, q_quad.shape[-1]
+    past = initial_state
+    if past is None and output_final_state:
+        sequences = B if documents is None else documents.N
+        past = GatedAttentionState.empty(sequences, S, E, chunk_len, device=v.device, dtype=torch.float32)
+    if documents is not None:
 
-    B, T, E = v.shape
-    S = q_quad.shape[-1]
-    past = initial_state or GatedAttentionState.empty(B, S, E, chunk_len, device=v.device, dtype=torch.float32)
+        def attend(rows: list[Tensor], seen: Tensor, terms: Tensor, live: Tensor) -> Tensor:
+            if not causal:  # the kernel takes the rows of a chunk for the terms of what it sees
+                seen = seen * (live / terms.clamp(min=1))[:, None, None]
+            memory = pad_channels(pad_channels(seen).mT).mT
+            earlier = terms if causal else None
+            return _gated_attention(*map(pad_channels, rows), bias, memory, earlier, live, *options)[0][..., :E]
+
+        o, state = over_documents(attend, [x.to(dtype) for x in inputs], documents, chunk_len, causal, past)
+        return o.to(v.dtype), state
+    if past is None:
+        o, _ = _gated_attention(*(pad_channels(x.to(dtype)) for x in inputs), bias, None, None, lengths, *options)
+        return o[..., :E].to(v.dtype), None
+
     resumed = Resumed(past, T, lengths)
     held = (None, None, past.k_quad, None, past.k_lin, past.v)
     rows = [resumed.rows(new.to(dtype), old) for new, old in zip(inputs, held, strict=True)]  # [B, N C, S or E]
@@ -135,7 +137,7 @@ def _gated_attention(
     k_lin: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    initial: Tensor | None,  # [B, S, E], float32, the sum M before the first chunk
+    initial: Tensor | None,  # [B, S, E], float32, the sum M before the first chunk; if not causal, M
     earlier: Tensor | None,  # int64 [B], positions before the first chunk
     lengths: Tensor | None,
     chunk_len: int,
@@ -144,8 +146,8 @@ def _gated_attention(
 ) -> tuple[Tensor, Tensor]:
     """o, and the sum M that each chunk's queries see: [B, N, S, E] if causal, or else [B, S, E]; empty if it is 0."""
     (q_quad, k_quad, q_lin, k_lin), u, v = _alike(q_quad, k_quad, q_lin, k_lin), *_alike(u), *_alike(v)
-    call = _call(v, bias, earlier, lengths, chunk_len, causal, scale)
-    memory, _ = _memory(call, k_lin, v, initial)
+    call = _call(v, bias, initial, earlier, lengths, chunk_len=chunk_len, causal=causal, scale=scale)
+    memory, _ = _memory(call, k_lin, v)
     o = v.new_empty(v.shape)
     _values(call, q_quad, k_quad, q_lin, memory, v, o, u=u)
     return o, v.new_empty(0, dtype=_wide(v.dtype)) if memory is None else memory
@@ -181,7 +183,7 @@ def _gated_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first eight inputs, the last two empty where they are not wanted."""
     (q_quad, k_quad, q_lin, k_lin), u, v = _alike(q_quad, k_quad, q_lin, k_lin), *_alike(u), *_alike(v)
-    call = _call(v, bias, earlier, lengths, chunk_len, causal, scale)
+    call = _call(v, bias, initial, earlier, lengths, chunk_len=chunk_len, causal=causal, scale=scale)
     seen = memory if memory.numel() else None
     du, dv, dy = (v.new_empty(v.shape, dtype=dtype) for dtype in (u.dtype, v.dtype, _wide(v.dtype)))
     _values(call, q_quad, k_quad, q_lin, seen, v, du, u=u, do=do.contiguous(), dy=dy)
@@ -224,15 +226,19 @@ def _plain(do: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
 
     def form(*inputs: Any) -> tuple[Tensor]:
         *rows, bias, initial = inputs
-        if earlier is None:
+        if initial is None:
             options: dict[str, Any] = {"chunk_len": chunk_len, "causal": causal, "scale": scale, "lengths": lengths}
             options |= {"initial_state": None, "output_final_state": False, "documents": None}
             return (gated_attention_chunked(*rows, bias=bias, **options)[0],)
         u, q_quad, k_quad, q_lin, k_lin, v = (zero_padding(x, lengths).float() for x in rows)
         with without_autocast(v.device):
             offsets = None if bias is None else by_offset(bias, chunk_len, causal)
-            o = u * in_chunks(q_quad, k_quad, q_lin, k_lin, v, offsets, chunk_len, scale, earlier, initial)
-        return (zero_padding(o, lengths).to(rows[-1].dtype),)
+            if v.shape[1] <= chunk_len:
+                seen = initial, earlier if causal else lengths
+                y = in_one_chunk(q_quad, k_quad, q_lin, v, offsets, causal, scale, *seen)
+            else:
+                y = in_chunks(q_quad, k_quad, q_lin, k_lin, v, offsets, chunk_len, scale, earlier, initial)
+        return (zero_padding(u * y, lengths).to(rows[-1].dtype),)
 
     return pullback(form, inputs, (do,))
 
@@ -245,7 +251,8 @@ class Call(NamedTuple):
     """What all kernels of a call are told."""
 
     bias: Tensor | None  # [offsets]
-    earlier: Tensor | None  # [B], positions before the first chunk
+    initial: Tensor | None  # [B, S, E]
+    earlier: Tensor | None  # [B]
     lengths: Tensor | None  # [B]
     C: int  # positions in a chunk
     middle: int  # where the bias of offset 0 stands
@@ -253,17 +260,8 @@ class Call(NamedTuple):
     scale: float
 
 
-def _call(
-    v: Tensor,
-    bias: Tensor | None,
-    earlier: Tensor | None,
-    lengths: Tensor | None,
-    chunk_len: int,
-    causal: bool,
-    scale: float,
-) -> Call:
-    bias, earlier, lengths = contiguous(bias, earlier, lengths)
-    return Call(bias, earlier, lengths, min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
+def _call(v: Tensor, *tensors: Tensor | None, chunk_len: int, causal: bool, scale: float) -> Call:
+    return Call(*contiguous(*tensors), min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
 
 
 def _values(
@@ -352,20 +350,24 @@ def _memory(
     call: Call,
     k: Tensor,
     v: Tensor,
-    initial: Tensor | None = None,  # [B, S, E], float32, what the first chunk sees
     *,
     mirrored: bool = False,
     want_end: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The sum of k vᵀ over the chunks that each chunk sees, None if no chunk sees any; and over all, if wanted.
 
-    Mirrored, over those that see it, of q dyᵀ / m; and over all, which see the state.
+    Mirrored, over those that see it, of q dyᵀ / m; and over all, which see what there was before.
     """
     (B, T, S), E = k.shape, v.shape[-1]
     config = _config("memory", k)
     C = call.C if call.causal else STEPS
     N = triton.cdiv(T, C)
-    if call.causal and N == 1 and initial is None and not want_end:
+    start = None if mirrored else call.initial
+    alone = T <= call.C and (call.causal or call.initial is not None)  # a chunk that sees no other
+    if alone and start is not None:
+        memory = start.to(_wide(k.dtype), copy=True)
+        return memory[:, None] if call.causal else memory, None
+    if alone and not want_end:
         return None, None
     DS, DV = _at_most(config.columns, S), _at_most(config.channels, E)
     programs = B * triton.cdiv(S, DS) * triton.cdiv(E, DV)
@@ -388,14 +390,14 @@ def _memory(
     def sums() -> Tensor:
         return k.new_empty(B, segments, S, E, dtype=torch.float32)
 
-    start = None if initial is None else initial.contiguous()
     if segments > 1 or not call.causal:
         added = sums()
         run(None, None, added)
         if not call.causal:
-            return added.sum(1).to(_wide(k.dtype)), None
+            whole = added.sum(1)
+            return (None, whole) if alone else (whole.to(_wide(k.dtype)), None)
         start = carry(None if start is None else State(start), State(added), None).memory
-    before = k.new_empty(B, N, S, E, dtype=_wide(k.dtype))
+    before = None if alone else k.new_empty(B, N, S, E, dtype=_wide(k.dtype))
     end = sums() if want_end else None
     run(start, before, end)
     return before, None if end is None else end[:, -1].clone(memory_format=torch.contiguous_format)

@@ -37,6 +37,7 @@ def _query_kernel(
     L,
     offsets,
     CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -46,7 +47,7 @@ def _query_kernel(
 ):
     """The gradients of q and of the bias."""
     chunk, tile, block, b, h, cell = program(tl.cdiv(D, OUT), tl.cdiv(L, QUERIES), tl.cdiv(T, L), H)
-    begin, end = bounds(first, last, b, T)
+    begin, end = bounds(first, last, b, block, T, PACKED)
     row, column = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     channel = chunk * OUT + tl.arange(0, OUT)
     start, query, inside, live = positions(block, tile, L, T, begin, end, QUERIES)
@@ -131,6 +132,7 @@ def _key_kernel(
     L,
     offsets,
     CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -140,7 +142,7 @@ def _key_kernel(
 ):
     """The gradient of k, from the window. Scores are made with keys as rows: nothing computed is transposed."""
     chunk, tile, block, b, h, _ = program(tl.cdiv(D, OUT), tl.cdiv(L, KEYS), tl.cdiv(T, L), H)
-    begin, end = bounds(first, last, b, T)
+    begin, end = bounds(first, last, b, block, T, PACKED)
     row, column = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     channel = chunk * OUT + tl.arange(0, OUT)
     start, key, inside, known = positions(block, tile, L, T, begin, end, KEYS)
@@ -190,6 +192,7 @@ def _value_kernel(
     L,
     offsets,
     CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -199,7 +202,7 @@ def _value_kernel(
 ):
     """The gradient of v."""
     chunk, tile, block, b, h, cell = program(tl.cdiv(Dv, OUT), tl.cdiv(L, KEYS), tl.cdiv(T, L), H)
-    begin, end = bounds(first, last, b, T)
+    begin, end = bounds(first, last, b, block, T, PACKED)
     row, column = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     channel = chunk * OUT + tl.arange(0, OUT)
     in_channels = (channel < Dv)[None, :]
@@ -243,6 +246,7 @@ def _means_kernel(
     D,
     Dv,
     L,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -252,7 +256,7 @@ def _means_kernel(
 ):
     """The gradient of the means that each block of queries sees."""
     chunk, tile, block, b, h, cell = program(tl.cdiv(Dv, OUT), tl.cdiv(S, KEYS), tl.cdiv(T, L), H)
-    begin, end = bounds(first, last, b, T)
+    begin, end = bounds(first, last, b, block, T, PACKED)
     row, code = tl.arange(0, QUERIES), tile * KEYS + tl.arange(0, KEYS)
     channel = chunk * OUT + tl.arange(0, OUT)
     known = code < S

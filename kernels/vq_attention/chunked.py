@@ -24,6 +24,7 @@ from ..common import (
 from ..derivatives import Outline, forward_mode, gradient
 from ..documents import Documents
 from .outside import read_outside, read_outside_backward, sums_outside
+from .packed import PackedBlocks, of_blocks, windows
 from .state import VQState
 
 
@@ -42,20 +43,6 @@ def vq_attention_chunked(
     lengths: Tensor | None,
     documents: Documents | None,
 ) -> tuple[Tensor, VQState | None]:
-    if documents is not None:
-        y, state = vq_attention_chunked(
-            *(documents.padded(x) for x in (q, k, v)),
-            codebook,
-            documents.padded(codes),
-            block_len=block_len,
-            bias=bias if bias is None or bias.dim() == 2 else documents.padded(bias),
-            causal=causal,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            lengths=documents.lengths,
-            documents=None,
-        )
-        return documents.unpadded(y), state
     (B, T, H, _), L, out_dtype = q.shape, block_len, v.dtype
     stateful = initial_state is not None or output_final_state  # a state is not to be rounded
     dtype = accumulation_dtype(v.dtype) if stateful else product_dtype(q, v)
@@ -64,11 +51,23 @@ def vq_attention_chunked(
     state, past = None, initial_state
     if output_final_state:
         S, Dv = codebook.shape[1], v.shape[-1]
-        state = past or VQState.empty(B, H, S, Dv, L, device=q.device, dtype=v.dtype)
-        state = state.advance(codes, v, lengths)
+        sequences = B if documents is None else documents.N
+        state = past or VQState.empty(sequences, H, S, Dv, L, device=q.device, dtype=v.dtype)
+        state = state.advance(codes, v, lengths) if documents is None else state.advance_documents(codes, v, documents)
 
     first = 0 if past is None else L  # what a state remembers one by one becomes the block in front
-    if past is not None:
+    starts = packed = None
+    if documents is not None:
+        packed = PackedBlocks(documents, L, None if past is None else past.position.clamp(max=L))
+        valid, starts, first = packed.valid(), packed.starts, 0
+        q, k = packed.row(q), packed.row(k)
+        if past is None:
+            codes, v = packed.row(codes), packed.row(v)
+        else:
+            codes, v = packed.row(codes, past.codes), packed.row(v, past.values.to(v.dtype))
+            v = torch.where(valid[..., None, None], v, 0)
+        bias = bias if bias is None or bias.dim() == 2 else packed.row(bias)
+    elif past is not None:
         remembered = torch.arange(-L, 0, device=q.device) >= -past.position[:, None]
         valid = torch.cat([remembered, valid], 1)
         codes = torch.cat([past.codes, codes], 1)
@@ -81,18 +80,28 @@ def vq_attention_chunked(
         return x.transpose(1, 2).unflatten(2, (-1, L))
 
     valid_b, codes_b = split(valid[..., None, None])[..., 0], split(codes[..., None])[..., 0]  # [B, 1 or H, N, L]
-    counts = sums_outside(_counts(codes_b, valid_b, codebook.shape[1]), causal)  # [B, H, N, S]
+    counts = sums_outside(_counts(codes_b, valid_b, codebook.shape[1]), causal, starts)  # [B, H, N, S]
+    visible = seen_in_window(valid_b, 2 if causal else 3, starts)
     past_sums = None
-    if past is not None:
+    if packed is not None and past is not None:  # what each block sees
+        counts, past_sums = (
+            counts + of_blocks(past.counts, packed.starts, counts.shape[2]),
+            of_blocks(past.sums.to(v.dtype), packed.starts, counts.shape[2]),
+        )
+    elif past is not None:
         counts, past_sums = counts + past.counts[:, :, None], past.sums.to(v.dtype)
     if bias is not None:
         bias = zero_padding(bias, lengths) if bias.dim() == 4 else bias
-        bias = split(bias.expand(B, T, H, -1), first)
+        bias = split(bias.expand(B, q.shape[1], H, -1), first)
     # Autocast would keep the sums in half precision.
     with without_autocast(q.device):
         q, k, v = split(q, first), split(k, first), split(v)
         form = plain_attention if forward_mode() else _attend
-        y = form(q, k, v, bias, past_sums, codebook.to(q.dtype), codes_b, valid_b, counts, causal)
+        y = form(
+            q, k, v, bias, past_sums, codebook.to(q.dtype), codes_b, visible, counts, causal, starts
+        )  # fmt: skip
+    if packed is not None:
+        return packed.pieces.take_up(y.flatten(2, 3).transpose(1, 2)).to(out_dtype), state
     y = y.flatten(2, 3)[:, :, first : first + T].transpose(1, 2)
     return zero_padding(y, lengths).to(out_dtype), state
 
@@ -105,6 +114,7 @@ def _counts(codes: Tensor, valid: Tensor, S: int) -> Tensor:
 
 # G = B H N, all the blocks there are. One batch axis keeps every product a single batched GEMM. Windows are views of
 # the blocks as they lie in memory: at either end of a sequence they reach into the next one, where columns are hidden.
+# Those of documents in one row are copies: nothing of the next one comes near, be it NaN.
 
 
 def _attend(
@@ -139,9 +149,10 @@ class _Attention(torch.autograd.Function):
         past_sums: Tensor | None,  # [B, H, S, Dv]
         codebook: Tensor,  # [H, S, D]
         codes: Tensor,  # [B, H, N, L]
-        valid: Tensor,  # [B, 1, N, L]
+        visible: Tensor,  # [B, 1, N, W L]
         counts: Tensor,  # [B, H, N, S], outside the windows
         causal: bool,
+        starts: Tensor | None,  # the first block of each document in a row, and N
     ) -> Tensor:  # [B, H, N, L, Dv]
         (B, H, N, L, Dv), (S, D) = v.shape, codebook.shape[1:]
         G, W, behind = B * H * N, 2 if causal else 3, 0 if causal else 1
@@ -150,14 +161,15 @@ class _Attention(torch.autograd.Function):
         codes = codes.reshape(B * H, N, L)
 
         wide = accumulation_dtype(q.dtype)
-        prior, number = _prior(valid, counts, W, wide), _number(counts, wide)
+        prior, number = _prior(visible, counts, wide), _number(counts, wide)
+        around = _around(starts, H, N, W)
         near = q.new_empty(G, L, W * L)
         far = torch.matmul(q.view(B, H, N * L, D), codebook.mT).view(G, L, S)
         terms = None if bias is None else bias.reshape(G, L, -1)
         parts = in_cache(G, L * (W * L + S), q)
         for n in parts:
             scores = torch.empty_like(prior[n].expand(-1, L, -1), memory_format=torch.contiguous_format)
-            scores[..., : W * L], scores[..., W * L :] = torch.bmm(q[n], _windows(keys, W, n).mT), far[n]
+            scores[..., : W * L], scores[..., W * L :] = torch.bmm(q[n], _windows(keys, W, n, around).mT), far[n]
             scores += prior[n]
             if causal:
                 scores[..., L : 2 * L].masked_fill_(future(L, q.device), torch.finfo(wide).min)
@@ -165,29 +177,30 @@ class _Attention(torch.autograd.Function):
                 _by_offset(scores, terms.shape[-1], W).add_(terms[n])
             near[n], by_code = scores.softmax(-1).split([W * L, S], -1)
             far[n] = by_code / number[n]  # of one key
-        y = read_outside(far.view(B * H, N, L, S), values[1 : G + 1].view(B * H, N, L, Dv), codes, causal)
+        y = read_outside(far.view(B * H, N, L, S), values[1 : G + 1].view(B * H, N, L, Dv), codes, causal, starts)
         for n in parts:
-            y.view(G, L, Dv)[n].baddbmm_(near[n], _windows(values, W, n))
+            y.view(G, L, Dv)[n].baddbmm_(near[n], _windows(values, W, n, around))
         if past_sums is not None:
-            y.view(B * H, N * L, Dv).baddbmm_(far.view(B * H, N * L, S), past_sums.flatten(0, 1))
+            past = past_sums.flatten(0, -3)  # of each sequence, or of each block
+            y.view(len(past), -1, Dv).baddbmm_(far.view(len(past), -1, S), past)
         ctx.causal = causal
         outlines = (k_outline, v_outline, bias_outline)
-        ctx.save_for_backward(q, keys, values, near, far, number, codes, codebook, past_sums, *outlines)
+        ctx.save_for_backward(q, keys, values, near, far, number, codes, codebook, past_sums, starts, *outlines)
         return y.view(B, H, N, L, Dv)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *kept, k, v, bias = ctx.saved_tensors
-        q, _, values, near, far, number, codes, codebook, past_sums = kept
+        q, _, values, near, far, number, codes, codebook, past_sums, starts = kept
         written = partial(_gradients, ctx.causal, bias, dy, *kept)
 
         def form(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, past_sums: Tensor | None) -> tuple[Tensor]:
             v = values[1 : len(q) + 1].view_as(v) + v - v.detach()
-            others = (past_sums, codebook, codes.view(k.shape[:-1]), number, ctx.causal)
+            others = (past_sums, codebook, codes.view(k.shape[:-1]), number, ctx.causal, starts)
             return (_plain(q, k, v, bias, *others, weights=torch.cat([near, far * number], -1)),)
 
         dq, dk, dv, d_bias, d_past_sums = gradient(written, form, (q, k, v, bias, past_sums), (dy,))
-        return dq, None, None, dk, dv, d_bias, d_past_sums, *(None,) * 5
+        return dq, None, None, dk, dv, d_bias, d_past_sums, *(None,) * 6
 
 
 def _gradients(
@@ -203,34 +216,37 @@ def _gradients(
     codes: Tensor,
     codebook: Tensor,
     past_sums: Tensor | None,
+    starts: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     (B, H, N, L, Dv), (S, D) = dy.shape, codebook.shape[1:]
-    G, W = B * H * N, 2 if causal else 3
+    G, W, around = B * H * N, 2 if causal else 3, _around(starts, H, N, 2 if causal else 3)
     with without_autocast(dy.device):
         dy = dy.reshape(B * H, N, L, Dv).contiguous()
         d_far, dv_outside = read_outside_backward(
-            dy, far.view(B * H, N, L, S), values[1 : G + 1].view(dy.shape), codes, causal
+            dy, far.view(B * H, N, L, S), values[1 : G + 1].view(dy.shape), codes, causal, starts
         )
         d_past_sums = None
         if past_sums is not None:
-            d_far.flatten(1, 2).baddbmm_(dy.flatten(1, 2), past_sums.flatten(0, 1).mT)
-            d_past_sums = torch.bmm(far.view(B * H, N * L, S).mT, dy.flatten(1, 2)).view_as(past_sums)
+            past = past_sums.flatten(0, -3)
+            dy_of = dy.view(len(past), -1, Dv)
+            d_far.view(len(past), -1, S).baddbmm_(dy_of, past.mT)
+            d_past_sums = torch.bmm(far.view(len(past), -1, S).mT, dy_of).view_as(past_sums)
 
         dy, d_far = dy.view(G, L, Dv), d_far.view(G, L, S)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
         dv[1 : G + 1] = dv_outside.view(G, L, Dv)
         d_bias = None if bias is None else bias.new_empty(G, L, bias.shape[-1])
         for n in in_cache(G, L * (W * L + S), q):
-            _add_to_windows(dv, W, n, near[n], dy[n])
-            d_near = torch.bmm(dy[n], _windows(values, W, n).mT)
+            _add_to_windows(dv, W, n, near[n], dy[n], around)
+            d_near = torch.bmm(dy[n], _windows(values, W, n, around).mT)
             d_weights = torch.cat([d_near, d_far[n] / number[n]], -1)
             weights = torch.cat([near[n], far[n] * number[n]], -1)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             if d_bias is not None:
                 d_bias[n] = _by_offset(d_scores, d_bias.shape[-1], W)
             d_near, d_far[n] = d_scores[..., : W * L].to(q.dtype), d_scores[..., W * L :]
-            dq[n] = torch.bmm(d_near, _windows(keys, W, n))
-            _add_to_windows(dk, W, n, d_near, q[n])
+            dq[n] = torch.bmm(d_near, _windows(keys, W, n, around))
+            _add_to_windows(dk, W, n, d_near, q[n], around)
         dq.view(B, H, N * L, D).add_(d_far.view(B, H, N * L, S) @ codebook)
     shape = (B, H, N, L, -1)
     dk, dv = (x[1 : G + 1].view(shape) for x in (dk, dv))
@@ -245,14 +261,15 @@ def plain_attention(
     past_sums: Tensor | None,
     codebook: Tensor,
     codes: Tensor,
-    valid: Tensor,
+    visible: Tensor,
     counts: Tensor,
     causal: bool,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """As `_attend`, for PyTorch to differentiate."""
     q = q.reshape(-1, *q.shape[-2:])
-    prior = _prior(valid, counts, 2 if causal else 3, q.dtype)
-    return _plain(q, k, v, bias, past_sums, codebook, codes, _number(counts, q.dtype), causal, prior=prior)
+    prior, number = _prior(visible, counts, q.dtype), _number(counts, q.dtype)
+    return _plain(q, k, v, bias, past_sums, codebook, codes, number, causal, starts, prior=prior)
 
 
 def _plain(
@@ -265,6 +282,7 @@ def _plain(
     codes: Tensor,
     number: Tensor,  # [G, 1, S]
     causal: bool,
+    starts: Tensor | None,
     *,
     prior: Tensor | None = None,
     weights: Tensor | None = None,
@@ -274,8 +292,8 @@ def _plain(
     G, W, behind = B * H * N, 2 if causal else 3, 0 if causal else 1
     with without_autocast(q.device):
         keys = _keys(codebook, codes) + (k - k.detach()).reshape(G, L, -1).to(codebook.dtype)
-        around, all_blocks = (0, 0, 0, 0, 1, behind), slice(0, G)
-        near = torch.bmm(q, _windows(F.pad(keys, around), W, all_blocks).mT)
+        ends, all_blocks, around = (0, 0, 0, 0, 1, behind), slice(0, G), _around(starts, H, N, W)
+        near = torch.bmm(q, _windows(F.pad(keys, ends), W, all_blocks, around).mT)
         far = torch.matmul(q.view(B, H, N * L, -1), codebook.mT).view(G, L, S)
         scores = torch.cat([near, far], -1)
         if bias is not None:
@@ -291,10 +309,12 @@ def _plain(
         near, far = scores.softmax(-1).split([W * L, S], -1)
         far = far / number
         by_code = F.one_hot(codes, S).to(v.dtype).mT @ v  # [B, H, N, S, Dv]
-        sums = sums_outside(by_code.flatten(3), causal).view(G, S, Dv)
+        sums = sums_outside(by_code.flatten(3), causal, starts).reshape(G, S, Dv)
         if past_sums is not None:
-            sums = sums + past_sums[:, :, None].expand(B, H, N, S, Dv).reshape(G, S, Dv)
-        y = torch.bmm(near, _windows(F.pad(v.reshape(G, L, Dv), around), W, all_blocks)) + torch.bmm(far, sums)
+            past = past_sums if past_sums.dim() == 5 else past_sums[:, :, None]
+            sums = sums + past.expand(B, H, N, S, Dv).reshape(G, S, Dv)
+        values = _windows(F.pad(v.reshape(G, L, Dv), ends), W, all_blocks, around)
+        y = torch.bmm(near, values) + torch.bmm(far, sums)
         return y.view(B, H, N, L, Dv)
 
 
@@ -305,12 +325,19 @@ def _keys(codebook: Tensor, codes: Tensor) -> Tensor:
     return F.embedding(codes + first, codebook.flatten(0, 1)).reshape(-1, L, D)
 
 
-def _prior(valid: Tensor, counts: Tensor, W: int, dtype: torch.dtype) -> Tensor:
+def seen_in_window(valid: Tensor, W: int, starts: Tensor | None) -> Tensor:
+    """Which columns of a block's window there are, of valid positions [B, 1, N, L]: [B, 1, N, WL]."""
+    N, L = valid.shape[2:]
+    if starts is not None:
+        return F.pad(valid[0, 0], (0, 0, 1, 0))[windows(starts, N, W)].flatten(1)[None, None]
+    return F.pad(valid.flatten(2), (L, L * (W - 2))).unfold(2, W * L, L)
+
+
+def _prior(visible: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to the scores of a block's queries, but for the future: [G, 1, WL + S]."""
-    (B, H, N, _), L = counts.shape, valid.shape[-1]
+    B, H, N, _ = counts.shape
     never = torch.finfo(dtype).min
-    visible = F.pad(valid.flatten(2), (L, L * (W - 2))).unfold(2, W * L, L)  # [B, 1, N, WL]
-    hidden = torch.zeros(B, H, N, W * L, device=counts.device, dtype=dtype).masked_fill_(~visible, never)
+    hidden = torch.zeros(B, H, N, visible.shape[-1], device=counts.device, dtype=dtype).masked_fill_(~visible, never)
     log_counts = counts.to(dtype).log().clamp_(min=never)
     return torch.cat([hidden, log_counts], -1).view(B * H * N, 1, -1)
 
@@ -320,19 +347,33 @@ def _number(counts: Tensor, dtype: torch.dtype) -> Tensor:
     return counts.clamp(min=1).to(dtype).view(-1, 1, counts.shape[-1])
 
 
-def _windows(x: Tensor, W: int, n: slice) -> Tensor:
-    """The windows of blocks `n`, each W consecutive ones of x [G + W - 1, L, D]: [., WL, D]."""
+def _around(starts: Tensor | None, H: int, N: int, W: int) -> Tensor | None:
+    """The blocks in the windows of documents in one row, counted from 1, 0 for none: [G, W]."""
+    if starts is None:
+        return None
+    of_head = windows(starts, N, W)
+    others = N * torch.arange(H, device=starts.device)[:, None, None]
+    return torch.where(of_head > 0, of_head + others, 0).flatten(0, 1)
+
+
+def _windows(x: Tensor, W: int, n: slice, around: Tensor | None) -> Tensor:
+    """The windows of blocks `n`, each W consecutive ones of x [G + W - 1, L, D], or those `around`: [., WL, D]."""
     L = x.shape[1]
+    if around is not None:
+        return x[around[n]].flatten(1, 2)
     windows = x[n.start : n.stop + W - 1].flatten(0, 1).unfold(0, W * L, L).mT
     # A view is enough for products in single precision; those in half would copy it, and transpose it meanwhile.
     return windows.contiguous() if x.dtype == torch.bfloat16 else windows
 
 
-def _add_to_windows(sums: Tensor, W: int, n: slice, weights: Tensor, y: Tensor) -> None:
+def _add_to_windows(sums: Tensor, W: int, n: slice, weights: Tensor, y: Tensor, around: Tensor | None) -> None:
     """Adds to every key in the windows of blocks `n` the sum of `y` [., L, D] by its column of `weights` [., L, WL]."""
     L = y.shape[1]
     for w, part in enumerate(torch.bmm(weights.mT, y).split(L, 1)):
-        sums[n.start + w :][: len(y)].add_(part)
+        if around is not None:
+            sums.index_add_(0, around[n, w], part)
+        else:
+            sums[n.start + w :][: len(y)].add_(part)
 
 
 def _by_offset(scores: Tensor, offsets: int, W: int) -> Tensor:

@@ -15,13 +15,14 @@ def _sums_kernel(
     codes,  # [B, T, H], int64
     sums,  # [B·H, N, S, Dv], float32
     counts,  # [B·H, N, S], int32
-    first,  # [B], the first valid position, or None
-    last,  # [B], the one behind the last, or None
+    first,  # [B], the first valid position, or None; PACKED, [N], that of each block's document
+    last,  # [B], the one behind the last, or None; PACKED, [N]
     T,
     H,
     S,
     Dv,
     L,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     CODES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -30,7 +31,7 @@ def _sums_kernel(
 ):
     """The values of each block, and their number, added up by code."""
     chunk, tile, block, b, h, cell = program(tl.cdiv(Dv, OUT), tl.cdiv(S, CODES), tl.cdiv(T, L), H)
-    begin, end = bounds(first, last, b, T)
+    begin, end = bounds(first, last, b, block, T, PACKED)
     column, code = tl.arange(0, KEYS), tile * CODES + tl.arange(0, CODES)
     channel = chunk * OUT + tl.arange(0, OUT)
     added, number = tl.zeros([CODES, OUT], tl.float32), tl.zeros([CODES], tl.int32)
@@ -56,10 +57,12 @@ def _sums_kernel(
 def _outside_kernel(
     x,  # [B·H, N, S, Dv], float32, of each block
     share,  # [B·H, N, S], float32
-    start,  # [B·H, S, Dv], float32, of before the first block, or None
+    start,  # [B·H, S, Dv], float32, of before the first block, or None; with `starts`, of before each document
     behind,  # [B·H, N, S, Dv], float32, to write to if both ways are gone, or None
     out,  # [B·H, N, S, Dv]
-    whole,  # [B·H, S, Dv], float32: the sum of all blocks, or None
+    whole,  # [B·H, S, Dv], float32: the sum of all blocks, or None; with `starts`, of each document
+    starts,  # [documents + 1], int64, their first blocks in a row, B = 1, or None
+    H,  # None without `starts`
     N,
     S,
     Dv,
@@ -75,6 +78,11 @@ def _outside_kernel(
     at = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     cell, code = head * N, at // Dv
+    if starts is not None:
+        document = head // H
+        begin = tl.load(starts + document)
+        cell = head % H * N + begin
+        N = (tl.load(starts + document + 1) - begin).to(tl.int32)
     if BEHIND:
         sums = tl.zeros([BLOCK], tl.float32)
         for step in range(N):
@@ -125,8 +133,8 @@ def _forward_kernel(
     bias,  # [B, T, H, offsets], or [H, offsets] and a stride of 0, or None
     bias_stride,  # from query to query
     log_sum,  # [B, T, H], float32: log2 of the sum of weights, inf where there is none
-    first,  # [B] or None
-    last,  # [B] or None
+    first,
+    last,
     o,  # [B, T, H, Dv]
     T,
     H,
@@ -136,6 +144,7 @@ def _forward_kernel(
     L,
     offsets,
     CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -144,7 +153,7 @@ def _forward_kernel(
     STAGES: tl.constexpr,
 ):
     chunk, tile, block, b, h, cell = program(tl.cdiv(Dv, OUT), tl.cdiv(L, QUERIES), tl.cdiv(T, L), H)
-    begin, end = bounds(first, last, b, T)
+    begin, end = bounds(first, last, b, block, T, PACKED)
     row, column = tl.arange(0, QUERIES), tl.arange(0, KEYS)
     value_channel = chunk * OUT + tl.arange(0, OUT)
     start, query, inside, live = positions(block, tile, L, T, begin, end, QUERIES)

@@ -31,9 +31,10 @@ from ..derivatives import Outline, differentiable, pullback
 from ..documents import Documents
 from ..launching import launch
 from .backward import _key_kernel, _means_kernel, _query_kernel, _value_kernel
-from .chunked import plain_attention
+from .chunked import plain_attention, seen_in_window
 from .forward import _forward_kernel, _outside_kernel, _sums_kernel
 from .outside import sums_outside
+from .packed import PackedBlocks, of_blocks
 from .state import VQState
 
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -70,31 +71,28 @@ def vq_attention_fused(
     lengths: Tensor | None,
     documents: Documents | None,
 ) -> tuple[Tensor, VQState | None]:
-    if documents is not None:
-        y, state = vq_attention_fused(
-            *(documents.padded(x) for x in (q, k, v)),
-            codebook,
-            documents.padded(codes),
-            block_len=block_len,
-            bias=bias if bias is None or bias.dim() == 2 else documents.padded(bias),
-            causal=causal,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            lengths=documents.lengths,
-            documents=None,
-        )
-        return documents.unpadded(y), state
     (B, T, H, _), S, Dv, L, out_dtype = q.shape, codebook.shape[1], v.shape[-1], block_len, v.dtype
     dtype, state, past = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype), None, initial_state
     if output_final_state:
         values = zero_padding(v, lengths).float()
-        state = past or VQState.empty(B, H, S, Dv, L, device=q.device, dtype=values.dtype)
-        state = state.advance(codes, values, lengths)
-    sums = counts = first = None
+        sequences = B if documents is None else documents.N
+        state = past or VQState.empty(sequences, H, S, Dv, L, device=q.device, dtype=values.dtype)
+        advance = state.advance if documents is None else state.advance_documents
+        state = advance(codes, values, lengths if documents is None else documents)
+    sums = counts = first = packed = None
     before = 0
     if past is None:
         L = min(L, T)
-    else:  # what it remembers one by one becomes the block in front
+    if documents is not None:
+        packed = PackedBlocks(documents, L, None if past is None else past.position.clamp(max=L))
+        q, k = packed.row(q), packed.row(k)
+        v = packed.row(v.to(dtype), None if past is None else past.values.to(dtype))
+        codes = packed.row(codes.long(), None if past is None else past.codes)
+        bias = bias if bias is None or bias.dim() == 2 else packed.row(bias)
+        first, lengths = packed.bounds()
+        if past is not None:
+            sums, counts = past.sums.float(), past.counts
+    elif past is not None:  # what it remembers one by one becomes the block in front
         before, first = L, L - past.position.clamp(max=L)
         lengths = torch.full_like(first, L + T) if lengths is None else L + lengths
         q, k = (F.pad(x, (0, 0, 0, 0, L, 0)) for x in (q, k))
@@ -104,7 +102,10 @@ def vq_attention_fused(
             bias = F.pad(bias, (0, 0, 0, 0, L, 0))
     q, k, v, codebook = (pad_channels(x.to(dtype)) for x in (q, k, v, codebook))
     sums = None if sums is None else pad_channels(sums)
-    y = _attention(q, Outline.apply(k), v, codebook, codes, bias, sums, counts, first, lengths, L, causal)[0]
+    starts = None if packed is None else packed.starts
+    y = _attention(q, Outline.apply(k), v, codebook, codes, bias, sums, counts, first, lengths, L, causal, starts)[0]
+    if packed is not None:
+        return packed.pieces.take_up(y[..., :Dv]).to(out_dtype), state
     return y[:, before:, :, :Dv].to(out_dtype), state
 
 
@@ -118,10 +119,11 @@ def _attention(
     bias: Tensor | None,  # [H, offsets] or [B, T, H, offsets]
     past_sums: Tensor | None,  # [B, H, S, Dv], float32
     past_counts: Tensor | None,  # [B, H, S]
-    first: Tensor | None,  # [B], the first valid position
-    last: Tensor | None,  # [B], the one behind the last
+    first: Tensor | None,  # [B], the first valid position; with `starts`, [N], that of each block's document
+    last: Tensor | None,  # as first, the one behind the last
     block_len: int,
     causal: bool,
+    starts: Tensor | None = None,  # the first block of each document in a row, and N; then the past is of each
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o; log2 of the sums of weights [B, T, H]; and of keys outside each window, by code, means and numbers."""
     (B, T, H, D), S, Dv, L = q.shape, codebook.shape[1], v.shape[-1], block_len
@@ -138,6 +140,7 @@ def _attention(
         _sums_kernel,
         B * H * N * triton.cdiv(S, config.queries) * triton.cdiv(Dv, out),
         *(v, codes, sums, counts, first, last, T, H, S, Dv, L),
+        PACKED=starts is not None,
         PRECISION=PRECISIONS[q.dtype],
         CODES=config.queries,
         KEYS=config.keys,
@@ -145,11 +148,11 @@ def _attention(
         STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
-    counts = sums_outside(counts.unflatten(0, (B, H)), causal)
+    counts = sums_outside(counts.unflatten(0, (B, H)), causal, starts)
     if past_counts is not None:
-        counts += past_counts[:, :, None]
+        counts += past_counts[:, :, None] if starts is None else of_blocks(past_counts, starts, N)
     means = v.new_empty(B, H, N, S, Dv)
-    _outside(sums, _share(counts), past_sums, means, None, before=True, behind=not causal)
+    _outside(sums, _share(counts), past_sums, means, None, starts, before=True, behind=not causal)
 
     o, log_sum = v.new_empty(v.shape), q.new_empty(B, T, H, dtype=torch.float32)
     arguments = (*_arguments(q, v, codebook, codes, bias, means, counts), log_sum, first, last)
@@ -159,14 +162,14 @@ def _attention(
         _forward_kernel,
         B * H * N * triton.cdiv(L, config.queries) * triton.cdiv(Dv, out),
         *(*arguments, o, T, H, S, D, Dv, L, _offsets(bias)),
-        **_meta(q, config, out),
+        **_meta(q, config, out, starts),
         CAUSAL=causal,
     )
     return o, log_sum, means, counts
 
 
 @_attention.register_fake
-def _(q, k, v, codebook, codes, bias, past_sums, past_counts, first, last, block_len, causal):
+def _(q, k, v, codebook, codes, bias, past_sums, past_counts, first, last, block_len, causal, starts=None):
     (B, T, H, _), S, Dv = q.shape, codebook.shape[1], v.shape[-1]
     N = -(-T // block_len)
     return (
@@ -197,6 +200,7 @@ def _attention_backward(
     causal: bool,
     bias_needs_gradient: bool,
     past_needs_gradient: bool,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, the bias and the past sums, the last two empty where none is to be had."""
     (B, T, H, D), S, Dv, L, N = q.shape, codebook.shape[1], v.shape[-1], block_len, counts.shape[2]
@@ -214,7 +218,7 @@ def _attention_backward(
         cells * triton.cdiv(L, config.queries) * triton.cdiv(D, out),
         *(q, keys, v, codebook, means, log_counts, bias, bias_stride, log_sum, first, last, do, delta, dq, d_bias),
         *(T, H, S, D, Dv, L, offsets),
-        **_meta(q, config, out),
+        **_meta(q, config, out, starts),
         CAUSAL=causal,
     )
     config = _config("key", q, v)
@@ -223,7 +227,7 @@ def _attention_backward(
         _key_kernel,
         cells * triton.cdiv(L, config.keys) * triton.cdiv(D, out),
         *(q, keys, v, bias, bias_stride, log_sum, first, last, do, delta, dk, T, H, D, Dv, L, offsets),
-        **_meta(q, config, out),
+        **_meta(q, config, out, starts),
         CAUSAL=causal,
     )
     d_means, outside = (q.new_empty(B, H, N, S, Dv, dtype=torch.float32) for _ in range(2))
@@ -233,16 +237,17 @@ def _attention_backward(
         _means_kernel,
         cells * triton.cdiv(S, config.keys) * triton.cdiv(Dv, out),
         *(q, codebook, log_counts, log_sum, first, last, do, d_means, T, H, S, D, Dv, L),
-        **_meta(q, config, out),
+        **_meta(q, config, out, starts),
     )
-    d_past = q.new_empty((B, H, S, Dv) if past_needs_gradient else (0,), dtype=torch.float32)
+    sequences = B if starts is None else len(starts) - 1
+    d_past = q.new_empty((sequences, H, S, Dv) if past_needs_gradient else (0,), dtype=torch.float32)
     whole = d_past if past_needs_gradient else None
-    _outside(d_means, _share(counts), None, outside, whole, before=not causal, behind=True, given=True)
+    _outside(d_means, _share(counts), None, outside, whole, starts, before=not causal, behind=True, given=True)
     launch(
         _value_kernel,
         cells * triton.cdiv(L, config.keys) * triton.cdiv(Dv, out),
         *(q, keys, codes, outside, bias, bias_stride, log_sum, first, last, do, dv, T, H, S, D, Dv, L, offsets),
-        **_meta(q, config, out),
+        **_meta(q, config, out, starts),
         CAUSAL=causal,
     )
     if d_bias is None:
@@ -255,35 +260,37 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(
     do, q, k, v, codebook, codes, bias, past_sums, first, last, o, log_sum, means, counts, block_len, causal, biased,
-    resumed,
+    resumed, starts=None,
 ):  # fmt: skip
-    (B, _, H, _), S, Dv = q.shape, codebook.shape[1], v.shape[-1]
-    d_bias, d_past = bias.shape if biased else (0,), (B, H, S, Dv) if resumed else (0,)
+    d_bias, d_past = bias.shape if biased else (0,), past_sums.shape if resumed else (0,)
     inputs = (x.new_empty(x.shape) for x in (q, q, v))
     return *inputs, *(q.new_empty(shape, dtype=torch.float32) for shape in (d_bias, d_past))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, codebook, codes, bias, past_sums, _, first, last, ctx.block_len, ctx.causal = inputs
-    ctx.save_for_backward(q, k, v, codebook, codes, bias, past_sums, first, last, *output)
+    q, k, v, codebook, codes, bias, past_sums, _, first, last, ctx.block_len, ctx.causal, starts = inputs
+    ctx.save_for_backward(q, k, v, codebook, codes, bias, past_sums, first, last, *output, starts)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, do: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    saved, (biased, resumed) = ctx.saved_tensors, ctx.needs_input_grad[5:7]
-    dq, dk, dv, d_bias, d_past = _written(do, *saved, ctx.block_len, ctx.causal, biased, resumed)
+    (*saved, starts), (biased, resumed) = ctx.saved_tensors, ctx.needs_input_grad[5:7]
+    dq, dk, dv, d_bias, d_past = _written(do, *saved, ctx.block_len, ctx.causal, biased, resumed, starts)
     bias = saved[5]
-    return dq, dk, dv, None, None, d_bias.to(bias.dtype) if biased else None, d_past if resumed else None, *(None,) * 5
+    return dq, dk, dv, None, None, d_bias.to(bias.dtype) if biased else None, d_past if resumed else None, *(None,) * 6
 
 
 def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
     """As `_attention_backward`, for PyTorch to differentiate."""
-    do, q, k, v, codebook, codes, bias, past_sums, first, last, _, _, _, counts, L, causal, _, _ = arguments
-    B, T, H, _ = q.shape
+    do, q, k, v, codebook, codes, bias, past_sums, first, last, _, _, _, counts, L, causal, _, _, starts = arguments
+    (B, T, H, _), N = q.shape, counts.shape[2]
+    first, last = (
+        None if x is None else x[:, None] if starts is None else x.repeat_interleave(L) for x in (first, last)
+    )
     position = torch.arange(T, device=q.device)
     valid = torch.ones(B, T, dtype=torch.bool, device=q.device)
-    valid = valid if first is None else valid & (position >= first[:, None])
-    valid = valid if last is None else valid & (position < last[:, None])
+    valid = valid if first is None else valid & (position >= first)
+    valid = valid if last is None else valid & (position < last)
 
     def split(x: Tensor) -> Tensor:  # [B, T, H, D] -> [B, H, N, L, D]
         return F.pad(x, (0, 0, 0, 0, 0, -T % L)).transpose(1, 2).unflatten(2, (-1, L))
@@ -292,7 +299,11 @@ def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
         q_b, k_b, v_b = (split(torch.where(valid[..., None, None], x, 0).float()) for x in (q, k, v))
         biases = None if bias is None else split(bias.float().expand(B, T, H, -1))
         codes_b, valid_b = split(codes[..., None])[..., 0], split(valid[..., None, None])[..., 0]
-        y = plain_attention(q_b, k_b, v_b, biases, past_sums, codebook.float(), codes_b, valid_b, counts, causal)
+        visible = seen_in_window(valid_b, 2 if causal else 3, starts)
+        if past_sums is not None and starts is not None:
+            past_sums = of_blocks(past_sums, starts, N)
+        others = (past_sums, codebook.float(), codes_b, visible, counts, causal, starts)
+        y = plain_attention(q_b, k_b, v_b, biases, *others)
         y = y.flatten(2, 3)[:, :, :T].transpose(1, 2)
         return (torch.where(valid[..., None, None], y, 0).to(v.dtype),)
 
@@ -309,6 +320,7 @@ def _outside(
     start: Tensor | None,
     out: Tensor,
     whole: Tensor | None,
+    starts: Tensor | None,
     *,
     before: bool,
     behind: bool,
@@ -316,10 +328,11 @@ def _outside(
 ) -> None:
     B, H, N, S, Dv = out.shape
     scratch = torch.empty_like(x) if before and behind else None
+    sequences, heads = (B, None) if starts is None else (len(starts) - 1, H)
     launch(
         _outside_kernel,
-        B * H * triton.cdiv(S * Dv, ADDED),
-        *(x, share, start, scratch, out, whole, N, S, Dv),
+        sequences * H * triton.cdiv(S * Dv, ADDED),
+        *(x, share, start, scratch, out, whole, starts, heads, N, S, Dv),
         BEFORE=before,
         BEHIND=behind,
         GIVEN=given,
@@ -352,8 +365,9 @@ def _width(most: int, channels: int) -> int:
     return max(16, min(most, triton.next_power_of_2(channels)))
 
 
-def _meta(q: Tensor, config: Config, out: int) -> dict[str, Any]:
+def _meta(q: Tensor, config: Config, out: int, starts: Tensor | None) -> dict[str, Any]:
     return {
+        "PACKED": starts is not None,
         "PRECISION": PRECISIONS[q.dtype],
         "QUERIES": config.queries,
         "KEYS": config.keys,

@@ -15,11 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype
+from ..diagonal_scan import diagonal_scan
+from ..documents import Documents
 
 
-def sums_outside(blocks: Tensor, causal: bool) -> Tensor:
-    """Sums over the blocks outside each block's window, of what each block has: [B, H, N, X]."""
+def sums_outside(blocks: Tensor, causal: bool, starts: Tensor | None = None) -> Tensor:
+    """Sums over the blocks outside each block's window, of what each block has: [B, H, N, X].
+
+    Of documents whose first blocks are `starts`, B = 1, each over its own.
+    """
     N = blocks.shape[2]
+    if starts is not None:
+        return _sums_in_documents(blocks, causal, Documents(starts, N))
     edge = min(N, 2)
     outside = F.pad(blocks[:, :, : N - edge].cumsum(2), (0, 0, edge, 0))
     if not causal:
@@ -27,19 +34,65 @@ def sums_outside(blocks: Tensor, causal: bool) -> Tensor:
     return outside
 
 
+def _sums_in_documents(blocks: Tensor, causal: bool, documents: Documents) -> Tensor:
+    if not blocks.is_floating_point():  # what is exact may be subtracted
+        document, block = documents.of_steps(), torch.arange(documents.T, device=blocks.device)
+        first, end = documents.starts[document], documents.starts[document + 1]
+        up_to = F.pad(blocks.cumsum(2), (0, 0, 1, 0))
+        outside = up_to[:, :, torch.maximum(block - 1, first)] - up_to[:, :, first]
+        if not causal:
+            outside = outside + up_to[:, :, end] - up_to[:, :, torch.minimum(block + 2, end)]
+        return outside
+
+    row = blocks[0].transpose(0, 1).flatten(1)  # [N, H X]
+    outside = _scan(row, 2, documents) if causal else _scan(row, 2, documents) + _scan(row, -2, documents)
+    return outside.unflatten(2, (blocks.shape[1], -1)).transpose(1, 2)
+
+
+def _scan(row: Tensor, ahead: int, documents: Documents) -> Tensor:
+    """Sums over the blocks `ahead` of each or further, or behind: [1, N, X]."""
+    source = torch.arange(documents.T, device=row.device) - ahead
+    document = documents.of_steps()
+    same = (source >= 0) & (source < documents.T) & (document.roll(ahead) == document)
+    others = torch.where(same[:, None], row.roll(ahead, 0), 0)[None]
+    return diagonal_scan(others, others.new_ones(others.shape[-1]), reverse=ahead < 0, cu_seqlens=documents.starts)
+
+
+Visit = tuple[int, int, bool | Tensor]
+
+
+def _visits(documents: Documents, causal: bool) -> list[list[Visit]]:
+    """The ways to go through blocks. At each, what the way comes to: a block, the one two ahead of it on the way, and
+    whether that is of another document: then nothing outside the block's window is ahead of it."""
+    N, number = documents.T, documents.positions()
+    ways = [(range(N), -2, number < 2)]
+    if not causal:
+        ways.append((range(N - 1, -1, -1), 2, documents.lengths[documents.of_steps()] - number <= 2))
+    visits = []
+    for order, step, fresh in ways:
+        known = fresh.tolist() if fresh.device.type == "cpu" else fresh.unbind()
+        visits.append([(i, i + step, known[i] if 0 <= i + step < N else True) for i in order])
+    return visits
+
+
 @torch.library.custom_op("seqzoo::vq_read_outside", mutates_args=())
-def read_outside(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -> Tensor:
+def read_outside(weights: Tensor, values: Tensor, codes: Tensor, causal: bool, starts: Tensor | None = None) -> Tensor:
     """Σ_j weights[codes_j] values_j over the keys j before a query's window and, if not causal, behind it.
 
     Args:
         weights: [G, N, L, S], for each query and code.
         values: [G, N, L, Dv], zero where there is no key.
         codes: int64 [G, N, L].
+        starts: int64, the first block of each document in a row, and N; a key is one of the query's own document.
 
     Returns: [G, N, L, Dv].
     """
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     by_block = _blocks(weights)
+    if starts is not None:
+        for i, sums in _sums_by_document(weights, values, codes, _visits(Documents(starts, len(by_block)), causal)):
+            out[:, i] += torch.bmm(by_block[i], sums)
+        return out
     for i, sums in _sums_of_values(weights, values, codes, causal):
         out[:, i] = torch.bmm(by_block[i], sums)
     return out
@@ -47,15 +100,30 @@ def read_outside(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -
 
 @torch.library.custom_op("seqzoo::vq_read_outside_backward", mutates_args=())
 def read_outside_backward(
-    dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool
+    dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights and values from `dy`, that of what was read."""
     d_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     dy_of, weights_of, row = _blocks(dy), _blocks(weights), _rows(codes, weights.shape[-1])
-    for i, sums in _sums_of_values(weights, values, codes, causal):
-        d_weights[:, i] = torch.bmm(dy_of[i], sums.mT)
     N, d_sums = len(row), _sums(weights, values)
     d_values = d_sums.new_zeros(N, *values[:, 0].flatten(0, 1).shape)
+    if starts is not None:
+        visits = _visits(Documents(starts, N), causal)
+        for i, sums in _sums_by_document(weights, values, codes, visits):
+            d_weights[:, i] += torch.bmm(dy_of[i], sums.mT)
+        for way in visits:
+            d_sums.zero_()
+            for i, other, fresh in reversed(way):
+                if fresh is True:
+                    d_sums.zero_()
+                    continue
+                d_sums += torch.bmm(weights_of[i].mT, dy_of[i])
+                if fresh is not False:
+                    d_sums.masked_fill_(fresh, 0)
+                d_values[other] += d_sums.flatten(0, 1)[row[other]]
+        return d_weights, _of_blocks(d_values, values)
+    for i, sums in _sums_of_values(weights, values, codes, causal):
+        d_weights[:, i] = torch.bmm(dy_of[i], sums.mT)
     for i in range(N - 1, 1 if causal else -1, -1):  # adds up the gradients of the sums that blocks from i on read
         d_sums += torch.bmm(weights_of[i].mT, dy_of[i])
         if i >= 2:
@@ -64,17 +132,18 @@ def read_outside_backward(
             d_values[i + 1].sub_(d_sums.flatten(0, 1)[row[i + 1]])
     for i in range(N if causal else 1, N):
         d_values[i].add_(d_sums.flatten(0, 1)[row[i]])
-    d_values = d_values.unflatten(1, values[:, 0].shape[:2]).transpose(0, 1)
-    return d_weights, d_values.to(values.dtype, memory_format=torch.contiguous_format, copy=True)
+    return d_weights, _of_blocks(d_values, values)
 
 
 @read_outside.register_fake
-def _(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -> Tensor:
+def _(weights: Tensor, values: Tensor, codes: Tensor, causal: bool, starts: Tensor | None = None) -> Tensor:
     return values.new_empty(values.shape)
 
 
 @read_outside_backward.register_fake
-def _(dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _(
+    dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return weights.new_empty(weights.shape), values.new_empty(values.shape)
 
 
@@ -94,6 +163,30 @@ def _sums_of_values(weights: Tensor, values: Tensor, codes: Tensor, causal: bool
         if i >= 2:
             add(i - 2, 1)
         yield i, sums.to(weights.dtype)
+
+
+def _sums_by_document(
+    weights: Tensor, values: Tensor, codes: Tensor, visits: list[list[Visit]]
+) -> Iterator[tuple[int, Tensor]]:
+    """As `_sums_of_values`, once on each way through the blocks of documents."""
+    row, sums = _rows(codes, weights.shape[-1]), _sums(weights, values)
+    values_of = [block.flatten(0, 1) for block in _blocks(values.to(sums.dtype))]
+    for way in visits:
+        sums.zero_()
+        for i, other, fresh in way:
+            if fresh is True:
+                sums.zero_()
+                continue
+            sums.flatten(0, 1).index_add_(0, row[other], values_of[other])
+            if fresh is not False:
+                sums.masked_fill_(fresh, 0)
+            yield i, sums.to(weights.dtype)
+
+
+def _of_blocks(d_values: Tensor, values: Tensor) -> Tensor:
+    """N of [G L, Dv], as `values` are."""
+    d_values = d_values.unflatten(1, values[:, 0].shape[:2]).transpose(0, 1)
+    return d_values.to(values.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _blocks(x: Tensor) -> tuple[Tensor, ...]:

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..documents import Documents
+from .packed import PackedBlocks
+
 
 class VQState(NamedTuple):
     """What causal VQ attention remembers: the last block one by one, everything before it by code.
@@ -48,4 +51,26 @@ class VQState(NamedTuple):
             counts=self.counts + member.sum(1),
             sums=self.sums + torch.einsum("bths,bthd->bhsd", member.to(values.dtype), values),
             position=self.position + steps,
+        )
+
+    def advance_documents(self, codes: Tensor, values: Tensor, documents: Documents) -> VQState:
+        """The state after `codes` [1, T, H] and `values` [1, T, H, Dv] of documents, each behind its row."""
+        N, block_len, H = self.codes.shape
+        S, Dv = self.sums.shape[-2:]
+        packed = PackedBlocks(documents, block_len, self.position.clamp(max=block_len))
+        codes = packed.row(codes.to(self.codes.dtype), self.codes)[0]
+        values, valid = packed.row(values, self.values.to(values.dtype))[0], packed.valid()[0]
+
+        ends = packed.pieces.before[:-1] * block_len + documents.lengths  # [N], where what stays begins
+        known = packed.pieces.known.repeat_interleave(block_len)  # the document of each position
+        leaves = (valid & (torch.arange(len(codes), device=codes.device) < ends[known]))[:, None]
+        cell = ((known[:, None] * H + torch.arange(H, device=codes.device)) * S + codes).flatten()  # of each key
+        older = torch.where(leaves[..., None], values, 0).flatten(0, 1).to(self.sums.dtype)
+        stays = ends[:, None] + torch.arange(block_len, device=codes.device)  # [N, block_len]
+        return VQState(
+            codes=codes[stays],
+            values=values[stays],
+            counts=self.counts.flatten().index_add(0, cell, leaves.expand(-1, H).flatten().long()).view(N, H, S),
+            sums=self.sums.flatten(0, 2).index_add(0, cell, older).view(N, H, S, Dv),
+            position=self.position + documents.lengths,
         )

@@ -38,12 +38,15 @@ def program(chunks, tiles, blocks, H):
 
 
 @triton.jit
-def bounds(first, last, b, T):
-    """The first valid position of a sequence, and the one behind its last."""
+def bounds(first, last, b, block, T, PACKED: tl.constexpr):
+    """The first valid position of a sequence, and the one behind its last; `PACKED`, of the block's document."""
+    at = b
+    if PACKED:
+        at = block
     begin = 0
     if first is not None:
-        begin = valid_steps(first, b, T)
-    return begin, valid_steps(last, b, T)
+        begin = valid_steps(first, at, T)
+    return begin, valid_steps(last, at, T)
 
 
 @triton.jit

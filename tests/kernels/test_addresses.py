@@ -35,7 +35,7 @@ def launches(operation: str, size: Size, multiprocessors: int = 1) -> list[Launc
 def found_in(launch: Launch, program: int, length: int) -> list[str]:
     """Its faults where every sequence has this length, whatever an argument calls it."""
     loaded = dict.fromkeys(("lengths", "last"), length)
-    loaded |= {"position": 3, "first": 3, "earlier": 2**40, "valid": 1}
+    loaded |= {"position": 3, "first": 3, "earlier": 2**40, "valid": 1, "starts": 0}
     loaded |= {"steep": int(launch.arguments.get("CAREFUL", False))}  # what the launch is for
     return faults(launch, program, loaded)
 

@@ -55,6 +55,36 @@ def test_what_is_laid_out_can_be_taken_up_again(length: int):
     assert torch.autograd.gradcheck(lambda x: pieces.take_up(pieces.lay_out(x).sin()), x, fast_mode=True)
 
 
+@pytest.mark.parametrize("length", [1, 4, 16, 64])
+def test_documents_may_begin_in_the_middle_of_a_piece(length: int):
+    ahead = torch.tensor([0, 1, length, length - 1, 1, 0])
+    pieces = DOCUMENTS.pieces(length, ahead)
+    sizes = [rows + size for rows, size in zip(ahead.tolist(), LENGTHS, strict=True)]
+    expected = [(n, i) for n, size in enumerate(sizes) for i in range(-(-size // length))]
+    P = len(expected)
+    assert list(zip(pieces.document.tolist(), pieces.number.tolist(), strict=True))[:P] == expected
+    assert pieces.document[P:].eq(6).all()
+    assert pieces.steps[:P].tolist() == [min(length, sizes[n] - i * length) for n, i in expected]
+    assert not pieces.steps[P:].any()
+    assert pieces.known.tolist() == [n for n, _ in expected] + [5] * (len(pieces.document) - P)
+    x = torch.randn(1, T, 3, requires_grad=True)
+    row = pieces.lay_out(x)[0]
+    for n, (start, size) in enumerate(zip(STARTS.tolist(), LENGTHS, strict=False)):
+        first = int(pieces.before[n]) * length
+        assert row[first : first + ahead[n]].eq(0).all()
+        assert row[first + ahead[n] :][:size].equal(x[0, start : start + size])
+    assert pieces.take_up(row[None]).equal(x)
+
+
+def test_pieces_are_documents_of_their_own():
+    pieces = DOCUMENTS.pieces(16)
+    documents = pieces.as_documents()
+    P = int(pieces.before[-1])
+    assert len(pieces.document) == documents.T
+    assert documents.positions()[:P].equal(pieces.number[:P])
+    assert documents.of_steps()[:P].equal(pieces.document[:P])
+
+
 def test_what_cannot_be_documents_is_refused_in_words():
     good = torch.tensor([0, 3, 8], dtype=torch.int32)
     found = check_documents("op", good, None, 1, 8)
