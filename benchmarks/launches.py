@@ -214,6 +214,10 @@ def scans() -> Calls:
     yield from one_way(2, 16384, 256, torch.bfloat16, True, True, True)
     yield from one_way(3, 100, 24, torch.complex64, True, False, True)
     yield from one_way(3, 100, 5, torch.float32, False, True, False)
+    for T in (16384, 300):  # documents that are cut, and not
+        yield partial(passes.scan, 1, T, 256, torch.complex64, True, False, state=True, scaled=True, documents=8)
+        yield partial(passes.scan, 1, T, 256, torch.float32, False, True, documents=8)
+        yield partial(passes.both_scans, 1, T, 256, torch.complex64, scaled=True, documents=8)
     for dtype in (torch.complex64, *FLOATS):
         yield from two_ways(3, 700, 200, dtype, True)
         for constant, reverse in product((True, False), repeat=2):
@@ -230,6 +234,11 @@ def attentions() -> Calls:
         yield partial(both, D, D, dtype, True)
         yield partial(both, D, D, dtype, False, padded=True)
         yield partial(both, D, D, dtype, True, every=True)
+    for dtype, D in ((torch.bfloat16, 64), (torch.float32, 64)):
+        for causal, scaled in ((True, False), (False, True)):
+            yield partial(passes.attention, 1, 8192, 8, 2, D, D, dtype, causal, scaled=scaled, documents=8)
+        yield partial(passes.attention, 8, 1024, 8, 8, D, D, dtype, True, True, True, window=100)
+        yield partial(passes.attention, 1, 8192, 8, 8, D, D, dtype, False, documents=8, window=100)
     for D, Dv in ((16, 64), (64, 128), (128, 64), (112, 112), (64, 256)):
         yield partial(both, D, Dv, torch.bfloat16, False)
         yield partial(both, D, Dv, torch.float16, True, every=True)

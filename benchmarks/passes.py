@@ -51,31 +51,41 @@ def integers(*shape: int) -> Tensor:
     return meta(*shape, dtype=torch.int64)
 
 
+def starts(documents: int) -> Tensor | None:
+    """Where so many documents begin, None where there are none."""
+    return integers(documents + 1) if documents else None
+
+
 def attention(
     B: int, T: int, H: int, G: int, D: int, Dv: int, dtype: torch.dtype, causal: bool,
-    padded: bool = False, placed: bool = False, scaled: bool = False,
+    padded: bool = False, placed: bool = False, scaled: bool = False, documents: int = 0, window: int = 0,
 ) -> None:  # fmt: skip
     q, k, v = meta(B, T, H, D, dtype=dtype), meta(B, T, G, D, dtype=dtype), meta(B, T, G, Dv, dtype=dtype)
     lengths, position = (integers(B) if given else None for given in (padded, placed))
     arguments = (meta(B, T) if scaled else None, 1.0, lengths, position)
-    o, log_sum = softmax._attention._init_fn(q, k, v, *arguments, causal)
-    softmax._attention_backward._init_fn(o, q, k, v, *arguments, o, log_sum, causal)
+    reach = (window - 1, 0 if causal else window - 1) if window else (-1, -1)
+    options = (causal and not window, starts(documents), None, *reach)
+    o, log_sum = softmax._attention._init_fn(q, k, v, *arguments, *options)
+    softmax._attention_backward._init_fn(o, q, k, v, *arguments, o, log_sum, *options)
 
 
 def scan(
     B: int, T: int, D: int, dtype: torch.dtype, constant: bool, reverse: bool,
-    padded: bool = False, state: bool = False, scaled: bool = False,
+    padded: bool = False, state: bool = False, scaled: bool = False, documents: int = 0,
 ) -> None:  # fmt: skip
     x, a = meta(B, T, D, dtype=dtype), meta(*((D,) if constant else (B, T, D)), dtype=dtype)
-    initial = meta(B, D, dtype=torch.complex64 if dtype.is_complex else torch.float32) if state else None
-    arguments = (a, initial, reverse, integers(B) if padded else None, meta(D) if scaled else None)
+    initial = meta(documents or B, D, dtype=torch.complex64 if dtype.is_complex else torch.float32) if state else None
+    arguments = (a, initial, reverse, integers(B) if padded else None, meta(D) if scaled else None, starts(documents))
     h, final = diagonal.scan(x, *arguments)
     diagonal.scan_backward(h, final, h, *arguments)
 
 
-def both_scans(B: int, T: int, D: int, dtype: torch.dtype, padded: bool = False, scaled: bool = False) -> None:
+def both_scans(
+    B: int, T: int, D: int, dtype: torch.dtype, padded: bool = False, scaled: bool = False, documents: int = 0
+) -> None:
     x = meta(B, T, D, dtype=dtype)
-    arguments = (meta(D, dtype=dtype), integers(B) if padded else None, meta(D) if scaled else None)
+    ends = (integers(B) if padded else None, meta(D) if scaled else None, starts(documents))
+    arguments = (meta(D, dtype=dtype), *ends)
     h = diagonal._both_scans._init_fn(x, *arguments)
     diagonal._both_scans_backward._init_fn(h, h, *arguments)
 

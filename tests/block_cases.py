@@ -10,6 +10,7 @@ VARIANTS = {  # the default options of each block, and those that take another w
         {},
         {"num_kv_heads": 1, "entropy_length": 64, "bias": True},
         {"rotary": False, "num_kv_heads": 2},
+        {"window": 7, "num_kv_heads": 2, "entropy_length": 64},
     ],
     "linear_attention": [
         {},

@@ -37,6 +37,9 @@ def attention_calls(size: Size) -> Calls:
     B, T, H, D, dtype = size
     yield partial(passes.attention, B, T, H, H, D, D, dtype, True, padded=True)
     yield partial(passes.attention, B, T, H, 1, D, D, dtype, False, padded=True, placed=True, scaled=True)
+    yield partial(passes.attention, B, T, H, H, D, D, dtype, True, padded=True, placed=True, window=20)
+    yield partial(passes.attention, 1, B * T, H, 1, D, D, dtype, True, scaled=True, documents=B)
+    yield partial(passes.attention, 1, B * T, H, H, D, D, dtype, False, documents=B, window=20)
 
 
 def scan_calls(size: Size) -> Calls:
@@ -44,6 +47,8 @@ def scan_calls(size: Size) -> Calls:
     yield partial(passes.scan, B, T, H * D, torch.complex64, True, False, padded=True, state=True, scaled=True)
     yield partial(passes.scan, B, T, H * D, dtype, False, True, padded=True, scaled=True)
     yield partial(passes.both_scans, B, T, H * D, torch.complex64, padded=True)
+    yield partial(passes.scan, 1, B * T, H * D, dtype, False, True, state=True, documents=B)
+    yield partial(passes.both_scans, 1, B * T, H * D, torch.complex64, scaled=True, documents=B)
 
 
 def favor_calls(size: Size) -> Calls:

@@ -38,6 +38,7 @@ def attention(
     position: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     query_cu_seqlens: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, with grouped key/value heads.
@@ -62,6 +63,8 @@ def attention(
         query_cu_seqlens: integers [N + 1], the same of the T queries where they are others in number than the keys:
             those of a document are then the last of its steps if causal, so that the last query sees all its keys and
             one that stands ahead of the first key gives zeros; or of another sequence (cross attention) if not.
+        window: how far a query sees: keys less than `window` steps away, its own among them; of them those up to its
+            own place if causal. Or a pair, how many keys it sees ahead of its own place and how many behind it.
         backend: "auto", "fused", "chunked" (PyTorch's scaled_dot_product_attention) or "reference".
 
     Returns:
@@ -70,7 +73,7 @@ def attention(
     Raises:
         ValueError: shapes that do not fit together, lengths that are no integers [B] or, on a CPU, lie outside [0, S],
             causal queries other in number than the keys without `position`, documents that do not end where the row
-            does or have a position, or an unknown backend.
+            does or have a position, a window of nothing or over another sequence, or an unknown backend.
 
     Source: Vaswani et al. 2017, equation 1; the per-query scale: Su, "Entropy invariance of attention" (2021).
     """
@@ -87,10 +90,13 @@ def attention(
         raise ValueError(f"attention: {T} causal queries against {S} keys need position, where the first query stands")
     if query_lengths is not None and (causal or position is not None):
         raise ValueError("attention: query_lengths are for causal=False without position; valid: lengths")
+    others = query_lengths is not None or query_cu_seqlens is not None or (position is None and S != T)
+    across = others and not causal
+    reach = _reach(window, causal, across)
     if isinstance(scale, Tensor) and list(scale.shape) not in ([T], [B, T]):
         raise ValueError(f"attention: a scale per query is [{T}] or [{B}, {T}], got {list(scale.shape)}")
     lengths = check_lengths("attention", lengths, B, S)
-    if documents is None and not causal and position is None and (query_lengths is not None or S != T):
+    if documents is None and across:
         # Where a query stands says only whether it counts.
         end = torch.full((B,), S, device=q.device) if lengths is None else lengths
         asked = check_lengths("attention (query_lengths)", query_lengths, B, T)
@@ -101,9 +107,23 @@ def attention(
         scale = 1 / math.sqrt(D)
     elif isinstance(scale, Tensor):
         scale = _of_valid_queries(scale.expand(B, T), lengths, position, S)[:, :, None, None]
-    return run(
-        q, k, v, causal=causal, lengths=lengths, scale=scale, position=position, documents=documents, queries=queries
-    )
+    places = {"lengths": lengths, "position": position, "documents": documents, "queries": queries}
+    return run(q, k, v, causal=causal, scale=scale, window=reach, **places)
+
+
+def _reach(window: int | tuple[int, int] | None, causal: bool, across: bool) -> tuple[int, int] | None:
+    """How many keys ahead of its own place a query sees, and how many behind it."""
+    if window is None:
+        return None
+    reach = window if isinstance(window, tuple) else (window - 1,) * 2 if isinstance(window, int) else ()
+    if isinstance(window, bool) or len(reach) != 2 or not all(isinstance(x, int) and x >= 0 for x in reach):
+        raise ValueError(
+            f"attention: window={window!r}; valid: an integer of 1 or more, or how many keys are seen ahead of a "
+            "query's own and how many behind it, two of 0 or more"
+        )
+    if across:
+        raise ValueError("attention: a window is over the queries' own sequence; valid across sequences: window=None")
+    return reach[0], 0 if causal else reach[1]
 
 
 def _documents(

@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, head_rows, load_tile
-from .tiles import LOG2_E, query_scale, seen_keys, sequence, visible
+from .tiles import LOG2_E, in_row, query_scale, seen_keys, sequence, visible
 
 
 @triton.jit
 def _query_gradient(
-    dq, q_t, do_t, log, delta, k, v, scale, here, b, g, first, last, n, S, G, D, Dv, channel, value_channel,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q_t, do_t, log, delta, k, v, scale, here, b, g, first, last, n, left, right, S, G, D, Dv, channel,
+    value_channel, MASKED: tl.constexpr, CAUSAL: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
         key = start + tl.arange(0, KEYS)
@@ -23,13 +24,13 @@ def _query_gradient(
         v_t = load_tile(head_rows(v, b, start, S, g, G, Dv), tl.arange(0, KEYS), G * Dv, value_channel, Dv, key < n)
         weights = tl.exp2(dot(q_t, tl.trans(k_t), PRECISION) * (scale * LOG2_E)[:, None] - log[:, None])
         if MASKED:
-            weights = tl.where(visible(key, here, n, CAUSAL), weights, 0.0)
+            weights = tl.where(visible(key, here, n, left, right, CAUSAL), weights, 0.0)
         d_scores = weights * (dot(do_t, tl.trans(v_t), PRECISION) - delta[:, None])
         dq += dot(d_scores, k_t, PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "pieces", "documents", "left", "right"])
 def _query_kernel(
     q,
     k,
@@ -42,6 +43,14 @@ def _query_kernel(
     dq,
     lengths,
     position,
+    starts,
+    query_starts,
+    document,
+    number,
+    pieces,
+    documents,
+    left,
+    right,
     T,
     S,
     H,
@@ -57,12 +66,26 @@ def _query_kernel(
     STAGES: tl.constexpr,
 ):
     """The gradient of q, a block of queries a program."""
-    blocks = tl.cdiv(T, QUERIES)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks
-    b, h = (head // H).to(tl.int64), head % H
-    g = h // (H // G)
-    n, before = sequence(lengths, position, b, S)
+    if document is None:
+        blocks = tl.cdiv(T, QUERIES)
+        block = blocks - 1 - tl.program_id(0) % blocks
+        head = tl.program_id(0) // blocks
+        b, h = (head // H).to(tl.int64), head % H
+        g = h // (H // G)
+        n, before = sequence(lengths, position, b, S)
+    else:
+        which = tl.load(document + tl.program_id(0) % pieces)
+        if which >= documents:
+            return
+        block, h = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
+        first, T = in_row(query_starts, which)
+        begin, S = in_row(starts, which)
+        q, do, dq = q + first * H * D, do + first * H * Dv, dq + first * H * D
+        log_sum, delta = log_sum + first * H, delta + first * H
+        k, v = k + begin * G * D, v + begin * G * Dv
+        if scales is not None:
+            scales += first
+        b, g, n, before = first * 0, h // (H // G), S, S - T
     query = block * QUERIES + tl.arange(0, QUERIES)
     here = before + query
     live = (query < T) & (here < n)
@@ -74,13 +97,17 @@ def _query_kernel(
     delta_t = tl.load(head_rows(delta, b, block * QUERIES, T, h, H, 1) + index * H, mask=live, other=0.0)
     factor = query_scale(scales, scale, b, T, query, live)
 
-    free, end = seen_keys(before + block * QUERIES, n, CAUSAL, QUERIES, KEYS)
+    free, end = seen_keys(before + block * QUERIES, n, left, right, CAUSAL, QUERIES, KEYS)
+    if document is not None:
+        free = tl.maximum(free, 0)
     sums = tl.zeros([QUERIES, DK], tl.float32)
     for MASKED in tl.static_range(2):
-        sums = _query_gradient(
-            sums, q_t, do_t, log, delta_t, k, v, factor, here, b, g, free if MASKED else 0, end if MASKED else free, n,
-            S, G, D, Dv, channel, value_channel, MASKED, CAUSAL, KEYS, STAGES, PRECISION,
-        )  # fmt: skip
+        if MASKED or left is None:
+            sums = _query_gradient(
+                sums, q_t, do_t, log, delta_t, k, v, factor, here, b, g, free if MASKED else 0,
+                end if MASKED else free, n, left, right, S, G, D, Dv, channel, value_channel,
+                MASKED, CAUSAL, KEYS, STAGES, PRECISION,
+            )  # fmt: skip
     sums *= factor[:, None]
     tl.store(
         head_rows(dq, b, block * QUERIES, T, h, H, D) + index[:, None] * (H * D) + channel[None, :],
@@ -89,7 +116,7 @@ def _query_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "pieces", "documents", "left", "right"])
 def _key_kernel(
     q,
     k,
@@ -103,6 +130,14 @@ def _key_kernel(
     dv,
     lengths,
     position,
+    starts,
+    query_starts,
+    document,
+    number,
+    pieces,
+    documents,
+    left,
+    right,
     T,
     S,
     H,
@@ -117,12 +152,29 @@ def _key_kernel(
     DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradients of k and v, a block of keys a program. Scores are made with keys as rows: nothing is transposed."""
-    blocks = tl.cdiv(S, KEYS)
-    block = tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks
-    b, g = (head // G).to(tl.int64), head % G
-    n, before = sequence(lengths, position, b, S)
+    """The gradients of k and v, a block of keys a program, of which `document` and `number` are here.
+
+    Scores are made with keys as rows: nothing is transposed.
+    """
+    if document is None:
+        blocks = tl.cdiv(S, KEYS)
+        block = tl.program_id(0) % blocks
+        head = tl.program_id(0) // blocks
+        b, g = (head // G).to(tl.int64), head % G
+        n, before = sequence(lengths, position, b, S)
+    else:
+        which = tl.load(document + tl.program_id(0) % pieces)
+        if which >= documents:
+            return
+        block, g = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
+        first, T = in_row(query_starts, which)
+        begin, S = in_row(starts, which)
+        q, do = q + first * H * D, do + first * H * Dv
+        log_sum, delta = log_sum + first * H, delta + first * H
+        k, dk, v, dv = k + begin * G * D, dk + begin * G * D, v + begin * G * Dv, dv + begin * G * Dv
+        if scales is not None:
+            scales += first
+        b, n, before = first * 0, S, S - T
     key = block * KEYS + tl.arange(0, KEYS)
     channel, value_channel = tl.arange(0, DK), tl.arange(0, DV)
     row, index = tl.arange(0, KEYS), tl.arange(0, QUERIES)
@@ -133,6 +185,9 @@ def _key_kernel(
     start, stop = 0, tl.maximum(tl.minimum(T, n - before), 0)
     if CAUSAL:
         start = tl.maximum(block * KEYS - before, 0) // QUERIES * QUERIES
+    if left is not None:
+        start = tl.maximum(block * KEYS - right - before, 0) // QUERIES * QUERIES
+        stop = tl.minimum(stop, block * KEYS + KEYS + left - before)
     if block * KEYS >= n:
         stop = 0
     for h in range(g * (H // G), (g + 1) * (H // G)):
@@ -148,6 +203,9 @@ def _key_kernel(
             seen = (key < n)[:, None]
             if CAUSAL:
                 seen = seen & (key[:, None] <= before + query[None, :])
+            if left is not None:
+                distance = key[:, None] - (before + query[None, :])
+                seen = seen & (distance >= -left) & (distance <= right)
             weights = tl.where(seen, weights, 0.0)
             dv_t += dot(weights, do_t, PRECISION)
             d_scores = weights * (dot(v_t, tl.trans(do_t), PRECISION) - delta_t[None, :]) * factor[None, :]

@@ -1,17 +1,12 @@
+"""Softmax attention without Triton."""
+
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import zero_padding
-from ..derivatives import forward_mode, gradient, pullback
 from ..documents import Documents
-from .kept import attention_kept, keeps
-from .plain import plain_attention
-from .reference import padded
+from .blockwise import Ends, attention_blockwise
+from .rows import attention_of_rows
 
 
 def attention_chunked(
@@ -23,95 +18,12 @@ def attention_chunked(
     lengths: Tensor | None,
     scale: float | Tensor,
     position: Tensor | None,
+    window: tuple[int, int] | None,
     documents: Documents | None = None,
     queries: Documents | None = None,
 ) -> Tensor:
-    if documents is not None:
-        return padded(attention_chunked, q, k, v, causal, scale, documents, queries)
-    T, S = q.shape[1], k.shape[1]
-    if position is None and keeps(q, k, v):
-        return _kept(q, k, v, causal, lengths, scale)
-    # Padding stands last, so that no valid causal query ever sees it: the causal kernel then needs no mask of keys.
-    mask = None
-    if position is not None:
-        here = position[:, None] + torch.arange(T, device=q.device)  # [B, T]
-        end = torch.full_like(position, S) if lengths is None else lengths
-        live = here < end[:, None]
-        there = torch.arange(S, device=q.device)
-        last = torch.where(live, here, 0) if causal else (end - 1)[:, None]
-        mask = (there <= last[..., None])[:, None]  # [B, 1, T or 1, S]
-        q = torch.where(live[..., None, None], q, 0)
-    elif lengths is not None:
-        live = torch.arange(T, device=q.device) < lengths[:, None]
-        q = zero_padding(q, lengths)
-        if not causal:
-            mask = live[:, None, None, :]
-    k, v = zero_padding(k, lengths), zero_padding(v, lengths)
-
-    q, k, v = (q * scale).transpose(1, 2).to(q.dtype), k.transpose(1, 2), v.transpose(1, 2)
-    causal = causal and mask is None
-    if forward_mode():
-        y = plain_attention(mask, causal, q, k, v)
-    else:
-        y = _sdpa(mask, causal, q, k, v)
-        if y.requires_grad and _second_derivatives():
-            y = _Attention.apply(mask, causal, y, q, k, v)
-    y = y.transpose(1, 2)
-    if lengths is None and position is None:
-        return y
-    return torch.where(live[..., None, None], y, 0)
-
-
-def _kept(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, scale: float | Tensor
-) -> Tensor:  # [B, T, H, Dv]
-    B, T, H, _ = q.shape
-
-    def by_head(x: Tensor) -> Tensor:  # [B, T, H or G, D] -> [B * H, T, D]
-        return x.repeat_interleave(H // x.shape[2], 2).transpose(1, 2).reshape(B * H, T, -1).contiguous()
-
-    of_heads = None if lengths is None else lengths.repeat_interleave(H)
-    y, _ = attention_kept(by_head((q * scale).to(q.dtype)), by_head(k), by_head(v), of_heads, causal)
-    return y.view(B, H, T, -1).transpose(1, 2)
-
-
-# All of q [B, H, T, D], k [B, G, S, D] and v [B, G, S, Dv], scaled; mask [B, 1, T or 1, S] of the keys that are seen.
-
-
-def _sdpa(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def _second_derivatives() -> bool:
-    """Whether they can be asked for: PyTorch refuses those of graphs, and has its own way in function transforms."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-
-
-class _Attention(torch.autograd.Function):
-    """y = _sdpa(q, k, v), which PyTorch differentiates once, with the derivatives of the plain form beyond the first.
-
-    Once, PyTorch's own gradient of y runs; where another is to follow, it is made again, by an operation that has one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, mask: Tensor | None, causal: bool, y: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.causal = causal
-        ctx.save_for_backward(mask, q, k, v)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled() and not forward_mode():
-            return None, None, dy, None, None, None
-        mask, *inputs = ctx.saved_tensors
-
-        def written() -> tuple[Tensor | None, ...]:
-            gradients = pullback(lambda *x: (_sdpa(mask, ctx.causal, *x),), [x.detach() for x in inputs], (dy,))
-            return tuple(None if x is None else x.detach() for x in gradients)
-
-        def form(*inputs: Tensor) -> tuple[Tensor]:
-            return (plain_attention(mask, ctx.causal, *inputs),)
-
-        return None, None, None, *gradient(written, form, inputs, (dy,))
+    if documents is None and window is None:
+        return attention_of_rows(q, k, v, causal=causal, lengths=lengths, scale=scale, position=position)
+    starts = (None if given is None else given.starts for given in (documents, queries))
+    left, right = window or (-1, 0 if causal else -1)
+    return attention_blockwise((q * scale).to(q.dtype), k, v, Ends(lengths, position, *starts), left, right)

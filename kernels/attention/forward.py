@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from ..tiles import absorb, dot, head_rows, load_tile
-from .tiles import LOG2_E, query_scale, seen_keys, sequence, visible
+from .tiles import LOG2_E, in_row, query_scale, seen_keys, sequence, visible
 
 
 @triton.jit
 def _absorb(
-    q_t, sums, m, total, k, v, scale, here, b, g, first, last, n, S, G, D, Dv, channel, value_channel,
+    q_t, sums, m, total, k, v, scale, here, b, g, first, last, n, left, right, S, G, D, Dv, channel, value_channel,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What keys from `first` to `last` change of the weighted sum of values, the maximum and the sum of weights."""
@@ -24,12 +24,12 @@ def _absorb(
         v_t = load_tile(head_rows(v, b, start, S, g, G, Dv), tl.arange(0, KEYS), G * Dv, value_channel, Dv, key < n)
         scores = dot(q_t, tl.trans(k_t), PRECISION) * scale[:, None]
         if MASKED:
-            scores = tl.where(visible(key, here, n, CAUSAL), scores, float("-inf"))
+            scores = tl.where(visible(key, here, n, left, right, CAUSAL), scores, float("-inf"))
         sums, m, total = absorb(scores, v_t, sums, m, total, PRECISION)
     return sums, m, total
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "pieces", "documents", "left", "right"])
 def _forward_kernel(
     q,  # [B, T, H, D]
     k,  # [B, S, G, D]
@@ -40,6 +40,14 @@ def _forward_kernel(
     log_sum,  # [B, T, H], float32: log2 of the sum of weights, inf where there is none
     lengths,  # [B] or None
     position,  # [B] or None
+    starts,  # [documents + 1], or None: keys lie in a batch of B sequences
+    query_starts,  # as `starts`
+    document,  # [pieces], of each block of queries; `documents` where there is none
+    number,  # [pieces], of the block in its document
+    pieces,
+    documents,
+    left,  # how many keys ahead of its own place a query sees, or None: all
+    right,  # how many behind it
     T,
     S,
     H,
@@ -54,12 +62,25 @@ def _forward_kernel(
     DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    blocks = tl.cdiv(T, QUERIES)
-    block = blocks - 1 - tl.program_id(0) % blocks  # the longest first
-    head = tl.program_id(0) // blocks
-    b, h = (head // H).to(tl.int64), head % H
-    g = h // (H // G)
-    n, before = sequence(lengths, position, b, S)
+    if document is None:
+        blocks = tl.cdiv(T, QUERIES)
+        block = blocks - 1 - tl.program_id(0) % blocks  # the longest first
+        head = tl.program_id(0) // blocks
+        b, h = (head // H).to(tl.int64), head % H
+        g = h // (H // G)
+        n, before = sequence(lengths, position, b, S)
+    else:
+        which = tl.load(document + tl.program_id(0) % pieces)
+        if which >= documents:
+            return
+        block, h = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
+        first, T = in_row(query_starts, which)
+        begin, S = in_row(starts, which)
+        q, o, log_sum = q + first * H * D, o + first * H * Dv, log_sum + first * H
+        k, v = k + begin * G * D, v + begin * G * Dv
+        if scales is not None:
+            scales += first
+        b, g, n, before = first * 0, h // (H // G), S, S - T
     query = block * QUERIES + tl.arange(0, QUERIES)
     here = before + query
     live = (query < T) & (here < n)
@@ -68,15 +89,18 @@ def _forward_kernel(
     q_t = load_tile(head_rows(q, b, block * QUERIES, T, h, H, D), index, H * D, channel, D, live)
     factor = query_scale(scales, scale, b, T, query, live) * LOG2_E
 
-    free, end = seen_keys(before + block * QUERIES, n, CAUSAL, QUERIES, KEYS)
+    free, end = seen_keys(before + block * QUERIES, n, left, right, CAUSAL, QUERIES, KEYS)
+    if document is not None:
+        free = tl.maximum(free, 0)
     sums = tl.zeros([QUERIES, DV], tl.float32)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     for MASKED in tl.static_range(2):
-        sums, m, total = _absorb(
-            q_t, sums, m, total, k, v, factor, here, b, g, free if MASKED else 0, end if MASKED else free, n,
-            S, G, D, Dv, channel, value_channel, MASKED, CAUSAL, KEYS, STAGES, PRECISION,
-        )  # fmt: skip
+        if MASKED or left is None:
+            sums, m, total = _absorb(
+                q_t, sums, m, total, k, v, factor, here, b, g, free if MASKED else 0, end if MASKED else free, n, left,
+                right, S, G, D, Dv, channel, value_channel, MASKED, CAUSAL, KEYS, STAGES, PRECISION,
+            )  # fmt: skip
     any_seen = live & (total > 0)
     out = tl.where(any_seen[:, None], sums / tl.where(any_seen, total, 1.0)[:, None], 0.0)
     inside = query < T

@@ -18,11 +18,12 @@ def attention_reference(
     lengths: Tensor | None,
     scale: float | Tensor,
     position: Tensor | None,
-    documents: Documents | None,  # of the keys
-    queries: Documents | None,  # of the queries, where they have others
+    window: tuple[int, int] | None,
+    documents: Documents | None = None,  # of the keys
+    queries: Documents | None = None,  # of the queries, where they have others
 ) -> Tensor:
     if documents is not None:
-        return padded(attention_reference, q, k, v, causal, scale, documents, queries)
+        return padded(attention_reference, q, k, v, causal, scale, window, documents, queries)
     B, T, H, _ = q.shape
     S, G = k.shape[1:3]
     k, v = (zero_padding(x, lengths).repeat_interleave(H // G, dim=2) for x in (k, v))
@@ -32,6 +33,9 @@ def attention_reference(
     sees = (there < end[:, None])[:, None, :].expand(B, T, S)
     if causal:
         sees = sees & (there <= here[..., None])
+    if window is not None:
+        left, right = window
+        sees = sees & (there >= here[..., None] - left) & (there <= here[..., None] + right)
     live = ((here < end[:, None]) & sees.any(-1))[..., None, None]  # [B, T, 1, 1]
     q = torch.where(live, q, 0)
 
@@ -47,6 +51,7 @@ def padded(
     v: Tensor,
     causal: bool,
     scale: float | Tensor,
+    window: tuple[int, int] | None,
     documents: Documents,
     queries: Documents | None,
 ) -> Tensor:
@@ -60,7 +65,6 @@ def padded(
         lengths=documents.lengths,
         scale=asked.padded(scale) if isinstance(scale, Tensor) else scale,
         position=None if queries is None else documents.lengths - queries.lengths,
-        documents=None,
-        queries=None,
+        window=window,
     )
     return asked.unpadded(o)

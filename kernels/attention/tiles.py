@@ -22,6 +22,13 @@ def sequence(lengths, position, b, S):
 
 
 @triton.jit
+def in_row(starts, document):
+    """Where a document begins, and how many steps it has."""
+    begin = tl.load(starts + document)
+    return begin, (tl.load(starts + document + 1) - begin).to(tl.int32)
+
+
+@triton.jit
 def query_scale(scales, scale, b, T, query, live):
     """Of the queries' scores, by row."""
     if scales is None:
@@ -31,20 +38,27 @@ def query_scale(scales, scale, b, T, query, live):
 
 
 @triton.jit
-def seen_keys(first, n, CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """How many keys, in whole blocks, all queries of a block from position `first` on see, and how many any of them."""
+def seen_keys(first, n, left, right, CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """How many keys, in whole blocks, all queries of a block from position `first` on see, and how many any of them.
+
+    Within a window, where those begin that any of them sees, and where they end.
+    """
     end, free = n, n
     if CAUSAL:
         end, free = tl.minimum(n, first + QUERIES), tl.minimum(n, first + 1)
+    if left is not None:
+        end, free = tl.minimum(n, first + QUERIES + right), tl.maximum(first - left, 0)
     if first >= n:
         end, free = 0, 0
     return free // KEYS * KEYS, end
 
 
 @triton.jit
-def visible(key, here, n, CAUSAL: tl.constexpr):
+def visible(key, here, n, left, right, CAUSAL: tl.constexpr):
     """Which of `n` keys each query sees, from where it stands: [queries, keys]."""
     seen = (key < n)[None, :]
     if CAUSAL:
         seen = seen & (key[None, :] <= here[:, None])
+    if left is not None:
+        seen = seen & (key[None, :] >= here[:, None] - left) & (key[None, :] <= here[:, None] + right)
     return seen

@@ -10,7 +10,6 @@ from ..common import accumulation_dtype
 from ..documents import Documents
 from . import doubling
 from .operator import register
-from .reference import padded
 
 _scan, _forward, _backward = register("diagonal_scan", doubling.scan, doubling.scan_backward)
 
@@ -24,12 +23,11 @@ def diagonal_scan_chunked(
     factor: Tensor | None,  # [D], real
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
-    if documents is not None:
-        return padded(diagonal_scan_chunked, x, a, initial_state, reverse, factor, documents)
     dtype = accumulation_dtype(x.dtype)
     factor = None if factor is None else factor.to(accumulation_dtype(x.real.dtype))
     initial_state = None if initial_state is None else initial_state.to(dtype)
-    h, final_state = _scan(x.to(dtype), a.to(dtype), initial_state, reverse, lengths, factor)
+    starts = None if documents is None else documents.starts
+    h, final_state = _scan(x.to(dtype), a.to(dtype), initial_state, reverse, lengths, factor, starts)
     return h.to(x.dtype), final_state
 
 

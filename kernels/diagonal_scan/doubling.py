@@ -10,11 +10,52 @@ conjugate view as if it were none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common import valid_positions
+from ..documents import Documents
+
+
+class Ends(NamedTuple):
+    """Where R sequences lie in [B, T], and how a pass in one direction goes through them."""
+
+    valid: Tensor  # [B, T, 1], which steps count
+    some: Tensor  # [R, 1], which sequences have a step
+    row: Tensor  # [R]
+    first: Tensor  # [R], the first step that the pass takes of each
+    last: Tensor  # [R]
+    ahead: (
+        Tensor | None
+    )  # [1, T, 1], how many steps of its document the pass takes ahead of each; None: one sequence a row
+
+    def of(self, x: Tensor, step: Tensor) -> Tensor:
+        """[B, T, D] at one step of each sequence, `first` or `last`: [R, D]."""
+        return x[self.row, step]
+
+    def add(self, x: Tensor, step: Tensor, values: Tensor) -> None:
+        """Adds values [R, D] to x [B, T, D] at one step of each sequence that has one."""
+        x.index_put_((self.row, step), torch.where(self.some, values, 0), accumulate=True)
+
+
+def ends(x: Tensor, reverse: bool, lengths: Tensor | None, starts: Tensor | None) -> Ends:
+    B, T, _ = x.shape
+    if starts is not None:
+        documents = Documents(starts, T)
+        lengths, begin, ahead = documents.lengths, starts[:-1], documents.positions()
+        if reverse:
+            ahead = lengths[documents.of_steps()] - 1 - ahead
+        valid, row = torch.ones_like(ahead, dtype=torch.bool)[None, :, None], torch.zeros_like(begin)
+    else:
+        lengths = torch.full((B,), T, device=x.device) if lengths is None else lengths
+        begin, ahead, row = torch.zeros_like(lengths), None, torch.arange(B, device=x.device)
+        valid = valid_positions(lengths, T)[..., None]
+    low = begin.clamp(max=T - 1)  # where nothing is, anything is read
+    high = (begin + lengths - 1).clamp(min=0)
+    first, last = (high, low) if reverse else (low, high)
+    return Ends(valid, (lengths > 0)[:, None], row, first, last, None if ahead is None else ahead[None, :, None])
 
 
 def scan(
@@ -24,36 +65,38 @@ def scan(
     reverse: bool,
     lengths: Tensor | None,
     factor: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h [B, T, D] and the final state [B, D].
+    """h [B, T, D] and the final state [R, D] of R sequences: B, or as many as documents begin in `starts` [R + 1].
 
-    Of x [B, T, D], a [D] or [B, T, D], initial_state [B, D] and a real factor of x [D].
+    Of x [B, T, D], a [D] or [B, T, D], initial_state [R, D] and a real factor of x [D].
     """
-    B, T, D = x.shape
-    valid_BT1, first, last = ends(x, reverse, lengths)
-    batch = torch.arange(B, device=x.device)
-    h = torch.where(valid_BT1, x, 0)
+    _, T, D = x.shape
+    end = ends(x, reverse, lengths, starts)
+    h = torch.where(end.valid, x, 0)
     h = h if factor is None else factor * h
-    gate = a if a.dim() == 1 else torch.where(valid_BT1, a, 0)
-    before = x.new_zeros(B, D) if initial_state is None else initial_state
-    h[batch, first] += torch.where(valid_BT1[:, 0], (a if a.dim() == 1 else gate[batch, first]) * before, 0)
+    gate = a if a.dim() == 1 else torch.where(end.valid, a, 0)
+    before = x.new_zeros(len(end.some), D) if initial_state is None else initial_state
+    end.add(h, end.first, (a if a.dim() == 1 else end.of(gate, end.first)) * before)
 
     span = 1
     while span < T:
         earlier, later = slice(None, -span), slice(span, None)
         source, target = (later, earlier) if reverse else (earlier, later)
+        # What comes from another document counts as 0, whatever it is.
+        own = None if end.ahead is None else end.ahead[:, target] >= span
         h_next = h.clone()
         if a.dim() == 1:
-            h_next[:, target] += gate * h[:, source]
+            h_next[:, target] += gate * _kept(h[:, source], own)
             gate = gate * gate
         else:
-            h_next[:, target] += gate[:, target] * h[:, source]
+            h_next[:, target] += gate[:, target] * _kept(h[:, source], own)
             gate_next = torch.zeros_like(gate)
-            gate_next[:, target] = gate[:, target] * gate[:, source]
+            gate_next[:, target] = gate[:, target] * _kept(gate[:, source], own)
             gate = gate_next
         h, span = h_next, 2 * span
-    h = torch.where(valid_BT1, h, 0)
-    return h, torch.where(valid_BT1[:, 0], h[batch, last], before)
+    h = torch.where(end.valid, h, 0)
+    return h, torch.where(end.some, end.of(h, end.last), before)
 
 
 def scan_backward(
@@ -65,9 +108,10 @@ def scan_backward(
     reverse: bool,
     lengths: Tensor | None,
     factor: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `gradients`."""
-    return gradients(scan, dh, d_state, h, a, initial_state, reverse, lengths, factor)
+    return gradients(scan, dh, d_state, h, a, initial_state, reverse, lengths, factor, starts)
 
 
 def gradients(
@@ -80,28 +124,29 @@ def gradients(
     reverse: bool,
     lengths: Tensor | None,
     factor: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, a, the initial state and the factor, from those of h [B, T, D] and of the final state [B, D].
+    """Gradients of x, a, the initial state and the factor, from those of h [B, T, D] and of the final state [R, D].
 
     They are made by a `scan`, and so are theirs if PyTorch can differentiate that. x is not needed: h - a^t h_0 is
     proportional to the factor, so that its gradient times itself is the sum of their products with the gradients of h.
     """
-    B, _, D = h.shape
-    valid_BT1, first, last = ends(h, reverse, lengths)
-    batch = torch.arange(B, device=h.device)
-    w = torch.where(valid_BT1, dh, 0)
-    w[batch, last] += torch.where(valid_BT1[:, 0], d_state, 0)
-    before = h.new_zeros(B, D) if initial_state is None else initial_state
-    h_before = _shift(h, 1 if reverse else -1)
-    h_before[batch, first] = before
+    end = ends(h, reverse, lengths, starts)
+    w = torch.where(end.valid, dh, 0)
+    end.add(w, end.last, d_state)
+    before = torch.zeros_like(d_state) if initial_state is None else initial_state
+    own = None if end.ahead is None else end.ahead > 0
+    h_before = _kept(_shift(h, 1 if reverse else -1), own)
+    end.add(h_before, end.first, before)
 
     if a.dim() == 1:
-        p, _ = scan(w, a.conj_physical(), None, not reverse, lengths, None)
-        d_initial = a.conj_physical() * p[batch, first]
+        p, _ = scan(w, a.conj_physical(), None, not reverse, lengths, None, starts)
+        d_initial = a.conj_physical() * end.of(p, end.first)
     else:
-        a_conj = torch.where(valid_BT1, a.conj_physical(), 0)
-        p, _ = scan(w, _shift(a_conj, -1 if reverse else 1), None, not reverse, lengths, None)
-        d_initial = a_conj[batch, first] * p[batch, first]
+        a_conj = torch.where(end.valid, a.conj_physical(), 0)
+        after = _shift(_kept(a_conj, own), -1 if reverse else 1)
+        p, _ = scan(w, after, None, not reverse, lengths, None, starts)
+        d_initial = end.of(a_conj, end.first) * end.of(p, end.first)
     da = p * h_before.conj_physical()
     if a.dim() == 1:
         da = da.sum((0, 1))
@@ -109,18 +154,13 @@ def gradients(
         dx, d_factor = p, h.real.new_empty(0)
     else:
         dx = factor * p
-        of_state = torch.where(valid_BT1[:, 0], d_initial * before.conj_physical(), 0)
+        of_state = torch.where(end.some, d_initial * before.conj_physical(), 0)
         d_factor = ((w * h.conj_physical()).sum((0, 1)) - of_state.sum(0)).real / factor
-    return dx, da, torch.where(valid_BT1[:, 0], d_initial, d_state), d_factor
+    return dx, da, torch.where(end.some, d_initial, d_state), d_factor
 
 
-def ends(x: Tensor, reverse: bool, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Which positions are valid [B, T, 1], and the first and the last one that the scan visits [B]."""
-    B, T, _ = x.shape
-    lengths = torch.full((B,), T, device=x.device) if lengths is None else lengths
-    end = (lengths - 1).clamp(min=0)
-    first, last = (end, torch.zeros_like(end)) if reverse else (torch.zeros_like(end), end)
-    return valid_positions(lengths, T)[..., None], first, last
+def _kept(x: Tensor, own: Tensor | None) -> Tensor:
+    return x if own is None else torch.where(own, x, 0)
 
 
 def _shift(x: Tensor, steps: int) -> Tensor:

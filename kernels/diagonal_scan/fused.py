@@ -10,6 +10,8 @@ coefficients that are constant in time is summed in registers, over chunks and s
 same bits in every run.
 
 Both directions run in one launch, where a direction is one more axis of the batch: what they read of x is shared.
+
+Documents in one row are cut by themselves, each into as many pieces as it needs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from ..launching import launch
 from . import doubling
 from .operator import register
 from .recurrence import _carry_kernel, _scan_kernel
-from .reference import padded
 
 MIN_CHUNK = 256  # steps: a shorter chunk costs more in passes than it gains in programs
 PROGRAMS = 4  # wanted for each multiprocessor, before time is cut
@@ -55,22 +56,17 @@ def diagonal_scan_fused(
     factor: Tensor | None,  # [D], real
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
-    if documents is not None:
-        return padded(diagonal_scan_fused, x, a, initial_state, reverse, factor, documents)
     factor = None if factor is None else factor.float()
     initial_state = None if initial_state is None else initial_state.to(accumulation_dtype(x.dtype))
-    return _scan(x, a, initial_state, reverse, lengths, factor)
+    return _scan(x, a, initial_state, reverse, lengths, factor, None if documents is None else documents.starts)
 
 
 def both_scans_fused(
     x: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
     """h of either direction, [B, T, D] each."""
-    if documents is not None:
-        rows = (documents.padded(x), a if a.dim() == 1 else documents.padded(a), documents.lengths, factor, None)
-        forth, back = both_scans_fused(*rows)
-        return documents.unpadded(forth), documents.unpadded(back)
-    forth, back = _both_scans(x, a, lengths, None if factor is None else factor.float()).unbind(0)
+    starts = None if documents is None else documents.starts
+    forth, back = _both_scans(x, a, lengths, None if factor is None else factor.float(), starts).unbind(0)
     return forth, back
 
 
@@ -81,12 +77,13 @@ def scan(
     reverse: bool,
     lengths: Tensor | None,
     factor: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `doubling.scan`."""
-    B, _, D = x.shape
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    final = x.new_empty(B, D, dtype=accumulation_dtype(x.dtype))
-    _launch(x, a, h, initial_state, final, lengths, factor=factor, down=reverse)
+    sequences = len(x) if starts is None else len(starts) - 1
+    final = x.new_empty(sequences, x.shape[-1], dtype=accumulation_dtype(x.dtype))
+    _launch(x, a, h, initial_state, final, lengths, starts, factor=factor, down=reverse)
     return h, final
 
 
@@ -99,49 +96,52 @@ def scan_backward(
     reverse: bool,
     lengths: Tensor | None,
     factor: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `doubling.scan_backward`."""
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     d_initial = torch.empty_like(d_state, memory_format=torch.contiguous_format)
     options: dict[str, Any] = {"factor": factor, "down": not reverse, "h": h, "initial": initial_state}
-    da, of_factor = _launch(dh, a, dx, d_state, d_initial, lengths, **options)
+    da, of_factor = _launch(dh, a, dx, d_state, d_initial, lengths, starts, **options)
     assert da is not None
     if factor is None or of_factor is None:
         return dx, da, d_initial, _no_factor(h)
-    valid, _, last = doubling.ends(h, reverse, lengths)
-    of_states = d_state * h[torch.arange(len(h), device=h.device), last].conj_physical()
+    end = doubling.ends(h, reverse, lengths, starts)
+    of_states = d_state * end.of(h, end.last).conj_physical()
     if initial_state is not None:
         of_states = of_states - d_initial * initial_state.conj_physical()
-    of_states = torch.where(valid[:, 0], of_states, 0).sum(0)
+    of_states = torch.where(end.some, of_states, 0).sum(0)
     return dx, da, d_initial, (of_factor + of_states.real) / factor
 
 
 @torch.library.custom_op("seqzoo::both_scans_fused", mutates_args=())
-def _both_scans(x: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None) -> Tensor:
+def _both_scans(
+    x: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None, starts: Tensor | None = None
+) -> Tensor:
     """h of both directions, [2, B, T, D]."""
     h = x.new_empty(2, *x.shape)
-    _launch(x, a, h, None, None, lengths, factor=factor, both=True)
+    _launch(x, a, h, None, None, lengths, starts, factor=factor, both=True)
     return h
 
 
 @torch.library.custom_op("seqzoo::both_scans_fused_backward", mutates_args=())
 def _both_scans_backward(
-    dh: Tensor, h: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None
+    dh: Tensor, h: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, a and the factor."""
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
-    da, of_factor = _launch(dh, a, dx, None, None, lengths, factor=factor, both=True, h=h)
+    da, of_factor = _launch(dh, a, dx, None, None, lengths, starts, factor=factor, both=True, h=h)
     assert da is not None
     return dx.sum(0), da, _no_factor(h) if factor is None or of_factor is None else of_factor / factor
 
 
 @_both_scans.register_fake
-def _(x, a, lengths, factor):
+def _(x, a, lengths, factor, starts=None):
     return x.new_empty(2, *x.shape)
 
 
 @_both_scans_backward.register_fake
-def _(dh, h, a, lengths, factor):
+def _(dh, h, a, lengths, factor, starts=None):
     return h.new_empty(h.shape[1:]), a.new_empty(a.shape), _no_factor(h) if factor is None else factor.clone()
 
 
@@ -151,13 +151,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     dx, da, d_factor = _written(dh, *ctx.saved_tensors)
-    return dx, da, None, d_factor if ctx.needs_input_grad[3] else None
+    return dx, da, None, d_factor if ctx.needs_input_grad[3] else None, None
 
 
-def _plain(dh: Tensor, h: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None) -> tuple[Tensor, ...]:
+def _plain(
+    dh: Tensor, h: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None, starts: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """As `_both_scans_backward`, for PyTorch to differentiate."""
-    last = torch.zeros_like(h[0, :, 0])
-    forth, back = (doubling.gradients(_scan, dh[i], last, h[i], a, None, bool(i), lengths, factor) for i in range(2))
+    last = h.new_zeros(h.shape[1] if starts is None else len(starts) - 1, h.shape[-1])
+    ends = (lengths, factor, starts)
+    forth, back = (doubling.gradients(_scan, dh[i], last, h[i], a, None, bool(i), *ends) for i in range(2))
     dx, da, _, d_factor = (x + y for x, y in zip(forth, back, strict=True))
     return dx, da, d_factor
 
@@ -173,6 +176,7 @@ def _launch(
     state: Tensor | None,
     final: Tensor | None,
     lengths: Tensor | None,
+    starts: Tensor | None,
     *,
     down: bool = False,
     both: bool = False,
@@ -185,21 +189,30 @@ def _launch(
     The latter without what the states bring.
     """
     (B, T, D), parts = y.shape[-3:], 2 if x.is_complex() else 1
-    entries = 2 * B if both else B
     backward, constant, width = h is not None, a.dim() == 1, D * parts
     config = BLOCKS.of("scan", x.device, x.dtype)
     block = parts * min(config.channels, triton.next_power_of_2(D))
     blocks = triton.cdiv(width, block)
-    chunk_len = _chunk_len(entries * blocks, T, config.steps, x.device)
+    directions = 2 if both else 1
+    chunk_len = _chunk_len(directions * B * blocks, T, config.steps, x.device)
     chunks = triton.cdiv(T, chunk_len)
+    factor, lengths, starts = contiguous(factor, lengths, starts)
+    cut = None if starts is None or chunks == 1 else Documents(starts, T).pieces(chunk_len)
+    B = B if starts is None else len(starts) - 1
+    entries = directions * B
+    shape = entries, chunks
+    if cut is not None:
+        chunks = len(cut.document)
+        shape = directions, chunks
 
     of_coefficients = of_factor = None
-    factor, lengths = contiguous(factor, lengths)
+    empty = x.new_empty if cut is None else x.new_zeros  # some pieces are of no document
     if backward and factor is not None:
-        of_factor = x.new_empty(entries, chunks, width, dtype=torch.float32)
+        of_factor = empty(*shape, width, dtype=torch.float32)
     if backward:
-        shape, dtype = ((entries, chunks, D), accumulation_dtype(x.dtype)) if constant else ((entries, T, D), a.dtype)
-        of_coefficients = x.new_empty(shape, dtype=dtype)
+        of_coefficients = (
+            empty(*shape, D, dtype=accumulation_dtype(x.dtype)) if constant else x.new_empty(y.shape, dtype=a.dtype)
+        )
     arrays = [_numbers(z) for z in (x, a)]
     before, after, behind = _numbers(state), _numbers(final), [_numbers(z) for z in (h, initial, of_coefficients)]
     meta = {
@@ -213,10 +226,11 @@ def _launch(
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
     }
-    sizes = (B, T, width, chunk_len, chunks)
-    programs = entries * chunks * blocks
+    pieces = (None, None, None) if cut is None else (cut.document, cut.number, cut.before)
+    sizes = (starts, *pieces[:2], B, T, width, chunk_len, chunks)
+    programs = shape[0] * chunks * blocks
     if chunks > 1:
-        ends, through, starts = (x.new_empty(entries, chunks, width, dtype=torch.float32) for _ in range(3))
+        ends, through, carried = (x.new_empty(*shape, width, dtype=torch.float32) for _ in range(3))
         launch(
             _scan_kernel,
             programs,
@@ -226,12 +240,14 @@ def _launch(
         launch(
             _carry_kernel,
             entries * blocks,
-            *(before, ends, through, starts, width, chunks),
+            *(before, ends, through, carried, pieces[2], None if cut is None else B, width, chunks),
             PARTS=parts,
             WIDTH=block,
             num_warps=config.num_warps,
         )
-        before = starts
+        if cut is not None and final is not None:  # an empty document has no piece
+            final.zero_() if state is None else final.copy_(state)
+        before = carried
     launch(
         _scan_kernel,
         programs,
@@ -244,7 +260,7 @@ def _launch(
         return None, None
     if constant:
         return of_coefficients.sum((0, 1)).to(a.dtype), of_factor
-    return of_coefficients.unflatten(0, (2, B)).sum(0) if both else of_coefficients, of_factor
+    return of_coefficients.sum(0) if both else of_coefficients, of_factor
 
 
 def _no_factor(h: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The diagonal scan on CPU: one compiled loop forward and one backward, at the speed of memory.
 
-Work is cut into items, a batch entry times a block of channels, which are independent: threads share them out, and
-results are the same whatever their number. The threads are Python's own, running compiled code that holds no lock,
+Sequences, the rows of a batch or documents in one, lie one behind the other in [steps, channels]. Work is cut into
+items, a sequence times a block of channels, which are independent: threads share them out, and results are the same
+whatever their number. The threads are Python's own, running compiled code that holds no lock,
 so that concurrent callers (autograd's threads among them) and forked processes are safe: Numba's own threading layers
 do not all allow both.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -38,6 +39,7 @@ def scan(
     reverse: bool,
     lengths: Tensor | None,
     factor: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `doubling.scan`.
 
@@ -50,18 +52,19 @@ def scan(
             "number, as its gradient is made from what it multiplied"
         )
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    state = x.new_zeros(x.shape[0], x.shape[2])
+    sequences = _sequences(x, lengths, starts)
+    state = x.new_zeros(len(sequences.lengths), x.shape[2])
     if initial_state is not None:
         state.copy_(initial_state)
     _in_parallel(
         _scan_items,
-        x.shape,
-        _array(x),
-        _array(a if a.dim() == 3 else a[None, None]),  # [B, T, D] or [1, 1, D]
+        *(x.shape[2], sequences),
+        _rows(x),
+        _rows(a if a.dim() == 3 else a[None, None]),  # [B T, D] or [1, D]
         None if factor is None else _array(factor),
-        _steps(x, lengths),
+        *sequences,
         reverse,
-        h.numpy(),
+        h.flatten(0, 1).numpy(),
         state.numpy(),
     )
     return h, state
@@ -76,27 +79,29 @@ def scan_backward(
     reverse: bool,
     lengths: Tensor | None,
     factor: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `doubling.scan_backward`."""
-    B, _, D = h.shape
+    D, sequences = h.shape[2], _sequences(h, lengths, starts)
+    R = len(sequences.lengths)
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     constant = a.dim() == 1
-    da = a.new_zeros(B, D) if constant else a.new_empty(h.shape)
-    d_factor = h.new_empty(0, dtype=h.dtype.to_real()) if factor is None else factor.new_zeros(B, D)
+    da = a.new_zeros(R, D) if constant else a.new_empty(h.shape)
+    d_factor = h.new_empty(0, dtype=h.dtype.to_real()) if factor is None else factor.new_zeros(R, D)
     d_initial = d_state.clone(memory_format=torch.contiguous_format)
-    initial = h.new_zeros(B, D) if initial_state is None else initial_state
+    initial = h.new_zeros(R, D) if initial_state is None else initial_state
     _in_parallel(
         _constant_backward_items if constant else _varying_backward_items,
-        h.shape,
-        _array(dh),
-        _array(h),
-        _array(a),
+        *(D, sequences),
+        _rows(dh),
+        _rows(h),
+        _array(a) if constant else _rows(a),
         None if factor is None else _array(factor),
         _array(initial),
-        _steps(h, lengths),
+        *sequences,
         reverse,
-        dx.numpy(),
-        da.numpy(),
+        dx.flatten(0, 1).numpy(),
+        (da if constant else da.flatten(0, 1)).numpy(),
         d_factor.numpy(),
         d_initial.numpy(),
     )
@@ -109,10 +114,22 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().resolve_conj().resolve_neg().contiguous().numpy()
 
 
-def _steps(x: Tensor, lengths: Tensor | None) -> np.ndarray:
+def _rows(x: Tensor) -> np.ndarray:
+    """[B, T, D] -> [B T, D]."""
+    return _array(x).reshape(-1, x.shape[-1])
+
+
+class _Sequences(NamedTuple):
+    starts: np.ndarray  # int64 [R + 1], the first step of each, and where all end
+    lengths: np.ndarray  # int64 [R]; behind them is padding, up to the next one
+
+
+def _sequences(x: Tensor, lengths: Tensor | None, starts: Tensor | None) -> _Sequences:
     B, T, _ = x.shape
+    if starts is not None:
+        return _Sequences(_array(starts), np.diff(_array(starts)))
     checked = check_lengths("diagonal_scan", lengths, B, T)
-    return np.full(B, T) if checked is None else _array(checked)
+    return _Sequences(np.arange(B + 1) * T, np.full(B, T) if checked is None else _array(checked))
 
 
 @cache
@@ -120,14 +137,18 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "diagonal_scan")
 
 
-def _in_parallel(items: Callable[..., None], shape: torch.Size, *arguments: Any) -> None:
-    """Calls items(start, stop, block, *arguments) on parts of the B * (blocks of channels) items there are."""
-    B, T, D = shape
-    threads = max(1, min(torch.get_num_threads(), B * T * D // MIN_WORK))
-    blocks = max(1, min(-(-threads // max(B, 1)), D // MIN_BLOCK))
+def _in_parallel(items: Callable[..., None], D: int, sequences: _Sequences, *arguments: Any) -> None:
+    """Calls items(start, stop, block, *arguments) on parts of the R * (blocks of channels) items there are."""
+    starts = sequences.starts
+    steps, longest = int(starts[-1]), int(np.diff(starts).max(initial=0))
+    threads = max(1, min(torch.get_num_threads(), steps * D // MIN_WORK))
+    blocks = max(1, min(-(-threads * longest // max(steps, 1)), D // MIN_BLOCK))
     block = max(1, -(-D // blocks))
-    count = B * -(-D // block)
-    parts = list(pairwise(count * i // threads for i in range(threads + 1)))
+    blocks = -(-D // block)
+    count = len(sequences.lengths) * blocks
+    places = np.interp(np.arange(count), np.arange(len(starts)) * blocks, starts)  # of items, as if time were cut too
+    shares = np.searchsorted(places, [steps * i / threads for i in range(1, threads)])
+    parts = list(pairwise([0, *shares.tolist(), count]))
     # A forked process has none of its parent's threads and needs a pool of its own.
     others = [_pool(os.getpid()).submit(items, *part, block, *arguments) for part in parts[1:]]
     items(*parts[0], block, *arguments)
@@ -166,23 +187,23 @@ _prefetch: Any = intrinsic(_declare_prefetch)
 
 
 @_compile
-def _scan_items(start, stop, block, x, a, factor, lengths, reverse, h, state):
-    D = x.shape[2]
+def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, state):
+    D = x.shape[1]
     blocks = -(-D // block)
-    per_sequence, per_step = a.shape[0] > 1, a.shape[1] > 1
+    per_step = a.shape[0] > 1
     for item in range(start, stop):
         b, low = item // blocks, item % blocks * block
         channels = slice(low, min(low + block, D))
-        n = lengths[b]
+        begin, end, n = starts[b], starts[b + 1], lengths[b]
         s = state[b, channels].copy()
         ahead = s.nbytes if s.nbytes >= LONG_ROW else 0
-        t, step = (n - 1, -1) if reverse else (0, 1)
+        t, step = (begin + n - 1, -1) if reverse else (begin, 1)
         for _ in range(n):
             for byte in range(0, ahead, CACHE_LINE):
-                _prefetch(x[b, t + step, channels], byte)
-                _prefetch(h[b, t + step, channels], byte)
-            x_t, h_t = x[b, t, channels], h[b, t, channels]
-            a_t = a[b if per_sequence else 0, t if per_step else 0, channels]
+                _prefetch(x[t + step, channels], byte)
+                _prefetch(h[t + step, channels], byte)
+            x_t, h_t = x[t, channels], h[t, channels]
+            a_t = a[t if per_step else 0, channels]
             if factor is None:
                 for d in range(s.shape[0]):
                     s[d] = a_t[d] * s[d] + x_t[d]
@@ -194,39 +215,39 @@ def _scan_items(start, stop, block, x, a, factor, lengths, reverse, h, state):
                     h_t[d] = s[d]
             t += step
         state[b, channels] = s
-        h[b, n:, channels] = 0
+        h[begin + n : end, channels] = 0
 
 
 @_compile
 def _constant_backward_items(
-    start, stop, block, dh, h, a, factor, initial, lengths, reverse, dx, da, d_factor, d_state
+    start, stop, block, dh, h, a, factor, initial, starts, lengths, reverse, dx, da, d_factor, d_state
 ):
-    D = h.shape[2]
+    D = h.shape[1]
     blocks = -(-D // block)
     for item in range(start, stop):
         b, low = item // blocks, item % blocks * block
         channels = slice(low, min(low + block, D))
-        n = lengths[b]
-        dx[b, n:, channels] = 0
+        begin, end, n = starts[b], starts[b + 1], lengths[b]
+        dx[begin + n : end, channels] = 0
         if n == 0:
             continue
-        t, step = (0, 1) if reverse else (n - 1, -1)
-        p = dh[b, t, channels] + d_state[b, channels]
+        t, step = (begin, 1) if reverse else (begin + n - 1, -1)
+        p = dh[t, channels] + d_state[b, channels]
         if factor is None:
-            dx[b, t, channels] = p
+            dx[t, channels] = p
         else:
             f = factor[channels]
-            dx[b, t, channels] = f * p
-            df_sum = p * np.conj(h[b, t, channels])
+            dx[t, channels] = f * p
+            df_sum = p * np.conj(h[t, channels])
         ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
         a_conj, da_sum = np.conj(a[channels]), np.zeros_like(p)
         for _ in range(1, n):
             t += step
             for byte in range(0, ahead, CACHE_LINE):
-                _prefetch(h[b, t + step, channels], byte)
-                _prefetch(dh[b, t + step, channels], byte)
-                _prefetch(dx[b, t + step, channels], byte)
-            h_t, dh_t, dx_t = h[b, t, channels], dh[b, t, channels], dx[b, t, channels]
+                _prefetch(h[t + step, channels], byte)
+                _prefetch(dh[t + step, channels], byte)
+                _prefetch(dx[t + step, channels], byte)
+            h_t, dh_t, dx_t = h[t, channels], dh[t, channels], dx[t, channels]
             if factor is None:
                 for d in range(p.shape[0]):
                     da_sum[d] += p[d] * np.conj(h_t[d])
@@ -247,36 +268,38 @@ def _constant_backward_items(
 
 
 @_compile
-def _varying_backward_items(start, stop, block, dh, h, a, factor, initial, lengths, reverse, dx, da, d_factor, d_state):
-    D = h.shape[2]
+def _varying_backward_items(
+    start, stop, block, dh, h, a, factor, initial, starts, lengths, reverse, dx, da, d_factor, d_state
+):
+    D = h.shape[1]
     blocks = -(-D // block)
     for item in range(start, stop):
         b, low = item // blocks, item % blocks * block
         channels = slice(low, min(low + block, D))
-        n = lengths[b]
-        dx[b, n:, channels] = 0
-        da[b, n:, channels] = 0
+        begin, end, n = starts[b], starts[b + 1], lengths[b]
+        dx[begin + n : end, channels] = 0
+        da[begin + n : end, channels] = 0
         if n == 0:
             continue
-        t, step = (0, 1) if reverse else (n - 1, -1)
-        p = dh[b, t, channels] + d_state[b, channels]
+        t, step = (begin, 1) if reverse else (begin + n - 1, -1)
+        p = dh[t, channels] + d_state[b, channels]
         if factor is None:
-            dx[b, t, channels] = p
+            dx[t, channels] = p
         else:
             f = factor[channels]
-            dx[b, t, channels] = f * p
-            df_sum = p * np.conj(h[b, t, channels])
+            dx[t, channels] = f * p
+            df_sum = p * np.conj(h[t, channels])
         ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
         for _ in range(1, n):
-            a_after, da_after = a[b, t, channels], da[b, t, channels]
+            a_after, da_after = a[t, channels], da[t, channels]
             t += step
             for byte in range(0, ahead, CACHE_LINE):
-                _prefetch(h[b, t + step, channels], byte)
-                _prefetch(dh[b, t + step, channels], byte)
-                _prefetch(dx[b, t + step, channels], byte)
-                _prefetch(a[b, t, channels], byte)
-                _prefetch(da[b, t, channels], byte)
-            h_t, dh_t, dx_t = h[b, t, channels], dh[b, t, channels], dx[b, t, channels]
+                _prefetch(h[t + step, channels], byte)
+                _prefetch(dh[t + step, channels], byte)
+                _prefetch(dx[t + step, channels], byte)
+                _prefetch(a[t, channels], byte)
+                _prefetch(da[t, channels], byte)
+            h_t, dh_t, dx_t = h[t, channels], dh[t, channels], dx[t, channels]
             if factor is None:
                 for d in range(p.shape[0]):
                     da_after[d] = p[d] * np.conj(h_t[d])
@@ -290,7 +313,7 @@ def _varying_backward_items(start, stop, block, dh, h, a, factor, initial, lengt
                 for d in range(p.shape[0]):
                     p[d] = p[d] * np.conj(a_after[d]) + dh_t[d]
                     dx_t[d] = f[d] * p[d]
-        da[b, t, channels] = p * np.conj(initial[b, channels])
-        d_state[b, channels] = p * np.conj(a[b, t, channels])
+        da[t, channels] = p * np.conj(initial[b, channels])
+        d_state[b, channels] = p * np.conj(a[t, channels])
         if factor is not None:
             d_factor[b, channels] = (df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real

@@ -33,13 +33,14 @@ def register(name: str, scan: Scan, scan_backward: Callable[..., Any]) -> tuple[
     written = differentiable(backward, partial(doubling.gradients, run))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, a, initial_state, ctx.reverse, lengths, factor = inputs
-        ctx.save_for_backward(output[0], a, initial_state, lengths, factor)
+        _, a, initial_state, ctx.reverse, lengths, factor, starts = inputs
+        ctx.save_for_backward(output[0], a, initial_state, lengths, factor, starts)
 
     def gradient(ctx: Any, dh: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        h, a, initial_state, lengths, factor = ctx.saved_tensors
-        dx, da, d_initial, d_factor = written(dh, d_state, h, a, initial_state, ctx.reverse, lengths, factor)
-        return dx, da, None if initial_state is None else d_initial, None, None, None if factor is None else d_factor
+        h, a, initial_state, lengths, factor, starts = ctx.saved_tensors
+        dx, da, d_initial, d_factor = written(dh, d_state, h, a, initial_state, ctx.reverse, lengths, factor, starts)
+        of_state, of_factor = None if initial_state is None else d_initial, None if factor is None else d_factor
+        return dx, da, of_state, None, None, of_factor, None
 
     forward.register_fake(_fake)
     backward.register_fake(_fake_backward)
@@ -54,9 +55,10 @@ def _fake(
     reverse: bool,
     lengths: Tensor | None,
     factor: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    B, _, D = x.shape
-    return x.new_empty(x.shape), x.new_empty(B, D, dtype=accumulation_dtype(x.dtype))
+    sequences = len(x) if starts is None else len(starts) - 1
+    return x.new_empty(x.shape), x.new_empty(sequences, x.shape[-1], dtype=accumulation_dtype(x.dtype))
 
 
 def _fake_backward(
@@ -68,6 +70,7 @@ def _fake_backward(
     reverse: bool,
     lengths: Tensor | None,
     factor: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_factor = h.new_empty(0, dtype=h.dtype.to_real()) if factor is None else factor.new_empty(factor.shape)
     d_initial = torch.empty_like(d_state, memory_format=torch.contiguous_format)

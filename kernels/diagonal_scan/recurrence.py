@@ -2,6 +2,9 @@
 
 Complex tensors are pairs of float32. Steps are counted in the direction of the recurrence, "past the end" means past a
 sequence's length: there a state passes unchanged.
+
+Documents are sequences of lengths of their own in one row, from `starts` on. Where time is cut, every one of them is by
+itself: programs then are told by `document` and `number` which piece of which document they have.
 """
 
 from __future__ import annotations
@@ -78,6 +81,9 @@ def _scan_kernel(
     factor,  # [D], real, or None
     df,  # [B, chunks, D], on the way back, the sum of h times its gradient, number by number
     lengths,  # [B] or None
+    starts,  # [B + 1], or None: B sequences of T steps
+    document,  # [chunks], or None: all sequences have as many chunks; B where there is none
+    number,  # [chunks], of the chunk in its document
     B,
     T,
     width,  # numbers in a step
@@ -95,13 +101,24 @@ def _scan_kernel(
     blocks = tl.cdiv(width, WIDTH)
     item = tl.program_id(0) // blocks  # a sequence's chunk
     entry, chunk = item // chunks, item % chunks
+    if document is not None:
+        which = tl.load(document + chunk).to(tl.int32)
+        if which >= B:
+            return
+        entry, chunk = entry * B + which, tl.load(number + chunk).to(tl.int32)
     b, down = entry, DOWN
     if BOTH:
         b, down = entry % B, (entry >= B) != BACKWARD
     column = (tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
     inside = column < width
-    n = valid_steps(lengths, b, T)
-    shared, sequence = b.to(tl.int64) * T * width, entry.to(tl.int64) * T * width
+    if starts is None:
+        n, end = valid_steps(lengths, b, T), T
+        shared, sequence = b.to(tl.int64) * T * width, entry.to(tl.int64) * T * width
+    else:
+        begin = tl.load(starts + b)
+        n = (tl.load(starts + b + 1) - begin).to(tl.int32)
+        end = n
+        shared, sequence = begin * width, ((entry // B).to(tl.int64) * T + begin) * width
     x += sequence if BACKWARD else shared
     if not CONSTANT:
         a += shared
@@ -122,7 +139,10 @@ def _scan_kernel(
         of_factor = tl.zeros([1, WIDTH], tl.float32)
 
     start = chunk * chunk_len
-    for first in tl.range(start, min(start + chunk_len, T), STEPS, num_stages=STAGES):
+    if document is not None and y is None:
+        if start + chunk_len >= n:  # nothing comes after it
+            return
+    for first in tl.range(start, min(start + chunk_len, end), STEPS, num_stages=STAGES):
         step = first + tl.arange(0, STEPS)
         valid = step < n
         row = place(step, n, down)
@@ -149,7 +169,7 @@ def _scan_kernel(
         if y is None:
             pr, pi = _product(_row(ar, last), _row(ai, last), pr, pi, PARTS)
         else:
-            written = (step < T)[:, None] & inside
+            written = (step < end)[:, None] & inside
             ur, ui = tl.where(valid[:, None], ur, 0.0), tl.where(valid[:, None], ui, 0.0)
             out = _side_by_side(ur, ui, PARTS)
             if BACKWARD and factor is not None:
@@ -177,7 +197,11 @@ def _scan_kernel(
             tl.store(da + state, _side_by_side(dr, di, PARTS), mask=inside)
         if BACKWARD and factor is not None:
             tl.store(df + state, of_factor, mask=inside)
-        if after is not None and chunk == chunks - 1:
+        if document is None:
+            final = chunk == chunks - 1
+        else:
+            final = start + chunk_len >= n
+        if after is not None and final:
             if BACKWARD:  # through the first step of the recurrence, the last one here
                 row = n.to(tl.int64) * 0 if CONSTANT else place(n - 1, n, down) * width
                 ar, ai = _pairs(tl.load(a + row + column, mask=inside & (n > 0), other=0.0).to(tl.float32), PARTS)
@@ -186,9 +210,12 @@ def _scan_kernel(
             tl.store(after + entry.to(tl.int64) * width + column, _side_by_side(sr, si, PARTS), mask=inside)
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def _carry_kernel(initial, after, through, before, width, chunks, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The state that each chunk starts from, [B, chunks, D] as all of them but `initial` [B, D] or None."""
+@triton.jit(do_not_specialize=["chunks", "B"])
+def _carry_kernel(initial, after, through, before, ahead, B, width, chunks, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """The state that each chunk starts from, [B, chunks, D] as all of them but `initial` [B, D] or None.
+
+    Of the pieces of documents, there are `ahead` [B + 1] in front of each one's, and `chunks` in all.
+    """
     blocks = tl.cdiv(width, WIDTH)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
@@ -198,6 +225,12 @@ def _carry_kernel(initial, after, through, before, width, chunks, PARTS: tl.cons
     else:
         s = tl.load(initial + b * width + column, mask=inside, other=0.0)
     sr, si = _pairs(s, PARTS)
+    if ahead is not None:
+        first = tl.load(ahead + b % B)
+        own = (tl.load(ahead + b % B + 1) - first).to(tl.int32)
+        first = (b // B * chunks + first) * width
+        after, through, before = after + first, through + first, before + first
+        b, chunks = b * 0, own
     for chunk in range(chunks):
         state = (b * chunks + chunk) * width + column
         tl.store(before + state, _side_by_side(sr, si, PARTS), mask=inside)

@@ -44,14 +44,15 @@ class Depthwise(nn.Module):
             x: [B, T, D], zero past `lengths`.
             before: the W - 1 inputs ahead of `x`, [B, W - 1, D]; None is zeros, and then none are returned.
             lengths: int64 [B], after how many steps the returned inputs are the last; None is T.
-            documents: N in a row of a batch of 1; inputs ahead are [N, W - 1, D], as are those returned.
+            documents: N of them in the one row of x, in place of `lengths`: none sees another, and the inputs ahead of
+                each and the last ones are [N, W - 1, D].
 
         Returns:
             y [B, T, D], and the last W - 1 inputs [B, W - 1, D] in the dtype of `before`.
         """
+        T, W = x.shape[1], self.width
         if documents is not None:
             return self._of_documents(x, before, documents)
-        T, W = x.shape[1], self.width
         if before is None:
             return convolve(F.pad(x, (0, 0, self.past, W - 1 - self.past)), self.weight), None
         seen = torch.cat([before.to(x.dtype), x], 1)
@@ -63,19 +64,17 @@ class Depthwise(nn.Module):
         return convolve(seen, self.weight), after.to(before.dtype)
 
     def _of_documents(self, x: Tensor, before: Tensor | None, documents: Documents) -> tuple[Tensor, Tensor | None]:
-        """The same over a row in which W - 1 inputs stand ahead of each document, or as many zeros."""
-        (_, T, D), gap, N = x.shape, self.width - 1, documents.N
-        shift = gap * documents.of_steps()  # [T], of each step by the gaps between the documents ahead
-        steps = torch.arange(T, device=x.device) + shift
-        seen = x.new_zeros(1, T + gap * N, D).index_copy(1, steps + self.past, x)
-        each = gap * torch.arange(N, device=x.device)[:, None] + torch.arange(gap, device=x.device)  # [N, W - 1]
-        if before is not None:
-            ahead = (documents.starts[:-1, None] + each).flatten()
-            seen = seen.index_copy(1, ahead, before.to(x.dtype).flatten(0, 1)[None])
-        y = convolve(seen, self.weight).index_select(1, steps)
+        """Of a row in which W - 1 inputs, zeros where there are none, stand between documents."""
+        N, W = documents.N, self.width
+        gaps = torch.arange(N, device=x.device) * (W - 1)
+        place = torch.arange(x.shape[1], device=x.device) + gaps[documents.of_steps()]  # of each step's output
+        row = x.new_zeros(1, x.shape[1] + N * (W - 1), x.shape[2]).index_copy(1, place + self.past, x)
         if before is None:
-            return y, None
-        return y, seen[0, documents.starts[1:, None] + each].to(before.dtype)
+            return convolve(row, self.weight).index_select(1, place), None
+        ahead = (documents.starts[:-1] + gaps)[:, None] + torch.arange(W - 1, device=x.device)  # [N, W - 1]
+        row = row.index_copy(1, ahead.flatten(), before.to(x.dtype).flatten(0, 1)[None])
+        after = row[0, ahead + documents.lengths[:, None]]
+        return convolve(row, self.weight).index_select(1, place), after.to(before.dtype)
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .rotary import rotate
 
 
 class AttentionState(NamedTuple):
-    keys: Tensor  # [B, S, G, D]; the first `position` of each sequence are filled
+    keys: Tensor  # [B, S, G, D]; the first `position` of each sequence are filled, or as many as a window lets be seen
     values: Tensor  # [B, S, G, D]
     position: Tensor  # int64 [B]
 
@@ -30,6 +30,8 @@ class SoftmaxAttention(Block):
         rotary: rotary positions on queries and keys; without them the block knows no order unless its input does.
         entropy_length: scale scores by log n / log(entropy_length), n the number of keys a query sees (16 at least),
             so that attention stays as sharp on lengths it was not trained on (Su, post 8823: 512). None: no factor.
+        window: see only what is less than `window` positions away, or all if None. A state then holds no more than the
+            last window - 1 keys and values.
         bias: biases in the projections.
     """
 
@@ -42,6 +44,7 @@ class SoftmaxAttention(Block):
         num_kv_heads: int | None = None,
         rotary: bool = True,
         entropy_length: int | None = None,
+        window: int | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__(d_model, causal=causal)
@@ -52,6 +55,10 @@ class SoftmaxAttention(Block):
             raise ValueError(f"SoftmaxAttention: num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
         if entropy_length is not None and entropy_length < 2:
             raise ValueError(f"SoftmaxAttention: entropy_length={entropy_length}; valid: 2 or more, or None")
+        if window is not None and window < 1:
+            raise ValueError(f"SoftmaxAttention: window={window}; valid: 1 or more, or None")
+        self.window = window
+        self.reach = None if window is None else window - 1
         self.rotary = rotary
         self.entropy_length = entropy_length
         self.qkv_proj = nn.Linear(d_model, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=bias)
@@ -73,26 +80,40 @@ class SoftmaxAttention(Block):
         scale = self._scale(place, lengths, documents, x)
         extent = {"lengths": lengths} if documents is None else {"cu_seqlens": documents.starts}
         if state is not None:
-            start = state.position
-            keys, values = grow(state.keys, k, start, documents), grow(state.values, v, start, documents)
-            state = AttentionState(keys, values, advance(start, x, lengths, documents))
-            k, v = keys.to(q.dtype), values.to(q.dtype)
-            extent = {"lengths": state.position, "position": start}
-            if documents is not None:
-                (k, v), extent = in_a_row((k, v), state.position, documents)
-        y = self.over_time(lambda v: attention(q, k, v, causal=self.causal, scale=scale, **extent), v)
+            k, v, extent, state = self._remember(k, v, state, lengths, documents)
+        options = {"causal": self.causal, "window": self.window, "scale": scale, **extent}
+        y = self.over_time(lambda v: attention(q, k, v, **options), v)
         return self.out_proj(y.flatten(2)), state
+
+    def _remember(
+        self, k: Tensor, v: Tensor, state: AttentionState, lengths: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], AttentionState]:
+        """Keys and values behind those of the state, what `attention` is told of them, and the state after them."""
+        most = None if self.window is None else self.window - 1
+        held = state.position if most is None else state.position.clamp(max=most)
+        keys, values = grow(state.keys, k, held, documents), grow(state.values, v, held, documents)
+        filled, position = (advance(before, k, lengths, documents) for before in (held, state.position))
+        k, v = keys.to(k.dtype), values.to(v.dtype)
+        extent = {"lengths": filled, "position": held}
+        if documents is not None:
+            (k, v), extent = in_a_row((k, v), filled, documents)
+        if most is not None and keys.shape[1] > most:
+            last = (filled - most).clamp(min=0)[:, None] + torch.arange(most, device=k.device)
+            keys, values = (x.take_along_dim(last[..., None, None], 1) for x in (keys, values))
+        return k, v, extent, AttentionState(keys, values, position)
 
     def _scale(self, place: Tensor, lengths: Tensor | None, documents: Documents | None, x: Tensor) -> Tensor | None:
         if self.entropy_length is None:
             return None
+        T = x.shape[1]
         if self.causal:
-            seen = place + 1
+            end = place + 1  # [T] or [B, T]
         elif documents is not None:
-            seen = documents.lengths[documents.of_steps()]
-        elif lengths is not None:
-            seen = lengths[:, None].expand(-1, x.shape[1])
+            end = documents.lengths[documents.of_steps()]
         else:
-            seen = torch.full_like(place, x.shape[1])
+            end = torch.full_like(place, T) if lengths is None else lengths[:, None].expand(-1, T)
+        seen = end
+        if self.window is not None:
+            seen = torch.minimum(end, place + self.window) - (place - self.window + 1).clamp(min=0)
         seen = seen.clamp(min=16).to(accumulation_dtype(x.dtype))
         return seen.log() / (math.log(self.entropy_length) * math.sqrt(self.head_dim))

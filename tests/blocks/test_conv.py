@@ -8,6 +8,7 @@ from agreement import assert_close
 
 from seqzoo import build_block
 from seqzoo.blocks.depthwise import Depthwise
+from seqzoo.kernels.documents import Documents
 
 B, D = 2, 3
 
@@ -39,3 +40,31 @@ def test_a_kernel_of_even_width_has_no_middle():
     with pytest.raises(ValueError, match="width=4 has no middle; valid: an odd number, or causal=True"):
         build_block("conv", D, width=4)
     assert build_block("conv", D, width=4, causal=True).initial_state(B).inputs.shape == (B, 3, D)
+
+
+@pytest.mark.parametrize(("width", "causal"), [(1, True), (4, True), (61, True), (5, False), (61, False)])
+def test_documents_are_as_if_alone(width, causal):
+    lengths = [5, 0, 1, 37, 64, 0, 90]
+    documents = Documents(torch.tensor([0, *lengths]).cumsum(0), sum(lengths))
+    conv = Depthwise(D, width, causal=causal).double()
+    x = torch.randn(1, sum(lengths), D, dtype=torch.float64, requires_grad=True)
+    before = torch.randn(len(lengths), width - 1, D, dtype=torch.float64, requires_grad=True) if causal else None
+    leaves = [x, conv.weight] if before is None else [x, conv.weight, before]
+
+    def one_by_one():
+        outputs, ends = [], []
+        for n, its in enumerate(x.split(lengths, 1)):
+            ahead = None if before is None else before[n : n + 1]
+            y, after = conv(its, ahead, None) if its.shape[1] else (its, ahead)
+            outputs.append(y)
+            ends.append(after)
+        return torch.cat(outputs, 1), torch.cat(ends) if causal else None
+
+    results = []
+    for y, after in (conv(x, before, None, documents), one_by_one()):
+        outputs = [y] if after is None else [y, after]
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(output.shape, generator=generator, dtype=output.dtype) for output in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, 1e-12)

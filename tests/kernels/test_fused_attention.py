@@ -19,9 +19,9 @@ def run(q, k, v, w, **options) -> dict[str, Tensor]:
     return dict(zip(("o", "dq", "dk", "dv"), (o, *torch.autograd.grad(o, (q, k, v), w)), strict=True))
 
 
-def check(q, k, v, *, lengths=None, scale=None, position=None, causal=False, tolerance=None) -> None:
+def check(q, k, v, *, lengths=None, scale=None, position=None, causal=False, window=None, tolerance=None) -> None:
     w = torch.randn(*q.shape[:3], v.shape[-1]).to(q)
-    to = {"causal": causal, "position": None if position is None else torch.tensor(position)}
+    to = {"causal": causal, "window": window, "position": None if position is None else torch.tensor(position)}
     to["lengths"] = None if lengths is None else torch.tensor(lengths)
     to["scale"] = wide(scale) if isinstance(scale, Tensor) else scale
     expected = run(*(wide(x).cpu() for x in (q, k, v, w)), **to, backend="reference")
@@ -73,6 +73,12 @@ def test_agrees_with_reference(B, T, H, G, D, Dv, causal, lengths, dtype):
 @pytest.mark.parametrize("lengths", [None, [70, 40, 0]])
 def test_queries_behind_a_cache(causal, lengths):
     check(*make(3, 9, 70, 2, 1, 8, 5), position=[61, 33, 5], lengths=lengths, causal=causal)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(1, False), (9, True), ((20, 3), False), (70, True)])
+def test_a_window(window, causal):
+    check(*make(2, 65, 65, 2, 1, 8, 5), lengths=[65, 40], window=window, causal=causal)
+    check(*make(3, 9, 70, 2, 1, 8, 5), position=[61, 33, 5], lengths=[70, 40, 0], window=window, causal=causal)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -6,60 +6,11 @@ import math
 
 import pytest
 import torch
-from agreement import assert_close
+from attention_cases import ASKED, LENGTHS, check, make, run, starts
+from fused_cases import poisoned
 from torch import Tensor
 
 from seqzoo.kernels import attention
-
-LENGTHS = [5, 0, 1, 37, 64, 90]
-ASKED = [9, 3, 0, 64, 5, 37]  # queries of each document, where there are others
-
-
-def starts(lengths: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
-
-
-def make(T: int, S: int, H: int, G: int, D: int, Dv: int, dtype=torch.float64, seed=0) -> list[Tensor]:
-    """q, k, v and the gradient of the output."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (1, T, H, D), (1, S, G, D), (1, S, G, Dv), (1, T, H, Dv)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def run(q, k, v, w, **options) -> list[Tensor]:
-    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
-    o = attention(q, k, v, **options)
-    return [o, *torch.autograd.grad(o, (q, k, v), w)]
-
-
-def one_by_one(q, k, v, w, asked: list[int], lengths: list[int], *, causal: bool, scale=None, **options):
-    """What the definition makes of each document alone."""
-    outputs = [torch.zeros_like(x) for x in (w, q, k, v)]
-    for n, keys in enumerate(lengths):
-        rows = slice(sum(asked[:n]), sum(asked[: n + 1]))
-        there = slice(sum(lengths[:n]), sum(lengths[: n + 1]))
-        if keys == 0 or asked[n] == 0:
-            continue
-        given = {"scale": scale[rows] if isinstance(scale, Tensor) else scale, "causal": causal, **options}
-        if causal and asked is not lengths:
-            given["position"] = torch.tensor([keys - asked[n]])
-        values = run(q[:, rows], k[:, there], v[:, there], w[:, rows], **given, backend="reference")
-        for output, value, place in zip(outputs, values, (rows, rows, there, there), strict=True):
-            output[:, place] = value
-    return outputs
-
-
-def check(tensors, asked, lengths, tolerance, backend, dtype=torch.int64, **options) -> None:
-    scale = options.get("scale")
-    wide = {**options, "scale": scale.double() if isinstance(scale, Tensor) else scale}
-    expected = one_by_one(*(x.double() for x in tensors), asked, lengths, **wide)
-    given = {"cu_seqlens": starts(lengths, dtype)}
-    if asked is not lengths:
-        given["query_cu_seqlens"] = starts(asked, dtype)
-    for name, actual, target in zip(
-        ("o", "dq", "dk", "dv"), run(*tensors, **given, **options, backend=backend), expected, strict=True
-    ):
-        assert_close(actual, target, tolerance, name)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -111,3 +62,22 @@ def test_errors_say_what_is_valid():
         attention(k, k, v, cu_seqlens=ends, position=torch.tensor([0]))
     with pytest.raises(ValueError, match="got cu_seqlens and lengths"):
         attention(k, k, v, cu_seqlens=ends, lengths=torch.tensor([8]))
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "scaling", "others"),
+    [
+        (False, None, None, False),
+        (True, None, "per query", False),
+        (False, None, 0.3, True),
+        (True, None, None, True),
+        (True, 9, None, False),
+        (False, (20, 3), "per query", False),
+    ],
+)
+def test_in_triton(causal, window, scaling, others):
+    asked = ASKED if others else LENGTHS
+    scale = torch.linspace(0.1, 1, sum(asked)) if scaling == "per query" else scaling
+    options = {"causal": causal, "window": window, "scale": scale}
+    with poisoned():
+        check(make(sum(asked), sum(LENGTHS), 4, 2, 8, 5, torch.float32), asked, LENGTHS, 5e-6, "fused", **options)

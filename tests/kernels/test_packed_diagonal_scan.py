@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from agreement import assert_close
+from fused_cases import DEVICE, poisoned
 from torch import Tensor
 
 from seqzoo.kernels import diagonal_scan
@@ -114,3 +115,41 @@ def test_errors():
         diagonal_scan(x, a, initial_state=h0[:1], cu_seqlens=STARTS)
     with pytest.raises(ValueError, match="diagonal_scan: got cu_seqlens and lengths"):
         diagonal_scan(x, a, lengths=torch.tensor([T]), cu_seqlens=STARTS)
+
+
+@pytest.mark.parametrize("chunk_len", [None, 16], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    ("dtype", "constant", "reverse"),
+    [(torch.complex64, True, False), (torch.float32, False, True), (torch.complex64, False, True)],
+)
+def test_in_triton(dtype, constant, reverse, chunk_len, monkeypatch):
+    from seqzoo.kernels.diagonal_scan import fused
+
+    monkeypatch.setattr(fused, "_chunk_len", lambda programs, T, steps, device: chunk_len or T)
+    inputs = make(dtype, constant)
+    double = torch.complex128 if dtype.is_complex else torch.float64
+    expected = one_by_one(*(y.to(double if y.dtype == dtype else torch.float64) for y in inputs), reverse=reverse)
+    with poisoned():
+        values = run(*(y.to(DEVICE) for y in inputs), reverse=reverse, cu_seqlens=STARTS.to(DEVICE), backend="fused")
+    for name, value, target in zip(NAMES, values, expected, strict=True):
+        assert_close(value.cpu(), target, TOLERANCE[dtype], name)
+
+
+@pytest.mark.parametrize("chunk_len", [None, 16], ids=["whole", "cut"])
+def test_both_directions_in_triton(chunk_len, monkeypatch):
+    from seqzoo.kernels.diagonal_scan import fused
+
+    monkeypatch.setattr(fused, "_chunk_len", lambda programs, T, steps, device: chunk_len or T)
+    x, a, _, factor, w, _ = make(torch.complex64, True)
+
+    def both(x, a, factor, backend, device):
+        leaves = [y.to(device).requires_grad_() for y in (x, a, factor)]
+        options = {"cu_seqlens": STARTS.to(device), "reverse": "both", "backend": backend}
+        h = diagonal_scan(leaves[0], leaves[1], factor=leaves[2], **options)
+        return [*h, *torch.autograd.grad(h, leaves, (w.to(h[0]), w.flip(1).to(h[0])))]
+
+    expected = both(x.to(torch.complex128), a.to(torch.complex128), factor.double(), "reference", "cpu")
+    with poisoned():
+        values = both(x, a, factor, "fused", DEVICE)
+    for name, value, target in zip(("forward", "reverse", "dx", "da", "df"), values, expected, strict=True):
+        assert_close(value.cpu(), target, TOLERANCE[x.dtype], name)
