@@ -109,7 +109,7 @@ def favor_attention(
 ) -> None:
     q, k, v, projection = *(meta(B, T, H, D, dtype=dtype) for _ in range(3)), meta(H, M, D, dtype=dtype)
     initial = (meta(B, H, M, D), meta(B, H, M), meta(B, H, M)) if state else (None,) * 3
-    arguments = (q, k, v, projection, *initial, integers(B) if padded else None)
+    arguments = (q, k, v, projection, *initial, integers(B) if padded else None, None)
     o, log_sum, *last = favor._favor_attention._init_fn(*arguments, causal)
     favor._favor_attention_backward._init_fn(o, *last[:2], *arguments, o, log_sum, *last, causal)
 

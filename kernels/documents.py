@@ -120,6 +120,17 @@ class Pieces(NamedTuple):
         empty = (self.documents.lengths == 0).reshape(-1, *[1] * (x.dim() - 1))
         return torch.where(empty, otherwise, of_last)
 
+    def running_max(self, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """The maxima of a document's `first` [N, ...] and its pieces' x [P, ...], ahead of each piece and with it."""
+        beyond = [1] * (x.dim() - 1)
+        begin, start = self.begin().reshape(-1, *beyond), self.of_documents(first)
+        after, distance = torch.where(begin, torch.maximum(x, start), x), 1
+        while distance < len(x):  # over as many pieces, then over twice as many
+            reaches = (self.number >= distance).reshape(-1, *beyond)
+            after = torch.maximum(after, torch.where(reaches, after.roll(distance, 0), -torch.inf))
+            distance *= 2
+        return torch.where(begin, start, after.roll(1, 0)), after
+
     def shared_sum(self, x: Tensor) -> Tensor:
         """To each piece, the sum over the pieces of its document: [P, ...]."""
         sums = x.new_zeros(self.documents.N + 1, *x.shape[1:])

@@ -87,8 +87,6 @@ def favor_attention(
     H = q.shape[2]
     k, v, projection = query_heads(k, H), query_heads(v, H), projection.expand(H, -1, -1)
     refused = "no kernel has a gradient of the projection" if projection.requires_grad else None
-    if documents is not None:
-        refused = "no kernel takes documents"
     implementation = choose("favor_attention", backend, FORMS, fit(q, k, v, channels=MAX_CHANNELS, also=refused))
     o, final_state = implementation(q, k, v, projection, causal, initial_state, lengths, documents)
     return (o, final_state) if output_final_state else o

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, head_rows, load_tile, valid_steps
-from .tiles import finite, half_square, key_scores, left_out, pick
+from .tiles import finite, half_square, in_document, key_scores, left_out, pick
 
 
 @triton.jit(do_not_specialize=["T", "segment_len", "segments"])
@@ -23,6 +23,7 @@ def _feature_kernel(
     d_sums,  # [B, H, segments, M, Dv], float32
     d_norm,  # [B, H, segments, M], float32
     lengths,
+    pieces,
     T,
     H,
     M,
@@ -44,20 +45,24 @@ def _feature_kernel(
     item = tl.program_id(0) // blocks
     segment, head = item % segments, item // segments
     b, h = (head // H).to(tl.int64), head % H
-    n = valid_steps(lengths, b, T)
+    if pieces is None:
+        n, rows = valid_steps(lengths, b, T), T
+    else:
+        b, n = in_document(pieces, segment * segment_len, segment_len)
+        rows = 1
     row, column, channel, value_channel = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DK), tl.arange(0, DV)
     inside = first + row < M
     w_t = load_tile(projection + (h * M + first) * D, row, D, channel, D, inside)
-    state = (item if CAUSAL else head).to(tl.int64) * M + first
+    state = (item if CAUSAL or pieces is not None else head).to(tl.int64) * M + first
     R = tl.load(top + state + row, mask=inside, other=float("-inf"))
     dS, dz = tl.zeros([ROWS, DV], tl.float32), tl.zeros([ROWS], tl.float32)
     start = segment * segment_len
     for past in tl.range(start, min(start + segment_len, n), COLUMNS, num_stages=STAGES):
         live = past + column < n
-        q_t = load_tile(head_rows(q, b, past, T, h, H, D), column, H * D, channel, D, live)
-        do_t = load_tile(head_rows(do, b, past, T, h, H, Dv), column, H * Dv, value_channel, Dv, live)
-        log = tl.load(head_rows(log_sum, b, past, T, h, H, 1) + column * H, mask=live, other=float("inf"))
-        delta_t = tl.load(head_rows(delta, b, past, T, h, H, 1) + column * H, mask=live, other=0.0)
+        q_t = load_tile(head_rows(q, b, past, rows, h, H, D), column, H * D, channel, D, live)
+        do_t = load_tile(head_rows(do, b, past, rows, h, H, Dv), column, H * Dv, value_channel, Dv, live)
+        log = tl.load(head_rows(log_sum, b, past, rows, h, H, 1) + column * H, mask=live, other=float("inf"))
+        delta_t = tl.load(head_rows(delta, b, past, rows, h, H, 1) + column * H, mask=live, other=0.0)
         weights = tl.exp(dot(w_t, tl.trans(q_t), PRECISION) + R[:, None] - log[None, :])
         dz -= tl.sum(weights * delta_t[None, :], 1)
         dS += dot(weights, do_t, PRECISION)
@@ -82,6 +87,7 @@ def _query_kernel(
     dq,
     steep,
     lengths,
+    pieces,
     T,
     H,
     M,
@@ -108,15 +114,19 @@ def _query_kernel(
         if left_out(steep, head, first, T, CAREFUL, GROUP):
             return
     b, h = (head // H).to(tl.int64), head % H
-    n = valid_steps(lengths, b, T)
+    if pieces is None:
+        n, rows, limit = valid_steps(lengths, b, T), T, T
+    else:
+        b, n = in_document(pieces, first, segment_len)
+        rows, limit = 1, n
     row, column, channel, value_channel = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DK), tl.arange(0, DV)
     query, partner = first + row, tl.arange(0, PARTNERS)
     live = query < n
     directions = projection + h * M * D
-    q_t = load_tile(head_rows(q, b, first, T, h, H, D), row, H * D, channel, D, live)
-    do_t = load_tile(head_rows(do, b, first, T, h, H, Dv), row, H * Dv, value_channel, Dv, live)
-    log = tl.load(head_rows(log_sum, b, first, T, h, H, 1) + row * H, mask=live, other=float("inf"))
-    delta_t = tl.load(head_rows(delta, b, first, T, h, H, 1) + row * H, mask=live, other=0.0)
+    q_t = load_tile(head_rows(q, b, first, rows, h, H, D), row, H * D, channel, D, live)
+    do_t = load_tile(head_rows(do, b, first, rows, h, H, Dv), row, H * Dv, value_channel, Dv, live)
+    log = tl.load(head_rows(log_sum, b, first, rows, h, H, 1) + row * H, mask=live, other=float("inf"))
+    delta_t = tl.load(head_rows(delta, b, first, rows, h, H, 1) + row * H, mask=live, other=0.0)
     dq_t = tl.zeros([ROWS, DK], tl.float32)
 
     state = (head.to(tl.int64) * segments + first // segment_len) * M
@@ -133,8 +143,8 @@ def _query_kernel(
     if CAUSAL:
         for past in tl.range(first // segment_len * segment_len, min(first + ROWS, n), PARTNERS, num_stages=1):
             seen = past + partner < n
-            k_t = load_tile(head_rows(k, b, past, T, h, H, D), partner, H * D, channel, D, seen)
-            v_t = load_tile(head_rows(v, b, past, T, h, H, Dv), partner, H * Dv, value_channel, Dv, seen)
+            k_t = load_tile(head_rows(k, b, past, rows, h, H, D), partner, H * D, channel, D, seen)
+            v_t = load_tile(head_rows(v, b, past, rows, h, H, Dv), partner, H * Dv, value_channel, Dv, seen)
             half = half_square(k_t)
             d_pairs = dot(do_t, tl.trans(v_t), PRECISION) - delta_t[:, None]
             d_pairs = tl.where(query[:, None] >= past + partner[None, :], d_pairs, 0.0)
@@ -155,9 +165,9 @@ def _query_kernel(
                 dq_t += dot(da, w_t, PRECISION)
 
     tl.store(
-        head_rows(dq, b, first, T, h, H, D) + row[:, None] * (H * D) + channel[None, :],
+        head_rows(dq, b, first, rows, h, H, D) + row[:, None] * (H * D) + channel[None, :],
         dq_t.to(dq.dtype.element_ty),
-        mask=(query < T)[:, None] & (channel < D)[None, :],
+        mask=(query < limit)[:, None] & (channel < D)[None, :],
     )
 
 
@@ -176,6 +186,7 @@ def _key_kernel(
     dk,
     steep,
     lengths,
+    pieces,
     T,
     H,
     M,
@@ -202,13 +213,17 @@ def _key_kernel(
         if left_out(steep, head, first, T, CAREFUL, GROUP):
             return
     b, h = (head // H).to(tl.int64), head % H
-    n = valid_steps(lengths, b, T)
+    if pieces is None:
+        n, rows, limit = valid_steps(lengths, b, T), T, T
+    else:
+        b, n = in_document(pieces, first, segment_len)
+        rows, limit = 1, n
     row, column, channel, value_channel = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DK), tl.arange(0, DV)
     key, partner = first + row, tl.arange(0, PARTNERS)
     seen = key < n
     directions = projection + h * M * D
-    k_t = load_tile(head_rows(k, b, first, T, h, H, D), row, H * D, channel, D, seen)
-    v_t = load_tile(head_rows(v, b, first, T, h, H, Dv), row, H * Dv, value_channel, Dv, seen)
+    k_t = load_tile(head_rows(k, b, first, rows, h, H, D), row, H * D, channel, D, seen)
+    v_t = load_tile(head_rows(v, b, first, rows, h, H, Dv), row, H * Dv, value_channel, Dv, seen)
     half = half_square(k_t)
     dk_t, db_sum = tl.zeros([ROWS, DK], tl.float32), tl.zeros([ROWS], tl.float32)
 
@@ -229,10 +244,10 @@ def _key_kernel(
         end = min(first // segment_len * segment_len + segment_len, n)
         for ahead in tl.range(first, end, PARTNERS, num_stages=1):
             live = ahead + partner < end
-            q_t = load_tile(head_rows(q, b, ahead, T, h, H, D), partner, H * D, channel, D, live)
-            do_t = load_tile(head_rows(do, b, ahead, T, h, H, Dv), partner, H * Dv, value_channel, Dv, live)
-            log = tl.load(head_rows(log_sum, b, ahead, T, h, H, 1) + partner * H, mask=live, other=float("inf"))
-            delta_t = tl.load(head_rows(delta, b, ahead, T, h, H, 1) + partner * H, mask=live, other=0.0)
+            q_t = load_tile(head_rows(q, b, ahead, rows, h, H, D), partner, H * D, channel, D, live)
+            do_t = load_tile(head_rows(do, b, ahead, rows, h, H, Dv), partner, H * Dv, value_channel, Dv, live)
+            log = tl.load(head_rows(log_sum, b, ahead, rows, h, H, 1) + partner * H, mask=live, other=float("inf"))
+            delta_t = tl.load(head_rows(delta, b, ahead, rows, h, H, 1) + partner * H, mask=live, other=0.0)
             visible = key[:, None] <= ahead + partner[None, :]
             d_pairs = tl.where(visible, dot(v_t, tl.trans(do_t), PRECISION) - delta_t[None, :], 0.0)
             for start in tl.range(0, M, COLUMNS, num_stages=STAGES, disable_licm=True):
@@ -254,9 +269,9 @@ def _key_kernel(
 
     dk_t -= k_t.to(tl.float32) * db_sum[:, None]
     tl.store(
-        head_rows(dk, b, first, T, h, H, D) + row[:, None] * (H * D) + channel[None, :],
+        head_rows(dk, b, first, rows, h, H, D) + row[:, None] * (H * D) + channel[None, :],
         dk_t.to(dk.dtype.element_ty),
-        mask=(key < T)[:, None] & (channel < D)[None, :],
+        mask=(key < limit)[:, None] & (channel < D)[None, :],
     )
 
 
@@ -272,6 +287,7 @@ def _value_kernel(
     dv,
     steep,
     lengths,
+    pieces,
     T,
     H,
     M,
@@ -298,12 +314,16 @@ def _value_kernel(
         if left_out(steep, head, first, T, CAREFUL, GROUP):
             return
     b, h = (head // H).to(tl.int64), head % H
-    n = valid_steps(lengths, b, T)
+    if pieces is None:
+        n, rows, limit = valid_steps(lengths, b, T), T, T
+    else:
+        b, n = in_document(pieces, first, segment_len)
+        rows, limit = 1, n
     row, column, channel, value_channel = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DK), tl.arange(0, DV)
     key, partner = first + row, tl.arange(0, PARTNERS)
     seen = key < n
     directions = projection + h * M * D
-    k_t = load_tile(head_rows(k, b, first, T, h, H, D), row, H * D, channel, D, seen)
+    k_t = load_tile(head_rows(k, b, first, rows, h, H, D), row, H * D, channel, D, seen)
     half = half_square(k_t)
     dv_t = tl.zeros([ROWS, DV], tl.float32)
 
@@ -321,9 +341,9 @@ def _value_kernel(
         end = min(first // segment_len * segment_len + segment_len, n)
         for ahead in tl.range(first, end, PARTNERS, num_stages=1):
             live = ahead + partner < end
-            q_t = load_tile(head_rows(q, b, ahead, T, h, H, D), partner, H * D, channel, D, live)
-            do_t = load_tile(head_rows(do, b, ahead, T, h, H, Dv), partner, H * Dv, value_channel, Dv, live)
-            log = tl.load(head_rows(log_sum, b, ahead, T, h, H, 1) + partner * H, mask=live, other=float("inf"))
+            q_t = load_tile(head_rows(q, b, ahead, rows, h, H, D), partner, H * D, channel, D, live)
+            do_t = load_tile(head_rows(do, b, ahead, rows, h, H, Dv), partner, H * Dv, value_channel, Dv, live)
+            log = tl.load(head_rows(log_sum, b, ahead, rows, h, H, 1) + partner * H, mask=live, other=float("inf"))
             pairs = tl.zeros([ROWS, PARTNERS], tl.float32)
             for start in tl.range(0, M, COLUMNS, num_stages=STAGES, disable_licm=True):
                 inside = start + column < M
@@ -341,7 +361,7 @@ def _value_kernel(
             dv_t += dot(pairs, do_t, PRECISION)
 
     tl.store(
-        head_rows(dv, b, first, T, h, H, Dv) + row[:, None] * (H * Dv) + value_channel[None, :],
+        head_rows(dv, b, first, rows, h, H, Dv) + row[:, None] * (H * Dv) + value_channel[None, :],
         dv_t.to(dv.dtype.element_ty),
-        mask=(key < T)[:, None] & (value_channel < Dv)[None, :],
+        mask=(key < limit)[:, None] & (value_channel < Dv)[None, :],
     )

@@ -12,7 +12,7 @@ from .causal import causal_by_chunks, eager
 from .halves import causal_by_halves
 from .state import FavorState
 
-MIN_PIECE, MAX_PIECE = 16, 64  # steps: states take about as much room as features, padding less
+MIN_PIECE, MAX_PIECE = 32, 128  # steps: states take about as much room as features, padding less
 
 
 def favor_attention_chunked(
@@ -72,7 +72,7 @@ def _in_pieces(
 ) -> Tensor:
     """Every query sees every key of its document: [1, T, H, Dv]."""
     steps = q.shape[1] // documents.N  # of a document
-    pieces = documents.pieces(min(MAX_PIECE, max(MIN_PIECE, steps // 4)))
+    pieces = documents.pieces(min(MAX_PIECE, max(MIN_PIECE, steps // 2)))
     q, k, v = (pieces.lay_out(x).unflatten(1, (-1, pieces.length))[0].transpose(1, 2).contiguous() for x in (q, k, v))
     o = bidirectional(q, k, v, directions, pieces.hidden()[:, None, :, None], narrow, pieces)  # [P, H, length, Dv]
     return pieces.take_up(o.transpose(1, 2).flatten(0, 1)[None])

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, head_rows, load_tile, valid_steps
-from .tiles import finite, half_square, left_out, pick
+from .tiles import finite, half_square, in_document, left_out, pick
 
 
 @triton.jit(do_not_specialize=["T", "segment_len", "segments"])
@@ -19,6 +19,7 @@ def _sums_kernel(
     top,  # the same: the maxima
     steep,  # [B, H, blocks of features, groups of steps], bool, where b rises too far; or None
     lengths,  # [B] or None
+    pieces,  # [P, 4], of documents in one row: the segments, of which T is so many times `segment_len`; or None
     T,
     H,
     M,
@@ -42,7 +43,11 @@ def _sums_kernel(
     item = tl.program_id(0) // blocks
     segment, head = item % segments, item // segments
     b, h = (head // H).to(tl.int64), head % H
-    n = valid_steps(lengths, b, T)
+    if pieces is None:
+        n, rows = valid_steps(lengths, b, T), T
+    else:
+        b, n = in_document(pieces, segment * segment_len, segment_len)
+        rows = 1
     row, column, channel, value_channel = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DK), tl.arange(0, DV)
     inside = first + row < M
     w_t = load_tile(projection + (h * M + first) * D, row, D, channel, D, inside)
@@ -52,8 +57,8 @@ def _sums_kernel(
     start = segment * segment_len
     for past in tl.range(start, min(start + segment_len, n), COLUMNS, num_stages=STAGES):
         seen = past + column < n
-        k_t = load_tile(head_rows(k, b, past, T, h, H, D), column, H * D, channel, D, seen)
-        v_t = load_tile(head_rows(v, b, past, T, h, H, Dv), column, H * Dv, value_channel, Dv, seen)
+        k_t = load_tile(head_rows(k, b, past, rows, h, H, D), column, H * D, channel, D, seen)
+        v_t = load_tile(head_rows(v, b, past, rows, h, H, Dv), column, H * Dv, value_channel, Dv, seen)
         scores = dot(w_t, tl.trans(k_t), PRECISION) - half_square(k_t)[None, :]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         peak = tl.max(scores, 1)
@@ -85,9 +90,11 @@ def _carry_kernel(
     fades,  # [B·H, segments, M], what was there times this
     carried,  # [B·H, segments, M, width]: what each segment starts from, or None: not wanted
     last,  # [B·H, M, width]
+    firsts,  # [N + 1], where the segments of documents begin: a program has one, and `first` and `last` are [N·H, ...]
     M,
     width,
     segments,
+    H,
     DOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,8 +107,15 @@ def _carry_kernel(
     S = tl.zeros([BLOCK], tl.float32)
     if first is not None:
         S = tl.load(first + head * size + at, mask=inside, other=0.0)
-    for count in range(segments):
-        item = head * segments + (segments - 1 - count if DOWN else count)
+    if firsts is None:
+        begin, end = 0, segments
+    else:
+        begin = tl.load(firsts + head // H).to(tl.int32)
+        end = tl.load(firsts + head // H + 1).to(tl.int32)
+    for count in range(begin, end):
+        item = (head if firsts is None else head % H) * segments + (
+            (segments if firsts is None else begin + end) - 1 - count if DOWN else count
+        )
         if carried is not None:
             tl.store(carried + item * size + at, S, mask=inside)
         x = tl.load(added + item * size + at, mask=inside, other=0.0)
@@ -159,6 +173,7 @@ def _output_kernel(
     log_sum,  # [B, T, H], float32: the logarithm of the sum of weights, inf where there is none
     steep,  # [B, H, groups of steps], bool, causal, or None
     lengths,
+    pieces,
     T,
     H,
     M,
@@ -184,12 +199,16 @@ def _output_kernel(
         if left_out(steep, head, first, T, CAREFUL, GROUP):
             return
     b, h = (head // H).to(tl.int64), head % H
-    n = valid_steps(lengths, b, T)
+    if pieces is None:
+        n, rows, limit = valid_steps(lengths, b, T), T, T
+    else:
+        b, n = in_document(pieces, first, segment_len)
+        rows, limit = 1, n
     row, column, channel, value_channel = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DK), tl.arange(0, DV)
     query, partner = first + row, tl.arange(0, PARTNERS)
     live = query < n
     directions = projection + h * M * D
-    q_t = load_tile(head_rows(q, b, first, T, h, H, D), row, H * D, channel, D, live)
+    q_t = load_tile(head_rows(q, b, first, rows, h, H, D), row, H * D, channel, D, live)
     out, total = tl.zeros([ROWS, DV], tl.float32), tl.zeros([ROWS], tl.float32)
     m = tl.full([ROWS], float("-inf"), tl.float32)
 
@@ -211,8 +230,10 @@ def _output_kernel(
 
     if CAUSAL:
         for past in tl.range(first // segment_len * segment_len, min(first + ROWS, n), PARTNERS, num_stages=1):
-            k_t = load_tile(head_rows(k, b, past, T, h, H, D), partner, H * D, channel, D, past + partner < n)
-            v_t = load_tile(head_rows(v, b, past, T, h, H, Dv), partner, H * Dv, value_channel, Dv, past + partner < n)
+            k_t = load_tile(head_rows(k, b, past, rows, h, H, D), partner, H * D, channel, D, past + partner < n)
+            v_t = load_tile(
+                head_rows(v, b, past, rows, h, H, Dv), partner, H * Dv, value_channel, Dv, past + partner < n
+            )
             pairs, height = _pairs(
                 q_t, query, k_t, past, n, directions, M, D, channel,
                 CAREFUL, ROWS, COLUMNS, PARTNERS, STAGES, PRECISION,
@@ -229,9 +250,9 @@ def _output_kernel(
     any_seen = live & (total > 0)
     out = tl.where(any_seen[:, None], out / tl.where(any_seen, total, 1.0)[:, None], 0.0)
     tl.store(
-        head_rows(o, b, first, T, h, H, Dv) + row[:, None] * (H * Dv) + value_channel[None, :],
+        head_rows(o, b, first, rows, h, H, Dv) + row[:, None] * (H * Dv) + value_channel[None, :],
         out.to(o.dtype.element_ty),
-        mask=(query < T)[:, None] & (value_channel < Dv)[None, :],
+        mask=(query < limit)[:, None] & (value_channel < Dv)[None, :],
     )
     log = tl.where(any_seen, m + tl.log(tl.where(any_seen, total, 1.0)), float("inf"))
-    tl.store(head_rows(log_sum, b, first, T, h, H, 1) + row * H, log, mask=query < T)
+    tl.store(head_rows(log_sum, b, first, rows, h, H, 1) + row * H, log, mask=query < limit)

@@ -34,7 +34,7 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
-from ..documents import Documents
+from ..documents import Documents, Pieces
 from ..launching import launch
 from .backward import _feature_kernel, _key_kernel, _query_kernel, _value_kernel
 from .chunked import favor_attention_chunked
@@ -73,9 +73,23 @@ class State(NamedTuple):
 
 class States(NamedTuple):
     seen: State  # what the queries of a segment see of the keys outside it, or of all keys
-    tops: Tensor  # [B, H, segments + 1, M], R before each segment and behind the last
+    before: Tensor  # [B, H, segments, M], R of what they see
+    behind: Tensor  # [B, H, segments, M], R behind the keys of a segment, or of all keys
+    fades: Tensor  # [B, H, segments, M], what is left of a state behind each segment
     last: State  # behind the last key
+    top: Tensor  # [B, H, M], R there
     steep: Tensor | None  # [B, H, groups of steps], bool, causal
+
+
+class Packed(NamedTuple):
+    """Documents in one row: segments are theirs, and states that are not of segments have N rows in place of B."""
+
+    pieces: Pieces
+    table: Tensor  # [P, 4], of them
+
+    def by_segment(self, x: Tensor) -> Tensor:
+        """[N, H, ...] -> [1, H, P, ...]."""
+        return self.pieces.of_documents(x).transpose(0, 1)[None].contiguous()
 
 
 def favor_attention_fused(
@@ -96,7 +110,8 @@ def favor_attention_fused(
         sums = pad_channels(initial_state.sums[..., :-1].float())
         norm = initial_state.sums[..., -1].float()
         log_scale = initial_state.log_scale.detach().float()
-    o, _, sums, norm, log_scale = _favor_attention(q, k, w, directions, sums, norm, log_scale, lengths, causal)
+    starts = None if documents is None else documents.starts
+    o, _, sums, norm, log_scale = _favor_attention(q, k, w, directions, sums, norm, log_scale, lengths, starts, causal)
     o = o[..., :Dv].to(v.dtype)
     return o, FavorState(torch.cat([sums[..., :Dv], norm[..., None]], -1), log_scale.detach()) if causal else None
 
@@ -111,18 +126,18 @@ def _favor_attention(
     norm: Tensor | None,
     log_scale: Tensor | None,
     lengths: Tensor | None,
+    starts: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o; the logarithm of the sums of weights [B, T, H]; the state behind the last key: sums, norm and log_scale."""
     q, k, v, projection, lengths = contiguous(q, k, v, projection, lengths)
-    seen, tops, last, steep = _states(k, v, projection, sums, norm, log_scale, lengths, causal)
+    plan = _plan(q, v, projection, causal, _packed(starts, q))
+    states = _states(plan, k, v, projection, sums, norm, log_scale, lengths)
     o, log_sum = v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-    plan = _plan(q, v, projection, causal)
-    top = (tops[:, :, :-1] if causal else tops[:, :, -1:]).contiguous()
-    _launch_both(
-        _output_kernel, plan, plan.config("output"), (q, k, v, projection, *seen, top, o, log_sum, steep, lengths)
-    )
-    return o, log_sum, last.sums, last.norm, tops[:, :, -1].clone(memory_format=torch.contiguous_format)
+    top = states.before.contiguous()
+    arguments = (q, k, v, projection, *states.seen, top, o, log_sum, states.steep, lengths)
+    _launch_both(_output_kernel, plan, plan.config("output"), arguments)
+    return o, log_sum, *states.last, states.top
 
 
 @torch.library.custom_op("seqzoo::favor_attention_fused_backward", mutates_args=())
@@ -138,6 +153,7 @@ def _favor_attention_backward(
     norm: Tensor | None,
     log_scale: Tensor | None,
     lengths: Tensor | None,
+    starts: Tensor | None,
     o: Tensor,
     log_sum: Tensor,
     last_sums: Tensor,
@@ -152,28 +168,32 @@ def _favor_attention_backward(
     delta = (do.float() * o).sum(-1)
     q, k, v, projection, lengths, do = contiguous(q, k, v, projection, lengths, do)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    states = States(State(last_sums, last_norm), last_log_scale[:, :, None], State(last_sums, last_norm), None)
+    packed = _packed(starts, q)
+    plan = _plan(q, v, projection, causal, packed)
     if causal:
-        states = _states(k, v, projection, sums, norm, log_scale, lengths, causal)
-    seen, tops, _, steep = states
-    before, behind = (tops[:, :, :-1].contiguous(), tops[:, :, 1:].contiguous()) if causal else (tops, tops)
-
-    plan = _plan(q, v, projection, causal)
+        seen, before, behind, fades, *_, steep = _states(plan, k, v, projection, sums, norm, log_scale, lengths)
+        before, behind = contiguous(before, behind)
+    else:
+        seen, steep = _for_all(State(last_sums, last_norm), packed), None
+        before = behind = last_log_scale if packed is None else packed.by_segment(last_log_scale)
     around = (log_sum, delta)
     _launch_both(
         _query_kernel, plan, plan.config("query"), (q, k, v, do, projection, *seen, before, *around, dq, steep, lengths)
     )
 
-    cut = plan if causal else _cut(plan, "feature")
+    cut = _cut(plan, "feature")
     d_seen = _empty(v, projection, cut.segments)
     _launch(_feature_kernel, cut, cut.config("feature"), (q, do, projection, before, log_sum, delta, *d_seen, lengths))
     d_start = State(*(q.new_empty(0, dtype=torch.float32) for _ in range(2)))
     if causal:
         d_last = contiguous(d_last_sums, d_last_norm)
-        d_behind, d_first = _carry(d_last, d_seen, None, _fades(tops), keep=True, down=True)
+        d_behind, d_first = _carry(d_last, d_seen, None, fades, packed, keep=True, down=True)
         d_start = d_start if sums is None else d_first
-    else:
+    elif packed is None:
         d_behind = State(*(x.sum(2) for x in d_seen))
+    else:
+        _, d_all = _carry((None, None), d_seen, None, torch.ones_like(d_seen.norm), packed, keep=False)
+        d_behind = _for_all(d_all, packed)
     _launch_both(
         _key_kernel, plan, plan.config("key"), (q, k, v, do, projection, behind, *d_behind, *around, dk, steep, lengths)
     )
@@ -187,9 +207,10 @@ def _favor_attention_backward(
 
 
 @_favor_attention.register_fake
-def _(q, k, v, projection, sums, norm, log_scale, lengths, causal):
+def _(q, k, v, projection, sums, norm, log_scale, lengths, starts, causal):
     (B, T, H, _), M, Dv = q.shape, projection.shape[1], v.shape[-1]
-    shapes = (B, T, H), (B, H, M, Dv), (B, H, M), (B, H, M)
+    rows = B if starts is None else starts.shape[0] - 1
+    shapes = (B, T, H), (rows, H, M, Dv), (rows, H, M), (rows, H, M)
     return v.new_empty(v.shape), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
@@ -208,15 +229,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradient(
     ctx: Any, do: Tensor | None, _: None, d_sums: Tensor | None, d_norm: Tensor | None, __: None
 ) -> tuple[Tensor | None, ...]:
-    do = torch.zeros_like(ctx.saved_tensors[8]) if do is None else do
+    do = torch.zeros_like(ctx.saved_tensors[9]) if do is None else do
     *gradients, d_first_sums, d_first_norm = _written(do, d_sums, d_norm, *ctx.saved_tensors, ctx.causal)
     starts = ctx.needs_input_grad[4]
-    return *gradients, None, d_first_sums if starts else None, d_first_norm if starts else None, *(None,) * 3
+    return *gradients, None, d_first_sums if starts else None, d_first_norm if starts else None, *(None,) * 4
 
 
 def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
     """As `_favor_attention_backward`, for PyTorch to differentiate."""
-    do, d_last_sums, d_last_norm, q, k, v, projection, sums, norm, log_scale, lengths, *_, causal = arguments
+    do, d_last_sums, d_last_norm, q, k, v, projection, sums, norm, log_scale, lengths, starts, *_, causal = arguments
+    documents = None if starts is None else Documents(starts, q.shape[1])
 
     def form(
         q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None, norm: Tensor | None
@@ -224,7 +246,7 @@ def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
         first = None
         if sums is not None and norm is not None and log_scale is not None:
             first = FavorState(torch.cat([sums, norm[..., None]], -1), log_scale)
-        o, last = favor_attention_chunked(q, k, v, projection, causal, first, lengths, None)
+        o, last = favor_attention_chunked(q, k, v, projection, causal, first, lengths, documents)
         return (o, None, None) if last is None else (o, last.sums[..., :-1], last.sums[..., -1])
 
     return pullback(form, (q, k, v, sums, norm), (do, d_last_sums, d_last_norm))
@@ -235,6 +257,7 @@ _written = differentiable(_favor_attention_backward, _plain)
 
 
 def _states(
+    plan: Plan,
     k: Tensor,
     v: Tensor,
     projection: Tensor,
@@ -242,27 +265,35 @@ def _states(
     norm: Tensor | None,  # [B, H, M]
     log_scale: Tensor | None,  # [B, H, M]
     lengths: Tensor | None,
-    causal: bool,
 ) -> States:
-    plan = _plan(k, v, projection, causal)
-    plan = plan if causal else _cut(plan, "sums")
+    causal, packed, plan = plan.meta["CAUSAL"], plan.packed, _cut(plan, "sums")
     added = _empty(v, projection, plan.segments)
     top = torch.empty_like(added.norm)
     (B, T, H, M, _, _), rows = plan.sizes, plan.config("sums").rows
     steep = k.new_zeros(B, H, triton.cdiv(M, rows), triton.cdiv(T, GROUP), dtype=torch.bool) if causal else None
     arguments = (k, v, projection, *added, top, steep, lengths)
     _launch(_sums_kernel, plan, plan.config("sums"), arguments, GROUP=GROUP, RISE=SAFE_RISE)
-    start = torch.full_like(top[:, :, 0], -torch.inf) if log_scale is None else log_scale
-    tops = torch.cat([start[:, :, None], top], 2).cummax(2).values  # [B, H, segments + 1, M]
-    gains = (top - _or_zero(tops[:, :, 1:])).exp()
-    first = contiguous(sums, norm)
-    before, last = _carry(first, added, gains, _fades(tops), keep=causal)
-    return States(before if causal else last, tops, last, None if steep is None else steep.any(2))
+    if packed is None:
+        start = torch.full_like(top[:, :, 0], -torch.inf) if log_scale is None else log_scale
+        tops = torch.cat([start[:, :, None], top], 2).cummax(2).values  # [B, H, segments + 1, M]
+        before, behind, end = tops[:, :, :-1], tops[:, :, 1:], tops[:, :, -1]
+    else:
+        start = top.new_full((packed.pieces.documents.N, H, M), -torch.inf) if log_scale is None else log_scale
+        before, behind = packed.pieces.running_max(top[0].transpose(0, 1), start)  # [P, H, M]
+        end = packed.pieces.last(behind, start)
+        before, behind = (x.transpose(0, 1)[None] for x in (before, behind))
+    gains, fades = ((x - _or_zero(behind)).exp() for x in (top, before))
+    seen, last = _carry(contiguous(sums, norm), added, gains, fades, packed, keep=causal)
+    if not causal:
+        seen = _for_all(last, packed)
+        before = behind = end[:, :, None] if packed is None else packed.by_segment(end)
+    end = end.clone(memory_format=torch.contiguous_format)
+    return States(seen, before, behind, fades, last, end, None if steep is None else steep.any(2))
 
 
-def _fades(tops: Tensor) -> Tensor:
-    """What is left of a state behind each segment, [B, H, segments, M]."""
-    return (tops[:, :, :-1] - _or_zero(tops[:, :, 1:])).exp()
+def _for_all(state: State, packed: Packed | None) -> State:
+    """As every segment sees a state that all keys make."""
+    return state if packed is None else State(*map(packed.by_segment, state))
 
 
 def _or_zero(maximum: Tensor) -> Tensor:
@@ -270,18 +301,28 @@ def _or_zero(maximum: Tensor) -> Tensor:
 
 
 def _carry(
-    first: Sequence[Tensor | None], added: State, gains: Tensor | None, fades: Tensor, *, keep: bool, down: bool = False
+    first: Sequence[Tensor | None],
+    added: State,
+    gains: Tensor | None,
+    fades: Tensor,
+    packed: Packed | None,
+    *,
+    keep: bool,
+    down: bool = False,
 ) -> tuple[State, State]:
     """What each segment starts from, if it is to be kept, and what the last one ends with."""
     kept: list[Any] = [torch.empty_like(x) if keep else None for x in added]
-    last = [torch.empty_like(x[:, :, 0]) for x in added]
     B, H, segments, M = fades.shape
+    rows, documents = B, (None, None)
+    if packed is not None:
+        rows, documents = packed.pieces.documents.N, (packed.pieces.before, H)
+    last = [x.new_empty(rows, H, *x.shape[3:]) for x in added]
     for start, add, carried, end in zip(first, added, kept, last, strict=True):
         width = add.shape[4] if add.dim() == 5 else 1
         launch(
             _carry_kernel,
-            B * H * triton.cdiv(M * width, CARRIED),
-            *(start, add, gains, fades, carried, end, M, width, segments),
+            rows * H * triton.cdiv(M * width, CARRIED),
+            *(start, add, gains, fades, carried, end, documents[0], M, width, segments, documents[1]),
             DOWN=down,
             BLOCK=CARRIED,
             num_warps=4,
@@ -301,22 +342,34 @@ class Plan(NamedTuple):
     sizes: tuple[int, ...]  # B, T, H, M, D, Dv
     segment_len: int
     segments: int
+    packed: Packed | None
     meta: dict[str, Any]
 
     def config(self, kernel: str) -> Config:
         return BLOCKS.of(kernel, self.device, self.dtype, max(self.meta["DK"], self.meta["DV"]))
 
 
-def _plan(q: Tensor, v: Tensor, projection: Tensor, causal: bool) -> Plan:
+def _packed(starts: Tensor | None, q: Tensor) -> Packed | None:
+    if starts is None:
+        return None
+    pieces = Documents(starts, q.shape[1]).pieces(SEGMENT)
+    return Packed(pieces, pieces.table())
+
+
+def _plan(q: Tensor, v: Tensor, projection: Tensor, causal: bool, packed: Packed | None) -> Plan:
     (B, T, H, D), M, Dv = q.shape, projection.shape[1], v.shape[-1]
     DK, DV = (max(16, triton.next_power_of_2(width)) for width in (D, Dv))
     segment_len = SEGMENT if causal else T
+    if packed is not None:  # a piece counts for as many steps
+        segment_len, T = SEGMENT, SEGMENT * len(packed.table)
     meta = {"CAUSAL": causal, "PRECISION": PRECISIONS[q.dtype], "DK": DK, "DV": DV}
-    return Plan(q.device, q.dtype, (B, T, H, M, D, Dv), segment_len, triton.cdiv(T, segment_len), meta)
+    return Plan(q.device, q.dtype, (B, T, H, M, D, Dv), segment_len, triton.cdiv(T, segment_len), packed, meta)
 
 
 def _cut(plan: Plan, kernel: str) -> Plan:
-    """With time in segments where blocks of features are too few for the GPU."""
+    """With time in segments where blocks of features are too few for the GPU, unless it is in some already."""
+    if plan.meta["CAUSAL"] or plan.packed is not None:
+        return plan
     (B, T, H, M, _, _), config = plan.sizes, plan.config(kernel)
     programs = B * H * triton.cdiv(M, config.rows)
     segments = min(PROGRAMS * backends.multiprocessors(plan.device) // programs, T // MIN_SEGMENT)
@@ -334,6 +387,7 @@ def _launch(kernel: Any, plan: Plan, config: Config, arguments: tuple[Any, ...],
         kernel,
         B * H * blocks,
         *arguments,
+        None if plan.packed is None else plan.packed.table,
         *plan.sizes[1:],
         plan.segment_len,
         plan.segments,

@@ -107,16 +107,8 @@ def _before(first: Tensor, after: Tensor, pieces: Pieces | None) -> Tensor:
 def _running_max(b: Tensor, first: Tensor, pieces: Pieces) -> Tensor:
     """Of all keys of a document up to each and its `first` [N, H, M]: [H, P, C, M]."""
     within = b.cummax(2).values
-    after = torch.where(
-        pieces.begin()[:, None],
-        torch.maximum(within[:, :, -1], pieces.of_documents(first).transpose(0, 1)),
-        within[:, :, -1],
-    )
-    distance = 1
-    while distance < after.shape[1]:  # what is reached within as many pieces, then within twice as many
-        earlier = torch.where((pieces.number >= distance)[:, None], after.roll(distance, 1), -torch.inf)
-        after, distance = torch.maximum(after, earlier), 2 * distance
-    return torch.maximum(within, _before(first, after[None], pieces)[0][:, :, None])
+    before, _ = pieces.running_max(within[:, :, -1].transpose(0, 1), first)  # [P, H, M]
+    return torch.maximum(within, before.transpose(0, 1)[:, :, None])
 
 
 def _within_chunks(a: Tensor, b: Tensor, v: Tensor, R: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles import dot
+from ..tiles import dot, piece_of
 
 
 @triton.jit
@@ -33,6 +33,15 @@ def pick(x, at, AXIS: tl.constexpr):
     index = tl.arange(0, x.shape[AXIS])
     here = (index == at)[None, :] if AXIS == 1 else (index == at)[:, None]
     return tl.sum(tl.where(here, x, 0.0), AXIS)  # a maximum would lose NaN on a GPU
+
+
+@triton.jit
+def in_document(pieces, step, segment_len):
+    """Of pieces that count for `segment_len` steps each: how far a step lies from its number; its document's end."""
+    piece = step // segment_len
+    _, origin, n, ahead = piece_of(pieces, piece)
+    begin = piece * segment_len
+    return origin + ahead - begin, begin + n - ahead
 
 
 @triton.jit

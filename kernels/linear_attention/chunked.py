@@ -17,6 +17,8 @@ from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
 
+MIN_PIECE = 16  # of short documents
+
 
 def linear_attention_chunked(
     q: Tensor,  # [B, T, H, Dk]
@@ -30,12 +32,14 @@ def linear_attention_chunked(
     documents: Documents | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    if documents is not None and causal and log_decay is None and initial_state is None and not output_final_state:
-        return _between_resets(q, k, v, normalize, documents), None
-    if documents is not None:
-        return _in_pieces(q, k, v, log_decay, causal, normalize, initial_state, documents, output_final_state)
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
+    if documents is not None:
+        if initial_state is not None or output_final_state:
+            return _in_pieces(q, k, v, log_decay, normalize, initial_state, documents, output_final_state)
+        if log_decay is None:
+            return (_between_resets if causal else _both_ways)(q, k, v, normalize, documents), None
+        log_decay = log_decay.expand(1, T, H).masked_fill((documents.positions() == 0)[:, None], -torch.inf)
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
     N = -(-T // max(MIN_CHUNK, Dk, Dv)) if causal or log_decay is not None else 1
     C = -(-T // N)
@@ -51,7 +55,7 @@ def linear_attention_chunked(
         first = q.new_zeros(B, H, Dk, Dv + normalize, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         if log_decay is None:
             form = partial(_without_decay, causal) if forward_mode() else partial(_WithoutDecay.apply, causal)
-            o, final_state = form(split(q), split(k), split(v), first)
+            o, final_state = form(None, split(q), split(k), split(v), first)
         else:
             # Rows past T hold q = k = 0, so the ones that fill v there with its ones column count for nothing.
             q, k, v = split(q), split(k), split(v, columns=int(normalize))
@@ -85,12 +89,28 @@ def _between_resets(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents:
     return o.to(out_dtype).contiguous()
 
 
+def _both_ways(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Documents) -> Tensor:
+    (_, T, H, Dk), Dv = q.shape, v.shape[-1]
+    out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
+    C = max(MIN_PIECE, min(MIN_CHUNK, T // documents.N))
+    pieces = documents.pieces(C)
+
+    def split(x: Tensor) -> Tensor:  # [1, T, H, D] -> [P * H, C, D]
+        return pieces.lay_out(x.to(dtype)).unflatten(1, (-1, C)).transpose(2, 3).reshape(-1, C, x.shape[-1])
+
+    with without_autocast(q.device):
+        nothing = q.new_zeros(1, H, Dk, Dv + normalize, dtype=dtype)
+        form = partial(_without_decay, False) if forward_mode() else partial(_WithoutDecay.apply, False)
+        o, _ = form(pieces, split(q), split(k), split(v), nothing)
+        o = pieces.take_up(o.view(1, -1, H, C, Dv).transpose(2, 3).flatten(1, 2))
+    return o.to(out_dtype).contiguous()
+
+
 def _in_pieces(
     q: Tensor,  # [1, T, H, Dk]
     k: Tensor,  # [1, T, H, Dk]
     v: Tensor,  # [1, T, H, Dv]
     log_decay: Tensor | None,  # [H] or [1, T, H]
-    causal: bool,
     normalize: bool,
     initial_state: Tensor | None,  # [N, H, Dk, Dv (+ 1)]
     documents: Documents,
@@ -117,7 +137,7 @@ def _in_pieces(
             g = log_decay.to(dtype)[:, None, None].expand(H, 1, C)
         else:
             g = split(log_decay.expand(1, T, H)[..., None]).view(1, H, -1, C)
-        o, final_state = _with_decay(q, k, v, g, causal, first, pieces)
+        o, final_state = _with_decay(q, k, v, g, True, first, pieces)
         if normalize:
             o = divide_by_normalizer(o)
         o = pieces.take_up(o.view(1, H, -1, Dv).transpose(1, 2))
@@ -138,6 +158,7 @@ class _WithoutDecay(torch.autograd.Function):
     def forward(
         ctx: Any,
         causal: bool,
+        pieces: Pieces | None,  # where chunks are these, first all heads of one; not causal
         q: Tensor,  # [G, C, Dk]
         k: Tensor,  # [G, C, Dk]
         v: Tensor,  # [G, C, Dv]
@@ -145,7 +166,7 @@ class _WithoutDecay(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # [G, C, Dv], and the state after the last chunk
         Dv = v.shape[-1]
         S, z = first[..., :Dv].flatten(0, 1), first[..., Dv:].flatten(0, 1)
-        memory = torch.bmm(k.mT, v)  # [G, Dk, Dv], of each chunk by itself
+        memory = _of_all(torch.bmm(k.mT, v), pieces)  # [G, Dk, Dv], of each chunk by itself
         if causal:
             S = _accumulate(S, memory)  # and leaves in `memory` what reaches each chunk
             weights = torch.bmm(q, k.mT).tril_()
@@ -154,7 +175,7 @@ class _WithoutDecay(torch.autograd.Function):
             o.baddbmm_(weights, v)
         total = n = None
         if first.shape[-1] > Dv:
-            total = k.sum(1)[..., None]  # [G, Dk, 1], as `memory`
+            total = _of_all(k.sum(1)[..., None], pieces)  # [G, Dk, 1], as `memory`
             if causal:
                 z = _accumulate(z, total)
             n = torch.bmm(q, total)  # [G, C, 1]
@@ -162,19 +183,21 @@ class _WithoutDecay(torch.autograd.Function):
                 n.add_(weights.sum(-1, keepdim=True))
             n = torch.where(n == 0, 0, n.reciprocal())
             o.mul_(n)
-        ctx.causal = causal
+        ctx.causal, ctx.pieces = causal, pieces
         ctx.save_for_backward(q, k, v, first, memory, total, o, n)
         return o, torch.cat([S, z], -1).view_as(first)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint makes them anew for each look
-        inputs, written = saved[:4], partial(_gradients, ctx.causal, do, d_final, *saved)
-        return None, *gradient(written, partial(_without_decay, ctx.causal), inputs, (do, d_final))
+        inputs, written = saved[:4], partial(_gradients, ctx.causal, ctx.pieces, do, d_final, *saved)
+        form = partial(_without_decay, ctx.causal, ctx.pieces)
+        return None, None, *gradient(written, form, inputs, (do, d_final))
 
 
 def _gradients(
     causal: bool,
+    pieces: Pieces | None,
     do: Tensor,
     d_final: Tensor,
     q: Tensor,
@@ -191,13 +214,13 @@ def _gradients(
         p = do if n is None else do * n
         dn = None if n is None else (p * o).sum(-1, keepdim=True).neg_()  # [G, C, 1]
         dS, dz = d_final[..., :Dv].flatten(0, 1), d_final[..., Dv:].flatten(0, 1)
-        d_memory = torch.bmm(q.mT, p)
+        d_memory = _of_all(torch.bmm(q.mT, p), pieces)
         if causal:
             dS = _accumulate(dS, d_memory, reverse=True)
         dq, dk, dv = torch.bmm(p, memory.mT), torch.bmm(v, d_memory.mT), torch.bmm(k, d_memory)
         if dn is not None:
             assert total is not None
-            d_total = torch.bmm(q.mT, dn)
+            d_total = _of_all(torch.bmm(q.mT, dn), pieces)
             if causal:
                 dz = _accumulate(dz, d_total, reverse=True)
             dq.baddbmm_(dn, total.mT)
@@ -211,11 +234,23 @@ def _gradients(
         return dq, dk, dv, torch.cat([dS, dz], -1).view_as(first)
 
 
-def _without_decay(causal: bool, q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+def _of_all(x: Tensor, pieces: Pieces | None) -> Tensor:
+    """The sum over all pieces of a document, of each [P * H, ...]; of no pieces, x."""
+    if pieces is None:
+        return x
+    return pieces.shared_sum(x.unflatten(0, (len(pieces.document), -1))).flatten(0, 1)
+
+
+def _without_decay(
+    causal: bool, pieces: Pieces | None, q: Tensor, k: Tensor, v: Tensor, first: Tensor
+) -> tuple[Tensor, Tensor]:
     """`_WithoutDecay` for PyTorch to differentiate: with a decay that takes nothing."""
     with without_autocast(q.device):
         normalize = first.shape[-1] > v.shape[-1]
         v = F.pad(v, (0, int(normalize)), value=1.0)
+        if pieces is not None:
+            o = torch.bmm(q, _of_all(torch.bmm(k.mT, v), pieces))
+            return divide_by_normalizer(o) if normalize else o, first
         o, final_state = _with_decay(q, k, v, q.new_zeros(first.shape[1], 1, q.shape[1]), causal, first)
         return divide_by_normalizer(o) if normalize else o, final_state if causal else first
 
@@ -264,7 +299,7 @@ def _with_decay(
     o = torch.baddbmm(o, scaled(q, head), states.view(-1, Dk, Dv))
     if not causal:
         updates = torch.bmm(scaled(k, head).mT, v).view(B, H, -1, Dk, Dv)
-        states, _ = _carry(updates, total, first, pieces, reverse=True)  # what later chunks send back
+        states, _ = _carry(updates, total, first, reverse=True)  # what later chunks send back
         o = torch.baddbmm(o, scaled(q, tail), states.view(-1, Dk, Dv))
     return o, final_state
 
@@ -279,16 +314,16 @@ def _segment_sums(g: Tensor) -> Tensor:
 
 
 def _carry(
-    updates: Tensor, decays: Tensor, state: Tensor, pieces: Pieces | None, reverse: bool = False
+    updates: Tensor, decays: Tensor, state: Tensor, pieces: Pieces | None = None, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The state that reaches each chunk [B, H, N, Dk, Dv], and the one that leaves the last [B, H, Dk, Dv].
 
-    Of pieces, those that leave the last of each document, in the direction of time.
+    Of pieces, `state` and those that leave are of documents, [N, H, Dk, Dv].
     """
     N = updates.shape[2]
     steps = list(zip(updates.unbind(2), decays.expand(*decays.shape[:-3], N, 1, 1).unbind(-3), strict=True))
     if pieces is not None:
-        return _carry_in_documents(steps, state, pieces, reverse)
+        return _carry_in_documents(steps, state, pieces)
     states = []
     for update, decay in reversed(steps) if reverse else steps:
         states.append(state)
@@ -296,19 +331,10 @@ def _carry(
     return torch.stack(states[::-1] if reverse else states, 2), state
 
 
-def _carry_in_documents(
-    steps: list[tuple[Tensor, Tensor]], first: Tensor, pieces: Pieces, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    starts, begins = pieces.of_documents(first).unbind(0), pieces.begin()
-    states, ends, state = [], [], torch.zeros_like(starts[0])[None]
-    order = range(len(steps))
-    for p in reversed(order) if reverse else order:
-        if reverse:
-            state = torch.where(begins[p + 1], 0, state) if p + 1 < len(steps) else state
-        else:
-            state = torch.where(begins[p], starts[p], state)
-        states.append(state)
-        update, decay = steps[p]
-        state = torch.addcmul(update, decay, state)
-        ends.append(state)
-    return torch.stack(states[::-1] if reverse else states, 2), pieces.last(torch.cat(ends), first)
+def _carry_in_documents(steps: list[tuple[Tensor, Tensor]], first: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    starts, begin = pieces.of_documents(first)[:, None], pieces.begin()  # P times [1, H, Dk, Dv]
+    before, after = [], [starts[0]]
+    for (update, decay), start, anew in zip(steps, starts, begin, strict=True):
+        before.append(torch.where(anew, start, after[-1]))
+        after.append(torch.addcmul(update, decay, before[-1]))
+    return torch.stack(before, 2), pieces.last(torch.cat(after[1:]), first)

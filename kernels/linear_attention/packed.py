@@ -17,6 +17,8 @@ from ..common import without_autocast
 from ..derivatives import forward_mode, gradient
 from .reference import divide_by_normalizer
 
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
 
 def causal_of_documents(
     q: Tensor,  # [H * N, C, Dk]
@@ -29,7 +31,7 @@ def causal_of_documents(
 
 
 class _Masks(NamedTuple):
-    """1 or 0."""
+    """All bits or none: what is taken away is 0 whatever it was, infinite too."""
 
     pairs: Tensor  # [N, C, C], a query and a key of the same document that is not ahead
     reads: Tensor  # [N, C, 1], of the document that the chunk before ends with
@@ -41,12 +43,12 @@ class _Masks(NamedTuple):
         before = torch.cat([of.new_full((1,), -1), of[:-1, -1]])[:, None]
         pairs = (of[:, :, None] == of[:, None]).tril()
         masks = pairs, (of == before)[..., None], (of == of[:, -1:])[..., None], (before == of[:, -1:])[..., None]
-        return cls(*(mask.to(dtype) for mask in masks))
+        return cls(*(-mask.to(BITS[dtype]) for mask in masks))
 
 
 def _masked_(x: Tensor, mask: Tensor) -> Tensor:
-    """x [H * N, ...] times [N, ...], in place."""
-    x.view(-1, *mask.shape[:1], *x.shape[1:]).mul_(mask)
+    """x [H * N, ...] where `mask` [N, ...] has bits, in place. On a CPU `masked_fill_` takes ten times as long."""
+    x.view(mask.dtype).view(-1, *mask.shape[:1], *x.shape[1:]).bitwise_and_(mask)
     return x
 
 
@@ -122,22 +124,23 @@ def _carry_(updates: Tensor, keeps: Tensor, reverse: bool = False) -> None:
     steps = list(zip(updates.view(-1, len(keeps), *updates.shape[1:]).unbind(1), keeps, strict=True))
     state = torch.zeros_like(steps[0][0])
     for update, keep in reversed(steps) if reverse else steps:
-        state, _ = torch.addcmul(update, state, keep), update.copy_(state)
+        kept = (state.view(keep.dtype) & keep).view(state.dtype)
+        state, _ = kept.add_(update), update.copy_(state)
 
 
 def _plain(of: Tensor, normalize: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`_Packed` for PyTorch to differentiate."""
     with without_autocast(q.device):
-        N, masks = len(of), _Masks.of(of, q.dtype)
+        N, masks = len(of), _Masks(*(mask != 0 for mask in _Masks.of(of, q.dtype)))
         q, k, v = (x.unflatten(0, (-1, N)) for x in (q, k, v))  # [H, N, C, D]
         if normalize:
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        updates = (k * masks.adds).mT @ v
+        updates = torch.where(masks.adds, k, 0).mT @ v
         states, state = [], torch.zeros_like(updates[:, 0])
         for update, keep in zip(updates.unbind(1), masks.keeps, strict=True):
             states.append(state)
-            state = update + state * keep
-        o = (q @ torch.stack(states, 1)) * masks.reads + ((q @ k.mT) * masks.pairs) @ v
+            state = update + torch.where(keep, state, 0)
+        o = torch.where(masks.reads, q @ torch.stack(states, 1), 0) + torch.where(masks.pairs, q @ k.mT, 0) @ v
         return (divide_by_normalizer(o) if normalize else o).flatten(0, 1)
 
 

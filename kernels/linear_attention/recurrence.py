@@ -13,6 +13,11 @@ def _times(g, count):
     return tl.where(count == 0, 0.0, g * count)  # a decay of -inf, no time at all, is 0
 
 
+@triton.jit
+def _place(origin, b, T, step, n, down):
+    return (b * T if origin is None else origin) + place(step, n, down)
+
+
 @triton.jit(do_not_specialize=["T", "segment_len", "segments"])
 def _linear_kernel(
     q,  # [B, T, H, Dk]
@@ -55,21 +60,20 @@ def _linear_kernel(
     segment = item % segments
     head = item // segments  # of B·H
     b, h = (head // H).to(tl.int64), head % H
-    start = segment * segment_len
     if pieces is None:
-        origin, n, end = b * T, valid_steps(lengths, b, T), T
-        last, at_end = segment == segments - 1, head.to(tl.int64)
+        origin, n = None, valid_steps(lengths, b, T)
     else:
         document, origin, n, start = piece_of(pieces, segment)
-        end, last, at_end = n, start + segment_len >= n, document * H + h
         if start >= n:
             return
-        if CAUSAL and o is None and last:  # nobody goes on from there
-            return
+        if CAUSAL and o is None:
+            if start + segment_len >= n:  # nobody goes on from there
+                return
     i, dk, dv = tl.arange(0, STEPS), tl.arange(0, DK), block * DV + tl.arange(0, DV)
     in_k, in_v = dk < Dk, dv < Dv
 
-    at = item.to(tl.int64) if CAUSAL else at_end  # the state to start from
+    # The state to start from.
+    at = item.to(tl.int64) if CAUSAL else head.to(tl.int64) if pieces is None else document * H + h
     matrix, in_matrix = dk[:, None] * Dv + dv[None, :], in_k[:, None] & in_v[None, :]
     S, z, r = tl.zeros([DK, DV], tl.float32), tl.zeros([DK], tl.float32), tl.zeros([DV], tl.float32)
     if memory is not None:
@@ -80,10 +84,15 @@ def _linear_kernel(
         r = tl.load(values + at * Dv + dv, mask=in_v, other=0.0)
     decayed = tl.zeros([], tl.float32)
 
+    if pieces is None:
+        start = segment * segment_len
+        end = T
+    else:
+        end = n
     for first in tl.range(start, min(start + segment_len, end), STEPS, num_stages=STAGES):
         step = first + i
         valid = step < n
-        row = (origin + place(step, n, DOWN)) * H + h
+        row = _place(origin, b, T, step, n, DOWN) * H + h
         k_t = tl.load(k + row[:, None] * Dk + dk[None, :], mask=valid[:, None] & in_k[None, :], other=0.0)
         v_t = tl.load(v + row[:, None] * Dv + dv[None, :], mask=valid[:, None] & in_v[None, :], other=0.0)
         f = tl.full([STEPS], 1.0, tl.float32)
@@ -94,7 +103,7 @@ def _linear_kernel(
             if PER_STEP:
                 counted = step - 1 if LATE else step
                 reads = (counted >= 0) & valid
-                g_t = tl.load(g + (origin + place(counted, n, DOWN)) * H + h, mask=reads, other=0.0)
+                g_t = tl.load(g + _place(origin, b, T, counted, n, DOWN) * H + h, mask=reads, other=0.0)
                 # A sum of its own for each pair: differences would lose small decays, and make NaN of -inf.
                 between = tl.cumsum(tl.where(i[:, None] > i[None, :], g_t[:, None], 0.0), 0)
                 since = tl.cumsum(g_t, 0)
@@ -154,13 +163,13 @@ def _linear_kernel(
             if MORE:
                 r += tl.sum(f[:, None] * u_t, 0)
 
-    if o is None or last:
-        at = item.to(tl.int64) if o is None else at_end
+    if o is None or (segment == segments - 1 if pieces is None else start + segment_len >= n):
+        at = item.to(tl.int64) if o is None else head.to(tl.int64) if pieces is None else document * H + h
         if LATE and g is not None and o is not None:  # through the first step of the sequence, the last one here
-            last_decay = g + h
+            last = g + h
             if PER_STEP:
-                last_decay = g + (origin + place(tl.maximum(n - 1, 0), n, DOWN)) * H + h
-            factor = tl.exp(tl.load(last_decay, mask=n > 0, other=0.0))
+                last = g + _place(origin, b, T, tl.maximum(n - 1, 0), n, DOWN) * H + h
+            factor = tl.exp(tl.load(last, mask=n > 0, other=0.0))
             S, r = S * factor, r * factor
         if memory_end is not None:
             tl.store(memory_end + at * Dk * Dv + matrix, S, mask=in_matrix)
@@ -187,15 +196,14 @@ def _carry_kernel(initial, added, through, before, last, firsts, size, segments,
     inside = at < size
     S = tl.zeros([BLOCK], tl.float32)
     if firsts is None:
-        begin, end, items = 0, segments, head * segments
+        begin, end = 0, segments
     else:
         begin = tl.load(firsts + head // H).to(tl.int32)
         end = tl.load(firsts + head // H + 1).to(tl.int32)
-        items = head % H * segments
     if initial is not None:
         S = tl.load(initial + head * size + at, mask=inside, other=0.0)
     for segment in range(begin, end):
-        item = items + segment
+        item = (head if firsts is None else head % H) * segments + segment
         if before is not None:
             tl.store(before + item * size + at, S, mask=inside)
         if through is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from agreement import assert_close
+from fused_cases import DEVICE, poisoned
 from torch import Tensor
 
 from seqzoo.kernels.favor_attention import FavorState, favor_attention
@@ -32,10 +35,11 @@ def make(lengths, H, D, M, Dv, *, state=False, scale=1.0, dtype=torch.float64):
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
-def run(inputs: dict[str, Tensor], w: Tensor, w_state: Tensor | None, **options) -> dict[str, Tensor]:
-    """The output, the final state if there is a w_state, and the gradients, with that of the projection."""
+def run(inputs: dict[str, Tensor], w: Tensor, w_state: Tensor | None, learnt=True, **options) -> dict[str, Tensor]:
+    """The output, the final state if there is a w_state, and the gradients, with that of the projection if learnt."""
     leaves = {name: x.detach().clone() for name, x in inputs.items()}
-    learnt = {name: x.requires_grad_() for name, x in leaves.items() if name != "log_scale"}
+    constant = ("log_scale",) if learnt else ("log_scale", "projection")
+    asked_of = {name: x.requires_grad_() for name, x in leaves.items() if name not in constant}
     state = FavorState(leaves["sums"], leaves["log_scale"]) if "sums" in leaves else None
     outputs = favor_attention(
         *(leaves[name] for name in ("q", "k", "v", "projection")),
@@ -45,9 +49,9 @@ def run(inputs: dict[str, Tensor], w: Tensor, w_state: Tensor | None, **options)
     )
     o, last = outputs if w_state is not None else (outputs, None)
     asked, given = ((o,), (w,)) if last is None else ((o, last.sums), (w, w_state))
-    gradients = torch.autograd.grad(asked, list(learnt.values()), given)
+    gradients = torch.autograd.grad(asked, list(asked_of.values()), given)
     found = {"o": o} if last is None else {"o": o, **last._asdict()}
-    return found | dict(zip((f"d{name}" for name in learnt), gradients, strict=True))
+    return found | dict(zip((f"d{name}" for name in asked_of), gradients, strict=True))
 
 
 def each_alone(lengths, inputs, w, w_state, **options) -> dict[str, Tensor]:
@@ -83,13 +87,20 @@ def weights(lengths, inputs, *, state):
     return w, torch.randn(len(lengths), H, M, v.shape[-1] + 1, dtype=v.dtype) if state else None
 
 
-def check(lengths, inputs, tolerance, *, state, causal, starts=None, backend="auto"):
+def check(lengths, inputs, tolerance, *, state, causal, starts=None, backend="auto", learnt=True):
     w, w_state = weights(lengths, inputs, state=state)
-    starts = starts_of(lengths) if starts is None else starts
-    values = run(inputs, w, w_state, causal=causal, cu_seqlens=starts, backend=backend)
-    expected = each_alone(lengths, inputs, w, w_state, causal=causal)
-    assert values.keys() == expected.keys()
+    expected = each_alone(lengths, inputs, w, w_state, causal=causal, learnt=learnt)
+    on_device = {name: x.to(DEVICE) for name, x in inputs.items()}
+    w, w_state, starts = (
+        w.to(DEVICE),
+        None if w_state is None else w_state.to(DEVICE),
+        starts_of(lengths) if starts is None else starts,
+    )
+    with poisoned():
+        values = run(on_device, w, w_state, causal=causal, cu_seqlens=starts.to(DEVICE), backend=backend, learnt=learnt)
+    assert values.keys() - {"dprojection"} == expected.keys() - {"dprojection"}
     for name, value in values.items():
+        value = value.cpu()
         if name == "log_scale":
             assert torch.equal(value == -torch.inf, expected[name] == -torch.inf)
             value, expected[name] = (x.masked_fill(x == -torch.inf, 0) for x in (value, expected[name]))
@@ -109,6 +120,58 @@ def test_each_document_is_as_if_it_were_alone(causal, start, end, lengths, backe
 def test_in_single_precision_with_int64(causal, scale):
     inputs = make(LENGTHS, 2, 16, 20, 8, scale=scale, dtype=torch.float32)
     check(LENGTHS, inputs, 1e-5, state=False, causal=causal, starts=starts_of(LENGTHS, torch.int64))
+
+
+SHORT = [17, 1, 0, 33, 80, 0]
+
+
+@pytest.mark.parametrize(("causal", "start", "end"), [(False,) * 3, (True, False, True), (True,) * 3])
+def test_in_triton(causal, start, end, monkeypatch):
+    fused = import_module("seqzoo.kernels.favor_attention.fused")
+    monkeypatch.setattr(fused, "SEGMENT", 64)
+    inputs = make(SHORT, 2, 8, 10, 5, state=start, dtype=torch.float32)
+    check(SHORT, inputs, 5e-6, state=end, causal=causal, backend="fused", learnt=False)
+
+
+def test_in_triton_one_by_one(monkeypatch):
+    fused = import_module("seqzoo.kernels.favor_attention.fused")
+    monkeypatch.setattr(fused, "SAFE_RISE", 2.0)
+    monkeypatch.setattr(fused, "SEGMENT", 64)
+    inputs = make([70, 5], 1, 8, 10, 5, dtype=torch.float32)
+    check([70, 5], inputs, 5e-6, state=True, causal=True, backend="fused", learnt=False)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_nothing_leaks_from_one_document_into_others(causal, backend):
+    inputs = make(SHORT, 1, 4, 8, 3, dtype=torch.float32)
+    w, _ = weights(SHORT, inputs, state=False)
+    options = {"causal": causal, "cu_seqlens": starts_of(SHORT), "backend": backend, "learnt": False}
+    clean = run(inputs, w, None, **options)
+    start, end = options["cu_seqlens"][3:5].tolist()
+    dirty = {name: x.clone() for name, x in inputs.items()}
+    for name in "qkv":
+        dirty[name][:, start:end] = float("nan")
+    values = run(dirty, w, None, **options)
+    for name in ("o", "dq", "dk", "dv"):
+        for part in (slice(0, start), slice(end, None)):
+            assert torch.equal(values[name][:, part], clean[name][:, part]), name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_compiles_whole(causal):
+    inputs = make(LENGTHS, 2, 8, 12, 5)
+    options = {"causal": causal, "output_final_state": causal}
+    q, k, v, projection = inputs.values()
+    torch.compiler.reset()
+    compiled = torch.compile(favor_attention, fullgraph=True, backend="aot_eager")
+    for starts in (starts_of(LENGTHS), starts_of(LENGTHS[::-1])):
+        values = compiled(q, k, v, projection, cu_seqlens=starts, **options)
+        expected = favor_attention(q, k, v, projection, cu_seqlens=starts, **options)
+        for value, other in (
+            [(values[0], expected[0]), (values[1].sums, expected[1].sums)] if causal else [(values, expected)]
+        ):
+            assert_close(value, other, 1e-12)
 
 
 @pytest.mark.parametrize(("H", "G"), [(4, 2), (3, 1)])

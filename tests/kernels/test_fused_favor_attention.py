@@ -170,17 +170,25 @@ def test_one_projection_serves_all_heads():
     assert torch.equal(shared, favor_attention(q, k, v, projection[:1].repeat(3, 1, 1), backend="fused"))
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_operator(causal):
-    q, k, v, projection = make(2, 5, 1, 16, 6, 16).values()
+def test_operator(causal, packed):
+    q, k, v, projection = make(1 if packed else 2, 5, 1, 16, 6, 16).values()
     state = (torch.rand(2, 1, 6, 16), torch.rand(2, 1, 6) + 1, torch.randn(2, 1, 6)) if causal else (None,) * 3
     state = [x if x is None else x.to(DEVICE) for x in state]
-    lengths = torch.tensor([5, 2], device=DEVICE)
+    lengths = None if packed else torch.tensor([5, 2], device=DEVICE)
+    starts = torch.tensor([0, 2, 5], device=DEVICE) if packed else None
     leaves = [x.requires_grad_() for x in (q, k, v)]
     sums = [x if x is None else x.requires_grad_() for x in state[:2]]
     forward = torch.ops.seqzoo.favor_attention_fused.default
-    torch.library.opcheck(forward, (*leaves, projection, *sums, state[2], lengths, causal))
-    plain = [*(x.detach() for x in leaves), projection, *(x if x is None else x.detach() for x in state), lengths]
+    torch.library.opcheck(forward, (*leaves, projection, *sums, state[2], lengths, starts, causal))
+    plain = [
+        *(x.detach() for x in leaves),
+        projection,
+        *(x if x is None else x.detach() for x in state),
+        lengths,
+        starts,
+    ]
     o, log_sum, *last = forward(*plain, causal)
     backward = torch.ops.seqzoo.favor_attention_fused_backward.default
     torch.library.opcheck(backward, (o, *last[:2], *plain, o, log_sum, *last, causal))
