@@ -12,6 +12,7 @@ from ..backends import choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
 from .chunked import attention_chunked
+from .flash import attention_flash
 from .reference import attention_reference
 
 MAX_CHANNELS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}  # of a head, in the fused form
@@ -23,7 +24,7 @@ def _fused(*arguments: Any, **options: Any) -> Tensor:
     return attention_fused(*arguments, **options)
 
 
-FORMS = {"chunked": attention_chunked, "reference": attention_reference, "fused": _fused}
+FORMS = {"chunked": attention_chunked, "reference": attention_reference, "fused": _fused, "flash": attention_flash}
 
 
 def attention(
@@ -65,7 +66,8 @@ def attention(
             one that stands ahead of the first key gives zeros; or of another sequence (cross attention) if not.
         window: how far a query sees: keys less than `window` steps away, its own among them; of them those up to its
             own place if causal. Or a pair, how many keys it sees ahead of its own place and how many behind it.
-        backend: "auto", "fused", "chunked" (PyTorch's scaled_dot_product_attention) or "reference".
+        backend: "auto", "fused", "chunked" (PyTorch's scaled_dot_product_attention), "reference", or, in float16 and
+            bfloat16 on a GPU and without padding, "flash": the package flash-attn, which "auto" never takes.
 
     Returns:
         [B, T, H, Dv] in v's dtype.

@@ -1,4 +1,5 @@
-"""Softmax attention in blocks of queries against the keys that any of them sees: of documents, and within a window.
+"""Softmax attention in blocks of queries against the keys that any of them sees: within a window, and in graphs over
+documents, which cannot be taken one by one there.
 
 No weights are kept, and none are made between what does not see each other: the way back makes them again. Where
 sequences end is waited for: a device other than a CPU is asked once each way.
@@ -19,8 +20,8 @@ from ..documents import Documents
 from .reference import padded
 from .rows import attention_of_rows
 
-BLOCK = 1 << 18  # weights made at a time
-FEWEST = 32  # queries in a block, at least
+BLOCK = 1 << 20  # weights made at a time
+FEWEST = 64  # queries in a block, at least
 
 
 class Ends(NamedTuple):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..documents import Documents
 from .blockwise import Ends, attention_blockwise
+from .packed import attention_packed
 from .rows import attention_of_rows
 
 
@@ -24,6 +26,9 @@ def attention_chunked(
 ) -> Tensor:
     if documents is None and window is None:
         return attention_of_rows(q, k, v, causal=causal, lengths=lengths, scale=scale, position=position)
+    q = (q * scale).to(q.dtype)
+    if documents is not None and window is None and not torch.compiler.is_compiling():
+        return attention_packed(q, k, v, causal, documents, queries)
     starts = (None if given is None else given.starts for given in (documents, queries))
     left, right = window or (-1, 0 if causal else -1)
-    return attention_blockwise((q * scale).to(q.dtype), k, v, Ends(lengths, position, *starts), left, right)
+    return attention_blockwise(q, k, v, Ends(lengths, position, *starts), left, right)

@@ -1,0 +1,37 @@
+"""Softmax attention over documents in one row, one after the other.
+
+Where they end is waited for: a device other than a CPU is asked once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..documents import Documents
+from .rows import attention_of_rows
+
+
+def attention_packed(
+    q: Tensor,  # [1, T, H, D], scaled
+    k: Tensor,  # [1, S, G, D]
+    v: Tensor,  # [1, S, G, Dv]
+    causal: bool,
+    documents: Documents,
+    queries: Documents | None,
+) -> Tensor:
+    asked, lengths = ((queries or documents).lengths.tolist(), documents.lengths.tolist())
+    # Split, and not sliced: the gradient of each slice would be as long as the row.
+    rows = zip(q.split(asked, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
+    return torch.cat([_of_document(*row, causal) for row in rows], 1)
+
+
+def _of_document(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    T, S = q.shape[1], k.shape[1]
+    blind = T if S == 0 else max(0, T - S) if causal else 0  # queries ahead of all keys
+    nothing = v.new_zeros(1, blind, q.shape[2], v.shape[-1])
+    if blind == T:
+        return nothing
+    place = torch.tensor([S - T], device=q.device) if causal and T < S else None
+    y = attention_of_rows(q[:, blind:], k, v, causal=causal, lengths=None, scale=1.0, position=place)
+    return y if blind == 0 else torch.cat([nothing, y], 1)
