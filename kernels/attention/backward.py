@@ -78,14 +78,14 @@ def _query_kernel(
         if which >= documents:
             return
         block, h = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
-        first, T = in_row(query_starts, which)
-        begin, S = in_row(starts, which)
-        q, do, dq = q + first * H * D, do + first * H * Dv, dq + first * H * D
-        log_sum, delta = log_sum + first * H, delta + first * H
-        k, v = k + begin * G * D, v + begin * G * Dv
+        asked, T = in_row(query_starts, which)
+        held, S = in_row(starts, which)
+        q, do, dq = q + asked * H * D, do + asked * H * Dv, dq + asked * H * D
+        log_sum, delta = log_sum + asked * H, delta + asked * H
+        k, v = k + held * G * D, v + held * G * Dv
         if scales is not None:
-            scales += first
-        b, g, n, before = first * 0, h // (H // G), S, S - T
+            scales += asked
+        b, g, n, before = asked * 0, h // (H // G), S, S - T
     query = block * QUERIES + tl.arange(0, QUERIES)
     here = before + query
     live = (query < T) & (here < n)
@@ -167,14 +167,14 @@ def _key_kernel(
         if which >= documents:
             return
         block, g = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
-        first, T = in_row(query_starts, which)
-        begin, S = in_row(starts, which)
-        q, do = q + first * H * D, do + first * H * Dv
-        log_sum, delta = log_sum + first * H, delta + first * H
-        k, dk, v, dv = k + begin * G * D, dk + begin * G * D, v + begin * G * Dv, dv + begin * G * Dv
+        asked, T = in_row(query_starts, which)
+        held, S = in_row(starts, which)
+        q, do = q + asked * H * D, do + asked * H * Dv
+        log_sum, delta = log_sum + asked * H, delta + asked * H
+        k, dk, v, dv = k + held * G * D, dk + held * G * D, v + held * G * Dv, dv + held * G * Dv
         if scales is not None:
-            scales += first
-        b, n, before = first * 0, S, S - T
+            scales += asked
+        b, n, before = asked * 0, S, S - T
     key = block * KEYS + tl.arange(0, KEYS)
     channel, value_channel = tl.arange(0, DK), tl.arange(0, DV)
     row, index = tl.arange(0, KEYS), tl.arange(0, QUERIES)
