@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ..common import can_be_looked_at
 from ..documents import Documents
 from .blockwise import Ends, attention_blockwise
 from .packed import attention_packed
@@ -27,7 +27,7 @@ def attention_chunked(
     if documents is None and window is None:
         return attention_of_rows(q, k, v, causal=causal, lengths=lengths, scale=scale, position=position)
     q = (q * scale).to(q.dtype)
-    if documents is not None and window is None and not torch.compiler.is_compiling():
+    if documents is not None and window is None and can_be_looked_at(documents.starts):
         return attention_packed(q, k, v, causal, documents, queries)
     starts = (None if given is None else given.starts for given in (documents, queries))
     left, right = window or (-1, 0 if causal else -1)

@@ -1,6 +1,6 @@
 """Softmax attention over documents in one row, one after the other.
 
-Where they end is waited for: a device other than a CPU is asked once.
+Where they end is looked at: for a CPU, outside of graphs.
 """
 
 from __future__ import annotations
