@@ -296,7 +296,7 @@ def grow(cache: Tensor, new: Tensor, position: Tensor, documents: Documents | No
     return torch.cat([cache, room], 1).scatter(1, slot, new.to(cache.dtype))
 
 
-def in_a_row(caches: Iterable[Tensor], filled: Tensor, documents: Documents) -> tuple[list[Tensor], dict[str, Tensor]]:
+def in_a_row(caches: Iterable[Tensor], filled: Tensor, documents: Documents) -> tuple[list[Tensor], dict[str, Any]]:
     """Caches of documents as `attention` takes them.
 
     Args:

@@ -188,7 +188,7 @@ class GAU(Block):
         if self.attention == "softmax":
             scale = n.clamp(min=16).log() / (math.log(512) * math.sqrt(self.key_dim))
             q, k, v = q[:, :, None], k[:, :, None], v[:, :, None]  # [B, T or N, 1, S or E]
-            extent = {"lengths": lengths, "position": start}
+            extent: dict[str, Any] = {"lengths": lengths, "position": start}
             if documents is not None:
                 extent = {"cu_seqlens": documents.starts}
                 if state is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ class Padding(NamedTuple):
     """Padding on either side of sequences."""
 
     lengths: Tensor  # int64 [B], how many steps of each count
-    front: Tensor  # int64 [B], behind how many that do not
+    front: Tensor | None  # int64 [B], behind how many that do not; None: all are seen to begin at once
 
     def moved_behind(self, x: Tensor) -> Tensor:
         """`x` [B, T, ...], each row rolled until its sequence begins it."""
-        return _rolled(x, self.front)
+        return x if self.front is None else _rolled(x, self.front)
 
     def moved_back(self, y: Tensor) -> Tensor:
         """What `moved_behind` moved."""
-        return _rolled(y, -self.front)
+        return y if self.front is None else _rolled(y, -self.front)
 
 
 def check_padding(
@@ -45,30 +45,30 @@ def check_padding(
         return None
     if key_padding_mask is not None and attention_mask is not None:
         raise ValueError(f"{what}: got key_padding_mask and attention_mask; valid: one of them")
-    name, mask = "key_padding_mask", key_padding_mask
-    if mask is None:
-        name, mask = "attention_mask", attention_mask
-    kinds, valid = (torch.bool, *INTEGERS), "true or 1 where a step counts and false or 0 where it is padding"
-    if name == "key_padding_mask":
-        kinds, valid = (torch.bool,), "true where a step is padding (or floats: -inf there and 0 elsewhere)"
-    if not isinstance(mask, Tensor) or mask.shape != (B, T) or not (mask.dtype in kinds or mask.is_floating_point()):
+    name = "attention_mask" if key_padding_mask is None else "key_padding_mask"
+    mask: Any = attention_mask if key_padding_mask is None else key_padding_mask
+    valid = "1 or true where a step counts and 0 or false where it is padding"
+    if mask is key_padding_mask:
+        valid = "true where a step is padding and false elsewhere, or floats of -inf and 0"
+    if not isinstance(mask, Tensor) or mask.shape != (B, T) or (mask is key_padding_mask and mask.dtype in INTEGERS):
         given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{what}: {name} must be [{B}, {T}], {valid}, got {given}")
-    if name == "attention_mask":
-        counts, known = mask != 0, mask == 1
+    if mask is attention_mask:
+        counts, hidden = mask == 1, mask == 0
     elif mask.dtype == torch.bool:
-        counts, known = ~mask, mask
+        counts, hidden = ~mask, mask
     else:
-        counts, known = mask == 0, mask == -torch.inf
+        counts, hidden = mask == 0, mask == -torch.inf
     lengths, front = counts.sum(1), counts.int().argmax(1)  # the first of equals: 0 where nothing counts
     if can_be_looked_at(mask):
-        if not (known | (counts if name == "key_padding_mask" else ~counts)).all():
+        if not (counts | hidden).all():
             raise ValueError(f"{what}: {name} must be {valid}, got other numbers too")
         if not (_rolled(counts, front) == valid_positions(lengths, T)).all():
             raise ValueError(
                 f"{what}: {name} has padding between steps that count; valid: in front of them, behind them or both. "
                 "Sequences in one row have cu_seqlens"
             )
+        return Padding(lengths, front if front.any() else None)
     return Padding(lengths, front)
 
 

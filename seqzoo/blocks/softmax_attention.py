@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,23 +78,23 @@ class SoftmaxAttention(Block):
         if self.rotary:
             q, k = rotate(q, place), rotate(k, place)
         scale = self._scale(place, lengths, documents, x)
-        extent = {"lengths": lengths} if documents is None else {"cu_seqlens": documents.starts}
+        extent: dict[str, Any] = {"lengths": lengths} if documents is None else {"cu_seqlens": documents.starts}
         if state is not None:
             k, v, extent, state = self._remember(k, v, state, lengths, documents)
-        options = {"causal": self.causal, "window": self.window, "scale": scale, **extent}
-        y = self.over_time(lambda v: attention(q, k, v, **options), v)
+        options = {"causal": self.causal, "window": self.window, **extent}
+        y = self.over_time(lambda v: attention(q, k, v, scale=scale, **options), v)
         return self.out_proj(y.flatten(2)), state
 
     def _remember(
         self, k: Tensor, v: Tensor, state: AttentionState, lengths: Tensor | None, documents: Documents | None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], AttentionState]:
+    ) -> tuple[Tensor, Tensor, dict[str, Any], AttentionState]:
         """Keys and values behind those of the state, what `attention` is told of them, and the state after them."""
         most = None if self.window is None else self.window - 1
         held = state.position if most is None else state.position.clamp(max=most)
         keys, values = grow(state.keys, k, held, documents), grow(state.values, v, held, documents)
         filled, position = (advance(before, k, lengths, documents) for before in (held, state.position))
         k, v = keys.to(k.dtype), values.to(v.dtype)
-        extent = {"lengths": filled, "position": held}
+        extent: dict[str, Any] = {"lengths": filled, "position": held}
         if documents is not None:
             (k, v), extent = in_a_row((k, v), filled, documents)
         if most is not None and keys.shape[1] > most:

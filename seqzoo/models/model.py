@@ -226,6 +226,7 @@ class JointModel(SequenceModel):
         if mask is None:
             return super().forward(inputs, lengths, mask, cu_seqlens)
         inputs, lengths, mask = self._singly(inputs, lengths, mask)
+        assert mask is not None
         documents = documents_of(inputs, cu_seqlens)
         if not whole:
             first = second = self.features(inputs, lengths, mask, cu_seqlens)

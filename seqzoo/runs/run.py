@@ -177,8 +177,15 @@ class _Run:
         model = self.on_meta(self.objective.head)
         with blaming(f"tuning={config.tuning}"), torch.device("meta"):
             model = tune(model, config)
-        further = {"passes": self.objective.passes, "packing": config.packing}
-        check_stage("finetuning", config.finetuning, model, self.examples, fabric, **further)
+        check_stage(
+            "finetuning",
+            config.finetuning,
+            model,
+            self.examples,
+            fabric,
+            passes=self.objective.passes,
+            packing=config.packing,
+        )
         with blaming(f"model={config.model.name}"):
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
