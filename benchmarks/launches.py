@@ -267,6 +267,9 @@ def linear_attentions() -> Calls:
         yield partial(both, 64, 1024, 8, 16, wide, dtype, "none", True, True)
         yield partial(both, 64, 1024, 8, 16, wide, dtype, "head", True, False)
         yield partial(both, 64, 1024, 8, 8, min(wide, 128), dtype, "step", True, False)
+    for dtype in (torch.bfloat16, torch.float32):
+        for decay, causal, normalize in (("none", True, True), ("none", False, True), ("step", True, False)):
+            yield partial(both, 16, 1024, 4, 64, 64, dtype, decay, causal, normalize, causal, packed=True)
     yield partial(both, 64, 1024, 2, 256, 256, torch.bfloat16, "none", True, False)
     yield partial(both, 64, 1024, 2, 100, 100, torch.bfloat16, "none", False, False)
 
@@ -278,6 +281,8 @@ def favor_attentions() -> Calls:
         passes.favor_attention(B, T, H, D, M, dtype, causal, options and causal, options)
 
     yield spilled("_key_kernel", both, 2, 300, 2, 128, 100, torch.float16, True, True)
+    for dtype, causal in product((torch.bfloat16, torch.float32), (False, True)):
+        yield partial(passes.favor_attention, 16, 1024, 4, 64, 266, dtype, causal, causal, packed=True)
     for dtype, D in widths({torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}):
         yield partial(both, 2, 300, 2, D, 100, dtype, True, True)
     for dtype, causal in product((torch.bfloat16, torch.float32), (False, True)):

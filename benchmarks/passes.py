@@ -56,6 +56,11 @@ def starts(documents: int) -> Tensor | None:
     return integers(documents + 1) if documents else None
 
 
+def in_one_row(B: int, T: int) -> tuple[Tensor, int, int]:
+    """Where B documents of T steps begin, and the batch and the steps that they are together."""
+    return integers(B + 1), 1, B * T
+
+
 def attention(
     B: int, T: int, H: int, G: int, D: int, Dv: int, dtype: torch.dtype, causal: bool,
     padded: bool = False, placed: bool = False, scaled: bool = False, documents: int = 0, window: int = 0,
@@ -92,12 +97,14 @@ def both_scans(
 
 def linear_attention(
     B: int, T: int, H: int, D: int, Dv: int, dtype: torch.dtype, decay: str, causal: bool, normalize: bool,
-    state: bool = False, padded: bool = False,
+    state: bool = False, padded: bool = False, packed: bool = False,
 ) -> None:  # fmt: skip
     """`decay` is "none", "head" or "step"."""
+    initial, lengths = meta(B, H, D, Dv + normalize) if state else None, integers(B) if padded else None
+    starts, B, T = in_one_row(B, T) if packed else (None, B, T)
     q, k, v = (meta(B, T, H, width, dtype=dtype) for width in (D, D, Dv))
     g = {"none": None, "head": meta(H), "step": meta(B, T, H)}[decay]
-    inputs = (q, k, v, g, meta(B, H, D, Dv + normalize) if state else None, integers(B) if padded else None, None)
+    inputs = (q, k, v, g, initial, lengths, starts)
     options = (causal, normalize, state)
     o, last, inverse = linear._linear_attention._init_fn(*inputs, *options)
     backward = linear._linear_attention_backward._init_fn
@@ -105,11 +112,14 @@ def linear_attention(
 
 
 def favor_attention(
-    B: int, T: int, H: int, D: int, M: int, dtype: torch.dtype, causal: bool, state: bool = False, padded: bool = False
-) -> None:
-    q, k, v, projection = *(meta(B, T, H, D, dtype=dtype) for _ in range(3)), meta(H, M, D, dtype=dtype)
+    B: int, T: int, H: int, D: int, M: int, dtype: torch.dtype, causal: bool,
+    state: bool = False, padded: bool = False, packed: bool = False,
+) -> None:  # fmt: skip
     initial = (meta(B, H, M, D), meta(B, H, M), meta(B, H, M)) if state else (None,) * 3
-    arguments = (q, k, v, projection, *initial, integers(B) if padded else None, None)
+    lengths = integers(B) if padded else None
+    starts, B, T = in_one_row(B, T) if packed else (None, B, T)
+    q, k, v, projection = *(meta(B, T, H, D, dtype=dtype) for _ in range(3)), meta(H, M, D, dtype=dtype)
+    arguments = (q, k, v, projection, *initial, lengths, starts)
     o, log_sum, *last = favor._favor_attention._init_fn(*arguments, causal)
     favor._favor_attention_backward._init_fn(o, *last[:2], *arguments, o, log_sum, *last, causal)
 

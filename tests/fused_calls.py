@@ -55,6 +55,7 @@ def favor_calls(size: Size) -> Calls:
     B, T, H, D, dtype = size
     for causal in (True, False):
         yield partial(passes.favor_attention, B, T, H, D, 100, dtype, causal, state=causal, padded=True)
+        yield partial(passes.favor_attention, B, T, H, D, 100, dtype, causal, state=causal, packed=True)
 
 
 def gated_calls(size: Size) -> Calls:
@@ -71,6 +72,9 @@ def linear_calls(size: Size) -> Calls:
     ):  # fmt: skip
         yield partial(
             passes.linear_attention, B, T, H, D, D, dtype, decay, causal, normalize, state=causal, padded=True
+        )
+        yield partial(
+            passes.linear_attention, B, T, H, D, D, dtype, decay, causal, normalize, state=causal, packed=True
         )
 
 

@@ -13,6 +13,7 @@ from .halves import causal_by_halves
 from .state import FavorState
 
 MIN_PIECE, MAX_PIECE = 32, 128  # steps: states take about as much room as features, padding less
+LONG = 16  # documents of as many steps on average are worth an operation each, where those may be as many as there are
 
 
 def favor_attention_chunked(
@@ -46,12 +47,26 @@ def favor_attention_chunked(
                 o, state = causal_by_chunks(q, k, v, directions, first, hidden, narrow)
             else:
                 o, state = _one_by_one(q, k, v, directions, first, narrow, documents)
+        elif documents is not None and eager(q, k, v, directions) and T >= LONG * documents.N:
+            parts = zip(*(x.split(documents.lengths.tolist(), 1) for x in (q, k, v)), strict=True)
+            o = torch.cat([_both_ways(*given, directions, None, narrow) for given in parts if given[0].shape[1]], 1)
         elif documents is not None:
             o = _in_pieces(q, k, v, directions, narrow, documents)
         else:
-            q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # [B, H, T, .]
-            o = bidirectional(q, k, v, directions, hidden, narrow).transpose(1, 2)  # [B, T, H, Dv]
+            o = _both_ways(q, k, v, directions, hidden, narrow)
     return zero_padding(o, lengths).to(out_dtype).contiguous(), state
+
+
+def _both_ways(
+    q: Tensor,  # [B, T, H, D]
+    k: Tensor,  # [B, T, H, D]
+    v: Tensor,  # [B, T, H, Dv]
+    directions: Tensor,
+    hidden: Tensor | None,
+    narrow: torch.dtype,
+) -> Tensor:  # [B, T, H, Dv]
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    return bidirectional(q, k, v, directions, hidden, narrow).transpose(1, 2)
 
 
 def _one_by_one(

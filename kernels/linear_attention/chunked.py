@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import accumulation_dtype, without_autocast, zero_padding
+from ..common import accumulation_dtype, can_be_looked_at, without_autocast, zero_padding
 from ..derivatives import forward_mode, gradient
 from ..documents import Documents, Pieces
 from .packed import causal_of_documents
 from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
-
-MIN_PIECE = 16  # of short documents
+MIN_PIECE = 16  # steps, where documents are shorter than a chunk
+LONG = 16  # documents of as many steps on average are worth an operation each, where those may be as many as there are
 
 
 def linear_attention_chunked(
@@ -37,8 +37,11 @@ def linear_attention_chunked(
     if documents is not None:
         if initial_state is not None or output_final_state:
             return _in_pieces(q, k, v, log_decay, normalize, initial_state, documents, output_final_state)
+        if log_decay is None and not causal and can_be_looked_at(documents.starts) and T >= LONG * documents.N:
+            return _one_by_one(q, k, v, normalize, documents), None
         if log_decay is None:
             return (_between_resets if causal else _both_ways)(q, k, v, normalize, documents), None
+        # What forgets everything where a document begins needs to know of no documents.
         log_decay = log_decay.expand(1, T, H).masked_fill((documents.positions() == 0)[:, None], -torch.inf)
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
     N = -(-T // max(MIN_CHUNK, Dk, Dv)) if causal or log_decay is not None else 1
@@ -73,6 +76,7 @@ def linear_attention_chunked(
 
 
 def _between_resets(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Documents) -> Tensor:
+    """Causal, without a decay or states: chunks as of one sequence."""
     (_, T, H, Dk), Dv = q.shape, v.shape[-1]
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
     N = -(-T // max(MIN_CHUNK, Dk, Dv))
@@ -89,7 +93,21 @@ def _between_resets(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents:
     return o.to(out_dtype).contiguous()
 
 
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Documents) -> Tensor:
+    """Both ways without a decay, where lengths can be looked at."""
+    parts = zip(*(x.split(documents.lengths.tolist(), 1) for x in (q, k, v)), strict=True)
+    return torch.cat(
+        [
+            linear_attention_chunked(q_n, k_n, v_n, None, False, normalize, None, None, None, False)[0]
+            for q_n, k_n, v_n in parts
+            if q_n.shape[1]
+        ],
+        1,
+    )
+
+
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Documents) -> Tensor:
+    """Without a decay: a sum over each document, of sums over its pieces."""
     (_, T, H, Dk), Dv = q.shape, v.shape[-1]
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
     C = max(MIN_PIECE, min(MIN_CHUNK, T // documents.N))
@@ -116,6 +134,7 @@ def _in_pieces(
     documents: Documents,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    """Causal, with states: a chunk is a piece of one document, from whose own state the first one starts."""
     (_, T, H, Dk), Dv = q.shape, v.shape[-1]
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
     pieces = documents.pieces(min(max(MIN_CHUNK, Dk, Dv), -(-T // documents.N)))

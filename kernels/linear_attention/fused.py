@@ -305,34 +305,25 @@ def _run(
     plan = _plan(q, v, g, packed)
     keys, values = inverse is not None, q_more is not None or k_more is not None
     directions = {"late": late, "down": down, "more": values}
-    first = start
+    end = _empty(k, v, keys=keys, values=values, packed=packed) if want_end else None
+    if packed is not None and end is not None:  # where a document has no step, no program comes by
+        for last, first in zip(end, start or State(None), strict=True):
+            if last is not None:
+                last.copy_(torch.zeros_like(last) if first is None else first)
     if causal and plan.segments > 1 and (packed is None or plan.segment_len < q.shape[1]):
         added, through = _added(k, v, g, k_more, lengths, packed, keys=keys, **directions)
         start = carry(start, added, through, packed)
     elif causal and packed is not None and start is not None:
         start = State(*(None if x is None else _by_piece(x, packed.pieces) for x in start))
     o = q.new_empty(*v.shape, dtype=dtype or q.dtype)
-    end = _empty(k, v, keys=keys, values=values, packed=packed) if want_end else None
     arrays = (q, k, v, g, q_more, k_more, o, inverse)
     _launch(plan, arrays, start, end, None, lengths, packed, causal=causal, **directions)
-    if packed is not None and end is not None:
-        end = _kept_where_empty(end, first, packed.pieces.documents)
     return o, end
 
 
 def _by_piece(x: Tensor, pieces: Pieces) -> Tensor:
     """[N·H, ...] -> [H·P, ...]."""
     return pieces.of_documents(x.unflatten(0, (pieces.documents.N, -1))).transpose(0, 1).flatten(0, 1)
-
-
-def _kept_where_empty(end: State, first: State | None, documents: Documents) -> State:
-    """The states behind all documents: no program has one without a step."""
-
-    def kept(x: Tensor, start: Tensor | None) -> Tensor:  # [N·H, ...]
-        empty = (documents.lengths == 0).repeat_interleave(len(x) // documents.N)
-        return torch.where(empty.reshape(-1, *[1] * (x.dim() - 1)), 0 if start is None else start, x)
-
-    return State(*(None if x is None else kept(x, y) for x, y in zip(end, first or State(None), strict=True)))
 
 
 def _reduce(
