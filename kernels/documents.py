@@ -29,6 +29,11 @@ class Documents(NamedTuple):
         """int64 [N]."""
         return self.starts.diff()
 
+    @property
+    def longest(self) -> int:
+        """No document has more steps: as few as there are where that can be seen, or else T."""
+        return int(self.lengths.max()) if can_be_looked_at(self.starts) else self.T
+
     def of_steps(self) -> Tensor:
         """The document of each step: int64 [T]."""
         steps = torch.arange(self.T, device=self.starts.device)
@@ -83,6 +88,14 @@ class Pieces(NamedTuple):
     def known(self) -> Tensor:
         """The document of each piece, of those behind the last one the last document: int64 [P]."""
         return self.document.clamp(max=self.documents.N - 1)
+
+    def there(self) -> Pieces:
+        """Without those behind the last one, where that can be seen."""
+        if not can_be_looked_at(self.before):
+            return self
+        P = int(self.before[-1])
+        of_pieces = {name: getattr(self, name)[:P] for name in ("document", "number", "start", "steps")}
+        return self._replace(**of_pieces)
 
     def as_documents(self) -> Documents:
         """Documents whose steps are the pieces. Those behind the last one are taken for the last document's."""
@@ -145,7 +158,7 @@ class Pieces(NamedTuple):
     def lay_out(self, x: Tensor) -> Tensor:
         """[1, T, ...] -> [1, P · length, ...], zero where no step stands."""
         room = x.new_zeros(1, len(self.document) * self.length, *x.shape[2:])
-        return room.index_copy(1, self.rows(), x)
+        return room.index_copy_(1, self.rows(), x)
 
     def take_up(self, y: Tensor) -> Tensor:
         """What `lay_out` laid out: [1, P · length, ...] -> [1, T, ...]."""

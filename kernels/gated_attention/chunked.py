@@ -52,9 +52,11 @@ def gated_attention_chunked(
             past = GatedAttentionState.empty(sequences, S, E, chunk_len, device=device, dtype=dtype)
         if documents is not None:
 
-            def attend(rows: list[Tensor], seen: Tensor, terms: Tensor, _: Tensor) -> Tensor:
-                q_quad, k_quad, q_lin, _, v = rows
-                return in_one_chunk(q_quad, k_quad, q_lin, v, bias, causal, scale, seen, terms)
+            def attend(rows: list[Tensor], seen: Tensor | None, terms: Tensor, _: Tensor) -> Tensor:
+                q_quad, k_quad, q_lin, k_lin, v = rows
+                y = in_one_chunk(q_quad, k_quad, q_lin, v, bias, causal, scale, seen, terms)
+                # Where no chunk sees another, the gradients of q_lin and k_lin are zeros rather than none.
+                return y if seen is not None else y.add_(q_lin[:0].sum() + k_lin[:0].sum())
 
             o, state = over_documents(attend, (q_quad, k_quad, q_lin, k_lin, v), documents, chunk_len, causal, past)
         elif not causal:
@@ -130,15 +132,16 @@ def in_one_chunk(
     bias: Tensor | None,  # [chunk_len, chunk_len]
     causal: bool,
     scale: float,
-    seen: Tensor,  # [P, S, E], the sum that each chunk sees
+    seen: Tensor | None,  # [P, S, E], the sum that each chunk sees
     terms: Tensor,  # [P], how many positions it is over
 ) -> Tensor:  # [P, C, E]
     """Attention without its gate, of chunks each by itself."""
-    mean = (seen / terms.clamp(min=1)[:, None, None]).to(q_lin.dtype)
     C = v.shape[1]
     bias = None if bias is None else bias[:C, :C]
     quad = _relu_squared(q_quad[None], k_quad[None], v[None], bias, scale, causal)
-    return (q_lin @ mean).add_(quad[0])
+    if seen is None:
+        return quad[0]
+    return ((q_lin / terms.clamp(min=1)[:, None, None]) @ seen.to(q_lin.dtype)).add_(quad[0])
 
 
 def _causal(

@@ -100,11 +100,11 @@ def gated_attention_fused(
         past = GatedAttentionState.empty(sequences, S, E, chunk_len, device=v.device, dtype=torch.float32)
     if documents is not None:
 
-        def attend(rows: list[Tensor], seen: Tensor, terms: Tensor, live: Tensor) -> Tensor:
-            if not causal:  # the kernel takes the rows of a chunk for the terms of what it sees
+        def attend(rows: list[Tensor], seen: Tensor | None, terms: Tensor, live: Tensor) -> Tensor:
+            if seen is not None and not causal:  # the kernel takes the rows of a chunk for the terms of what it sees
                 seen = seen * (live / terms.clamp(min=1))[:, None, None]
-            memory = pad_channels(pad_channels(seen).mT).mT
-            earlier = terms if causal else None
+            memory = None if seen is None else pad_channels(pad_channels(seen).mT).mT
+            earlier = terms if causal and seen is not None else None
             return _gated_attention(*map(pad_channels, rows), bias, memory, earlier, live, *options)[0][..., :E]
 
         o, state = over_documents(attend, [x.to(dtype) for x in inputs], documents, chunk_len, causal, past)

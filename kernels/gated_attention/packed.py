@@ -13,7 +13,7 @@ from ..diagonal_scan import diagonal_scan
 from ..documents import Documents
 from .state import GatedAttentionState
 
-Attend = Callable[[list[Tensor], Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[list[Tensor], Tensor | None, Tensor, Tensor], Tensor]
 
 
 def over_documents(
@@ -27,8 +27,9 @@ def over_documents(
     """What `attend` makes of all chunks, and the state behind each document, if there is one from before.
 
     Args:
-        attend: from the inputs as P chunks of C rows [P, C, ...], the sum of k_linᵀ v that each sees [P, S, E], the
-            number of positions that it is over, [P], and that of the rows in use [P], makes their output [P, C, E].
+        attend: from the inputs as P chunks of C rows [P, C, ...], the sum of k_linᵀ v that each sees [P, S, E], or None
+            where all see none, the number of positions that it is over, [P], and that of the rows in use [P], makes
+            their output [P, C, E].
         inputs: ..., k_quad, q_lin, k_lin, v, each [1, T, ...].
     """
     held = (None,) * 4 if past is None else (past.k_quad, None, past.k_lin, past.v)
@@ -36,10 +37,12 @@ def over_documents(
     packed = PackedChunks(documents, chunk_len, past)
     rows = [packed.rows(x, state) for x, state in zip(inputs, old, strict=True)]
     *_, k_quad, _, k_lin, v = rows
-    wide = accumulation_dtype(v.dtype)
-    with without_autocast(v.device):
-        updates = k_lin.to(wide).mT @ v.to(wide)
-        seen, last = packed.sums_ahead(updates) if causal else (packed.sums(updates), None)
+    seen = last = None
+    if not (causal and packed.single):
+        wide = accumulation_dtype(v.dtype)
+        with without_autocast(v.device):
+            updates = k_lin.to(wide).mT @ v.to(wide)
+            seen, last = packed.sums_ahead(updates) if causal else (packed.sums(updates), None)
     o = packed.of_steps(attend(rows, seen, packed.terms(causal), packed.live))
     return o, None if past is None or last is None else packed.state(past, last, updates, k_quad, k_lin, v)
 
@@ -52,12 +55,13 @@ class PackedChunks:
 
     def __init__(self, documents: Documents, chunk_len: int, past: GatedAttentionState | None) -> None:
         self.documents = documents
-        self.C = min(chunk_len, documents.T) if past is None else chunk_len
+        self.C = min(chunk_len, max(1, documents.longest)) if past is None else chunk_len
+        self.single = past is None and documents.longest <= self.C  # no document has a second chunk
         position = torch.zeros_like(documents.lengths) if past is None else past.position
         self.held = position % chunk_len  # [N], rows of the state
         self.earlier = position - self.held  # [N], positions before each document's first chunk
         self.initial = None if past is None else past.memory
-        self.pieces = documents.pieces(self.C, None if past is None else self.held)
+        self.pieces = documents.pieces(self.C, None if past is None else self.held).there()
         self.live = self.pieces.steps  # [P], rows of each chunk that are in use
 
     def rows(self, new: Tensor, old: Tensor | None = None) -> Tensor:
@@ -66,7 +70,8 @@ class PackedChunks:
         if old is None:
             return rows
         # A document without chunks holds nothing, which may be added to anything.
-        return rows.index_add(0, self.pieces.before[:-1], zero_padding(old.to(new.dtype), self.held))
+        first = self.pieces.before[:-1].clamp(max=len(rows) - 1)
+        return rows.index_add(0, first, zero_padding(old.to(new.dtype), self.held))
 
     def of_steps(self, rows: Tensor) -> Tensor:
         """[P, C, D] -> [1, T, D]."""
@@ -89,10 +94,12 @@ class PackedChunks:
 
     def sums(self, updates: Tensor) -> Tensor:
         """The memory of each chunk's document, [P, S, E]."""
-        forth, back = self._scan(updates, reverse="both")
-        return (forth + back).view_as(updates) - updates
+        if self.single:
+            return updates
+        ahead = self._scan(updates).view_as(updates)
+        return ahead[(self.pieces.before[1:] - 1)[self.pieces.known]]  # with the last chunk's: that of all
 
-    def _scan(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def _scan(self, x: Tensor, **options: Any) -> Any:
         x = x.flatten(1)[None]
         return diagonal_scan(x, x.new_ones(x.shape[-1]), cu_seqlens=self.pieces.as_documents().starts, **options)
 

@@ -19,7 +19,7 @@ class PackedBlocks:
     def __init__(self, documents: Documents, block_len: int, remembered: Tensor | None) -> None:
         self.L, self.remembered = block_len, remembered
         ahead = None if remembered is None else torch.full_like(remembered, block_len)
-        self.pieces = documents.pieces(block_len, ahead)
+        self.pieces = documents.pieces(block_len, ahead).there()
         self.starts = self.pieces.as_documents().starts  # the first block of each document, and P
 
     def row(self, new: Tensor, old: Tensor | None = None) -> Tensor:
