@@ -7,7 +7,7 @@ from torch import Tensor
 from ..common import can_be_looked_at
 from ..documents import Documents
 from .blockwise import Ends, attention_blockwise
-from .packed import attention_packed
+from .packed import attention_masked, attention_packed
 from .rows import attention_of_rows
 
 
@@ -29,6 +29,10 @@ def attention_chunked(
     q = (q * scale).to(q.dtype)
     if documents is not None and window is None and can_be_looked_at(documents.starts):
         return attention_packed(q, k, v, causal, documents, queries)
+    if q.device.type != "cpu":
+        if documents is not None:
+            return attention_masked(q, k, v, causal, window, documents, queries)
+        return attention_of_rows(q, k, v, causal=causal, lengths=lengths, scale=1.0, position=position, window=window)
     starts = (None if given is None else given.starts for given in (documents, queries))
     left, right = window or (-1, 0 if causal else -1)
     return attention_blockwise(q, k, v, Ends(lengths, position, *starts), left, right)

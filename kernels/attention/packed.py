@@ -1,7 +1,4 @@
-"""Softmax attention over documents in one row, one after the other.
-
-Where they end is looked at: for a CPU, outside of graphs.
-"""
+"""Softmax attention over documents in one row, outside of graphs one after the other."""
 
 from __future__ import annotations
 
@@ -9,17 +6,15 @@ import torch
 from torch import Tensor
 
 from ..documents import Documents
-from .rows import attention_of_rows
+from .rows import attend, attention_of_rows, in_window
+
+# Of q [1, T, H, D], scaled, k [1, S, G, D] and v [1, S, G, Dv].
 
 
 def attention_packed(
-    q: Tensor,  # [1, T, H, D], scaled
-    k: Tensor,  # [1, S, G, D]
-    v: Tensor,  # [1, S, G, Dv]
-    causal: bool,
-    documents: Documents,
-    queries: Documents | None,
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Documents, queries: Documents | None
 ) -> Tensor:
+    """Document by document. Where they end is looked at: for a CPU, outside of graphs."""
     asked, lengths = ((queries or documents).lengths.tolist(), documents.lengths.tolist())
     # Split, and not sliced: the gradient of each slice would be as long as the row.
     rows = zip(q.split(asked, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
@@ -35,3 +30,25 @@ def _of_document(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     place = torch.tensor([S - T], device=q.device) if causal and T < S else None
     y = attention_of_rows(q[:, blind:], k, v, causal=causal, lengths=None, scale=1.0, position=place)
     return y if blind == 0 else torch.cat([nothing, y], 1)
+
+
+def attention_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: tuple[int, int] | None,
+    documents: Documents,
+    queries: Documents | None,
+) -> Tensor:
+    """Under a mask of all queries against all keys: for a device that would have to be waited for."""
+    asked = queries or documents
+    own, late = asked.of_steps(), documents.lengths - asked.lengths
+    here, there = asked.positions() + late[own], documents.positions()  # [T], [S]
+    mask = own[:, None] == documents.of_steps()
+    if causal:
+        mask = mask & (there <= here[:, None])
+    if window is not None:
+        mask = mask & in_window(here, there, window)
+    y = attend(q, k, v, mask[None, None], False)
+    return y if queries is None else torch.where(mask.any(-1)[:, None, None], y, 0)
