@@ -51,26 +51,25 @@ def integers(*shape: int) -> Tensor:
     return meta(*shape, dtype=torch.int64)
 
 
-def in_one_row(B: int, T: int) -> tuple[Tensor, int, int]:
-    """Where B documents of T steps begin, and the batch and the steps that they are together."""
-    return integers(B + 1), 1, B * T
-
-
 def starts(documents: int) -> Tensor | None:
     """Where so many documents begin, None where there are none."""
     return integers(documents + 1) if documents else None
 
 
+def in_one_row(B: int, T: int) -> tuple[Tensor, int, int]:
+    """Where B documents of T steps begin, and the batch and the steps that they are together."""
+    return integers(B + 1), 1, B * T
+
+
 def attention(
     B: int, T: int, H: int, G: int, D: int, Dv: int, dtype: torch.dtype, causal: bool,
-    padded: bool = False, placed: bool = False, scaled: bool = False, documents: int = 0, others: bool = False,
-    window: int = 0,
+    padded: bool = False, placed: bool = False, scaled: bool = False, documents: int = 0, window: int = 0,
 ) -> None:  # fmt: skip
     q, k, v = meta(B, T, H, D, dtype=dtype), meta(B, T, G, D, dtype=dtype), meta(B, T, G, Dv, dtype=dtype)
     lengths, position = (integers(B) if given else None for given in (padded, placed))
     arguments = (meta(B, T) if scaled else None, 1.0, lengths, position)
     reach = (window - 1, 0 if causal else window - 1) if window else (-1, -1)
-    options = (causal and not window, starts(documents), starts(documents) if others else None, *reach)
+    options = (causal and not window, starts(documents), None, *reach)
     o, log_sum = softmax._attention._init_fn(q, k, v, *arguments, *options)
     softmax._attention_backward._init_fn(o, q, k, v, *arguments, o, log_sum, *options)
 

@@ -91,6 +91,7 @@ class Config:
     share: BelowOne | None = None  # of both budgets together, for pretraining; None once the budgets say it
     train_fraction: Fraction | None = None  # of the train split, for both stages; None: all of it
     augment: bool = False  # training batches, in all stages
+    packing: bool = False  # of the sequences of training batches in one row, in all stages
     tuning: str = "full"  # what fine-tuning moves
     lora: LoraConfig = field(default_factory=LoraConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
@@ -319,6 +320,11 @@ def _validate(config: Config) -> None:
             parse_size(config.size)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+    if config.packing and config.compile:
+        raise ConfigError(
+            "packing=true compile=true: the model is compiled for each shape of a batch, and packed ones are all of "
+            "another; valid: one of the two"
+        )
     if config.train_fraction == 1:  # the same run as without it, in the same folder
         config.train_fraction = None
     for name in ("pretraining", "finetuning"):

@@ -16,7 +16,7 @@ they are: there, all are scored, and the others left out of the sums.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,8 @@ class Objective(Protocol):
     passes: int = 1  # over a batch in a step, in each of which its positions count
 
     def asked(self, batch: Batch, *, seed: int) -> Tensor:
-        """bool, true where an answer is asked for: [B] of a class, [B, T] of positions (of 2B sequences, if pairs)."""
+        """bool, true where an answer is asked for: [B] of a class, [B, T] of positions (of 2B sequences, if pairs, and
+        of one row if packed)."""
         ...
 
     def count(self, batch: Batch, *, seed: int) -> Tensor:
@@ -70,7 +71,7 @@ class Classification(Objective):
         return torch.ones_like(batch.labels, dtype=torch.bool)
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
-        return self.measure(model(batch.inputs, batch.lengths), batch)
+        return self.measure(_told(model, batch, batch.inputs, batch.lengths), batch)
 
     def measure(self, scores: Tensor, batch: Batch) -> Measure:
         """Scores [B, classes] against the labels."""
@@ -90,7 +91,7 @@ class Positions(Objective):
         return batch.targets != IGNORED
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
-        return self.measure(model(batch.inputs, batch.lengths), batch)
+        return self.measure(_told(model, batch, batch.inputs, batch.lengths), batch)
 
     def measure(self, scores: Tensor, batch: Batch) -> Measure:
         """Scores [B, T, vocabulary] against the targets."""
@@ -125,6 +126,10 @@ class Masked(SelfPretraining):
 
     def asked(self, batch: Batch, *, seed: int) -> Tensor:
         inputs, lengths = _sequences(batch, self.spec)
+        if batch.cu_seqlens is not None:
+            mask = uniform(inputs.shape[:2], seed, inputs.device) < self.spec.mask_ratio
+            first = torch.zeros_like(mask).index_fill(1, batch.cu_seqlens[:-1], True)
+            return mask | (first & ~mask.any())
         valid = valid_positions(lengths, inputs.shape[1])
         mask = valid & (uniform(valid.shape, seed, valid.device) < self.spec.mask_ratio)
         mask[:, 0] |= valid[:, 0] & ~mask.any()
@@ -133,7 +138,7 @@ class Masked(SelfPretraining):
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
         mask = self.asked(batch, seed=seed)
-        return self.measure(model(inputs, lengths, mask), inputs, mask)
+        return self.measure(_told(model, batch, inputs, lengths, mask), inputs, mask)
 
 
 class Causal(SelfPretraining):
@@ -143,12 +148,15 @@ class Causal(SelfPretraining):
 
     def asked(self, batch: Batch, *, seed: int) -> Tensor:
         inputs, lengths = _sequences(batch, self.spec)
+        if batch.cu_seqlens is not None:
+            last = batch.cu_seqlens[1:] - 1
+            return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device).index_fill(1, last, False)
         return valid_positions(lengths - 1, inputs.shape[1])
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
         asked = self.asked(batch, seed=seed)[:, :-1]
-        return self.measure(model(inputs, lengths)[:, :-1], inputs[:, 1:], asked)
+        return self.measure(_told(model, batch, inputs, lengths)[:, :-1], inputs[:, 1:], asked)
 
 
 class LanguageModelling(Causal):
@@ -189,7 +197,7 @@ class Joint(Objective):
     def weighed(self, model: nn.Module, batch: Batch, *, seed: int, shares: Tensor | float) -> Measure:
         inputs, lengths = _sequences(batch, self.masked.spec)
         mask = self.masked.asked(batch, seed=seed)
-        answers, filled = model(inputs, lengths, mask, whole=self.passes == 2)
+        answers, filled = _told(model, batch, inputs, lengths, mask, whole=self.passes == 2)
         task, masked = self.task.measure(answers, batch), self.masked.measure(filled, inputs, mask)
         losses = torch.stack((task.loss, self.weight * masked.loss))
         totals = {**task.totals, **{f"masked/{name}": total for name, total in masked.totals.items()}}
@@ -248,9 +256,18 @@ def _task(spec: TaskSpec) -> Classification | Positions | LanguageModelling:
 
 def _sequences(batch: Batch, spec: TaskSpec) -> tuple[Tensor, Tensor]:
     """The batch's sequences and lengths, the two of a pair one by one."""
-    if spec.num_inputs == 2:
+    if spec.num_inputs == 2 and batch.cu_seqlens is None:
         return batch.inputs.flatten(0, 1), batch.lengths.flatten()
     return batch.inputs, batch.lengths
+
+
+def _told(
+    model: nn.Module, batch: Batch, inputs: Tensor, lengths: Tensor, mask: Tensor | None = None, **options: Any
+) -> Any:
+    """What the model says of `batch`, given its inputs as its objective reads them."""
+    if batch.cu_seqlens is not None:
+        return model(inputs, None, mask, batch.cu_seqlens, **options)
+    return model(inputs, lengths, **options) if mask is None else model(inputs, lengths, mask, **options)
 
 
 def _cross_entropy(scores: Tensor, targets: Tensor, asked: Tensor | None = None) -> Measure:

@@ -51,6 +51,9 @@ class Batch(NamedTuple):
     """Some examples of a split, padded to a common length T.
 
     With `num_inputs=2`, `inputs` and `lengths` have an axis of 2 after the batch axis.
+
+    A packed batch has its N sequences, two for each example of a pair, one behind the other in a single row: inputs
+    [1, T] or [1, T, channels] and targets [1, T] without padding, the rest as it is.
     """
 
     inputs: Tensor  # tokens: int64 [B, T]; pixels: uint8 or int16 [B, T, channels]
@@ -58,3 +61,4 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [B]; zeros where no class is asked for
     index: Tensor  # type: ignore[assignment]  # int64 [B], positions in the split
     targets: Tensor | None = None  # of answer "positions": int64 [B, T], IGNORED where nothing is asked
+    cu_seqlens: Tensor | None = None  # of a packed batch: int64 [N + 1], where each sequence begins, and T

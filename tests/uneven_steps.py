@@ -50,7 +50,9 @@ def uneven_task(case: str, lengths: tuple[int, ...] = LENGTHS) -> Task:
     return replace(task, spec=spec, **{name: asking(getattr(task, name)) for name in ("train", "val", "test")})
 
 
-def uneven_stage(case: str, folder: Path, *, block: str = "softmax_attention", **changes: int) -> Stage:
+def uneven_stage(
+    case: str, folder: Path, *, block: str = "softmax_attention", packing: bool = False, **changes: int
+) -> Stage:
     """A stage on `uneven_task(case)`."""
     task = uneven_task(case)
     name = case.split()[0]
@@ -72,6 +74,7 @@ def uneven_stage(case: str, folder: Path, *, block: str = "softmax_attention", *
         seed=0,
         folder=folder,
         fabric=build_fabric(config),
+        packing=packing,
     )
 
 

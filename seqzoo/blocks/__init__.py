@@ -16,6 +16,7 @@ from .linear_attention import LinearAttention
 from .lru import LRU
 from .performer import Performer
 from .s4d import S4D
+from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
 from .vq_attention import VQAttention
 from .wide import Wide
@@ -66,6 +67,7 @@ __all__ = [
     "GAU",
     "LRU",
     "S4D",
+    "AsSelfAttention",
     "Block",
     "Conv",
     "LinearAttention",

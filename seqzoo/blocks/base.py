@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import check_lengths, zero_padding
+from ..kernels.documents import Documents, check_documents
 from .learning import Learning
+from .masks import check_attn_mask, check_padding
 
 
 class State(Protocol):
@@ -43,6 +46,12 @@ class Block(Learning, ABC):
     reach: int | None = None
     """How many positions away an output sees at most; None: however far there is something to see."""
 
+    _packs: ClassVar[bool]  # whether `mix` takes documents
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._packs = "documents" in inspect.signature(cls.mix).parameters
+
     def __init__(self, d_model: int, *, causal: bool) -> None:
         super().__init__()
         self.d_model = d_model
@@ -50,8 +59,13 @@ class Block(Learning, ABC):
         self._observer: Callable[..., None] | None = None
 
     @abstractmethod
-    def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+    def mix(
+        self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, Any]:
         """Outputs for `x` [B, T, d_model], zero past `lengths`, that follow `state`; and the state after them.
+
+        With `documents`, B is 1 and there are no lengths: each document is a sequence of its own, and states have a row
+        for each. They are given only where there are any, so that a block may do without; it then refuses them.
 
         Without a state, the sequences begin, and what is returned for it has no meaning.
         """
@@ -66,47 +80,119 @@ class Block(Learning, ABC):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """Mixes `x` [B, T, d_model] over time. `lengths`, integers [B]: outputs past them are zero, inputs do nothing.
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """Mixes `x` over time.
+
+        At most one of `lengths`, `cu_seqlens` and the masks of padding says which steps count. Outputs at all others
+        are zero, and inputs there do nothing. Values are looked at on a CPU, outside compiled graphs; elsewhere they
+        are trusted.
+
+        Args:
+            x: [B, T, d_model].
+            lengths: integers [B], how many steps of each sequence count, from the first on.
+            cu_seqlens: int32 or int64 [N + 1], with B = 1: where each of N documents begins that lie one behind the
+                other in the T steps, and T. Each is a sequence of its own, and may be empty.
+            key_padding_mask: PyTorch's, bool [B, T], true where a step is padding: in front of a sequence, behind it or
+                both.
+            attention_mask: that of transformers, [B, T], 1 where a step counts and 0 where it is padding, likewise.
+            attn_mask, is_causal: what PyTorch and timm give to any attention. They must say what the block is: no mask,
+                or the causal one.
+
+        Returns:
+            [B, T, d_model].
 
         Raises:
-            ValueError: `x` is not [B, T, d_model], or `lengths` are not integers [B] or, on a CPU, not in [0, T].
+            ValueError: `x` is not [B, T, d_model]; more than one says which steps count, or in a way that is not valid;
+                there is padding between steps that count, or another mask than the block's.
         """
-        lengths = self._check(x, lengths)
-        y, _ = self._mix(x, None, lengths)
+        check_attn_mask(type(self).__name__, self.causal, attn_mask, is_causal, x.shape[1])
+        y, _ = self._run(x, None, lengths, cu_seqlens, key_padding_mask, attention_mask)
         return y
 
-    def extend(self, x: Tensor, state: Any, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+    def extend(
+        self,
+        x: Tensor,
+        state: Any,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
         """Mixes the next T steps of sequences that stand at `state`: outputs [B, T, d_model] and the new state.
 
-        Where `state` is None, sequences begin. With `lengths`, each sequence takes as many of the T steps.
+        Where `state` is None, sequences begin. Each takes as many of the T steps as count, by `lengths`, `cu_seqlens`
+        or a mask as in `forward`. The documents of a row have a state of N sequences.
 
         Raises:
             ValueError: the block is bidirectional, the state is of another number of sequences, or as in `forward`.
         """
         self._require_causal("extend")
-        lengths = self._check(x, lengths)
-        if state is None:
-            state = self.initial_state(x.shape[0], device=x.device)
-        elif not isinstance(getattr(state, "position", None), Tensor):
+        if state is not None and not isinstance(getattr(state, "position", None), Tensor):
             raise ValueError(
                 f"{type(self).__name__}: a state is what initial_state or extend gave, or None to begin, "
                 f"got {type(state).__name__}"
             )
-        elif len(state.position) != x.shape[0]:
+        return self._run(x, state, lengths, cu_seqlens, key_padding_mask, attention_mask, keep=True)
+
+    def _run(
+        self,
+        x: Tensor,
+        state: Any,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        key_padding_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        keep: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """`mix` of what was checked, with a state if it is to `keep` one."""
+        name = type(self).__name__
+        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
+            raise ValueError(f"{name} takes [batch, time of 1 or more, {self.d_model}], got {list(x.shape)}")
+        B, T, _ = x.shape
+        padding = check_padding(name, key_padding_mask, attention_mask, B, T)
+        if padding is not None and not (lengths is None and cu_seqlens is None):
+            raise ValueError(f"{name}: got a mask, and lengths or cu_seqlens; valid: one of them")
+        documents = check_documents(name, cu_seqlens, lengths, B, T)
+        if documents is not None and not self._packs:
             raise ValueError(
-                f"{type(self).__name__}: a state of {len(state.position)} sequences for x of {x.shape[0]}; "
+                f"{name} knows no documents in one row; valid: lengths or a mask in place of cu_seqlens, or a `mix` "
+                "that takes documents"
+            )
+        sequences = B if documents is None else documents.N
+        if keep and state is None:
+            state = self.initial_state(sequences, device=x.device)
+        elif state is not None and len(state.position) != sequences:
+            given = f"x of {sequences}" if documents is None else f"{sequences} documents"
+            raise ValueError(
+                f"{name}: a state of {len(state.position)} sequences for {given}; "
                 "valid: a state of as many, or None to begin"
             )
-        return self._mix(x, state, lengths)
+        if padding is None:
+            return self._mix(x, state, check_lengths(name, lengths, B, T), documents)
+        y, state = self._mix(padding.moved_behind(x), state, check_lengths(name, padding.lengths, B, T), None)
+        return padding.moved_back(y), state
 
-    def _mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+    def _mix(self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None) -> tuple[Tensor, Any]:
         """`mix`, with zeros for padding before and after."""
+        if documents is not None:
+            return self.mix(x, state, None, documents)
         if x.shape[0] == 0:  # operations reshape, and nothing has no shape: a sequence without a step stands in
             x = F.pad(x, (0, 0, 0, 0, 0, 1))
             lengths = torch.zeros(1, dtype=torch.int64, device=x.device)
             state = None if state is None else type(state)(*(part.new_zeros(1, *part.shape[1:]) for part in state))
-            y, state = self._mix(x, state, lengths)
+            y, state = self._mix(x, state, lengths, None)
             return y[:0], None if state is None else type(state)(*(part[:0] for part in state))
         y, state = self.mix(zero_padding(x, lengths), state, lengths)
         return zero_padding(y, lengths), state
@@ -158,12 +244,6 @@ class Block(Learning, ABC):
             return device, dtype or torch.get_default_dtype()
         return own.device if device is None else device, dtype or own.dtype
 
-    def _check(self, x: Tensor, lengths: Tensor | None) -> Tensor | None:
-        name = type(self).__name__
-        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
-            raise ValueError(f"{name} takes [batch, time of 1 or more, {self.d_model}], got {list(x.shape)}")
-        return check_lengths(name, lengths, x.shape[0], x.shape[1])
-
 
 def head_dim(block: str, d_model: int, num_heads: int) -> int:
     """d_model / num_heads.
@@ -186,17 +266,50 @@ def upgraded(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def advance(position: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Where sequences stand after the steps of `x` [B, T, ...], or as many of them as `lengths` says."""
+def places(x: Tensor, state: State | None, documents: Documents | None = None) -> Tensor:
+    """How many steps its sequence takes ahead of each step of `x` [B, T, ...]: int64 [T], or [B, T] with a state."""
+    T, device = x.shape[1], x.device
+    place = torch.arange(T, device=device) if documents is None else documents.positions()
+    if state is None:
+        return place
+    return place + (state.position[:, None] if documents is None else state.position[documents.of_steps()][None])
+
+
+def advance(position: Tensor, x: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> Tensor:
+    """Where sequences stand after the steps of `x` [B, T, ...], or as many of them as `lengths` or `documents` say."""
+    if documents is not None:
+        return position + documents.lengths
     return position + (x.shape[1] if lengths is None else lengths)
 
 
-def grow(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
-    """Writes `new` [B, T, ...] behind the first `position` entries of each sequence of `cache` [B, N, ...].
+def grow(cache: Tensor, new: Tensor, position: Tensor, documents: Documents | None = None) -> Tensor:
+    """Writes `new` [B, T, ...] behind the first `position` entries of each sequence of `cache` [B, S, ...].
 
-    Returns [B, N + T, ...] in the cache's dtype; what lies behind the new entries has no meaning.
+    Returns [B, S + T, ...] in the cache's dtype; what lies behind the new entries has no meaning. Of `documents`, N in
+    place of B, there are as many new entries as the longest has steps: a GPU is waited for.
     """
+    if documents is not None:
+        new = documents.padded(new)
     slot = position[:, None] + torch.arange(new.shape[1], device=new.device)  # [B, T]
     slot = slot.reshape(slot.shape + (1,) * (new.dim() - 2)).expand_as(new)
     room = torch.zeros_like(new, dtype=cache.dtype)
     return torch.cat([cache, room], 1).scatter(1, slot, new.to(cache.dtype))
+
+
+def in_a_row(caches: Iterable[Tensor], filled: Tensor, documents: Documents) -> tuple[list[Tensor], dict[str, Any]]:
+    """Caches of documents as `attention` takes them.
+
+    Args:
+        caches: [N, S, ...].
+        filled: int64 [N], how many entries of each there are, those of the present steps included.
+        documents: of the present steps.
+
+    Returns:
+        [1, N · S, ...] each, and `cu_seqlens` and `query_cu_seqlens`: entries that are not filled are documents of
+        their own, in between, of which nothing is asked.
+    """
+    rows = list(caches)
+    steps = documents.lengths
+    keys, queries = (filled, rows[0].shape[1] - filled), (steps, torch.zeros_like(steps))
+    keys_end, queries_end = (F.pad(torch.stack(pair, 1).flatten().cumsum(0), (1, 0)) for pair in (keys, queries))
+    return [row.flatten(0, 1)[None] for row in rows], {"cu_seqlens": keys_end, "query_cu_seqlens": queries_end}

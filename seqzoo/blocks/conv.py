@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.documents import Documents
 from ..valid import BelowOne, Count
 from .base import Block, advance
 from .depthwise import Depthwise
@@ -45,9 +46,11 @@ class Conv(Block):
             torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
 
-    def mix(self, x: Tensor, state: ConvState | None, lengths: Tensor | None) -> tuple[Tensor, ConvState | None]:
+    def mix(
+        self, x: Tensor, state: ConvState | None, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, ConvState | None]:
         before = None if state is None else state.inputs
-        y, after = self.over_time(lambda x: self.conv(x, before, lengths), x)
+        y, after = self.over_time(lambda x: self.conv(x, before, lengths, documents), x)
         if state is not None:
-            state = ConvState(after, advance(state.position, x, lengths))
+            state = ConvState(after, advance(state.position, x, lengths, documents))
         return self.gate(y), state

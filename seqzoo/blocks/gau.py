@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..kernels import GatedAttentionState, attention, gated_attention
 from ..kernels.common import accumulation_dtype, without_autocast, zero_padding
+from ..kernels.documents import Documents
 from ..valid import Factor
-from .base import Block, advance, grow
+from .base import Block, advance, grow, in_a_row, places
 from .offset_scale import offset_scale
 
 ATTENTIONS = ("flash", "relu2_n2", "relu2_ns", "softmax")
@@ -24,10 +25,10 @@ class GAUCache(NamedTuple):
     values: Tensor  # [B, N, E]
     position: Tensor  # int64 [B]
 
-    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> GAUCache:
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> GAUCache:
         """Writes k [B, T, S] and v [B, T, E] behind what each sequence already holds."""
-        keys, values = grow(self.keys, k, self.position), grow(self.values, v, self.position)
-        return GAUCache(keys, values, advance(self.position, k, lengths))
+        keys, values = grow(self.keys, k, self.position, documents), grow(self.values, v, self.position, documents)
+        return GAUCache(keys, values, advance(self.position, k, lengths, documents))
 
 
 class GAU(Block):
@@ -115,15 +116,17 @@ class GAU(Block):
             torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
 
-    def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+    def mix(
+        self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, Any]:
         E, S = self.value_dim, self.key_dim
         u, v, z = (F.silu(y) for y in self.uvz_proj(x).split((E, E, S), -1))  # [B, T, E or S], each dense
-        place = torch.arange(x.shape[1], device=x.device) + (0 if state is None else state.position[:, None])
+        place = places(x, state, documents)
         qk = offset_scale(z, self.gamma, self.beta, place if self.rotary else None)  # 4 or 2 of [B, T, S]
         if self.attention == "flash":
-            y, state = self._flash(u, qk, v, state, lengths)
+            y, state = self._flash(u, qk, v, state, lengths, documents)
         else:
-            y, state = self._quadratic(qk, v, place, state, lengths)
+            y, state = self._quadratic(qk, v, place, state, lengths, documents)
             y = u * y
         return self.out_proj(y), state
 
@@ -134,6 +137,7 @@ class GAU(Block):
         v: Tensor,
         state: GatedAttentionState | None,
         lengths: Tensor | None,
+        documents: Documents | None,
     ) -> tuple[Tensor, GatedAttentionState | None]:
         q_quad, q_lin, k_quad, k_lin = qk
         y = self.over_time(
@@ -150,6 +154,7 @@ class GAU(Block):
                 initial_state=state,
                 output_final_state=state is not None,
                 lengths=lengths,
+                cu_seqlens=None if documents is None else documents.starts,
             ),
             v,
             u,
@@ -157,11 +162,19 @@ class GAU(Block):
         return y if state is not None else (y, None)
 
     def _quadratic(
-        self, qk: tuple[Tensor, ...], v: Tensor, place: Tensor, state: GAUCache | None, lengths: Tensor | None
+        self,
+        qk: tuple[Tensor, ...],
+        v: Tensor,
+        place: Tensor,
+        state: GAUCache | None,
+        lengths: Tensor | None,
+        documents: Documents | None,
     ) -> tuple[Tensor, GAUCache | None]:
         q, k = qk
         if self.causal:
             n = place + 1  # [T] or [B, T]
+        elif documents is not None:
+            n = documents.lengths[documents.of_steps()]
         elif lengths is not None:
             n = lengths[:, None].clamp(min=1).expand(-1, q.shape[1])
         else:
@@ -169,22 +182,30 @@ class GAU(Block):
         n = n.to(accumulation_dtype(q.dtype))
         start = None if state is None else state.position
         if state is not None:
-            state = state.append(k, v, lengths)
+            state = state.append(k, v, lengths, documents)
             k, v, lengths = state.keys.to(q.dtype), state.values.to(q.dtype), state.position
 
         if self.attention == "softmax":
             scale = n.clamp(min=16).log() / (math.log(512) * math.sqrt(self.key_dim))
             q, k, v = q[:, :, None], k[:, :, None], v[:, :, None]  # [B, T or N, 1, S or E]
-            y = self.over_time(
-                lambda v: attention(q, k, v, causal=self.causal, lengths=lengths, scale=scale, position=start), v
-            )
+            extent: dict[str, Any] = {"lengths": lengths, "position": start}
+            if documents is not None:
+                extent = {"cu_seqlens": documents.starts}
+                if state is not None:
+                    (k, v), extent = in_a_row((k, v), state.position, documents)
+            y = self.over_time(lambda v: attention(q, k, v, causal=self.causal, scale=scale, **extent), v)
             return y[:, :, 0], state
         scale = 1 / n if self.attention == "relu2_n2" else (n * self.key_dim).rsqrt()
         last = place if self.causal else None
-        return self.over_time(lambda v: relu2_attention(q, k, v, scale, last), zero_padding(v, lengths)), state
+        if documents is not None and state is None:
+            k, v = documents.padded(k), documents.padded(v)
+        values = zero_padding(v, lengths)
+        return self.over_time(lambda v: relu2_attention(q, k, v, scale, last, documents), values), state
 
 
-def relu2_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, last: Tensor | None) -> Tensor:
+def relu2_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, last: Tensor | None, documents: Documents | None = None
+) -> Tensor:
     """relu²(scale · q kᵀ) v, in single precision at least: squares of small weights would vanish in half.
 
     Args:
@@ -193,12 +214,18 @@ def relu2_attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, last: Tensor
         v: [B, N, E], zero where a key is padding.
         scale: [T] or [B, T], one per query.
         last: int64 [T] or [B, T], the last key each query sees; None is all.
+        documents: of the queries, with B = 1; keys and values have a row for each. Queries are padded to the longest:
+            a GPU is waited for.
 
     Returns:
         [B, T, E] in v's dtype.
 
     Source: Hua et al. 2022, section 2.2.
     """
+    if documents is not None:
+        last = None if last is None else documents.padded(last.view(1, -1))
+        y = relu2_attention(documents.padded(q), k, v, documents.padded(scale.view(1, -1)), last)
+        return documents.unpadded(y)
     dtype = accumulation_dtype(v.dtype)
     with without_autocast(q.device):
         weights = (q.to(dtype) * scale[..., None]) @ k.to(dtype).mT  # [B, T, N]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.derivatives import by_hand
-from .base import Block, advance, head_dim
+from ..kernels.documents import Documents
+from .base import Block, advance, head_dim, places
 from .rotary import rotate
 
 
@@ -99,14 +100,13 @@ class LinearAttention(Block):
         )
 
     def mix(
-        self, x: Tensor, state: LinearAttentionState | None, lengths: Tensor | None
+        self, x: Tensor, state: LinearAttentionState | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, LinearAttentionState | None]:
-        T = x.shape[1]
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, D]
         phi = FEATURE_MAPS[self.feature_map]
         q, k = phi(q), phi(k)
         if self.rotary:
-            place = torch.arange(T, device=x.device) + (0 if state is None else state.position[:, None])
+            place = places(x, state, documents)
             q, k = rotate(q, place), rotate(k, place)
         log_decay = decay_rates(self.num_heads, x) if self.decay else None
         y = self.over_time(
@@ -120,12 +120,13 @@ class LinearAttention(Block):
                 initial_state=None if state is None else state.memory,
                 output_final_state=state is not None,
                 lengths=lengths,
+                cu_seqlens=None if documents is None else documents.starts,
             ),
             v,
         )
         if state is not None:
             y, memory = y
-            state = LinearAttentionState(memory, advance(state.position, x, lengths))
+            state = LinearAttentionState(memory, advance(state.position, x, lengths, documents))
         if self.norm is not None:
             y = self.norm(y)
         return self.out_proj(y.flatten(2)), state

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype
+from ..kernels.documents import Documents
 from ..valid import BelowOne, Count
 from .base import Block, advance
 from .wide import Wide, default_dtype
@@ -77,28 +79,33 @@ class LRU(Block):
         )
 
     def mix(
-        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None
+        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, RecurrentState | None]:
-        y, state = self.over_time(lambda x: self._recur(x, state, lengths), x)
+        y, state = self.over_time(lambda x: self._recur(x, state, lengths, documents), x)
         return self.gate(y + self.skip * x), state
 
     def _recur(
-        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None
+        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None, documents: Documents | None
     ) -> tuple[Tensor, RecurrentState | None]:
         """Re(C h): [B, T, d_model] -> [B, T, d_model]."""
         lam, gamma = self.dynamics(accumulation_dtype(x.dtype))
         u = torch.view_as_complex(self.in_proj(x).to(gamma.dtype).unflatten(-1, (self.state_dim, 2)))  # [B, T, N]
+        scan = partial(
+            diagonal_scan,
+            u,
+            lam,
+            factor=gamma,
+            lengths=lengths,
+            cu_seqlens=None if documents is None else documents.starts,
+        )
         if self.out_proj_reverse is not None:
-            h, g = diagonal_scan(u, lam, factor=gamma, reverse="both", lengths=lengths)
+            h, g = scan(reverse="both")
             return self.out_proj(_parts(h, x.dtype)) + self.out_proj_reverse(_parts(g, x.dtype)), None
         if state is None:
-            h = diagonal_scan(u, lam, factor=gamma, lengths=lengths)
+            h = scan()
         else:
-            before = torch.view_as_complex(state.hidden)
-            h, last = diagonal_scan(
-                u, lam, factor=gamma, initial_state=before, output_final_state=True, lengths=lengths
-            )
-            state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths))
+            h, last = scan(initial_state=torch.view_as_complex(state.hidden), output_final_state=True)
+            state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths, documents))
         return self.out_proj(_parts(h, x.dtype)), state
 
     def upgrade(self, weights: dict[str, Any], prefix: str) -> None:

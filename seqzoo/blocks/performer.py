@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import FavorState, favor_attention
 from ..kernels.common import accumulation_dtype
+from ..kernels.documents import Documents
 from .base import Block, advance, head_dim
 
 
@@ -80,7 +81,7 @@ class Performer(Block):
         return PerformerState(empty.sums, empty.log_scale, position)
 
     def mix(
-        self, x: Tensor, state: PerformerState | None, lengths: Tensor | None
+        self, x: Tensor, state: PerformerState | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, PerformerState | None]:
         if self.redraw_every and self.training and torch.is_grad_enabled():
             self.count_pass()
@@ -97,12 +98,13 @@ class Performer(Block):
                 initial_state=None if state is None else FavorState(state.sums, state.log_scale),
                 output_final_state=state is not None,
                 lengths=lengths,
+                cu_seqlens=None if documents is None else documents.starts,
             ),
             v,
         )
         if state is not None:
             y, memory = y
-            state = PerformerState(memory.sums, memory.log_scale, advance(state.position, x, lengths))
+            state = PerformerState(memory.sums, memory.log_scale, advance(state.position, x, lengths, documents))
         return self.out_proj(y.flatten(2)), state
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, autocast_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import forward_mode
+from ..kernels.documents import Documents, Pieces
 from ..valid import BelowOne, Positive
 from .base import Block, advance
 from .lru import RecurrentState
@@ -85,7 +87,7 @@ class S4D(Block):
         )
 
     def mix(
-        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None
+        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, RecurrentState | None]:
         wide = accumulation_dtype(x.dtype)
         A, step = self.dynamics(wide)  # [D, P]
@@ -93,9 +95,11 @@ class S4D(Block):
         before = None if state is None else torch.view_as_complex(state.hidden)
         values = x.to(autocast_dtype(x))
         with without_autocast(x.device):
-            y, after = self.over_time(lambda x: convolve(x, step, C, before, lengths), values.to(product_dtype(values)))
+            y, after = self.over_time(
+                lambda x: convolve(x, step, C, before, lengths, documents), values.to(product_dtype(values))
+            )
         if state is not None and after is not None:
-            state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths))
+            state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths, documents))
         return self.gate(y.to(x.dtype) + self.skip * x), state
 
     def upgrade(self, weights: dict[str, Any], prefix: str) -> None:
@@ -129,7 +133,12 @@ class S4DDynamics(Wide):
 
 
 def convolve(
-    x: Tensor, step: Tensor, C: Tensor, before: Tensor | None, lengths: Tensor | None
+    x: Tensor,
+    step: Tensor,
+    C: Tensor,
+    before: Tensor | None,
+    lengths: Tensor | None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y_t = Re Σ_p C_0p h_tp with h_t = exp(step) h_{t-1} + x_t, by chunks.
 
@@ -141,13 +150,20 @@ def convolve(
         C: [1 or 2, D, P], complex.
         before: h before the first step, [B, D, P]; None is zero, and then no state is returned.
         lengths: int64 [B], at which step the returned state is taken; None is T.
+        documents: in place of lengths, with B = 1; states have a row for each.
 
     Returns:
         y [B, T, D], and h after `lengths` steps [B, D, P].
     """
     (B, T, D), P, L, ways = x.shape, step.shape[1], min(CHUNK, x.shape[1]), len(C)
-    N = -(-T // L)
-    x_c = _transpose(F.pad(x, (0, 0, 0, N * L - T)).flatten(0, 1)).view(D, B * N, L)
+    pieces = None if documents is None else documents.pieces(L)
+    if pieces is None:
+        N = -(-T // L)
+        x_c = F.pad(x, (0, 0, 0, N * L - T))
+    else:
+        N = len(pieces.document)
+        x_c = pieces.lay_out(x)
+    x_c = _transpose(x_c.flatten(0, 1)).view(D, B * N, L)
     lag = torch.arange(L, device=x.device)
     size, angle = (step.real[..., None] * lag).exp(), step.imag[..., None] * lag
     re, im = size * angle.cos(), size * angle.sin()  # [D, P, L], of exp(step)^lag
@@ -163,13 +179,8 @@ def convolve(
         ways=ways,
         parts=2,
     )
-    first = torch.zeros_like(left[:, :1]) if before is None else torch.view_as_real(before).flatten(1, 2)[:, None]
-    starts = torch.view_as_complex(torch.cat([first, left], 1))
-    starts = diagonal_scan(starts, over_chunk)  # [B, N + 1, D P], where each chunk begins and ends
-    reached = [starts[:, :N]]
-    if ways == 2:
-        ends = torch.view_as_complex(F.pad(back[0][:, 1:], (0, 0, 0, 0, 0, 1)))
-        reached.append(diagonal_scan(ends, over_chunk, reverse=True))
+    carry = _carry if pieces is None else partial(_carry_in_documents, pieces=pieces)
+    reached = carry(left, back, over_chunk, None if before is None else before.flatten(1, 2))
 
     C_re, C_im = torch.view_as_real(torch.stack([C[0] * step.exp(), *C[1:]]))[..., None, :].unbind(-1)
     read_re, read_im = C_re * re - C_im * im, -C_re * im - C_im * re  # [ways, D, P, L]
@@ -179,22 +190,73 @@ def convolve(
     earlier = taps[1, :, :-1].flip(-1) if ways == 2 else taps.new_zeros(D, L - 1)
     kernel = torch.cat([earlier, now, taps[0, :, :-1]], -1)  # [D, 2L - 1], of lags 1 - L to L - 1
     reading = torch.cat([read[0], *(later.flip(-1) for later in read[1:])], 1).to(x.dtype)  # [D, ways 2P, L]
-    parts = [rearrange(torch.view_as_real(h).to(x.dtype), "B N (D P) parts -> D (B N) (P parts)", D=D) for h in reached]
+    parts = [
+        rearrange(torch.view_as_real(h[:, :N]).to(x.dtype), "B N (D P) parts -> D (B N) (P parts)", D=D)
+        for h in reached
+    ]
     y = torch.baddbmm(torch.cat(parts, -1) @ reading, x_c, kernel.unfold(-1, L, 1).flip(1).to(x.dtype))  # [D, BN, L]
-    y = _transpose(y.view(D, -1)).view(B, N * L, D)[:, :T]
+    y = _transpose(y.view(D, -1)).view(B, N * L, D)
+    y = y[:, :T] if pieces is None else pieces.take_up(y)
     if before is None:
         return y, None
 
-    end = torch.full((B,), T, device=x.device) if lengths is None else lengths
-    batch, chunk, rest = torch.arange(B, device=x.device), end // L, end % L
-    start = starts.unflatten(-1, (D, P))[batch, chunk]
+    if pieces is None:
+        end = torch.full((B,), T, device=x.device) if lengths is None else lengths
+        batch, chunk, rest = torch.arange(B, device=x.device), end // L, end % L
+    else:
+        last = pieces.before[1:] - 1  # of each document, or, if that has none, of another
+        batch, chunk = torch.zeros_like(last), last.clamp(min=0)
+        rest = pieces.steps[chunk]
+    start = reached[0].unflatten(-1, (D, P))[batch, chunk]
     part = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
     since = (rest[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
     kept = torch.where(valid_positions(rest, L)[:, None], part, 0).to(step.dtype)
     after = start * torch.exp(step * rest[:, None, None]) + torch.einsum(
         "bdl,dpbl->bdp", kept, torch.complex(re, im)[..., since]
     )
+    if documents is not None:
+        after = torch.where((documents.lengths > 0)[:, None, None], after, before)
     return y, after
+
+
+def _carry(left: Tensor, back: list[Tensor], over_chunk: Tensor, before: Tensor | None) -> list[Tensor]:
+    """h where each chunk begins, and where the last ends; and g where each ends, if there is what goes back.
+
+    Args:
+        left: what each chunk leaves behind for those that follow: [B, N, DP, 2].
+        back: the same for those before, or nothing.
+        over_chunk: by what h is multiplied on its way over a chunk, complex [DP].
+        before: h before the first, complex [B, DP]; None is zero.
+
+    Returns:
+        Complex [B, N + 1, DP], and [B, N, DP].
+    """
+    first = torch.zeros_like(left[:, :1]) if before is None else torch.view_as_real(before)[:, None]
+    reached = [diagonal_scan(torch.view_as_complex(torch.cat([first, left], 1)), over_chunk)]
+    for leaving in back:
+        ends = torch.view_as_complex(F.pad(leaving[:, 1:], (0, 0, 0, 0, 0, 1)))
+        reached.append(diagonal_scan(ends, over_chunk, reverse=True))
+    return reached
+
+
+def _carry_in_documents(
+    left: Tensor, back: list[Tensor], over_chunk: Tensor, before: Tensor | None, pieces: Pieces
+) -> list[Tensor]:
+    """The same where chunks are pieces of documents: `before` [N, DP], returns [1, P, DP]."""
+    # Those that are behind all documents are a last one.
+    ends = F.pad(pieces.before, (0, 1), value=left.shape[1])
+    if before is not None:
+        before = F.pad(torch.view_as_real(before), (0, 0, 0, 0, 0, 1))
+    begins = (pieces.number == 0)[:, None, None]
+    initial = None if before is None else torch.view_as_complex(before)
+    h = diagonal_scan(torch.view_as_complex(left), over_chunk, initial_state=initial, cu_seqlens=ends)
+    ahead = F.pad(torch.view_as_real(h)[:, :-1], (0, 0, 0, 0, 1, 0))
+    first = torch.zeros_like(ahead) if before is None else before[pieces.document][None]
+    reached = [torch.view_as_complex(torch.where(begins, first, ahead))]
+    for leaving in back:
+        following = F.pad(torch.where(begins, 0, leaving)[:, 1:], (0, 0, 0, 0, 0, 1))
+        reached.append(diagonal_scan(torch.view_as_complex(following), over_chunk, reverse=True, cu_seqlens=ends))
+    return reached
 
 
 def _transpose(x: Tensor) -> Tensor:

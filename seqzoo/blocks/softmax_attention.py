@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import attention
 from ..kernels.common import accumulation_dtype
-from .base import Block, advance, grow, head_dim
+from ..kernels.documents import Documents
+from .base import Block, advance, grow, head_dim, in_a_row, places
 from .rotary import rotate
 
 
@@ -69,43 +70,50 @@ class SoftmaxAttention(Block):
         return AttentionState(empty, empty, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def mix(
-        self, x: Tensor, state: AttentionState | None, lengths: Tensor | None
+        self, x: Tensor, state: AttentionState | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, AttentionState | None]:
-        T, H, G = x.shape[1], self.num_heads, self.num_kv_heads
+        H, G = self.num_heads, self.num_kv_heads
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split((H, G, G), dim=2)  # [B, T, H or G, D]
-        start = None if state is None else state.position
+        place = places(x, state, documents)
         if self.rotary:
-            place = torch.arange(T, device=x.device) + (0 if start is None else start[:, None])
             q, k = rotate(q, place), rotate(k, place)
-        scale = self._scale(T, start, lengths, x)
+        scale = self._scale(place, lengths, documents, x)
+        extent: dict[str, Any] = {"lengths": lengths} if documents is None else {"cu_seqlens": documents.starts}
         if state is not None:
-            k, v, start, lengths, state = self._remember(k, v, state, lengths)
-        options = {"causal": self.causal, "window": self.window, "scale": scale}
-        y = self.over_time(lambda v: attention(q, k, v, lengths=lengths, position=start, **options), v)
+            k, v, extent, state = self._remember(k, v, state, lengths, documents)
+        options = {"causal": self.causal, "window": self.window, **extent}
+        y = self.over_time(lambda v: attention(q, k, v, scale=scale, **options), v)
         return self.out_proj(y.flatten(2)), state
 
     def _remember(
-        self, k: Tensor, v: Tensor, state: AttentionState, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, AttentionState]:
-        """Keys and values behind those of the state, how many were there and how many are, and the state after them."""
+        self, k: Tensor, v: Tensor, state: AttentionState, lengths: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, dict[str, Any], AttentionState]:
+        """Keys and values behind those of the state, what `attention` is told of them, and the state after them."""
         most = None if self.window is None else self.window - 1
         held = state.position if most is None else state.position.clamp(max=most)
-        keys, values = grow(state.keys, k, held), grow(state.values, v, held)
-        filled, position = advance(held, k, lengths), advance(state.position, k, lengths)
-        seen = keys.to(k.dtype), values.to(v.dtype)
+        keys, values = grow(state.keys, k, held, documents), grow(state.values, v, held, documents)
+        filled, position = (advance(before, k, lengths, documents) for before in (held, state.position))
+        k, v = keys.to(k.dtype), values.to(v.dtype)
+        extent: dict[str, Any] = {"lengths": filled, "position": held}
+        if documents is not None:
+            (k, v), extent = in_a_row((k, v), filled, documents)
         if most is not None and keys.shape[1] > most:
             last = (filled - most).clamp(min=0)[:, None] + torch.arange(most, device=k.device)
             keys, values = (x.take_along_dim(last[..., None, None], 1) for x in (keys, values))
-        return *seen, held, filled, AttentionState(keys, values, position)
+        return k, v, extent, AttentionState(keys, values, position)
 
-    def _scale(self, T: int, start: Tensor | None, lengths: Tensor | None, x: Tensor) -> Tensor | None:
+    def _scale(self, place: Tensor, lengths: Tensor | None, documents: Documents | None, x: Tensor) -> Tensor | None:
         if self.entropy_length is None:
             return None
-        place = torch.arange(T, device=x.device) + (0 if start is None else start[:, None])  # [T] or [B, T]
-        end = place + 1 if self.causal else torch.full_like(place, T) if lengths is None else lengths[:, None]
-        if self.window is None:
-            seen = end.expand(-1, T) if end.dim() == 2 else end
+        T = x.shape[1]
+        if self.causal:
+            end = place + 1  # [T] or [B, T]
+        elif documents is not None:
+            end = documents.lengths[documents.of_steps()]
         else:
+            end = torch.full_like(place, T) if lengths is None else lengths[:, None].expand(-1, T)
+        seen = end
+        if self.window is not None:
             seen = torch.minimum(end, place + self.window) - (place - self.window + 1).clamp(min=0)
         seen = seen.clamp(min=16).to(accumulation_dtype(x.dtype))
         return seen.log() / (math.log(self.entropy_length) * math.sqrt(self.head_dim))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..kernels import VQState, vq_attention
 from ..kernels.common import accumulation_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import by_hand, gradient
+from ..kernels.documents import Documents
 from ..valid import Factor
 from .base import Block, head_dim
 from .quantizers import FiniteScalarQuantizer, VectorQuantizer
@@ -85,7 +86,9 @@ class VQAttention(Block):
         H, S, _ = self.quantizer.codebook.shape
         return VQState.empty(batch_size, H, S, self.value_dim, self.block_len, device=device, dtype=wide)
 
-    def mix(self, x: Tensor, state: VQState | None, lengths: Tensor | None) -> tuple[Tensor, VQState | None]:
+    def mix(
+        self, x: Tensor, state: VQState | None, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, VQState | None]:
         H, D = self.num_heads, self.head_dim
         wide = accumulation_dtype(x.dtype)
         qk = self.qk_proj(x).unflatten(-1, (2, H, D)).to(wide)
@@ -105,7 +108,10 @@ class VQAttention(Block):
         q, keys = (q + self.content_bias).to(v.dtype), keys.to(v.dtype)
         if self._exact and self.training and torch.is_grad_enabled() and state is None:
             y = self.over_time(
-                lambda v: exact_attention(q, keys, v, bias.to(v.dtype), causal=self.causal, lengths=lengths), v
+                lambda v: exact_attention(
+                    q, keys, v, bias.to(v.dtype), causal=self.causal, lengths=lengths, documents=documents
+                ),
+                v,
             )
             return self.out_proj((y * gate).flatten(2)), None
         y = self.over_time(
@@ -121,6 +127,7 @@ class VQAttention(Block):
                 initial_state=state,
                 output_final_state=state is not None,
                 lengths=lengths,
+                cu_seqlens=None if documents is None else documents.starts,
             ),
             v,
         )
@@ -185,7 +192,16 @@ class _Normalised(torch.autograd.Function):
         return *gradient(written, lambda x: (_normalised(x, ctx.size),), (x,), (dy,)), None
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, causal: bool, lengths: Tensor | None) -> Tensor:
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    *,
+    causal: bool,
+    lengths: Tensor | None,
+    documents: Documents | None = None,
+) -> Tensor:
     """softmax(q kᵀ + bias) v, what `vq_attention` computes where every key is its own code, in quadratic time.
 
     Args:
@@ -193,10 +209,14 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, causal: bo
         v: [B, T, H, Dv].
         bias: as in `vq_attention`, one per query: [B, T, H, n].
         causal, lengths: as there.
+        documents: in place of lengths, with B = 1. They are padded to the longest: a GPU is waited for.
 
     Returns:
         [B, T, H, Dv].
     """
+    if documents is not None:
+        q, k, v, bias = (documents.padded(each) for each in (q, k, v, bias))
+        return documents.unpadded(exact_attention(q, k, v, bias, causal=causal, lengths=documents.lengths))
     (B, T, H, _), n = q.shape, bias.shape[-1]
     step = torch.arange(T, device=q.device)
     entry = step - step[:, None] + (n - 1 if causal else n // 2)  # of key j in the terms of query i

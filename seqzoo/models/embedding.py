@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.common import can_be_looked_at
+from ..kernels.documents import Documents
 from ..spec import TaskSpec
 
 POSITIONS = ("none", "sinusoidal", "learned")
@@ -73,16 +75,22 @@ class Embedding(nn.Module):
         if position == "learned":
             self.learned = nn.Parameter(0.02 * torch.randn(spec.max_length, d_model))
 
-    def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        T = inputs.shape[1]
-        if self.position != "none" and self.max_length < T:
-            raise ValueError(f"a sequence of {T} steps; absolute positions are valid up to {self.max_length}")
+    def forward(self, inputs: Tensor, mask: Tensor | None, documents: Documents | None = None) -> Tensor:
         x = self.inputs(inputs, mask)
+        if self.position == "none":
+            return x
+        T = inputs.shape[1]
+        longest = T
+        if documents is not None:
+            known = can_be_looked_at(documents.starts)
+            longest = int(documents.lengths.max()) if known else min(T, self.max_length)
+        if self.max_length < longest:
+            raise ValueError(f"a sequence of {longest} steps; absolute positions are valid up to {self.max_length}")
         if self.position == "learned":
-            return x + self.learned[:T]
-        if self.position == "sinusoidal":
-            return x + sinusoids(T, x.shape[-1], device=x.device).to(next(self.parameters()).dtype)
-        return x
+            table = self.learned[:longest]
+        else:
+            table = sinusoids(longest, x.shape[-1], device=x.device).to(next(self.parameters()).dtype)
+        return x + (table if documents is None else table[documents.positions()])
 
 
 def sinusoids(length: int, d_model: int, *, device: torch.device | None = None) -> Tensor:

@@ -4,7 +4,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..kernels.common import valid_positions, zero_padding
+from ..kernels.common import accumulation_dtype, valid_positions, zero_padding
+from ..kernels.documents import Documents
 from ..spec import TaskSpec
 
 POOLINGS = ("mean", "max", "last", "first")
@@ -23,8 +24,27 @@ def pool(x: Tensor, lengths: Tensor, how: str) -> Tensor:
     return torch.where(lengths[:, None] > 0, pooled, 0)
 
 
+def pool_documents(x: Tensor, documents: Documents, how: str) -> Tensor:
+    """The same of N documents in a row: [1, T, D] -> [N, D]."""
+    (_, T, D), dtype = x.shape, accumulation_dtype(x.dtype)
+    lengths, document = documents.lengths[:, None], documents.of_steps()
+    if how == "mean":
+        sums = x.new_zeros(documents.N, D, dtype=dtype).index_add(0, document, x[0].to(dtype))
+        return (sums / lengths.clamp(min=1)).to(x.dtype)
+    if how == "max":
+        lowest = x.new_full((documents.N, D), -torch.inf)
+        pooled = lowest.scatter_reduce(0, document[:, None].expand(T, D), x[0], "amax")
+    else:
+        at = documents.starts[:-1] if how == "first" else documents.starts[1:] - 1
+        pooled = x[0, at.clamp(0, T - 1)]
+    return torch.where(lengths > 0, pooled, 0)
+
+
 class ClassificationHead(nn.Module):
-    """Pooled sequences to class scores: [B, T, D] -> [B, classes]. `kind` is "linear" or "mlp" (one hidden layer)."""
+    """Pooled sequences to class scores: [B, T, D] -> [B, classes], or of N documents [1, T, D] -> [N, classes].
+
+    `kind` is "linear" or "mlp" (one hidden layer).
+    """
 
     def __init__(self, d_model: int, num_classes: int, *, pooling: str, kind: str) -> None:
         super().__init__()
@@ -36,12 +56,14 @@ class ClassificationHead(nn.Module):
         hidden = [nn.Linear(d_model, d_model), nn.ReLU()] if kind == "mlp" else []
         self.scores = nn.Sequential(*hidden, nn.Linear(d_model, num_classes))
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        return self.scores(pool(x, lengths, self.pooling))
+    def forward(self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> Tensor:
+        return self.scores(_pooled(x, lengths, documents, self.pooling))
 
 
 class PairHead(nn.Module):
     """Two sequences to class scores, from [a, b, a - b, a·b]: [2B, T, D] -> [B, classes], a pair in neighbouring rows.
+
+    Of documents [1, T, D], a pair follow each other.
 
     Source: Tay et al., "Long Range Arena" (2021), two-tower retrieval.
     """
@@ -53,8 +75,8 @@ class PairHead(nn.Module):
         self.pooling = pooling
         self.scores = nn.Sequential(nn.Linear(4 * d_model, d_model), nn.GELU(), nn.Linear(d_model, num_classes))
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        a, b = rearrange(pool(x, lengths, self.pooling), "(B pair) D -> pair B D", pair=2)
+    def forward(self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> Tensor:
+        a, b = rearrange(_pooled(x, lengths, documents, self.pooling), "(B pair) D -> pair B D", pair=2)
         return self.scores(torch.cat([a, b, a - b, a * b], -1))
 
 
@@ -73,5 +95,12 @@ class PositionHead(nn.Module):
             self.shape = (spec.vocab_size,)
         self.scores = nn.Linear(d_model, torch.Size(self.shape).numel())
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> Tensor:
         return self.scores(x).unflatten(-1, self.shape)
+
+
+def _pooled(x: Tensor, lengths: Tensor | None, documents: Documents | None, how: str) -> Tensor:
+    if documents is not None:
+        return pool_documents(x, documents, how)
+    assert lengths is not None
+    return pool(x, lengths, how)

@@ -58,5 +58,7 @@ class LadderModel(SequenceModel):
         layers = self.backbone.layers
         self.ladder = Ladder(self.backbone.norm.normalized_shape[0], len(layers), reduction=reduction)
 
-    def features(self, inputs: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
-        return self.ladder(self.backbone.layer_outputs(inputs, lengths, mask))
+    def features(
+        self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        return self.ladder(self.backbone.layer_outputs(inputs, lengths, mask, cu_seqlens))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import build_block
+from ..kernels.documents import Documents, check_documents
 from ..spec import TaskSpec
 from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
 from .embedding import Embedding
@@ -73,9 +74,14 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.mixes = mixes
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
         y = self.norm(x)
-        y = self.branch(y, lengths=lengths) if self.mixes else self.branch(y)
+        if not self.mixes:
+            y = self.branch(y)
+        elif cu_seqlens is None:
+            y = self.branch(y, lengths=lengths)
+        else:
+            y = self.branch(y, cu_seqlens=cu_seqlens)
         return x + self.dropout(y)
 
 
@@ -85,7 +91,12 @@ def mlp(d_model: int, hidden: int) -> nn.Sequential:
 
 
 class Backbone(nn.Module):
-    """Embedding, residual layers and a last norm; what pretraining hands over to fine-tuning."""
+    """Embedding, residual layers and a last norm; what pretraining hands over to fine-tuning.
+
+    Args of the call: as of a `SequenceModel`, of single sequences.
+
+    Returns: [B, T, d_model].
+    """
 
     frozen = False
 
@@ -105,17 +116,29 @@ class Backbone(nn.Module):
                 self.layers.append(Residual(mlp(D, hidden), D, config.dropout, mixes=False))
         self.norm = nn.LayerNorm(D)
 
-    def forward(self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        x = self.embedding(inputs, mask)
+    def forward(
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        x = self.embedding(inputs, mask, documents_of(inputs, cu_seqlens))
         for layer in self.layers:
-            x = layer(x, lengths)
+            x = layer(x, lengths, cu_seqlens)
         return self.norm(x)
 
-    def layer_outputs(self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None = None) -> list[Tensor]:
+    def layer_outputs(
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> list[Tensor]:
         """What the embedding and then each layer puts out, [B, T, d_model] each, before the last norm."""
-        outputs = [self.embedding(inputs, mask)]
+        outputs = [self.embedding(inputs, mask, documents_of(inputs, cu_seqlens))]
         for layer in self.layers:
-            outputs.append(layer(outputs[-1], lengths))
+            outputs.append(layer(outputs[-1], lengths, cu_seqlens))
         return outputs
 
     def freeze(self) -> None:
@@ -138,8 +161,10 @@ class SequenceModel(nn.Module):
         inputs: as in `Batch`; pairs [B, 2, T, ...] are read as 2B sequences.
         lengths: int64 [B] or, of pairs, [B, 2].
         mask: bool, shaped as the positions; true where the input is to be hidden.
+        cu_seqlens: int32 or int64 [N + 1], in place of lengths (None), with inputs [1, T, ...]: where each of N
+            documents begins that lie one behind the other in the row, and T. Of pairs, two follow each other.
 
-    Returns: [B, classes], or a score for every position (of 2B sequences, if pairs).
+    Returns: [B, classes], of documents [N, classes], or a score for every position (of 2B sequences, if pairs).
     """
 
     def __init__(self, backbone: Backbone, head: nn.Module, *, num_inputs: int) -> None:
@@ -148,15 +173,29 @@ class SequenceModel(nn.Module):
         self.head = head
         self.num_inputs = num_inputs
 
-    def forward(self, inputs: Tensor, lengths: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.num_inputs == 2 and lengths.dim() == 2:
-            inputs, lengths = inputs.flatten(0, 1), lengths.flatten()
-            mask = None if mask is None else mask.flatten(0, 1)
-        return self.head(self.features(inputs, lengths, mask), lengths)
+    def forward(
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        inputs, lengths, mask = self._singly(inputs, lengths, mask)
+        return self.head(self.features(inputs, lengths, mask, cu_seqlens), lengths, documents_of(inputs, cu_seqlens))
 
-    def features(self, inputs: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
+    def features(
+        self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         """What the head reads of sequences: [B, T, d_model]."""
-        return self.backbone(inputs, lengths, mask)
+        return self.backbone(inputs, lengths, mask, cu_seqlens)
+
+    def _singly(
+        self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The two sequences of each pair as rows of their own."""
+        if self.num_inputs == 2 and lengths is not None and lengths.dim() == 2:
+            return inputs.flatten(0, 1), lengths.flatten(), None if mask is None else mask.flatten(0, 1)
+        return inputs, lengths, mask
 
 
 class JointModel(SequenceModel):
@@ -175,21 +214,44 @@ class JointModel(SequenceModel):
         super().__init__(model.backbone, model.head, num_inputs=model.num_inputs)
         self.second = second
 
-    def forward(self, inputs: Tensor, lengths: Tensor, mask: Tensor | None = None, *, whole: bool = False) -> Any:
+    def forward(
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        whole: bool = False,
+    ) -> Any:
         if mask is None:
-            return super().forward(inputs, lengths)
-        if self.num_inputs == 2 and lengths.dim() == 2:
-            inputs, lengths, mask = (each.flatten(0, 1) for each in (inputs, lengths, mask))
-        if whole:
-            twice = torch.cat((inputs, inputs)), torch.cat((lengths, lengths))
-            first, second = self.features(*twice, torch.cat((torch.zeros_like(mask), mask))).chunk(2)
+            return super().forward(inputs, lengths, mask, cu_seqlens)
+        inputs, lengths, mask = self._singly(inputs, lengths, mask)
+        assert mask is not None
+        documents = documents_of(inputs, cu_seqlens)
+        if not whole:
+            first = second = self.features(inputs, lengths, mask, cu_seqlens)
+        elif documents is None:
+            both = None if lengths is None else torch.cat((lengths, lengths))
+            masks = torch.cat((torch.zeros_like(mask), mask))
+            first, second = self.features(torch.cat((inputs, inputs)), both, masks, None).chunk(2)
         else:
-            first = second = self.features(inputs, lengths, mask)
-        return self.head(first, lengths), self.second(second, lengths)
+            masks = torch.cat((torch.zeros_like(mask), mask), 1)
+            ends = torch.cat((documents.starts, documents.T + documents.starts[1:]))
+            first, second = self.features(torch.cat((inputs, inputs), 1), None, masks, ends).chunk(2, 1)
+        return self.head(first, lengths, documents), self.second(second, lengths, documents)
 
     def without_second(self) -> SequenceModel:
         """What answers the task: the same backbone and first head."""
         return SequenceModel(self.backbone, self.head, num_inputs=self.num_inputs)
+
+
+def documents_of(inputs: Tensor, cu_seqlens: Tensor | None) -> Documents | None:
+    """The documents that lie in the row of `inputs` [1, T, ...].
+
+    Raises:
+        ValueError: as `check_documents` says.
+    """
+    return check_documents("model", cu_seqlens, None, *inputs.shape[:2])
 
 
 def build_model(config: ModelConfig, spec: TaskSpec, *, head: str, causal: bool) -> SequenceModel:

@@ -33,6 +33,7 @@ class Conditions(NamedTuple):
     precision: str
     optimizer: str
     augment: bool
+    packing: bool
 
     @property
     def setting(self) -> str:
@@ -42,8 +43,8 @@ class Conditions(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether these are the conditions of the comparison itself, and not a variant that another study is about."""
-        variant = (self.train_fraction, self.tuning, self.init, self.optimizer, self.augment)
-        return variant == (1.0, "full", "structured", "adamw", False)
+        variant = (self.train_fraction, self.tuning, self.init, self.optimizer, self.augment, self.packing)
+        return variant == (1.0, "full", "structured", "adamw", False, False)
 
 
 class Size(NamedTuple):

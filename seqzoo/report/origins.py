@@ -108,6 +108,7 @@ def _variant(result: Result) -> str:
         result.precision if result.precision != "fp32" else "",
         result.optimizer if result.optimizer != "adamw" else "",
         "augmented" if result.augment else "",
+        "packed" if result.packing else "",
     ]
     return ", ".join(part for part in parts if part)
 

@@ -60,6 +60,7 @@ class Result:
     precision: str  # "fp32" or "bf16"
     optimizer: str  # "adamw" or "muon", or, if pretraining had another than fine-tuning, "adamw after muon"
     augment: bool  # whether training batches were augmented
+    packing: bool  # whether their sequences lay in one row
     learnt: bool | None  # whether pretraining got beyond the frequency of symbols; None: there was none, or not known
     trained_params: int  # parameters that fine-tuning moved
     pretrain_run: str | None  # the run folder, beside this one, whose pretraining it reused
@@ -177,6 +178,7 @@ def read_result(folder: Path) -> Result:
         precision=_optional(record, "precision", None, str) or _configured_precision(folder),
         optimizer=_optional(record, "optimizer", "adamw", str),
         augment=_optional(record, "augment", False, bool),
+        packing=_optional(record, "packing", False, bool),
         learnt=_optional(record, "learnt.learnt", None, bool, NoneType),
         trained_params=_optional(record, "trained_params", params, int),
         pretrain_run=_name(record, "pretrain_run"),

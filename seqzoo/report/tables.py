@@ -138,6 +138,7 @@ def variant(conditions: Conditions) -> str:
         f"{conditions.init} initialisation" if conditions.init != "structured" else "",
         conditions.optimizer if conditions.optimizer != "adamw" else "",
         "augmented" if conditions.augment else "",
+        "packed" if conditions.packing else "",
     ]
     return ", ".join(part for part in parts if part)
 

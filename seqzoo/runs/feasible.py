@@ -9,8 +9,8 @@ import torch
 from ..config import ConfigError, StageConfig
 from ..models import SequenceModel
 from ..tasks import Split
-from ..training.loop import budget
 from ..training.memory import held_by, needed_to_train
+from ..training.order import budget, room_for
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -27,7 +27,14 @@ def check_model(model: SequenceModel, device: torch.device) -> None:
 
 
 def check_stage(
-    name: str, stage: StageConfig, model: SequenceModel, train: Split, fabric: Fabric, *, passes: int = 1
+    name: str,
+    stage: StageConfig,
+    model: SequenceModel,
+    train: Split,
+    fabric: Fabric,
+    *,
+    passes: int = 1,
+    packing: bool = False,
 ) -> None:
     """Raises ConfigError where a stage cannot be trained.
 
@@ -39,6 +46,7 @@ def check_stage(
         model: as it is to be trained; its tensors may be on the meta device.
         train: what it is trained on.
         passes: over a batch in a step.
+        packing: batches have as many positions as their examples could, see `seqzoo.training.order`.
     """
     if stage.batch_size % fabric.world_size:
         raise ConfigError(
@@ -54,7 +62,8 @@ def check_stage(
             "valid: a smaller model, such as model.d_model or model.num_layers"
         )
     layers = 1 if model.backbone.frozen else len(model.backbone.layers)
-    positions = stage.batch_size * tokens / len(train) / fabric.world_size
+    per_place = room_for(train, passes) if packing else tokens / len(train)
+    positions = stage.batch_size * per_place / fabric.world_size
     needed += round(2 * 4 * positions * model.backbone.norm.normalized_shape[0] * layers)
     if needed > memory:
         raise ConfigError(

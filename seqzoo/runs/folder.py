@@ -1,6 +1,6 @@
 """Run folders: their names, what lies in them, and when one run's pretraining may serve another.
 
-<runs_dir>/<task>-<model>-<recipe>-<none|masked|causal|joint-w<weight>-p<passes>>[-augmented]-s<seed>-<hash>/
+<runs_dir>/<task>-<model>-<recipe>-<none|masked|causal|joint-w<weight>-p<passes>>[-augmented][-packed]-s<seed>-<hash>/
     config.yaml  task.json  metrics.jsonl  result.json  lock
     pretrain/    key  summary.json  best.safetensors  last.safetensors
     finetune/    best.safetensors  last.safetensors
@@ -132,7 +132,8 @@ def cell_name(config: Config, task: str) -> str:
     objective = config.objective if config.pretrain else "none"
     if config.objective == "joint":
         objective = f"joint-w{config.joint.weight:g}-p{config.joint.passes}"
-    return f"{task}-{config.model.name}-{config.recipe}-{objective}{'-augmented' if config.augment else ''}"
+    marks = f"{'-augmented' if config.augment else ''}{'-packed' if config.packing else ''}"
+    return f"{task}-{config.model.name}-{config.recipe}-{objective}{marks}"
 
 
 def write_description(folder: Path, config: Config, task: Task) -> None:
@@ -244,7 +245,7 @@ def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"pretrain={folder}: no such folder; valid: true, false, or the folder of a run")
     there, here = read_config(folder), config
-    for key in ("causal", "objective", "size", "train_fraction", "augment", "model", "task"):
+    for key in ("causal", "objective", "size", "train_fraction", "augment", "packing", "model", "task"):
         for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):
             if name not in MAY_DIFFER:
                 raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
@@ -279,7 +280,7 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     unused += ["tuning"] if config.tuning == "full" else []
     unused += ["model.init"] if config.model.init == "structured" else []
     unused += ["search"] if config.lr is None or config.search == SearchConfig() else []
-    unused += ["augment"] if not config.augment else []
+    unused += [name for name in ("augment", "packing") if not getattr(config, name)]
     for name in ("pretraining", "finetuning"):
         unused += [f"{name}.optimizer"] if getattr(config, name).optimizer == "adamw" else []
     for key in (*WITHOUT_EFFECT, *unused, *without):

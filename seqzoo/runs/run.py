@@ -173,12 +173,19 @@ class _Run:
             self.sized = sized(config, task.spec)
         if key is not None:
             model = self.on_meta(objective_of(config, task.spec).head)
-            check_stage("pretraining", config.pretraining, model, self.examples, fabric)
+            check_stage("pretraining", config.pretraining, model, self.examples, fabric, packing=config.packing)
         model = self.on_meta(self.objective.head)
         with blaming(f"tuning={config.tuning}"), torch.device("meta"):
             model = tune(model, config)
-        passes = self.objective.passes
-        check_stage("finetuning", config.finetuning, model, self.examples, fabric, passes=passes)
+        check_stage(
+            "finetuning",
+            config.finetuning,
+            model,
+            self.examples,
+            fabric,
+            passes=self.objective.passes,
+            packing=config.packing,
+        )
         with blaming(f"model={config.model.name}"):
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
@@ -241,6 +248,7 @@ class _Run:
                 seed=config.seed,
                 folder=self.folder / "forecast",
                 fabric=fabric,
+                packing=config.packing,
             )
             said = forecast(
                 name,
@@ -306,6 +314,7 @@ class _Run:
             "compile": config.compile,
             "deadline": self.deadline,
             "augmentation": self.task.augmentation if config.augment else None,
+            "packing": config.packing,
         }
         if config.lr == "search":
             trials = inside(folder, "search")
@@ -371,6 +380,7 @@ class _Run:
             "joint": asdict(config.joint) if config.objective == "joint" else None,
             "optimizer": " after ".join(dict.fromkeys(optimizers)),
             "augment": config.augment,
+            "packing": config.packing,
             "train_fraction": 1.0 if config.train_fraction is None else config.train_fraction,
             "flops_per_token": self.flops,
             "tokens_seen": of_stages("tokens_seen"),

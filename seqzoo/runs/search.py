@@ -14,7 +14,8 @@ from ..files import inside, write_json
 from ..objectives import Objective
 from ..tasks import Split
 from ..training import Interrupted, TrainingError
-from ..training.loop import Stage, budget
+from ..training.loop import Stage
+from ..training.order import budget
 from .folder import read_json
 
 

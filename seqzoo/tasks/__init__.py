@@ -25,7 +25,7 @@ from . import (
 from .arrays import from_arrays
 from .augmentation import AUGMENTATIONS
 from .config import TaskConfig
-from .data import Augmentation, Split, Task, epoch_order, nested, stratified
+from .data import Augmentation, Split, Task, epoch_order, nested, pack, stratified
 from .identity import Fingerprint, fingerprint
 from .store.cache import default_folder, reading
 from .store.sources import DataError, MissingData
@@ -46,6 +46,7 @@ __all__ = [
     "from_arrays",
     "nested",
     "origin_of",
+    "pack",
     "stratified",
 ]
 

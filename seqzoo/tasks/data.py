@@ -134,6 +134,24 @@ class Split:
         return (index[:, None] * self.spec.num_inputs + torch.arange(self.spec.num_inputs)).flatten()
 
 
+def pack(batch: Batch, spec: TaskSpec, lengths: Tensor | None = None) -> Batch:
+    """`batch` with its sequences one behind the other in a single row, without padding.
+
+    Args:
+        batch: padded.
+        spec: of its task.
+        lengths: its lengths, where they are on the CPU: otherwise the device is waited for.
+    """
+    inputs = batch.inputs if spec.num_inputs == 1 else batch.inputs.flatten(0, 1)
+    lengths = (batch.lengths.cpu() if lengths is None else lengths).flatten()
+    ends = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    ahead = (torch.arange(len(lengths)) * inputs.shape[1] - ends[:-1]).repeat_interleave(lengths)
+    places, ends = (_copy(x, inputs.device) for x in (torch.arange(len(ahead)) + ahead, ends))
+    inputs = inputs.flatten(0, 1)[places][None]
+    targets = None if batch.targets is None else batch.targets.flatten()[places][None]
+    return batch._replace(inputs=inputs, targets=targets, cu_seqlens=ends)
+
+
 class Augmentation(Protocol):
     """Changes the examples of a training batch at random, and not their answers; see `seqzoo.tasks.augmentation`."""
 

@@ -14,7 +14,8 @@ from torch import nn
 from ..config import StageConfig
 from ..objectives import Objective
 from ..tasks import Split, epoch_order
-from .loop import Stage, budget, peak_flops
+from .loop import Stage, peak_flops
+from .order import budget, room_for
 from .peak import wait_for
 from .progress import duration
 
@@ -42,6 +43,7 @@ def training_rate(
     seed: int,
     folder: Path,
     fabric: Fabric,
+    packing: bool = False,
 ) -> float:
     """Tokens a second of a stage, validations aside: a few of its steps are timed.
 
@@ -53,11 +55,12 @@ def training_rate(
         model: one of its own, which is used up.
         flops: operations per token.
         flops_at: the same in sequences of a length; asked where they are shortened.
-        name, seed, fabric: as of `Stage`.
+        name, seed, fabric, packing: as of `Stage`.
         folder: where nothing lies; nor does anything afterwards.
     """
     positions, whole, ranks = objective.passes * int(train.lengths.sum()), train.spec.max_length, fabric.world_size
-    per_example = positions / len(train)
+    room = room_for(train, objective.passes) if packing else None
+    per_example = positions / len(train) if room is None else room
     fitting = fabric.broadcast(STEP_SECONDS * USUAL_SHARE * peak_flops(fabric) / (3 * flops))  # tokens
     longest = whole
     if fitting < ranks * per_example:
@@ -77,8 +80,9 @@ def training_rate(
             seed=seed,
             folder=folder,
             fabric=fabric,
+            packing=packing,
         )
-        most = max(1, int(TIMED_SHARE * budget(stage, len(train), positions)[1]))
+        most = max(1, int(TIMED_SHARE * budget(stage, len(train), positions, room)[1]))
         tokens, seconds = _step(steps)
         if seconds < TIMED_SECONDS:  # else memory to be found, and kernels to be compiled, were little of it
             tokens, seconds = 0, 0.0

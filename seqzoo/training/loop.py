@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -18,7 +17,7 @@ from ..config import StageConfig
 from ..models import JointModel
 from ..objectives import Objective
 from ..spec import Batch
-from ..tasks import Augmentation, Split, epoch_order
+from ..tasks import Augmentation, Split, pack
 from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
 from .compilation import compile_model
 from .cores import Cores, cpu_share
@@ -28,6 +27,7 @@ from .evaluation import derive_seed, evaluate, means, module_metrics
 from .guard import Guard
 from .interrupt import interruption
 from .optimizer import build_optimizer, restore, set_lr
+from .order import Order, budget, room_for
 from .peak import matmul_flops_per_second
 from .progress import Pace, ProgressBar
 from .schedule import lr_factor
@@ -80,8 +80,9 @@ class Stage:
 
     A step is a function of (seed, stage, step, weights): the examples it sees, their augmentation and masks and its
     dropout are drawn from nothing else, so that continuing from a checkpoint is exact. Batches are cut from the endless
-    row of epochs, so all are full, and those of one step do not depend on how many devices share them. A budget counts
-    the positions of `train`, as they are before augmentation, once for each pass over them.
+    row of epochs, so all are full, and those of one step do not depend on how many devices share them. Packed, they
+    have as many positions as `batch_size` of the longest examples would, and no padding. A budget counts the positions
+    of `train`, as they are before augmentation, once for each pass over them.
 
     The loss of a step is the mean over all answers that it asks for, on all ranks and in all batches that it
     accumulates, however unevenly they are spread; losses that blocks have of their own are means over valid positions
@@ -98,6 +99,8 @@ class Stage:
         fabric: device, precision and ranks, launched.
         tracker: for metrics; None on all ranks but the first.
         augmentation: of the training batches; None: they stay as they are.
+        packing: the sequences of a training batch lie one behind the other in a single row. (After an augmentation a
+            GPU is waited for, to know how long they are.)
         compile: compile the model, forward and backward, once for each shape of a batch.
         flops_per_token: of the forward pass; with it, the model-flops utilisation is measured.
         deadline: the moment of `time.monotonic()` at which to stop as if interrupted.
@@ -120,21 +123,27 @@ class Stage:
         fabric: Fabric,
         tracker: Tracker | None = None,
         augmentation: Augmentation | None = None,
+        packing: bool = False,
         compile: bool = False,
         flops_per_token: float | None = None,
         deadline: float | None = None,
     ):
         self.objective, self.config, self.name, self.seed = objective, stage, name, seed
         self.folder, self.fabric, self.tracker = folder, fabric, tracker
-        self.augmentation, self.flops_per_token, self.deadline = augmentation, flops_per_token, deadline
+        self.augmentation, self.packing = augmentation, packing
+        self.flops_per_token, self.deadline = flops_per_token, deadline
         self.peak = None if flops_per_token is None else peak_flops(fabric)
         self.model = model.to(fabric.device)
         self.kept = model.without_second() if isinstance(model, JointModel) else model  # what its best weights are of
         self.train, self.val = train.to(fabric.device), val.to(fabric.device)
         # int64 [N], of all inputs of an example, in all passes
         self.lengths = objective.passes * train.lengths.reshape(len(train), -1).sum(1)
-        self.examples_per_step = stage.batch_size * stage.accumulate
-        self.budget, self.total_steps = budget(stage, len(train), int(self.lengths.sum()))
+        room = room_for(train, objective.passes) if packing else None
+        self.order, self.places_per_step = (
+            Order(self.lengths, seed=seed, room=room),
+            stage.batch_size * stage.accumulate,
+        )
+        self.budget, self.total_steps = budget(stage, len(train), int(self.lengths.sum()), room)
         self.log_every = max(1, self.total_steps // CURVE_POINTS)
         self.evaluations = {(k + 1) * self.total_steps // stage.evaluations for k in range(stage.evaluations)}
         self.read_every = 1 if fabric.device.type == "cpu" else READ_EVERY
@@ -230,7 +239,7 @@ class Stage:
         self.optimizer.step()
         self.optimizer.zero_grad()
         after_step(self.model)
-        state.tokens += self.positions(self.examples(0, self.examples_per_step))
+        state.tokens += self.positions(self.examples(0, self.places_per_step))
         state.step += 1
 
     def differentiate(self) -> Tensor:
@@ -282,13 +291,15 @@ class Stage:
             batch = self.train.batch(index)
             if self.augmentation is not None:
                 batch = self.augmentation(batch, self.train.spec, seed=derive_seed(seed, AUGMENTED))
+            if self.packing:
+                batch = pack(batch, self.train.spec, self.train.lengths[index] if self.augmentation is None else None)
             micros.append(MicroBatch(index, batch, seed))
         if len(micros) * ranks == 1:
             return micros
         asked = self.shares([self.objective.count(micro.batch, seed=micro.seed) for micro in micros])
         positions: Iterable[Tensor | float]
         if self.augmentation is None:
-            total = self.positions(self.examples(0, self.examples_per_step))
+            total = self.positions(self.examples(0, self.places_per_step))
             positions = [ranks * self.positions(micro.examples) / total for micro in micros]
         else:
             positions = self.shares([micro.batch.lengths.sum() for micro in micros])
@@ -313,14 +324,8 @@ class Stage:
             return loss + micro.positions * auxiliary_loss(self.model), totals
 
     def examples(self, start: int, count: int) -> Tensor:
-        """`count` of the coming step's examples, int64 [count], from its `start`-th on."""
-        position, parts = self.state.step * self.examples_per_step + start, []
-        while count > 0:
-            epoch, offset = divmod(position, len(self.train))
-            part = _order(len(self.train), self.seed, epoch)[offset : offset + count]
-            parts.append(part)
-            position, count = position + len(part), count - len(part)
-        return torch.cat(parts)
+        """The examples of `count` of the coming step's places, int64 [n], from its `start`-th on."""
+        return self.order.examples(self.state.step * self.places_per_step + start, count)
 
     def positions(self, examples: Tensor) -> int:
         """How many valid positions `examples` of training have."""
@@ -435,15 +440,3 @@ def peak_flops(fabric: Fabric) -> float:
     with fabric.autocast():
         precision = "bf16" if torch.is_autocast_enabled(fabric.device.type) else "fp32"
     return fabric.world_size * matmul_flops_per_second(fabric.device, precision)
-
-
-def budget(stage: StageConfig, n: int, tokens: int) -> tuple[int, int]:
-    """A stage's budget in tokens and in steps, on a split of `n` examples that hold `tokens` in all."""
-    wanted = stage.tokens if stage.tokens is not None else round(cast(float, stage.epochs) * tokens)
-    tokens_per_step = stage.batch_size * stage.accumulate * tokens / n
-    return wanted, max(1, math.ceil(wanted / tokens_per_step))
-
-
-@lru_cache(maxsize=2)
-def _order(n: int, seed: int, epoch: int) -> Tensor:
-    return epoch_order(n, seed=seed, epoch=epoch)

@@ -23,7 +23,8 @@ from seqzoo.training import Interrupted, TrainingError
 from seqzoo.training.checkpoint import load_checkpoint, load_metadata
 from seqzoo.training.cores import Cores, cpu_share
 from seqzoo.training.evaluation import evaluate, module_metrics
-from seqzoo.training.loop import Stage, budget
+from seqzoo.training.loop import Stage
+from seqzoo.training.order import budget
 from seqzoo.training.tracker import Tracker
 
 

@@ -64,6 +64,7 @@ def stage_without_numbers(
     accumulate=1,
     passes=1,
     augmentation=None,
+    packing=False,
 ):
     stages = {"finetuning": {"accumulate": accumulate}}
     config = tiny_config(folder, model={"block": {"name": block, **BLOCKS[block]}}, **stages)
@@ -91,13 +92,15 @@ def stage_without_numbers(
         folder=folder,
         fabric=fabric,
         augmentation=augmentation,
+        packing=packing,
     )
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("objective", ["task", "masked", "causal", "joint"])
-def test_a_step_waits_for_no_device(task, tmp_path, monkeypatch, block, objective):
-    stage = stage_without_numbers(task, tmp_path, monkeypatch, objective=objective, block=block)
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_waits_for_no_device(task, tmp_path, monkeypatch, block, objective, packing):
+    stage = stage_without_numbers(task, tmp_path, monkeypatch, objective=objective, block=block, packing=packing)
     with Copies() as copies:
         stage.take_step()
     assert copies.found == []

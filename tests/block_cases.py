@@ -1,0 +1,61 @@
+"""Blocks to hold to what every block promises, and inputs for them."""
+
+import pytest
+import torch
+
+from seqzoo import BLOCKS, build_block
+
+VARIANTS = {  # the default options of each block, and those that take another way through it
+    "softmax_attention": [
+        {},
+        {"num_kv_heads": 1, "entropy_length": 64, "bias": True},
+        {"rotary": False, "num_kv_heads": 2},
+        {"window": 7, "num_kv_heads": 2, "entropy_length": 64},
+    ],
+    "linear_attention": [
+        {},
+        {"feature_map": "relu", "num_heads": 1},
+        {"feature_map": "silu", "normalize": False, "decay": True, "rotary": True},
+        {"decay": True, "bias": True},
+    ],
+    "vq_attention": [
+        {"codebook_size": 8, "block_len": 8, "num_heads": 4},
+        {"codebook_size": 4, "block_len": 3, "expand": 1, "codebook_start": "kmeans", "restart": 1.0},
+        {"codebook_size": 25, "block_len": 5, "quantizer": "fsq"},
+    ],
+    "performer": [{}, {"num_features": 7, "num_heads": 2, "bias": True}, {"num_features": 1, "num_heads": 1}],
+    "gau": [
+        {"chunk_len": 8, "key_dim": 6},
+        {"chunk_len": 5, "key_dim": 16, "expand": 1.5, "distance_bias": False, "rotary": False, "bias": True},
+        {"attention": "relu2_n2", "key_dim": 8, "bias": True},
+        {"attention": "relu2_ns", "key_dim": 7, "rotary": False},
+        {"attention": "softmax", "key_dim": 8},
+    ],
+    "lru": [{}, {"state_dim": 6, "r_min": 0.0, "r_max": 0.9, "dropout": 0.5}],
+    "s4d": [{"state_dim": 4}, {"state_dim": 8, "dt_max": 1.0}, {"state_dim": 4, "init": "dfout"}],
+    "conv": [{}, {"width": 61, "dropout": 0.5}, {"width": 1}],
+}
+D = 16
+CASES = [
+    pytest.param(name, options, causal, id=f"{name}-{n}-{'causal' if causal else 'bidirectional'}")
+    for name in BLOCKS
+    for n, options in enumerate(VARIANTS.get(name, [{}]))
+    for causal in (True, False)
+]
+every = pytest.mark.parametrize(("name", "options", "causal"), CASES)
+defaults = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if "-0-" in str(case.id)])
+
+
+def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):
+    torch.manual_seed(0)
+    return build_block(name, d_model, causal=causal, **options).to(dtype).train(train)
+
+
+def sequences(B, T, *, d_model=D, dtype=torch.float64, seed=1):
+    return torch.randn(B, T, d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def parameter_gradients(block, y, seed=2):
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    return torch.autograd.grad((y * weight).sum(), parameters, allow_unused=True)
