@@ -81,7 +81,9 @@ def differentiable(operator: CustomOpDef, plain: Callable[..., Sequence[Tensor |
 
     def gradient_of_gradient(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = [y if x is None else x for x, y in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        return _second(plain, arguments, ctx.needs_input_grad, upstream)
+        # What is as by default at the end of a call, PyTorch does not count.
+        needed = *ctx.needs_input_grad, *(False,) * (len(arguments) - len(ctx.needs_input_grad))
+        return _second(plain, arguments, needed, upstream)
 
     operator.register_autograd(gradient_of_gradient, setup_context=setup_context)
     return lambda *arguments: plain(*arguments) if forward_mode() else operator(*arguments)

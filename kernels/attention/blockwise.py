@@ -1,7 +1,7 @@
-"""Softmax attention in blocks of queries against the keys that any of them sees: of documents, and within a window.
+"""Softmax attention on a CPU in blocks of queries against the keys that any of them sees: within a window, and over
+documents in graphs, where they cannot be taken one by one.
 
-No weights are kept, and none are made between what does not see each other: the way back makes them again. Where
-sequences end is waited for: a device other than a CPU is asked once each way.
+No weights are kept, and none are made between what does not see each other: the way back makes them again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..documents import Documents
 from .reference import padded
 from .rows import attention_of_rows
 
-BLOCK = 1 << 18  # weights made at a time
-FEWEST = 32  # queries in a block, at least
+BLOCK = 1 << 20  # weights made at a time
+FEWEST = 64  # queries in a block, at least
 
 
 class Ends(NamedTuple):
@@ -185,8 +185,8 @@ def _plain(
     """As `_attention`, for PyTorch to differentiate."""
     causal, window = right == 0, (left, right) if left >= 0 else None
     if starts is None:
-        options = {"causal": causal, "lengths": lengths, "scale": 1.0, "position": position, "window": window}
-        return attention_of_rows(q, k, v, **options)
+        ends = {"lengths": lengths, "position": position}
+        return attention_of_rows(q, k, v, causal=causal, scale=1.0, window=window, **ends)
     queries = None if query_starts is None else Documents(query_starts, q.shape[1])
     return padded(attention_of_rows, q, k, v, causal, 1.0, window, Documents(starts, k.shape[1]), queries)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..common import can_be_looked_at
 from ..documents import Documents
 from .blockwise import Ends, attention_blockwise
+from .packed import attention_masked, attention_packed
 from .rows import attention_of_rows
 
 
@@ -24,6 +26,13 @@ def attention_chunked(
 ) -> Tensor:
     if documents is None and window is None:
         return attention_of_rows(q, k, v, causal=causal, lengths=lengths, scale=scale, position=position)
+    q = (q * scale).to(q.dtype)
+    if documents is not None and window is None and can_be_looked_at(documents.starts):
+        return attention_packed(q, k, v, causal, documents, queries)
+    if q.device.type != "cpu":
+        if documents is not None:
+            return attention_masked(q, k, v, causal, window, documents, queries)
+        return attention_of_rows(q, k, v, causal=causal, lengths=lengths, scale=1.0, position=position, window=window)
     starts = (None if given is None else given.starts for given in (documents, queries))
     left, right = window or (-1, 0 if causal else -1)
-    return attention_blockwise((q * scale).to(q.dtype), k, v, Ends(lengths, position, *starts), left, right)
+    return attention_blockwise(q, k, v, Ends(lengths, position, *starts), left, right)

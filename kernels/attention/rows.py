@@ -49,18 +49,22 @@ def attention_of_rows(
             mask = live[:, None, None, :]
     k, v = zero_padding(k, lengths), zero_padding(v, lengths)
 
-    q, k, v = (q * scale).transpose(1, 2).to(q.dtype), k.transpose(1, 2), v.transpose(1, 2)
-    causal = causal and mask is None
+    y = attend((q * scale).to(q.dtype), k, v, mask, causal and mask is None)
+    if lengths is None and position is None:
+        return y
+    return torch.where(live[..., None, None], y, 0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """By q [B, T, H, D], scaled, to the keys that are seen, `mask` [B, 1, T or 1, S]: [B, T, H, Dv]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if forward_mode():
         y = plain_attention(mask, causal, q, k, v)
     else:
         y = _sdpa(mask, causal, q, k, v)
         if y.requires_grad and _second_derivatives():
             y = _Attention.apply(mask, causal, y, q, k, v)
-    y = y.transpose(1, 2)
-    if lengths is None and position is None:
-        return y
-    return torch.where(live[..., None, None], y, 0)
+    return y.transpose(1, 2)
 
 
 def in_window(here: Tensor, there: Tensor, window: tuple[int, int]) -> Tensor:

@@ -140,15 +140,17 @@ def _pool(process: int) -> ThreadPoolExecutor:
 def _in_parallel(items: Callable[..., None], D: int, sequences: _Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, block, *arguments) on parts of the R * (blocks of channels) items there are."""
     starts = sequences.starts
-    steps, longest = int(starts[-1]), int(np.diff(starts).max(initial=0))
+    steps, R = int(starts[-1]), len(sequences.lengths)
     threads = max(1, min(torch.get_num_threads(), steps * D // MIN_WORK))
-    blocks = max(1, min(-(-threads * longest // max(steps, 1)), D // MIN_BLOCK))
-    block = max(1, -(-D // blocks))
-    blocks = -(-D // block)
-    count = len(sequences.lengths) * blocks
-    places = np.interp(np.arange(count), np.arange(len(starts)) * blocks, starts)  # of items, as if time were cut too
-    shares = np.searchsorted(places, [steps * i / threads for i in range(1, threads)])
-    parts = list(pairwise([0, *shares.tolist(), count]))
+    block, count, shares = max(1, D), R if D else 0, []
+    if threads > 1:
+        longest = int(np.diff(starts).max())
+        block = -(-D // max(1, min(-(-threads * longest // steps), D // MIN_BLOCK)))
+        blocks = -(-D // block)
+        count = R * blocks
+        places = np.interp(np.arange(count), np.arange(R + 1) * blocks, starts)  # of items, as if time were cut too
+        shares = np.searchsorted(places, [steps * i / threads for i in range(1, threads)]).tolist()
+    parts = list(pairwise([0, *shares, count]))
     # A forked process has none of its parent's threads and needs a pool of its own.
     others = [_pool(os.getpid()).submit(items, *part, block, *arguments) for part in parts[1:]]
     items(*parts[0], block, *arguments)

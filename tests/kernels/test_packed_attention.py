@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
-from attention_cases import ASKED, LENGTHS, check, make, run, starts
+from agreement import assert_close
+from attention_cases import ASKED, LENGTHS, check, make, one_by_one, run, starts
 from fused_cases import poisoned
 from torch import Tensor
 
 from seqzoo.kernels import attention
+from seqzoo.kernels.attention.packed import attention_masked
+from seqzoo.kernels.documents import Documents
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -81,3 +84,25 @@ def test_in_triton(causal, window, scaling, others):
     options = {"causal": causal, "window": window, "scale": scale}
     with poisoned():
         check(make(sum(asked), sum(LENGTHS), 4, 2, 8, 5, torch.float32), asked, LENGTHS, 5e-6, "fused", **options)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "others"),
+    [
+        (False, None, False),
+        (True, None, False),
+        (True, (8, 0), False),
+        (False, (3, 20), False),
+        (False, None, True),
+        (True, None, True),
+    ],
+)
+def test_masked_where_ends_are_not_looked_at(causal, window, others):
+    asked = ASKED if others else LENGTHS
+    q, k, v, w = make(sum(asked), sum(LENGTHS), 4, 2, 8, 16)
+    expected = one_by_one(q, k, v, w, asked, LENGTHS, causal=causal, window=window, scale=1.0)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    ends = [Documents(starts(lengths), sum(lengths)) for lengths in (LENGTHS, asked)]
+    o = attention_masked(q, k, v, causal, window, ends[0], ends[1] if others else None)
+    for actual, target in zip((o, *torch.autograd.grad(o, (q, k, v), w)), expected, strict=True):
+        assert_close(actual, target, 1e-12)

@@ -109,6 +109,72 @@ def test_nothing_leaks_from_another_document(constant, reverse, backend):
             assert torch.equal(actual, expected), name
 
 
+def test_same_bits_whatever_the_threads(monkeypatch):
+    from seqzoo.kernels.diagonal_scan import loop
+
+    inputs = make(torch.float32, False)
+    expected = run(*inputs, cu_seqlens=STARTS)
+    monkeypatch.setattr(loop, "MIN_WORK", 1)
+    monkeypatch.setattr(loop, "MIN_BLOCK", 2)
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 3, 7):
+            torch.set_num_threads(count)
+            for value, target in zip(run(*inputs, cu_seqlens=STARTS), expected, strict=True):
+                assert torch.equal(value, target)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_doubling(constant):
+    from seqzoo.kernels.diagonal_scan import doubling
+
+    for reverse in (False, True):
+        x, a, h0, factor, w, w_state = make(torch.complex128, constant)
+        expected = one_by_one(x, a, h0, factor, w, w_state, reverse=reverse)
+        values = doubling.scan(x, a, h0, reverse, None, factor, STARTS)
+        gradients = doubling.scan_backward(w, w_state, values[0], a, h0, reverse, None, factor, STARTS)
+        for name, value, target in zip(NAMES, (*values, *gradients), expected, strict=True):
+            assert_close(value, target, 1e-13, name)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_derivatives(constant):
+    D, ends = 2, torch.tensor([0, 2, 2, 7])
+    x, a, _, _, _, _ = make(torch.float64, constant, D)
+    inputs = (x[:, :7], a if constant else a[:, :7], torch.randn(3, D).double(), 0.1 + torch.rand(D).double())
+    inputs = [y.clone().requires_grad_() for y in inputs]
+    for reverse in (False, True):
+
+        def f(x, a, h0, factor, reverse=reverse):
+            options = {"factor": factor, "initial_state": h0, "reverse": reverse, "cu_seqlens": ends}
+            return diagonal_scan(x, a, output_final_state=True, **options)
+
+        assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic):
+    x, a, h0, factor, w, w_state = make(torch.complex64, True)
+    expected = run(x, a, h0, factor, w, w_state, cu_seqlens=STARTS)
+    x, a, h0, factor = (y.requires_grad_() for y in (x, a, h0, factor))
+    compiled = torch.compile(diagonal_scan, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    outputs = compiled(x, a, factor=factor, initial_state=h0, output_final_state=True, cu_seqlens=STARTS)
+    values = [*outputs, *torch.autograd.grad(outputs, (x, a, h0, factor), (w, w_state))]
+    for value, target in zip(values, expected, strict=True):
+        assert torch.equal(value, target)
+
+
+def test_operator():
+    x, a, h0, factor, w, w_state = make(torch.float32, True)
+    leaves = [y.clone().requires_grad_() for y in (x, a, h0)]
+    arguments = (True, None, factor, STARTS)
+    torch.library.opcheck(torch.ops.seqzoo.diagonal_scan.default, (*leaves, *arguments))
+    torch.library.opcheck(torch.ops.seqzoo.diagonal_scan_backward.default, (w, w_state, x, a, h0, *arguments))
+
+
 def test_errors():
     x, a, h0, *_ = make(torch.float32, True)
     with pytest.raises(ValueError, match=r"initial_state must be \[N, D\], a row for each document, = \[6, 6\], got"):
