@@ -49,7 +49,8 @@ def favor_attention_chunked(
                 o, state = _one_by_one(q, k, v, directions, first, narrow, documents)
         elif documents is not None and eager(q, k, v, directions) and T >= LONG * documents.N:
             parts = zip(*(x.split(documents.lengths.tolist(), 1) for x in (q, k, v)), strict=True)
-            o = torch.cat([_both_ways(*given, directions, None, narrow) for given in parts if given[0].shape[1]], 1)
+            of_each = [_both_ways(q_n, k_n, v_n, directions, None, narrow) for q_n, k_n, v_n in parts if q_n.shape[1]]
+            o = torch.cat(of_each, 1)
         elif documents is not None:
             o = _in_pieces(q, k, v, directions, narrow, documents)
         else:

@@ -281,7 +281,7 @@ def _states(
         start = top.new_full((packed.pieces.documents.N, H, M), -torch.inf) if log_scale is None else log_scale
         before, behind = packed.pieces.running_max(top[0].transpose(0, 1), start)  # [P, H, M]
         end = packed.pieces.last(behind, start)
-        before, behind = (x.transpose(0, 1)[None] for x in (before, behind))
+        before, behind = (x.transpose(0, 1)[None].contiguous() for x in (before, behind))
     gains, fades = ((x - _or_zero(behind)).exp() for x in (top, before))
     seen, last = _carry(contiguous(sums, norm), added, gains, fades, packed, keep=causal)
     if not causal:
@@ -313,16 +313,16 @@ def _carry(
     """What each segment starts from, if it is to be kept, and what the last one ends with."""
     kept: list[Any] = [torch.empty_like(x) if keep else None for x in added]
     B, H, segments, M = fades.shape
-    rows, documents = B, (None, None)
+    rows, firsts, heads = B, None, None
     if packed is not None:
-        rows, documents = packed.pieces.documents.N, (packed.pieces.before, H)
+        rows, firsts, heads = packed.pieces.documents.N, packed.pieces.before, H
     last = [x.new_empty(rows, H, *x.shape[3:]) for x in added]
     for start, add, carried, end in zip(first, added, kept, last, strict=True):
         width = add.shape[4] if add.dim() == 5 else 1
         launch(
             _carry_kernel,
             rows * H * triton.cdiv(M * width, CARRIED),
-            *(start, add, gains, fades, carried, end, documents[0], M, width, segments, documents[1]),
+            *(start, add, gains, fades, carried, end, firsts, M, width, segments, heads),
             DOWN=down,
             BLOCK=CARRIED,
             num_warps=4,
