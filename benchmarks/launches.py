@@ -236,7 +236,9 @@ def attentions() -> Calls:
         yield partial(both, D, D, dtype, True, every=True)
     for dtype, D in ((torch.bfloat16, 64), (torch.float32, 64)):
         for causal, scaled in ((True, False), (False, True)):
-            yield partial(passes.attention, 1, 8192, 8, 2, D, D, dtype, causal, scaled=scaled, documents=8)
+            for others in (False, True):
+                call = partial(passes.attention, 1, 8192, 8, 2, D, D, dtype, causal, scaled=scaled)
+                yield partial(call, documents=8, others=others)
         yield partial(passes.attention, 8, 1024, 8, 8, D, D, dtype, True, True, True, window=100)
         yield partial(passes.attention, 1, 8192, 8, 8, D, D, dtype, False, documents=8, window=100)
     for D, Dv in ((16, 64), (64, 128), (128, 64), (112, 112), (64, 256)):

@@ -38,7 +38,7 @@ def attention_calls(size: Size) -> Calls:
     yield partial(passes.attention, B, T, H, H, D, D, dtype, True, padded=True)
     yield partial(passes.attention, B, T, H, 1, D, D, dtype, False, padded=True, placed=True, scaled=True)
     yield partial(passes.attention, B, T, H, H, D, D, dtype, True, padded=True, placed=True, window=20)
-    yield partial(passes.attention, 1, B * T, H, 1, D, D, dtype, True, scaled=True, documents=B)
+    yield partial(passes.attention, 1, B * T, H, 1, D, D, dtype, True, scaled=True, documents=B, others=True)
     yield partial(passes.attention, 1, B * T, H, H, D, D, dtype, False, documents=B, window=20)
 
 

@@ -78,14 +78,17 @@ def _query_kernel(
         if which >= documents:
             return
         block, h = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
-        asked, T = in_row(query_starts, which)
         held, S = in_row(starts, which)
+        asked, T, before = held, S, 0
+        if query_starts is not None:
+            asked, T = in_row(query_starts, which)
+            before = S - T
         q, do, dq = q + asked * H * D, do + asked * H * Dv, dq + asked * H * D
         log_sum, delta = log_sum + asked * H, delta + asked * H
         k, v = k + held * G * D, v + held * G * Dv
         if scales is not None:
             scales += asked
-        b, g, n, before = asked * 0, h // (H // G), S, S - T
+        b, g, n = asked * 0, h // (H // G), S
     query = block * QUERIES + tl.arange(0, QUERIES)
     here = before + query
     live = (query < T) & (here < n)
@@ -167,14 +170,17 @@ def _key_kernel(
         if which >= documents:
             return
         block, g = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
-        asked, T = in_row(query_starts, which)
         held, S = in_row(starts, which)
+        asked, T, before = held, S, 0
+        if query_starts is not None:
+            asked, T = in_row(query_starts, which)
+            before = S - T
         q, do = q + asked * H * D, do + asked * H * Dv
         log_sum, delta = log_sum + asked * H, delta + asked * H
         k, dk, v, dv = k + held * G * D, dk + held * G * D, v + held * G * Dv, dv + held * G * Dv
         if scales is not None:
             scales += asked
-        b, n, before = asked * 0, S, S - T
+        b, n = asked * 0, S
     key = block * KEYS + tl.arange(0, KEYS)
     channel, value_channel = tl.arange(0, DK), tl.arange(0, DV)
     row, index = tl.arange(0, KEYS), tl.arange(0, QUERIES)
@@ -182,7 +188,9 @@ def _key_kernel(
     v_t = load_tile(head_rows(v, b, block * KEYS, S, g, G, Dv), row, G * Dv, value_channel, Dv, key < n)
     dk_t, dv_t = tl.zeros([KEYS, DK], tl.float32), tl.zeros([KEYS, DV], tl.float32)
 
-    start, stop = 0, tl.maximum(tl.minimum(T, n - before), 0)
+    start, stop = 0, T
+    if document is None:
+        stop = tl.maximum(tl.minimum(T, n - before), 0)
     if CAUSAL:
         start = tl.maximum(block * KEYS - before, 0) // QUERIES * QUERIES
     if left is not None:

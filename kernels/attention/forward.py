@@ -41,7 +41,7 @@ def _forward_kernel(
     lengths,  # [B] or None
     position,  # [B] or None
     starts,  # [documents + 1], or None: keys lie in a batch of B sequences
-    query_starts,  # as `starts`
+    query_starts,  # as `starts`, or None: queries are of the same steps
     document,  # [pieces], of each block of queries; `documents` where there is none
     number,  # [pieces], of the block in its document
     pieces,
@@ -74,13 +74,16 @@ def _forward_kernel(
         if which >= documents:
             return
         block, h = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
-        asked, T = in_row(query_starts, which)
         held, S = in_row(starts, which)
+        asked, T, before = held, S, 0
+        if query_starts is not None:
+            asked, T = in_row(query_starts, which)
+            before = S - T
         q, o, log_sum = q + asked * H * D, o + asked * H * Dv, log_sum + asked * H
         k, v = k + held * G * D, v + held * G * Dv
         if scales is not None:
             scales += asked
-        b, g, n, before = asked * 0, h // (H // G), S, S - T
+        b, g, n = asked * 0, h // (H // G), S
     query = block * QUERIES + tl.arange(0, QUERIES)
     here = before + query
     live = (query < T) & (here < n)

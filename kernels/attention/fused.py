@@ -192,8 +192,8 @@ def _ends(
     (B, T), window = x.shape[:2], (None, None) if left < 0 else (left, right)
     if starts is None:
         return B * triton.cdiv(T, block), (*contiguous(lengths, position), *(None,) * 6, *window)
-    rows = contiguous(starts, starts if query_starts is None else query_starts)
-    pieces = Documents(rows[0 if of_keys else 1], T).pieces(block)
+    rows = contiguous(starts, query_starts)
+    pieces = Documents(starts if of_keys or query_starts is None else query_starts, T).pieces(block)
     count = len(pieces.document)
     return count, (None, None, *rows, pieces.document, pieces.number, count, len(starts) - 1, *window)
 
