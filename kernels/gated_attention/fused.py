@@ -261,7 +261,8 @@ class Call(NamedTuple):
 
 
 def _call(v: Tensor, *tensors: Tensor | None, chunk_len: int, causal: bool, scale: float) -> Call:
-    return Call(*contiguous(*tensors), min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
+    bias, initial, earlier, lengths = contiguous(*tensors)
+    return Call(bias, initial, earlier, lengths, min(chunk_len, v.shape[1]), chunk_len - 1, causal, scale)
 
 
 def _values(

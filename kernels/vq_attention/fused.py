@@ -77,8 +77,10 @@ def vq_attention_fused(
         values = zero_padding(v, lengths).float()
         sequences = B if documents is None else documents.N
         state = past or VQState.empty(sequences, H, S, Dv, L, device=q.device, dtype=values.dtype)
-        advance = state.advance if documents is None else state.advance_documents
-        state = advance(codes, values, lengths if documents is None else documents)
+        if documents is None:
+            state = state.advance(codes, values, lengths)
+        else:
+            state = state.advance_documents(codes, values, documents)
     sums = counts = first = packed = None
     before = 0
     if past is None:

@@ -26,10 +26,13 @@ def vq_attention_reference(
 ) -> tuple[Tensor, VQState | None]:
     """Quadratic attention over every quantised key; keys from before the call stand in the state."""
     if documents is not None:
+        q, k, v, codes = (documents.padded(x) for x in (q, k, v, codes))
         y, state = vq_attention_reference(
-            *(documents.padded(x) for x in (q, k, v)),
+            q,
+            k,
+            v,
             codebook,
-            documents.padded(codes),
+            codes,
             block_len=block_len,
             bias=bias if bias is None or bias.dim() == 2 else documents.padded(bias),
             causal=causal,

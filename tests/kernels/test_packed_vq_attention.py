@@ -32,6 +32,7 @@ def make(block_len: int, causal: bool, by_query: bool = True) -> dict[str, Tenso
     reach = min(block_len, 3)
     offsets = reach + 1 if causal else 2 * reach + 1
     x = {name: draw(1, T, H, width, seed=i) for i, (name, width) in enumerate(zip("qkvw", (D, D, Dv, Dv), strict=True))}
+    x["q"] = x["q"] / D**0.5
     return x | {"bias": draw(*((1, T, H) if by_query else (H,)), offsets, seed=5)}
 
 
@@ -48,22 +49,10 @@ def run(inputs, codes, state=None, w_state=None, **options) -> dict[str, Tensor]
     q, k, v, bias = x.values()
     leaves = dict(x)
     if state is not None:
-        leaves |= {
-            f"state {name}": getattr(state, name).detach().clone().requires_grad_() for name in ("values", "sums")
-        }
+        leaves |= {f"state {name}": getattr(state, name).clone().requires_grad_() for name in ("values", "sums")}
         state = state._replace(values=leaves["state values"], sums=leaves["state sums"])
-    codebook = CODEBOOK.to(q.dtype)
-    y = vq_attention(
-        q,
-        k,
-        v,
-        codebook,
-        codes=codes,
-        bias=bias,
-        initial_state=state,
-        output_final_state=w_state is not None,
-        **options,
-    )
+    options |= {"codes": codes, "bias": bias, "initial_state": state, "output_final_state": w_state is not None}
+    y = vq_attention(q, k, v, CODEBOOK.to(q.dtype), **options)
     y, final = y if w_state is not None else (y, None)
     outputs = (y,) if final is None else (y, final.values, final.sums)
     gradients = torch.autograd.grad(outputs, [*leaves.values()], (inputs["w"], *(w_state or ())))
@@ -111,7 +100,7 @@ def weights_of_state(block_len: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("backend", "dtype"), FORMS)
-@pytest.mark.parametrize(("block_len", "by_query"), [(1, True), (8, True), (16, False), (100, True)])
+@pytest.mark.parametrize(("block_len", "by_query"), [(3, True), (16, False), (100, True)])
 @pytest.mark.parametrize("way", ["both ways", "causal", "to a state", "from a state", "from a state to another"])
 def test_documents_are_as_if_alone(way, block_len, by_query, backend, dtype):
     causal = way != "both ways"
@@ -248,9 +237,6 @@ def test_reading_outside_keeps_to_documents_whether_their_ends_are_seen_or_not(s
             alone = read_outside_backward(dy[:, blocks], *its)
             assert_close(d_weights[:, blocks], alone[0], 1e-13)
             assert_close(d_values[:, blocks], alone[1], 1e-13)
-            assert_close(
-                sums_outside(weights[:, None, :, 0], causal)[:1], sums_outside(weights[:, None, :, 0], causal)[:1], 0
-            )
     torch.library.opcheck(read_outside, (*arguments, starts))
     torch.library.opcheck(read_outside_backward, (dy, *arguments, starts))
 
@@ -269,8 +255,8 @@ def test_sums_outside_keep_to_documents(dtype, causal):
 def test_errors():
     x = make(8, True)
     given = {"codes": CODES, "block_len": 8, "causal": True}
+    state = VQState.empty(1, H, S, Dv, 8, device=None, dtype=torch.float64)
     with pytest.raises(ValueError, match="initial_state must have a row for each of 7 documents, got 1"):
-        state = VQState.empty(1, H, S, Dv, 8, device=None, dtype=torch.float64)
         vq_attention(x["q"], x["k"], x["v"], CODEBOOK, **given, cu_seqlens=STARTS, initial_state=state)
     with pytest.raises(ValueError, match="vq_attention: got cu_seqlens and lengths"):
         vq_attention(x["q"], x["k"], x["v"], CODEBOOK, **given, cu_seqlens=STARTS, lengths=torch.tensor([T]))
