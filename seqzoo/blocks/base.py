@@ -115,6 +115,7 @@ class Block(Learning, ABC):
             ValueError: `x` is not [B, T, d_model]; more than one says which steps count, or in a way that is not valid;
                 there is padding between steps that count, or another mask than the block's.
         """
+        self._check(x)
         check_attn_mask(type(self).__name__, self.causal, attn_mask, is_causal, x.shape[1])
         y, _ = self._run(x, None, lengths, cu_seqlens, key_padding_mask, attention_mask)
         return y
@@ -138,6 +139,7 @@ class Block(Learning, ABC):
             ValueError: the block is bidirectional, the state is of another number of sequences, or as in `forward`.
         """
         self._require_causal("extend")
+        self._check(x)
         if state is not None and not isinstance(getattr(state, "position", None), Tensor):
             raise ValueError(
                 f"{type(self).__name__}: a state is what initial_state or extend gave, or None to begin, "
@@ -157,10 +159,7 @@ class Block(Learning, ABC):
         keep: bool = False,
     ) -> tuple[Tensor, Any]:
         """`mix` of what was checked, with a state if it is to `keep` one."""
-        name = type(self).__name__
-        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
-            raise ValueError(f"{name} takes [batch, time of 1 or more, {self.d_model}], got {list(x.shape)}")
-        B, T, _ = x.shape
+        name, (B, T, _) = type(self).__name__, x.shape
         padding = check_padding(name, key_padding_mask, attention_mask, B, T)
         if padding is not None and not (lengths is None and cu_seqlens is None):
             raise ValueError(f"{name}: got a mask, and lengths or cu_seqlens; valid: one of them")
@@ -243,6 +242,12 @@ class Block(Learning, ABC):
         if own is None:  # layers are quantised
             return device, dtype or torch.get_default_dtype()
         return own.device if device is None else device, dtype or own.dtype
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
+            raise ValueError(
+                f"{type(self).__name__} takes [batch, time of 1 or more, {self.d_model}], got {list(x.shape)}"
+            )
 
 
 def head_dim(block: str, d_model: int, num_heads: int) -> int:

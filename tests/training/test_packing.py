@@ -54,6 +54,27 @@ def test_every_example_has_the_loss_that_it_has_in_a_row_of_its_own(case, block)
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 
+def test_pairs_have_the_loss_that_they_have_in_rows():
+    lengths = [(3, 16), (1, 1), (9, 2), (4, 4), (16, 5), (2, 7)]
+    inputs = [[[(5 * n + t) % 8 for t in range(n)] for n in pair] for pair in lengths]
+    task = from_arrays(
+        "pairs",
+        kind="tokens",
+        inputs=inputs,
+        labels=[0, 1, 0, 1, 0, 1],
+        val=(inputs[:2], [0, 1]),
+        test=(inputs[:2], [0, 1]),
+        num_inputs=2,
+    )
+    config = tiny_config(".", model={"block": {"name": "lru"}, "dropout": 0.0, "position": "learned"})
+    for name in ("task", "causal"):
+        goal = build_objective(name, task.spec)
+        model = build_model(config.model, task.spec, head=goal.head, causal=name == "causal")
+        batch = task.train.batch(torch.arange(6))
+        losses = [goal(model, each, seed=0).loss.item() for each in (batch, pack(batch, task.spec))]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_a_batch_is_packed_in_order():
     spec = TaskSpec(name="t", kind="tokens", vocab_size=50, max_length=8, num_classes=2, num_inputs=2)
     sequences = [torch.arange(n) + 5 * n for n in (3, 1, 8, 2)]
