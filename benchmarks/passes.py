@@ -63,13 +63,14 @@ def in_one_row(B: int, T: int) -> tuple[Tensor, int, int]:
 
 def attention(
     B: int, T: int, H: int, G: int, D: int, Dv: int, dtype: torch.dtype, causal: bool,
-    padded: bool = False, placed: bool = False, scaled: bool = False, documents: int = 0, window: int = 0,
+    padded: bool = False, placed: bool = False, scaled: bool = False, documents: int = 0, others: bool = False,
+    window: int = 0,
 ) -> None:  # fmt: skip
     q, k, v = meta(B, T, H, D, dtype=dtype), meta(B, T, G, D, dtype=dtype), meta(B, T, G, Dv, dtype=dtype)
     lengths, position = (integers(B) if given else None for given in (padded, placed))
     arguments = (meta(B, T) if scaled else None, 1.0, lengths, position)
     reach = (window - 1, 0 if causal else window - 1) if window else (-1, -1)
-    options = (causal and not window, starts(documents), None, *reach)
+    options = (causal and not window, starts(documents), starts(documents) if others else None, *reach)
     o, log_sum = softmax._attention._init_fn(q, k, v, *arguments, *options)
     softmax._attention_backward._init_fn(o, q, k, v, *arguments, o, log_sum, *options)
 
