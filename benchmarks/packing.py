@@ -172,7 +172,6 @@ def main() -> None:
     setting = {"recipe": "small", "rows": options.rows, "rounds": options.rounds, "steps": options.steps, "pool": POOL}
     record = {**provenance.of_benchmark(setting), "rows": rows}
     write_text(options.out / "packing.json", json.dumps(record, indent=1) + "\n")
-    write_text(options.out / "packing.md", table(rows))
     plot(rows, options.out / "packing.png")
 
 

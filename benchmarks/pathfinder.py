@@ -71,9 +71,15 @@ def small(out: Path | None) -> None:
         rows.append({"size": size, "difficulty": difficulty, **agreement(images, labels, parameters)})
         print(rows[-1], flush=True)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        record = {**provenance.of_benchmark({"images": SMALL}), "tracer": rows}
-        (out / "small.json").write_text(json.dumps(record, indent=1) + "\n")
+        write(out, {"small": {**provenance.of_benchmark({"images": SMALL}), "tracer": rows}})
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    """Puts what was found into `pathfinder.json`, beside what is there already."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "pathfinder.json"
+    there = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**there, **found}, indent=1) + "\n")
 
 
 def compare(theirs: Measures, ours: Measures) -> list[dict[str, Any]]:
@@ -169,7 +175,6 @@ def main() -> None:
     if options.picture is not None:
         picture(options.picture, theirs, ours, measured, larger)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         record = {
             **made,
             "rates": rates,
@@ -178,7 +183,7 @@ def main() -> None:
             "measures": rows,
             "brightness_total_variation": distance,
         }
-        (options.out / "pathfinder.json").write_text(json.dumps(record, indent=1) + "\n")
+        write(options.out, record)
 
 
 if __name__ == "__main__":
