@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ BLOCKS = {
 
 def config(runs_dir, tuning, block="softmax_attention", **changes):
     model = {"block": {"name": block, **BLOCKS[block]}}
-    return tiny_config(runs_dir, tuning=tuning, model=model, **SMALL, **changes)
+    return tiny_config(runs_dir, tuning=tuning, model=model, **deepcopy(SMALL), **changes)
 
 
 @pytest.mark.parametrize("tuning", ["full", *LITTLE])
