@@ -6,12 +6,15 @@ and graphs do not depend on where documents end.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .common import can_be_looked_at
+
+LONG = 16  # steps
 
 
 class Documents(NamedTuple):
@@ -34,6 +37,11 @@ class Documents(NamedTuple):
         """No document has more steps: as few as there are where that can be seen, or else T."""
         return int(self.lengths.max()) if can_be_looked_at(self.starts) else self.T
 
+    @property
+    def long(self) -> bool:
+        """Whether they are worth an operation each, where they may be as many as there are."""
+        return self.T >= LONG * self.N
+
     def of_steps(self) -> Tensor:
         """The document of each step: int64 [T]."""
         steps = torch.arange(self.T, device=self.starts.device)
@@ -42,6 +50,12 @@ class Documents(NamedTuple):
     def positions(self) -> Tensor:
         """How many steps of its document are ahead of each step: int64 [T]."""
         return torch.arange(self.T, device=self.starts.device) - self.starts[self.of_steps()]
+
+    def split(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Of each document what rows [1, T, ...] have of it, [1, its steps, ...]. Waits for the device."""
+        lengths = self.lengths.tolist()
+        # Split, and not sliced: the gradient of each slice would be as long as the row.
+        return zip(*(x.split(lengths, 1) for x in rows), strict=True)
 
     def padded(self, x: Tensor) -> Tensor:
         """A document a row, [1, T, ...] -> [N, longest, ...], zero behind each. Waits for the device."""
@@ -104,16 +118,16 @@ class Pieces(NamedTuple):
 
     def rows(self) -> Tensor:
         """Where each step stands in a row in which every piece takes up `length` steps: int64 [T]."""
-        first = self.before[:-1] * self.length
-        first = first if self.ahead is None else first + self.ahead
-        return first[self.documents.of_steps()] + self.documents.positions()
+        moved = self.before[:-1] * self.length - self.documents.starts[:-1]
+        moved = moved if self.ahead is None else moved + self.ahead
+        return torch.arange(self.documents.T, device=moved.device) + moved[self.documents.of_steps()]
 
     def table(self) -> Tensor:
         """What a kernel's program has to know of its piece, int64 [P, 4]: its document, where that begins, how many
         steps it has (none behind the last piece), and how many of them are ahead of the piece."""
-        known = self.document.clamp(max=self.documents.N - 1)
-        lengths = torch.where(self.document < self.documents.N, self.documents.lengths[known], 0)
-        return torch.stack([known, self.documents.starts[known], lengths, self.number * self.length], 1)
+        lengths = torch.where(self.document < self.documents.N, self.of_documents(self.documents.lengths), 0)
+        starts = self.of_documents(self.documents.starts[:-1])
+        return torch.stack([self.known, starts, lengths, self.number * self.length], 1)
 
     def hidden(self) -> Tensor:
         """Where no step stands: bool [P, length]."""
@@ -125,7 +139,7 @@ class Pieces(NamedTuple):
 
     def of_documents(self, x: Tensor) -> Tensor:
         """To each piece, what its document has: [N, ...] -> [P, ...]."""
-        return x.index_select(0, self.document.clamp(max=self.documents.N - 1))
+        return x.index_select(0, self.known)
 
     def last(self, x: Tensor, otherwise: Tensor) -> Tensor:
         """Of each document what its last piece has, [P, ...] -> [N, ...], or where it is empty that of `otherwise`."""
@@ -163,6 +177,11 @@ class Pieces(NamedTuple):
     def take_up(self, y: Tensor) -> Tensor:
         """What `lay_out` laid out: [1, P · length, ...] -> [1, T, ...]."""
         return y.index_select(1, self.rows())
+
+
+def starts_of(documents: Documents | None) -> Tensor | None:
+    """Where they begin, and T; None where there is none. As operators are told of them, and as `cu_seqlens`."""
+    return None if documents is None else documents.starts
 
 
 def check_documents(what: str, cu_seqlens: Tensor | None, lengths: Tensor | None, B: int, T: int) -> Documents | None:

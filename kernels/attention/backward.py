@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, head_rows, load_tile
-from .tiles import LOG2_E, in_row, query_scale, seen_keys, sequence, visible
+from .tiles import LOG2_E, keys_and_queries, query_scale, seen_keys, sequence, visible
 
 
 @triton.jit
@@ -78,11 +78,7 @@ def _query_kernel(
         if which >= documents:
             return
         block, h = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
-        held, S = in_row(starts, which)
-        asked, T, before = held, S, 0
-        if query_starts is not None:
-            asked, T = in_row(query_starts, which)
-            before = S - T
+        held, S, asked, T, before = keys_and_queries(starts, query_starts, which)
         q, do, dq = q + asked * H * D, do + asked * H * Dv, dq + asked * H * D
         log_sum, delta = log_sum + asked * H, delta + asked * H
         k, v = k + held * G * D, v + held * G * Dv
@@ -170,11 +166,7 @@ def _key_kernel(
         if which >= documents:
             return
         block, g = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
-        held, S = in_row(starts, which)
-        asked, T, before = held, S, 0
-        if query_starts is not None:
-            asked, T = in_row(query_starts, which)
-            before = S - T
+        held, S, asked, T, before = keys_and_queries(starts, query_starts, which)
         q, do = q + asked * H * D, do + asked * H * Dv
         log_sum, delta = log_sum + asked * H, delta + asked * H
         k, dk, v, dv = k + held * G * D, dk + held * G * D, v + held * G * Dv, dv + held * G * Dv

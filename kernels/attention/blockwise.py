@@ -171,18 +171,9 @@ def _(do, q, k, v, lengths, position, starts, query_starts, left, right):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    position: Tensor | None,
-    starts: Tensor | None,
-    query_starts: Tensor | None,
-    left: int,
-    right: int,
-) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
     """As `_attention`, for PyTorch to differentiate."""
+    lengths, position, starts, query_starts, left, right = others
     causal, window = right == 0, (left, right) if left >= 0 else None
     if starts is None:
         ends = {"lengths": lengths, "position": position}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common import can_be_looked_at
-from ..documents import Documents
+from ..documents import Documents, starts_of
 from .blockwise import Ends, attention_blockwise
 from .packed import attention_masked, attention_packed
 from .rows import attention_of_rows
@@ -33,6 +33,6 @@ def attention_chunked(
         if documents is not None:
             return attention_masked(q, k, v, causal, window, documents, queries)
         return attention_of_rows(q, k, v, causal=causal, lengths=lengths, scale=1.0, position=position, window=window)
-    starts = (None if given is None else given.starts for given in (documents, queries))
+    starts = starts_of(documents), starts_of(queries)
     left, right = window or (-1, 0 if causal else -1)
     return attention_blockwise(q, k, v, Ends(lengths, position, *starts), left, right)

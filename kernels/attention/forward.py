@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import absorb, dot, head_rows, load_tile
-from .tiles import LOG2_E, in_row, query_scale, seen_keys, sequence, visible
+from .tiles import LOG2_E, keys_and_queries, query_scale, seen_keys, sequence, visible
 
 
 @triton.jit
@@ -74,11 +74,7 @@ def _forward_kernel(
         if which >= documents:
             return
         block, h = tl.load(number + tl.program_id(0) % pieces).to(tl.int32), tl.program_id(0) // pieces
-        held, S = in_row(starts, which)
-        asked, T, before = held, S, 0
-        if query_starts is not None:
-            asked, T = in_row(query_starts, which)
-            before = S - T
+        held, S, asked, T, before = keys_and_queries(starts, query_starts, which)
         q, o, log_sum = q + asked * H * D, o + asked * H * Dv, log_sum + asked * H
         k, v = k + held * G * D, v + held * G * Dv
         if scales is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
-from ..documents import Documents
+from ..documents import Documents, starts_of
 from ..launching import launch
 from .backward import _key_kernel, _query_kernel
 from .chunked import attention_chunked
@@ -60,7 +60,7 @@ def attention_fused(
     scales = scale.reshape(q.shape[:2]).float() if isinstance(scale, Tensor) else None
     number = 1.0 if isinstance(scale, Tensor) else float(scale)
     aligned = (pad_channels(x.to(dtype)) for x in (q, k, v))
-    starts = (None if given is None else given.starts for given in (documents, queries))
+    starts = starts_of(documents), starts_of(queries)
     left, right = window or (-1, -1)
     causal = causal and window is None  # which says so already
     o, _ = _attention(*aligned, scales, number, lengths, position, causal, *starts, left, right)

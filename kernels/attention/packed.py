@@ -15,10 +15,8 @@ def attention_packed(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Documents, queries: Documents | None
 ) -> Tensor:
     """Document by document. Where they end is looked at: for a CPU, outside of graphs."""
-    asked, lengths = ((queries or documents).lengths.tolist(), documents.lengths.tolist())
-    # Split, and not sliced: the gradient of each slice would be as long as the row.
-    rows = zip(q.split(asked, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
-    return torch.cat([_of_document(*row, causal) for row in rows], 1)
+    rows = zip((queries or documents).split(q), documents.split(k, v), strict=True)
+    return torch.cat([_of_document(q_n, k_n, v_n, causal) for (q_n,), (k_n, v_n) in rows], 1)
 
 
 def _of_document(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -119,7 +119,7 @@ class _Attention(torch.autograd.Function):
         mask, *inputs = ctx.saved_tensors
 
         def written() -> tuple[Tensor | None, ...]:
-            gradients = pullback(lambda *x: (_sdpa(mask, ctx.causal, *x),), [x.detach() for x in inputs], (dy,))
+            gradients = pullback(lambda *x: (_sdpa(mask, ctx.causal, *x),), inputs, (dy,))
             return tuple(None if x is None else x.detach() for x in gradients)
 
         def form(*inputs: Tensor) -> tuple[Tensor]:

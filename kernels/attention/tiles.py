@@ -29,6 +29,17 @@ def in_row(starts, document):
 
 
 @triton.jit
+def keys_and_queries(starts, query_starts, document):
+    """Where a document's keys begin and how many they are, the same of its queries, and where the first of these is."""
+    held, S = in_row(starts, document)
+    asked, T, before = held, S, 0
+    if query_starts is not None:
+        asked, T = in_row(query_starts, document)
+        before = S - T
+    return held, S, asked, T, before
+
+
+@triton.jit
 def query_scale(scales, scale, b, T, query, live):
     """Of the queries' scores, by row."""
     if scales is None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..common import accumulation_dtype
-from ..documents import Documents
+from ..documents import Documents, starts_of
 from . import doubling
 from .operator import register
 
@@ -26,7 +26,7 @@ def diagonal_scan_chunked(
     dtype = accumulation_dtype(x.dtype)
     factor = None if factor is None else factor.to(accumulation_dtype(x.real.dtype))
     initial_state = None if initial_state is None else initial_state.to(dtype)
-    starts = None if documents is None else documents.starts
+    starts = starts_of(documents)
     h, final_state = _scan(x.to(dtype), a.to(dtype), initial_state, reverse, lengths, factor, starts)
     return h.to(x.dtype), final_state
 

@@ -27,7 +27,7 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import accumulation_dtype, contiguous
 from ..derivatives import differentiable
-from ..documents import Documents
+from ..documents import Documents, starts_of
 from ..launching import launch
 from . import doubling
 from .operator import register
@@ -58,14 +58,14 @@ def diagonal_scan_fused(
 ) -> tuple[Tensor, Tensor]:
     factor = None if factor is None else factor.float()
     initial_state = None if initial_state is None else initial_state.to(accumulation_dtype(x.dtype))
-    return _scan(x, a, initial_state, reverse, lengths, factor, None if documents is None else documents.starts)
+    return _scan(x, a, initial_state, reverse, lengths, factor, starts_of(documents))
 
 
 def both_scans_fused(
     x: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
     """h of either direction, [B, T, D] each."""
-    starts = None if documents is None else documents.starts
+    starts = starts_of(documents)
     forth, back = _both_scans(x, a, lengths, None if factor is None else factor.float(), starts).unbind(0)
     return forth, back
 

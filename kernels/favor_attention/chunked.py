@@ -13,7 +13,6 @@ from .halves import causal_by_halves
 from .state import FavorState
 
 MIN_PIECE, MAX_PIECE = 32, 128  # steps: states take about as much room as features, padding less
-LONG = 16  # documents of as many steps on average are worth an operation each, where those may be as many as there are
 
 
 def favor_attention_chunked(
@@ -47,8 +46,8 @@ def favor_attention_chunked(
                 o, state = causal_by_chunks(q, k, v, directions, first, hidden, narrow)
             else:
                 o, state = _one_by_one(q, k, v, directions, first, narrow, documents)
-        elif documents is not None and eager(q, k, v, directions) and T >= LONG * documents.N:
-            parts = zip(*(x.split(documents.lengths.tolist(), 1) for x in (q, k, v)), strict=True)
+        elif documents is not None and eager(q, k, v, directions) and documents.long:
+            parts = documents.split(q, k, v)
             of_each = [_both_ways(q_n, k_n, v_n, directions, None, narrow) for q_n, k_n, v_n in parts if q_n.shape[1]]
             o = torch.cat(of_each, 1)
         elif documents is not None:
@@ -74,10 +73,10 @@ def _one_by_one(
     q: Tensor, k: Tensor, v: Tensor, directions: Tensor, first: FavorState, narrow: torch.dtype, documents: Documents
 ) -> tuple[Tensor, FavorState]:
     """Chunks, which are done one after the other anyway, begin anew with each document."""
-    lengths = documents.lengths.tolist()
-    parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), *(x.split(1) for x in first), strict=True)
+    starts = (FavorState(*state) for state in zip(*(x.split(1) for x in first), strict=True))
     found = [
-        causal_by_chunks(q_n, k_n, v_n, directions, FavorState(*state), None, narrow) for q_n, k_n, v_n, *state in parts
+        causal_by_chunks(q_n, k_n, v_n, directions, start, None, narrow)
+        for (q_n, k_n, v_n), start in zip(documents.split(q, k, v), starts, strict=True)
     ]
     states = (torch.cat(each) for each in zip(*(state for _, state in found), strict=True))
     return torch.cat([o for o, _ in found], 1), FavorState(*states)

@@ -34,7 +34,7 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
-from ..documents import Documents, Pieces
+from ..documents import Documents, Pieces, starts_of
 from ..launching import launch
 from .backward import _feature_kernel, _key_kernel, _query_kernel, _value_kernel
 from .chunked import favor_attention_chunked
@@ -110,7 +110,7 @@ def favor_attention_fused(
         sums = pad_channels(initial_state.sums[..., :-1].float())
         norm = initial_state.sums[..., -1].float()
         log_scale = initial_state.log_scale.detach().float()
-    starts = None if documents is None else documents.starts
+    starts = starts_of(documents)
     o, _, sums, norm, log_scale = _favor_attention(q, k, w, directions, sums, norm, log_scale, lengths, starts, causal)
     o = o[..., :Dv].to(v.dtype)
     return o, FavorState(torch.cat([sums[..., :Dv], norm[..., None]], -1), log_scale.detach()) if causal else None

@@ -17,7 +17,6 @@ from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
 MIN_PIECE = 16  # steps, where documents are shorter than a chunk
-LONG = 16  # documents of as many steps on average are worth an operation each, where those may be as many as there are
 
 
 def linear_attention_chunked(
@@ -37,7 +36,7 @@ def linear_attention_chunked(
     if documents is not None:
         if initial_state is not None or output_final_state:
             return _in_pieces(q, k, v, log_decay, normalize, initial_state, documents, output_final_state)
-        if log_decay is None and not causal and can_be_looked_at(documents.starts) and T >= LONG * documents.N:
+        if log_decay is None and not causal and can_be_looked_at(documents.starts) and documents.long:
             return _one_by_one(q, k, v, normalize, documents), None
         if log_decay is None:
             return (_between_resets if causal else _both_ways)(q, k, v, normalize, documents), None
@@ -95,11 +94,10 @@ def _between_resets(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents:
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Documents) -> Tensor:
     """Both ways without a decay, where lengths can be looked at."""
-    parts = zip(*(x.split(documents.lengths.tolist(), 1) for x in (q, k, v)), strict=True)
     return torch.cat(
         [
             linear_attention_chunked(q_n, k_n, v_n, None, False, normalize, None, None, None, False)[0]
-            for q_n, k_n, v_n in parts
+            for q_n, k_n, v_n in documents.split(q, k, v)
             if q_n.shape[1]
         ],
         1,

@@ -35,7 +35,7 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous
 from ..derivatives import differentiable, pullback
-from ..documents import Documents, Pieces
+from ..documents import Documents, Pieces, starts_of
 from ..launching import launch
 from .chunked import linear_attention_chunked
 from .decays import decay_gradient
@@ -90,7 +90,7 @@ def linear_attention_fused(
 ) -> tuple[Tensor, Tensor | None]:
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     log_decay, initial_state = (None if x is None else x.float() for x in (log_decay, initial_state))
-    starts = None if documents is None else documents.starts
+    starts = starts_of(documents)
     inputs = (*(x.to(dtype) for x in (q, k, v)), log_decay, initial_state, lengths, starts)
     o, state, _ = _linear_attention(*inputs, causal, normalize, output_final_state)
     return o.to(v.dtype), state if output_final_state else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import GatedAttentionState, attention, gated_attention
 from ..kernels.common import accumulation_dtype, without_autocast, zero_padding
-from ..kernels.documents import Documents
+from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
 from .base import Block, advance, grow, in_a_row, places
 from .offset_scale import offset_scale
@@ -154,7 +154,7 @@ class GAU(Block):
                 initial_state=state,
                 output_final_state=state is not None,
                 lengths=lengths,
-                cu_seqlens=None if documents is None else documents.starts,
+                cu_seqlens=starts_of(documents),
             ),
             v,
             u,

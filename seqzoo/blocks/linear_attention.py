@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.derivatives import by_hand
-from ..kernels.documents import Documents
+from ..kernels.documents import Documents, starts_of
 from .base import Block, advance, head_dim, places
 from .rotary import rotate
 
@@ -120,7 +120,7 @@ class LinearAttention(Block):
                 initial_state=None if state is None else state.memory,
                 output_final_state=state is not None,
                 lengths=lengths,
-                cu_seqlens=None if documents is None else documents.starts,
+                cu_seqlens=starts_of(documents),
             ),
             v,
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype
-from ..kernels.documents import Documents
+from ..kernels.documents import Documents, starts_of
 from ..valid import BelowOne, Count
 from .base import Block, advance
 from .wide import Wide, default_dtype
@@ -96,7 +96,7 @@ class LRU(Block):
             lam,
             factor=gamma,
             lengths=lengths,
-            cu_seqlens=None if documents is None else documents.starts,
+            cu_seqlens=starts_of(documents),
         )
         if self.out_proj_reverse is not None:
             h, g = scan(reverse="both")

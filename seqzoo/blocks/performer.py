@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import FavorState, favor_attention
 from ..kernels.common import accumulation_dtype
-from ..kernels.documents import Documents
+from ..kernels.documents import Documents, starts_of
 from .base import Block, advance, head_dim
 
 
@@ -98,7 +98,7 @@ class Performer(Block):
                 initial_state=None if state is None else FavorState(state.sums, state.log_scale),
                 output_final_state=state is not None,
                 lengths=lengths,
-                cu_seqlens=None if documents is None else documents.starts,
+                cu_seqlens=starts_of(documents),
             ),
             v,
         )

@@ -247,7 +247,7 @@ def _carry_in_documents(
     ends = F.pad(pieces.before, (0, 1), value=left.shape[1])
     if before is not None:
         before = F.pad(torch.view_as_real(before), (0, 0, 0, 0, 0, 1))
-    begins = (pieces.number == 0)[:, None, None]
+    begins = pieces.begin()[:, None, None]
     initial = None if before is None else torch.view_as_complex(before)
     h = diagonal_scan(torch.view_as_complex(left), over_chunk, initial_state=initial, cu_seqlens=ends)
     ahead = F.pad(torch.view_as_real(h)[:, :-1], (0, 0, 0, 0, 1, 0))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import VQState, vq_attention
 from ..kernels.common import accumulation_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import by_hand, gradient
-from ..kernels.documents import Documents
+from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
 from .base import Block, head_dim
 from .quantizers import FiniteScalarQuantizer, VectorQuantizer
@@ -127,7 +127,7 @@ class VQAttention(Block):
                 initial_state=state,
                 output_final_state=state is not None,
                 lengths=lengths,
-                cu_seqlens=None if documents is None else documents.starts,
+                cu_seqlens=starts_of(documents),
             ),
             v,
         )

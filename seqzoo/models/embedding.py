@@ -82,8 +82,7 @@ class Embedding(nn.Module):
         T = inputs.shape[1]
         longest = T
         if documents is not None:
-            known = can_be_looked_at(documents.starts)
-            longest = int(documents.lengths.max()) if known else min(T, self.max_length)
+            longest = documents.longest if can_be_looked_at(documents.starts) else min(T, self.max_length)
         if self.max_length < longest:
             raise ValueError(f"a sequence of {longest} steps; absolute positions are valid up to {self.max_length}")
         if self.position == "learned":

@@ -347,6 +347,7 @@ class _Run:
             "cpu_share": cpu_share(state.cpu_ran, state.cpu_waited),
             "val": state.best,
             "lr": stage.lr,
+            "optimizer": stage.optimizer,
         }
 
     def describe(
@@ -360,7 +361,8 @@ class _Run:
         def of_stages(key: str) -> dict[str, Any]:
             return {name: stage[key] for name, stage in stages.items()}
 
-        optimizers = [config.finetuning.optimizer, *([config.pretraining.optimizer] if pretraining else [])]
+        # Summaries of before there was a choice do not say which.
+        optimizers = [stage.get("optimizer", "adamw") for stage in (finetuning, pretraining) if stage]
         seconds = of_stages("seconds")
         return {
             "schema": 1,

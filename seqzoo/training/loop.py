@@ -139,10 +139,8 @@ class Stage:
         # int64 [N], of all inputs of an example, in all passes
         self.lengths = objective.passes * train.lengths.reshape(len(train), -1).sum(1)
         room = room_for(train, objective.passes) if packing else None
-        self.order, self.places_per_step = (
-            Order(self.lengths, seed=seed, room=room),
-            stage.batch_size * stage.accumulate,
-        )
+        self.order = Order(self.lengths, seed=seed, room=room)
+        self.places_per_step = stage.batch_size * stage.accumulate
         self.budget, self.total_steps = budget(stage, len(train), int(self.lengths.sum()), room)
         self.log_every = max(1, self.total_steps // CURVE_POINTS)
         self.evaluations = {(k + 1) * self.total_steps // stage.evaluations for k in range(stage.evaluations)}

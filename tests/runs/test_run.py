@@ -129,6 +129,14 @@ def test_pretraining_is_reused(pretrained, task, tmp_path):
     assert not (Path(reused["folder"]) / "pretrain").exists()
 
 
+def test_the_optimiser_of_a_reused_pretraining_is_that_it_had(pretrained, task, tmp_path):
+    config, result = pretrained
+    muon = replace(config.finetuning, optimizer="muon")
+    options = {"runs_dir": str(tmp_path), "pretrain": result["folder"], "pretraining": muon}
+    assert run(replace(config, **options), task=task)["optimizer"] == "adamw"
+    assert run(replace(config, **options, finetuning=muon), task=task)["optimizer"] == "muon after adamw"
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
