@@ -240,7 +240,9 @@ def test_what_cannot_be_is_refused(overrides, message):
 
 def test_a_share_of_nothing_is_the_whole_budget_in_one_phase():
     recipe = ["objective=joint", "recipe=tiny", "model=lru"]
-    shared, plain = compose([*recipe, "pretrain=true", "share=0"]), compose([*recipe, "finetuning.tokens=3500000"])
+    budgets = ["pretraining.tokens=1000000", "finetuning.tokens=2500000"]
+    shared = compose([*recipe, *budgets, "pretrain=true", "share=0"])
+    plain = compose([*recipe, "finetuning.tokens=3500000"])
     assert run_name(shared) == run_name(plain)
 
 

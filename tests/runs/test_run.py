@@ -247,11 +247,14 @@ def test_names_tell_studies_apart(tmp_path):
     assert run_name(tiny_config(tmp_path, pretrain=True, **unused)) == plain
 
 
+BUDGETS = "pretraining.tokens=1000000 finetuning.tokens=2500000"
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("pretrain=true share=0", "pretrain=false finetuning.tokens=3500000"),
-        ("pretrain=true share=0.5", "pretrain=true pretraining.tokens=1750000 finetuning.tokens=1750000"),
+        (f"{BUDGETS} pretrain=true share=0", "pretrain=false finetuning.tokens=3500000"),
+        (f"{BUDGETS} pretrain=true share=0.5", "pretrain=true pretraining.tokens=1750000 finetuning.tokens=1750000"),
         ("train_fraction=1", ""),
     ],
 )
