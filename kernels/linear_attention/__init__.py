@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Fit, choose, fit
-from ..common import check_lengths, query_heads
+from ..common import can_be_looked_at, check_lengths, query_heads, zero_padding
 from ..documents import check_documents
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
@@ -64,7 +64,8 @@ def linear_attention(
         k: [B, T, G, Dk], after its own; G divides H, and head h reads key/value head h // (H / G).
         v: [B, T, G, Dv].
         log_decay: natural logarithm of the decay per step, at most 0: [H] constant in time, [B, T, H], or
-            [B, T, H, Dk], one for each channel of k. -inf forgets everything before that step.
+            [B, T, H, Dk], one for each channel of k. -inf forgets everything before that step. Values are looked at on
+            a CPU, outside compiled graphs; elsewhere they are trusted.
         causal: whether step t sees only steps up to t, itself included.
         normalize: whether to divide by the sum of weights.
         initial_state: S_0, causal only: [B, H, Dk, Dv], or [B, H, Dk, Dv + 1] with `normalize`, whose last column is z.
@@ -80,8 +81,8 @@ def linear_attention(
         the accumulation dtype: at least float32.
 
     Raises:
-        ValueError: shapes that do not fit, a state without `causal`, `cu_seqlens` that are no documents of one row, or
-            an unknown backend.
+        ValueError: shapes that do not fit, a decay above 0, a state without `causal`, `cu_seqlens` that are no
+            documents of one row, or an unknown backend.
 
     Source: Katharopoulos et al. 2020, "Transformers are RNNs", equations 8-12 and 18-20; the decay is that of Sun et
     al. 2023, "Retentive Network", equations 5 and 7 (per head), of Mamba-2 (per head and step), and of Yang et al.
@@ -92,6 +93,7 @@ def linear_attention(
     documents = check_documents("linear_attention", cu_seqlens, lengths, *q.shape[:2])
     lengths = check_lengths("linear_attention", lengths, *q.shape[:2])
     rows = q.shape[0] if documents is None else documents.N
+    _check_decays(log_decay, lengths)
     _check_states(rows, q, v, causal, normalize, initial_state, output_final_state)
     k, v = query_heads(k, q.shape[2]), query_heads(v, q.shape[2])
     implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
@@ -131,6 +133,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
         raise ValueError(
             f"linear_attention: log_decay must be [H] = [{H}], [B, T, H] = [{B}, {T}, {H}] or "
             f"[B, T, H, Dk] = [{B}, {T}, {H}, {Dk}], got {list(log_decay.shape)}"
+        )
+
+
+def _check_decays(log_decay: Tensor | None, lengths: Tensor | None) -> None:
+    """What lies past `lengths` may be anything, and NaN is what it is everywhere."""
+    if log_decay is None or not log_decay.numel() or not can_be_looked_at(log_decay) or (log_decay.max() <= 0):
+        return
+    within = log_decay if log_decay.dim() == 1 else zero_padding(log_decay.detach(), lengths)
+    highest = within.nan_to_num(nan=0.0).max()
+    if highest > 0:
+        raise ValueError(
+            f"linear_attention: log_decay must be at most 0, got {highest:.3g}; valid: logarithms of what is kept of a "
+            "state from step to step, between 0 and 1, such as those that logsigmoid gives"
         )
 
 
