@@ -1,6 +1,6 @@
-"""How near blocks come to the originals that they follow. The extra `parity` installs these; what is not there is skipped.
+"""How near blocks come to the originals that they follow. The extra `parity` installs those; tests of others are skipped.
 
-    python -m pytest tests/parity --record-parity results/parity.json
+python -m pytest tests/parity --record-parity results/parity.json
 """
 
 from __future__ import annotations
