@@ -1,4 +1,4 @@
-"""How near blocks come to the originals that they follow. The extra `parity` installs those; tests of others are skipped.
+"""How near blocks come to their originals. The extra `parity` installs these; tests of what is not there are skipped.
 
 python -m pytest tests/parity --record-parity results/parity.json
 """
