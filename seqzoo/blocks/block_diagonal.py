@@ -5,26 +5,23 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..valid import Count
-
 
 class BlockDiagonal(nn.Module):
-    """A linear layer without a bias, in which each block of channels sees itself alone: [..., D] -> [..., D].
+    """A linear layer in which each of `num_blocks` parts of the channels sees itself alone.
 
     Args:
-        d_model: channels, D.
-        width: channels of a block.
-
-    Raises:
-        ValueError: blocks of `width` do not divide the channels.
+        channels: in and out, D; a multiple of `num_blocks`.
+        num_blocks: parts, H.
+        bias: add a number, 0 at first, to each channel.
     """
 
-    def __init__(self, d_model: int, width: Count) -> None:
+    def __init__(self, channels: int, num_blocks: int, *, bias: bool) -> None:
         super().__init__()
-        if d_model % width:
-            raise ValueError(f"blocks of {width} channels do not divide {d_model}; valid: a divisor of {d_model}")
-        bound = 1 / math.sqrt(width)  # as of nn.Linear
-        self.weight = nn.Parameter(torch.empty(d_model // width, width, width).uniform_(-bound, bound))
+        size = channels // num_blocks
+        self.weight = nn.Parameter(torch.randn(num_blocks, size, size) / math.sqrt(size))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("...ni,noi->...no", x.unflatten(-1, self.weight.shape[:2]), self.weight).flatten(-2)
+        """[..., D] -> [..., D]."""
+        y = torch.einsum("...hi,hio->...ho", x.unflatten(-1, self.weight.shape[:2]), self.weight).flatten(-2)
+        return y if self.bias is None else y + self.bias

@@ -14,6 +14,7 @@ from ..valid import Bias, Count, Positive
 from .base import Block, advance
 from .directions import Directions
 from .gates import GateBias
+from .wide import default_dtype
 
 NORM_EPS = 1e-5
 
@@ -66,7 +67,7 @@ class GLA(Block):
         self.gate_proj = nn.Sequential(
             nn.Linear(d_model, gate_rank, bias=False), nn.Linear(gate_rank, d_model // 2, bias=False)
         )
-        self.gate_bias = GateBias(torch.full((d_model // 2,), gate_bias))
+        self.gate_bias = GateBias(torch.full((d_model // 2,), gate_bias, dtype=default_dtype()))
         self.norm = nn.RMSNorm(2 * self.key_dim, eps=NORM_EPS)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 

@@ -14,6 +14,7 @@ from ..valid import BelowOne, Bias
 from .base import Block, advance, head_dim
 from .directions import Directions
 from .gates import GateBias
+from .wide import default_dtype
 
 NORM_EPS = 1e-5
 
@@ -63,7 +64,9 @@ class HGRN2(Block):
         self.head_dim = head_dim("HGRN2", d_model, num_heads)
         self.lower_bound = lower_bound
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)  # q, f and v
-        self.gate_bias = None if gate_bias is None else GateBias(torch.full((d_model,), gate_bias))
+        self.gate_bias = (
+            None if gate_bias is None else GateBias(torch.full((d_model,), gate_bias, dtype=default_dtype()))
+        )
         self.norm = nn.RMSNorm(d_model, eps=NORM_EPS)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 

@@ -16,6 +16,7 @@ from .block_diagonal import BlockDiagonal
 from .depthwise import short_convolution
 from .directions import Directions
 from .gates import GateBias
+from .wide import default_dtype
 
 NORM_EPS = 1e-5
 
@@ -38,16 +39,16 @@ class MLSTM(Block):
     """xLSTM's matrix memory: C_t = σ(f_t) C_{t-1} + exp(i_t) k_t v_tᵀ, read by q_t and divided by what it has summed.
 
     n_t = σ(f_t) n_{t-1} + exp(i_t) k_t, and h_t = C_tᵀ q_t / max(|n_t · q_t|, 1), per head. Around it stands the block
-    of the first paper: x and z are two projections of the input; q and k are projections of u = silu(conv(x)), v of x,
-    block by block of `projection_width` channels; i and f are one number a head, linear in q, k and v; and what comes
-    out is W (silu(z) ∘ (LayerNorm(h) + skip ∘ u)), the norm per head.
+    of the first paper: x and z are two projections of the input; q and √Dk k are projections of u = silu(conv(x)), v of
+    x, block by block of `projection_width` channels; i and f are one number a head, linear in q, k and v; and what
+    comes out is W (silu(z) ∘ (LayerNorm(h) + skip ∘ u)), the norm per head.
 
-    Beside the one call over time, the convolution moves values too: q, k and v see `conv_width` inputs. Bidirectional:
+    Beside the one call over time, the convolution moves values too: q and k see `conv_width` inputs. Bidirectional:
     the same memory also runs from the end, each direction divided by its own sum, and the two are added ahead of the
     norm; both include the present step, and the convolution is centred. Input gates have no upper bound, and need none.
 
     The published code adds 1e-6 to the divisor after it was scaled by exp(-m), so that what it adds depends on the
-    gates; here nothing is added. Projections of q, k and v start as PyTorch's linear layers do.
+    gates; here nothing is added.
 
     Args:
         d_model: width.
@@ -82,11 +83,13 @@ class MLSTM(Block):
         self.head_dim = E // num_heads
         self.in_proj = nn.Linear(d_model, 2 * E, bias=False)
         self.conv = short_convolution(E, conv_width, causal=causal, bias=True)
-        self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, projection_width) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, E // projection_width, bias=False) for _ in range(3))
         self.gate_proj = nn.ModuleList(nn.Linear(E, 2 * num_heads, bias=False) for _ in range(3))  # of q, k and v
         for layer in self.gate_proj:
             nn.init.zeros_(layer.weight)
-        self.gate_bias = GateBias(torch.cat([0.1 * torch.randn(num_heads), torch.linspace(3, 6, num_heads)]))
+        dtype = default_dtype()
+        i, f = 0.1 * torch.randn(num_heads, dtype=dtype), torch.linspace(3, 6, num_heads, dtype=dtype)
+        self.gate_bias = GateBias(torch.cat([i, f]))
         self.norm_weight = nn.Parameter(torch.ones(E))
         self.skip = nn.Parameter(torch.ones(E))
         self.out_proj = nn.Linear(E, d_model, bias=False)

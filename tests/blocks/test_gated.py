@@ -102,7 +102,7 @@ def test_hgrn2_remembers_at_least_what_its_bound_says():
     torch.testing.assert_close(decay, 0.25 + 0.75 * torch.tensor([-1e4, -2.0, 0.0, 2.0, 1e4]).sigmoid())
     with pytest.raises(ValueError, match=r"HGRN2: lower_bound=1.0; valid: 0 or more, and below 1"):
         HGRN2(D, lower_bound=1.0)
-    with pytest.raises(ValueError, match="lower_bound=1.0: valid: 0 or more and below 1"):
+    with pytest.raises(ValueError, match=r"lower_bound=1\.0: valid: 0 or more and below 1"):
         build_block("hgrn2", D, lower_bound=1.0)
 
 
@@ -131,7 +131,7 @@ def test_gate_biases_start_where_they_are_told():
 
 
 def test_wrong_sizes_are_named():
-    with pytest.raises(ValueError, match="GLA: num_heads=8 of d_model=8; valid: divisors of half the width"):
+    with pytest.raises(ValueError, match=r"GLA: num_heads=8 of d_model=8; valid: divisors of half the width"):
         build_block("gla", 8, num_heads=8)
-    with pytest.raises(ValueError, match="gate_temperature=0.0: valid: above 0"):
+    with pytest.raises(ValueError, match=r"gate_temperature=0\.0: valid: above 0"):
         build_block("gla", 8, gate_temperature=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def equations(block: MLSTM, x: Tensor) -> Tensor:
     padded = F.pad(x, (0, 0, past, W - 1 - past))
     u = F.silu(sum(padded[:, j : j + T] * block.conv.weight[:, j] for j in range(W)) + block.conv.bias)
     q, k, v = (
-        y @ torch.block_diag(*layer.weight).T for layer, y in ((block.q_proj, u), (block.k_proj, u), (block.v_proj, x))
+        y @ torch.block_diag(*layer.weight) for layer, y in ((block.q_proj, u), (block.k_proj, u), (block.v_proj, x))
     )
     weight = torch.cat([layer.weight for layer in block.gate_proj], 1)
     i, f = (torch.cat([q, k, v], -1) @ weight.T + block.gate_bias.bias).chunk(2, -1)
@@ -142,7 +143,7 @@ def test_documents_know_their_own_largest_gate_alone(size):
     before = Memory(torch.randn(N, 2, 5, 6).abs(), size * torch.randn(N, 2))
     for state in (None, before):
         row, after = mlstm(**inputs, before=state, documents=Documents(starts, T))
-        for n, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for n, (start, end) in enumerate(pairwise(starts.tolist())):
             if start == end:
                 if after is not None:
                     assert torch.equal(after.memory[n], before.memory[n])
