@@ -344,7 +344,7 @@ def test_decays_that_grow_are_refused(shape, backend):
     for grows in (1e-30, math.inf):
         g.view(-1)[-1] = grows
         g.view(-1)[0] = math.nan
-        with pytest.raises(ValueError, match="log_decay must be at most 0, got .*; valid: logarithms of what is kept"):
+        with pytest.raises(ValueError, match=r"log_decay must be at most 0, got .*; valid: logarithms of what is kept"):
             linear_attention(q, k, v, log_decay=g.requires_grad_(), **options)
         g = g.detach()
         if len(shape) > 1:
