@@ -39,19 +39,27 @@ from seqzoo.training.memory import keep_freed_memory
 B, D_MODEL, HEADS = 4, 256, 4
 HEAD_DIM = D_MODEL // HEADS
 
-COUNTERPARTS = {
-    ("block", "softmax_attention"): "SDPA",
-    ("block", "linear_attention"): "linear-attention-transformer",
-    ("block", "performer"): "performer-pytorch",
-    ("block", "gau"): "FLASH-pytorch",
-    ("block", "vq_attention"): "SDPA",
-    ("block", "lru"): "s5-pytorch",
-    ("block", "s4d"): "S4D standalone",
-    ("operation", "attention"): "SDPA",
-    ("operation", "linear_attention"): "linear-attention-transformer",
-    ("operation", "favor_attention"): "performer-pytorch",
-    ("operation", "gated_attention"): "FLASH-pytorch",
-    ("operation", "vq_attention"): "SDPA",
+COUNTERPARTS = {  # of ours, what stands beside it: others', or another of ours that does the like
+    ("block", "softmax_attention"): ("SDPA",),
+    ("block", "linear_attention"): ("linear-attention-transformer",),
+    ("block", "performer"): ("performer-pytorch",),
+    ("block", "gau"): ("FLASH-pytorch",),
+    ("block", "vq_attention"): ("SDPA",),
+    ("block", "lru"): ("s5-pytorch",),
+    ("block", "s4d"): ("S4D standalone",),
+    ("block", "mamba"): ("Mamba of transformers", "Mamba of mambapy"),
+    ("block", "mamba2"): ("Mamba-2 of transformers",),
+    ("block", "rg_lru"): ("RG-LRU of transformers", "lru"),
+    ("block", "mlstm"): ("mLSTM of xlstm",),
+    ("block", "min_gru"): ("lru",),
+    ("block", "s5"): ("s5-pytorch", "lru"),
+    ("operation", "attention"): ("SDPA",),
+    ("operation", "linear_attention"): ("linear-attention-transformer",),
+    ("operation", "linear_attention, a decay a channel"): ("linear_attention, a decay a step",),
+    ("operation", "favor_attention"): ("performer-pytorch",),
+    ("operation", "gated_attention"): ("FLASH-pytorch",),
+    ("operation", "vq_attention"): ("SDPA",),
+    ("operation", "diagonal_scan, gated"): ("diagonal_scan",),
 }
 
 
@@ -90,7 +98,7 @@ def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def operation(name: str, inputs: Callable[[int], list[Tensor]], **options: Any) -> Candidate:
+def operation(name: str, inputs: Callable[[int], list[Tensor]], *, how: str = "", **options: Any) -> Candidate:
     def make(T: int, causal: bool) -> Pass:
         tensors = inputs(T)
         # The scan has a direction instead.
@@ -98,7 +106,7 @@ def operation(name: str, inputs: Callable[[int], list[Tensor]], **options: Any) 
         wrt = [tensor for tensor in tensors if tensor.requires_grad]
         return Pass(lambda: getattr(kernels, name)(*tensors, **mode, **options), wrt)
 
-    return Candidate(name, "operation", True, make)
+    return Candidate(name + how, "operation", True, make)
 
 
 def heads(T: int, *, scale: float = 1.0) -> Tensor:
@@ -107,6 +115,20 @@ def heads(T: int, *, scale: float = 1.0) -> Tensor:
 
 def width(T: int, *D: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(B, T, *D, dtype=dtype).requires_grad_()
+
+
+def decayed(name: str, *channels: int) -> Candidate:
+    """`linear_attention` with gates [B, T, H, *channels]."""
+
+    def make(T: int, causal: bool) -> Pass:
+        qkv, gates = [heads(T) for _ in range(3)], (-torch.rand(B, T, HEADS, *channels)).requires_grad_()
+        return Pass(lambda: kernels.linear_attention(*qkv, log_decay=gates, causal=causal), [*qkv, gates])
+
+    return Candidate(name, "operation", True, make)
+
+
+def share(T: int, D: int) -> Tensor:
+    return torch.rand(B, T, D).requires_grad_()
 
 
 def on_heads(function: Callable[..., Tensor], T: int, **options: Any) -> Pass:
@@ -197,6 +219,8 @@ def candidates() -> Iterator[Candidate]:
     yield block("s4d")
     yield operation("attention", lambda T: [heads(T) for _ in range(3)])
     yield operation("linear_attention", lambda T: [heads(T) for _ in range(3)], normalize=True)
+    yield decayed("linear_attention, a decay a step")
+    yield decayed("linear_attention, a decay a channel", HEAD_DIM)
     projection = torch.randn(HEADS, int(HEAD_DIM * math.log(HEAD_DIM)), HEAD_DIM)
     yield operation("favor_attention", lambda T: [heads(T, scale=0.3), heads(T, scale=0.3), heads(T), projection])
     codebook = F.normalize(torch.randn(1, 128, D_MODEL), dim=-1)
@@ -212,6 +236,7 @@ def candidates() -> Iterator[Candidate]:
     )
     coefficients = torch.polar(torch.full((D_MODEL,), 0.99), torch.rand(D_MODEL)).requires_grad_()
     yield operation("diagonal_scan", lambda T: [width(T, D_MODEL, dtype=torch.complex64), coefficients])
+    yield operation("diagonal_scan", lambda T: [width(T, D_MODEL), share(T, D_MODEL)], how=", gated")
     yield from peer(
         "SDPA",
         "torch",
@@ -338,10 +363,10 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Minimum times in ms, peak memory in MiB, growth from T = 2,048 on, and how much faster than the counterpart."""
+    """Minimum times in ms, peak memory in MiB, growth from T = 2,048 on, and how much faster than the counterparts."""
     cells = {(r["kind"], r["name"], r["causal"], r["T"]): r for r in rows}
     lengths = [T for T in (1024, 4096, 16384) if any(r["T"] == T for r in rows)]
-    titles = ["", *(f"T = {T:,}" for T in lengths), "MiB at 4,096", "slope of time, memory", "against, at 4,096"]
+    titles = ["", *(f"T = {T:,}" for T in lengths), "MiB at 4,096", "slope of time, memory", "beside, at 4,096"]
     lines = []
     for kind in ("block", "operation"):
         for causal in (True, False):
@@ -354,15 +379,24 @@ def table(rows: list[dict[str, Any]]) -> str:
                 times = [f"{of[T]['min_ms']:,.0f}" if T in of else "-" for T in lengths]
                 memory = f"{of[4096]['peak_mib']:,.0f}" if 4096 in of else "-"
                 growth = f"{slope(of, 'min_ms')}, {slope(of, 'peak_mib')}"
-                against = cells.get((kind, COUNTERPARTS.get((kind, name), ""), causal, 4096)) if ours else None
-                faster = ""
-                if against is not None and 4096 in of:
-                    faster = f"{against['min_ms'] / of[4096]['min_ms']:.2f} x {against['name']}"
+                others = COUNTERPARTS.get((kind, name), ()) if ours else ()
+                against = (beside(of, {T: cells.get((kind, other, causal, T)) for T in of}) for other in others)
+                faster = ", ".join(filter(None, against))
                 lines.append(
                     f"| {name if ours else f'*{name}*'} | " + " | ".join((*times, memory, growth, faster)) + " |"
                 )
             lines.append("")
     return "\n".join(lines)
+
+
+def beside(of: dict[int, dict[str, Any]], other: dict[int, dict[str, Any] | None]) -> str:
+    """How many times as fast, and in what part of the memory, at 4,096 steps or the most up to there that both did."""
+    both = [(T, row) for T, row in other.items() if row is not None and T <= 4096]
+    if not both:
+        return ""
+    T, theirs = max(both, key=lambda pair: pair[0])
+    speed, memory = theirs["min_ms"] / of[T]["min_ms"], of[T]["peak_mib"] / theirs["peak_mib"]
+    return f"{speed:.2f} x {theirs['name']}, {memory:.2f} of its memory" + (f" (T = {T:,})" if T != 4096 else "")
 
 
 def slope(of: dict[int, dict[str, Any]], key: str) -> str:
