@@ -8,7 +8,8 @@ Alternatives are timed in turns, so that slow phases of the machine meet all of 
 the median. One that has taken more than `--patience` seconds at a length is repeated there no more, and one that takes
 as long a time is left out at greater lengths. Each length has a process of its own: what a large peer leaves in the
 heap would fill the memory. Peers that cannot be imported are named and left out: performer-pytorch, FLASH-pytorch,
-linear-attention-transformer, s5-pytorch, and S4's standalone `s4d.py` on PYTHONPATH.
+linear-attention-transformer, S4's standalone `s4d.py` on PYTHONPATH, and those of the extra `parity`. Layers of
+`originals.py` are one of our blocks each, which then has the weights of the first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from originals import ORIGINALS, Original
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -83,10 +85,25 @@ class Candidate(NamedTuple):
 
 
 def block(name: str, **options: Any) -> Candidate:
+    """One of ours, with the weights of its first original where there is one."""
+    original = next((each for each in ORIGINALS if each.block == name and each.installed), None)
+
     def make(T: int, causal: bool) -> Pass:
-        return on_sequences(build_block(name, D_MODEL, causal=causal, **options), T)
+        ours = build_block(name, D_MODEL, causal=causal, **options)
+        if original is not None and causal:
+            ours.load_state_dict(original.weights(original.build(D_MODEL)))
+        return on_sequences(ours, T)
 
     return Candidate(name, "block", True, make)
+
+
+def of_original(original: Original) -> Candidate:
+    def make(T: int, causal: bool) -> Pass:
+        if not causal:
+            raise NotImplementedError
+        return on_sequences(original.build(D_MODEL), T)
+
+    return Candidate(original.name, "block", False, make)
 
 
 def on_sequences(module: nn.Module, T: int) -> Pass:
@@ -217,6 +234,8 @@ def candidates() -> Iterator[Candidate]:
     yield block("gau")
     yield block("lru")
     yield block("s4d")
+    for name in ("retnet", "mamba2", "mamba3", "mamba", "gla", "hgrn2", "mlstm", "rg_lru", "min_gru", "s5"):
+        yield block(name)
     yield operation("attention", lambda T: [heads(T) for _ in range(3)])
     yield operation("linear_attention", lambda T: [heads(T) for _ in range(3)], normalize=True)
     yield decayed("linear_attention, a decay a step")
@@ -257,6 +276,11 @@ def candidates() -> Iterator[Candidate]:
         linear_operation,
     )
     yield from peer("s5-pytorch", "s5", lambda p, causal: p.S5(D_MODEL, D_MODEL), both=False)
+    for original in ORIGINALS:
+        if original.installed:
+            yield of_original(original)
+        else:
+            print(f"{original.name} is left out: it is not installed", file=sys.stderr)
     yield from peer("S4D standalone", "s4d", lambda p, causal: p.S4D(D_MODEL, transposed=False), both=False)
 
 
@@ -293,7 +317,7 @@ def measure(T: int, causal: bool, names: set[tuple[str, str]], repeats: int, pat
     """The candidates of these names and kinds at one length, in turns."""
     keep_freed_memory()
     torch.manual_seed(0)
-    passes, gradients, seconds = {}, {}, {}
+    passes, gradients, seconds, memory = {}, {}, {}, {}
     for candidate in candidates():
         if (candidate.name, candidate.kind) not in names:
             continue
@@ -302,16 +326,15 @@ def measure(T: int, causal: bool, names: set[tuple[str, str]], repeats: int, pat
         except NotImplementedError:
             continue
         gradients[candidate] = torch.randn_like(passes[candidate].call())
-        seconds[candidate] = [passes[candidate].seconds(gradients[candidate])]
+        with PeakMemory() as memory[candidate]:
+            seconds[candidate] = [passes[candidate].seconds(gradients[candidate])]
     for _ in range(repeats):
         for candidate, one_pass in passes.items():
             if sum(seconds[candidate]) < patience or len(seconds[candidate]) == 1:
                 seconds[candidate].append(one_pass.seconds(gradients[candidate]))
     rows = []
-    for candidate, one_pass in passes.items():
+    for candidate in passes:
         timed = seconds[candidate][1:]  # the first compiles and warms up
-        with PeakMemory() as memory:
-            one_pass.seconds(gradients[candidate])
         rows.append(
             {
                 "name": candidate.name,
@@ -322,7 +345,7 @@ def measure(T: int, causal: bool, names: set[tuple[str, str]], repeats: int, pat
                 "min_ms": 1e3 * min(timed),
                 "median_ms": 1e3 * statistics.median(timed),
                 "n": len(timed),
-                "peak_mib": memory.peak / 2**20,
+                "peak_mib": memory[candidate].peak / 2**20,
             }
         )
     return rows

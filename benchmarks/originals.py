@@ -1,9 +1,10 @@
-"""Layers of other people that blocks are held against, and the weights of each by the names of the block's parameters."""
+"""Layers of other people that blocks are held against, and the weights of each by the block's names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,27 @@ from torch import Tensor, nn
 
 
 class Original(NamedTuple):
-    """A layer that is a block with other names. Its package has to be there once it is built."""
+    """A layer that is a causal block of default options under other names."""
 
-    name: str
+    layer: str
+    package: str
     block: str
-    build: Callable[[int], nn.Module]  # of the width, for calls as those of a block
+    draw: Callable[[int], nn.Module]  # of the width, to be called as a block is
     weights: Callable[[Any], dict[str, Tensor]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer} of {self.package}"
+
+    @property
+    def installed(self) -> bool:
+        return find_spec(self.package) is not None
+
+    def build(self, D: int) -> nn.Module:
+        """The same layer whenever it is built."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.draw(D)
 
 
 class OfPositions(nn.Module):
@@ -130,15 +146,9 @@ def mlstm_weights(layer: Any) -> dict[str, Tensor]:
 
 
 ORIGINALS = (
-    Original("Mamba of transformers", "mamba", mamba_of_transformers, mamba_weights),
-    Original("Mamba of mambapy", "mamba", mamba_of_mambapy, mamba_weights),
-    Original("Mamba-2 of transformers", "mamba2", mamba2, mamba2_weights),
-    Original("RG-LRU of transformers", "rg_lru", rg_lru, rg_lru_weights),
-    Original("mLSTM of xlstm", "mlstm", mlstm, mlstm_weights),
+    Original("Mamba", "transformers", "mamba", mamba_of_transformers, mamba_weights),
+    Original("Mamba", "mambapy", "mamba", mamba_of_mambapy, mamba_weights),
+    Original("Mamba-2", "transformers", "mamba2", mamba2, mamba2_weights),
+    Original("RG-LRU", "transformers", "rg_lru", rg_lru, rg_lru_weights),
+    Original("mLSTM", "xlstm", "mlstm", mlstm, mlstm_weights),
 )
-
-
-@torch.no_grad()
-def take(block: nn.Module, original: Original, layer: nn.Module) -> None:
-    """Gives `block` the weights of an original's layer."""
-    block.load_state_dict(original.weights(layer))
