@@ -14,7 +14,10 @@ from .gau import GAU
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
+from .mamba2 import Mamba2
+from .mamba3 import Mamba3
 from .performer import Performer
+from .retnet import RetNet
 from .s4d import S4D
 from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
@@ -30,6 +33,9 @@ BLOCKS: dict[str, type[Block]] = {
     "lru": LRU,
     "s4d": S4D,
     "conv": Conv,
+    "retnet": RetNet,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
 }
 
 NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
@@ -71,7 +77,10 @@ __all__ = [
     "Block",
     "Conv",
     "LinearAttention",
+    "Mamba2",
+    "Mamba3",
     "Performer",
+    "RetNet",
     "SoftmaxAttention",
     "State",
     "VQAttention",
