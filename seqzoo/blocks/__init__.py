@@ -16,8 +16,11 @@ from .hgrn2 import HGRN2
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
+from .mamba2 import Mamba2
+from .mamba3 import Mamba3
 from .mlstm import MLSTM
 from .performer import Performer
+from .retnet import RetNet
 from .s4d import S4D
 from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
@@ -33,6 +36,9 @@ BLOCKS: dict[str, type[Block]] = {
     "lru": LRU,
     "s4d": S4D,
     "conv": Conv,
+    "retnet": RetNet,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "gla": GLA,
     "hgrn2": HGRN2,
     "mlstm": MLSTM,
@@ -80,7 +86,10 @@ __all__ = [
     "Block",
     "Conv",
     "LinearAttention",
+    "Mamba2",
+    "Mamba3",
     "Performer",
+    "RetNet",
     "SoftmaxAttention",
     "State",
     "VQAttention",
