@@ -14,8 +14,12 @@ from .gau import GAU
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
+from .mamba import Mamba
+from .min_gru import MinGRU
 from .performer import Performer
+from .rg_lru import RGLRU
 from .s4d import S4D
+from .s5 import S5
 from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
 from .vq_attention import VQAttention
@@ -30,6 +34,10 @@ BLOCKS: dict[str, type[Block]] = {
     "lru": LRU,
     "s4d": S4D,
     "conv": Conv,
+    "min_gru": MinGRU,
+    "rg_lru": RGLRU,
+    "s5": S5,
+    "mamba": Mamba,
 }
 
 NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
@@ -66,11 +74,15 @@ __all__ = [
     "BLOCKS",
     "GAU",
     "LRU",
+    "RGLRU",
     "S4D",
+    "S5",
     "AsSelfAttention",
     "Block",
     "Conv",
     "LinearAttention",
+    "Mamba",
+    "MinGRU",
     "Performer",
     "SoftmaxAttention",
     "State",
