@@ -57,11 +57,11 @@ COUNTERPARTS = {  # of ours, what stands beside it: others', or another of ours 
     ("block", "s5"): ("s5-pytorch", "lru"),
     ("operation", "attention"): ("SDPA",),
     ("operation", "linear_attention"): ("linear-attention-transformer",),
-    ("operation", "linear_attention, a decay a channel"): ("linear_attention, a decay a step",),
+    ("operation", "linear_attention (decay per channel)"): ("linear_attention (decay per step)",),
     ("operation", "favor_attention"): ("performer-pytorch",),
     ("operation", "gated_attention"): ("FLASH-pytorch",),
     ("operation", "vq_attention"): ("SDPA",),
-    ("operation", "diagonal_scan, gated"): ("diagonal_scan",),
+    ("operation", "diagonal_scan (gated)"): ("diagonal_scan",),
 }
 
 
@@ -238,8 +238,8 @@ def candidates() -> Iterator[Candidate]:
         yield block(name)
     yield operation("attention", lambda T: [heads(T) for _ in range(3)])
     yield operation("linear_attention", lambda T: [heads(T) for _ in range(3)], normalize=True)
-    yield decayed("linear_attention, a decay a step")
-    yield decayed("linear_attention, a decay a channel", HEAD_DIM)
+    yield decayed("linear_attention (decay per step)")
+    yield decayed("linear_attention (decay per channel)", HEAD_DIM)
     projection = torch.randn(HEADS, int(HEAD_DIM * math.log(HEAD_DIM)), HEAD_DIM)
     yield operation("favor_attention", lambda T: [heads(T, scale=0.3), heads(T, scale=0.3), heads(T), projection])
     codebook = F.normalize(torch.randn(1, 128, D_MODEL), dim=-1)
@@ -255,7 +255,7 @@ def candidates() -> Iterator[Candidate]:
     )
     coefficients = torch.polar(torch.full((D_MODEL,), 0.99), torch.rand(D_MODEL)).requires_grad_()
     yield operation("diagonal_scan", lambda T: [width(T, D_MODEL, dtype=torch.complex64), coefficients])
-    yield operation("diagonal_scan", lambda T: [width(T, D_MODEL), share(T, D_MODEL)], how=", gated")
+    yield operation("diagonal_scan", lambda T: [width(T, D_MODEL), share(T, D_MODEL)], how=" (gated)")
     yield from peer(
         "SDPA",
         "torch",
@@ -362,7 +362,12 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     found = list(candidates())
-    chosen = {(c.name, c.kind) for c in found if options.only is None or c.name in options.only.split(",")}
+    only = [name.strip() for name in options.only.split(",")] if options.only else [c.name for c in found]
+    if unknown := set(only) - {c.name for c in found}:
+        parser.error(
+            f"--only: {', '.join(sorted(unknown))} unknown or left out; valid: {', '.join(c.name for c in found)}"
+        )
+    chosen = {(c.name, c.kind) for c in found if c.name in only}
     for causal in (True, False):
         left = set(chosen)
         for T in map(int, options.lengths.split(",")):
@@ -371,7 +376,7 @@ def main() -> None:
             rows += at_length
             for row in at_length:
                 print(
-                    f"{'causal' if causal else 'both':<7}{T:>6}  {row['kind']:<10}{row['name']:<30}"
+                    f"{'causal' if causal else 'both':<7}{T:>6}  {row['kind']:<10}{row['name']:<38}"
                     f"{row['min_ms']:>10.1f} ms min {row['median_ms']:>10.1f} ms median {row['peak_mib']:>9.0f} MiB",
                     flush=True,
                 )
@@ -445,8 +450,8 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
                 for index, (name, ours) in enumerate(names):
                     points = [(r["T"], r[key]) for r in chosen if (r["name"], r["causal"]) == (name, causal)]
                     if points:
-                        style = {"linestyle": "-" if ours else "--", "color": plt.get_cmap("tab20")(index)}
-                        axis.plot(*zip(*points, strict=True), marker=".", label=name, **style)
+                        style = {"linestyle": "-" if ours else "--", "color": plt.get_cmap("tab20")(index % 20)}
+                        axis.plot(*zip(*points, strict=True), marker=".x"[index // 20 % 2], label=name, **style)
                 axis.set(xscale="log", yscale="log", ylabel=label, title="causal" if causal else "bidirectional")
                 lengths = sorted({row["T"] for row in rows})
                 axis.set_xticks(lengths, labels=[f"{T:,}" for T in lengths])
