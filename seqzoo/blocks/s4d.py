@@ -16,6 +16,7 @@ from ..kernels.documents import Documents, Pieces
 from ..valid import BelowOne, Positive
 from .base import Block, advance
 from .lru import RecurrentState
+from .timescales import log_steps
 from .wide import Wide, default_dtype
 
 CHUNK = 64
@@ -68,8 +69,6 @@ class S4D(Block):
         super().__init__(d_model, causal=causal)
         if state_dim < 2 or state_dim % 2:
             raise ValueError(f"S4D: state_dim={state_dim}; valid: an even number of 2 or more")
-        if not 0 < dt_min < dt_max:
-            raise ValueError(f"S4D: dt_min={dt_min}, dt_max={dt_max}; valid: 0 < dt_min < dt_max")
         if init not in INITS:
             raise ValueError(f"S4D: init={init!r}; valid: {', '.join(INITS)}")
         P = self.pairs = state_dim // 2
@@ -114,9 +113,7 @@ class S4DDynamics(Wide):
     def __init__(self, D: int, P: int, dt_min: float, dt_max: float, init: str, frequency_scale: float) -> None:
         super().__init__()
         dtype = default_dtype()
-        self.log_dt = nn.Parameter(
-            math.log(dt_min) + torch.rand(D, dtype=dtype) * (math.log(dt_max) - math.log(dt_min))
-        )  # [D]
+        self.log_dt = nn.Parameter(log_steps("S4D", D, dt_min, dt_max))  # [D]
         self.log_neg_real = nn.Parameter(torch.full((D, P), math.log(0.5), dtype=dtype))
         imag = math.pi * torch.arange(P, dtype=dtype).repeat(D, 1)
         if init == "ft":
