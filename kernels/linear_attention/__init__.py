@@ -21,7 +21,7 @@ MAX_CHANNELS = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 64}
 
 
 def _fused(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    from .fused import linear_attention_fused  # imports Triton
+    from .operator import linear_attention_fused  # imports Triton
 
     return linear_attention_fused(*arguments)
 
@@ -105,11 +105,7 @@ def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool
     most = MAX_CHANNELS
     if log_decay is not None and log_decay.dim() == 3:
         most = {dtype: min(channels, MAX_CHANNELS_PER_STEP) for dtype, channels in most.items()}
-    decays = None
-    if log_decay is not None and log_decay.dim() == 4:
-        decays = "no kernel has a decay per channel"
-    elif log_decay is not None and not causal:
-        decays = "no kernel decays in both directions"
+    decays = "no kernel decays in both directions" if not causal and log_decay is not None else None
     return fit(q, k, v, channels=most, also=decays)
 
 
