@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 
 import pytest
@@ -311,8 +312,10 @@ def test_errors():
     q, k, v = (inputs[name] for name in "qkv")
     with pytest.raises(ValueError, match=r"expected q and k \[B, T, H, Dk\]"):
         linear_attention(q, k[:, :4], v)
-    with pytest.raises(ValueError, match=r"log_decay must be \[H\] = \[3\] or \[B, T, H\] = \[2, 5, 3\], got \[2\]"):
-        linear_attention(q, k, v, log_decay=torch.zeros(2))
+    shapes = r"\[H\] = \[3\], \[B, T, H\] = \[2, 5, 3\] or \[B, T, H, Dk\] = \[2, 5, 3, 4\]"
+    for wrong in ((2,), (2, 5, 3, 6)):
+        with pytest.raises(ValueError, match=rf"log_decay must be {shapes}, got {re.escape(str(list(wrong)))}"):
+            linear_attention(q, k, v, log_decay=torch.zeros(wrong))
     with pytest.raises(ValueError, match="v must be a real floating-point tensor"):
         linear_attention(q, k, v.long())
     state = torch.zeros(2, 3, 4, 6)
