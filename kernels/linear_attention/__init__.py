@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Fit, choose, fit
-from ..common import check_lengths, query_heads
+from ..common import can_be_looked_at, check_lengths, query_heads, zero_padding
 from ..documents import check_documents
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
@@ -65,7 +65,8 @@ def linear_attention(
         k: [B, T, G, Dk], after its own; G divides H, and head h reads key/value head h // (H / G).
         v: [B, T, G, Dv]. Or q has G heads as k, and v has H, which share queries and keys likewise.
         log_decay: natural logarithm of the decay per step, at most 0: [H] constant in time, [B, T, H], or
-            [B, T, H, Dk], one for each channel of k. -inf forgets everything before that step.
+            [B, T, H, Dk], one for each channel of k. -inf forgets everything before that step. Values are looked at on
+            a CPU, outside compiled graphs; elsewhere they are trusted.
         causal: whether step t sees only steps up to t, itself included.
         normalize: whether to divide by the sum of weights.
         initial_state: S_0, causal only: [B, H, Dk, Dv], or [B, H, Dk, Dv + 1] with `normalize`, whose last column is z.
@@ -81,8 +82,8 @@ def linear_attention(
         the accumulation dtype: at least float32.
 
     Raises:
-        ValueError: shapes that do not fit, a state without `causal`, `cu_seqlens` that are no documents of one row, or
-            an unknown backend.
+        ValueError: shapes that do not fit, a decay above 0, a state without `causal`, `cu_seqlens` that are no
+            documents of one row, or an unknown backend.
 
     Source: Katharopoulos et al. 2020, "Transformers are RNNs", equations 8-12 and 18-20; the decay is that of Sun et
     al. 2023, "Retentive Network", equations 5 and 7 (per head), of Mamba-2 (per head and step), and of Yang et al.
@@ -93,23 +94,13 @@ def linear_attention(
     documents = check_documents("linear_attention", cu_seqlens, lengths, *q.shape[:2])
     lengths = check_lengths("linear_attention", lengths, *q.shape[:2])
     rows, H = q.shape[0] if documents is None else documents.N, max(q.shape[2], v.shape[2])
+    _check_decays(log_decay, lengths)
     _check_states([rows, H, q.shape[3], v.shape[3] + normalize], causal, normalize, initial_state, output_final_state)
     implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
-    keeps = initial_state is not None or output_final_state
-    if (
-        implementation is linear_attention_chunked
-        and q.shape[2] < H
-        and causal
-        and log_decay is not None
-        and log_decay.dim() < 4
-        and not normalize
-        and not (keeps and documents is not None)
-    ):
-        o, final_state = linear_attention_shared(
-            q, k, v, log_decay, initial_state, lengths, documents, output_final_state
-        )
-        return (o, final_state) if output_final_state else o
-    q, k, v = (query_heads(x, H) for x in (q, k, v))
+    if q.shape[2] < H and implementation is linear_attention_chunked:
+        implementation = linear_attention_shared
+    else:
+        q, k, v = (query_heads(x, H) for x in (q, k, v))
     o, final_state = implementation(
         q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
     )
@@ -142,6 +133,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
         raise ValueError(
             f"linear_attention: log_decay must be [H] = [{H}], [B, T, H] = [{B}, {T}, {H}] or "
             f"[B, T, H, Dk] = [{B}, {T}, {H}, {Dk}], got {list(log_decay.shape)}"
+        )
+
+
+def _check_decays(log_decay: Tensor | None, lengths: Tensor | None) -> None:
+    """What lies past `lengths` may be anything, and NaN is what it is everywhere."""
+    if log_decay is None or not log_decay.numel() or not can_be_looked_at(log_decay) or (log_decay.max() <= 0):
+        return
+    within = log_decay if log_decay.dim() == 1 else zero_padding(log_decay.detach(), lengths)
+    highest = within.nan_to_num(nan=0.0).max()
+    if highest > 0:
+        raise ValueError(
+            f"linear_attention: log_decay must be at most 0, got {highest:.3g}; valid: logarithms of what is kept of a "
+            "state from step to step, between 0 and 1, such as those that logsigmoid gives"
         )
 
 

@@ -1,4 +1,4 @@
-"""Causal linear attention of heads that share queries and keys and have decays of their own, in PyTorch.
+"""Linear attention of heads that share queries and keys and have decays of their own, in PyTorch.
 
 What all heads of a group share is made once: the products of queries and keys in a chunk, and their gradients. States
 of the heads lie beside each other, so that what they take of keys, and what queries read of them, is one product of a
@@ -25,13 +25,21 @@ def linear_attention_shared(
     q: Tensor,  # [B, T, G, Dk]
     k: Tensor,  # [B, T, G, Dk]
     v: Tensor,  # [B, T, H, Dv]
-    log_decay: Tensor,  # [H] or [B, T, H]
-    initial_state: Tensor | None,  # [B, H, Dk, Dv]; without documents only
+    log_decay: Tensor | None,  # [H], [B, T, H] or [B, T, H, Dk]
+    causal: bool,
+    normalize: bool,
+    initial_state: Tensor | None,  # [B or N, H, Dk, Dv (+ 1)]
     lengths: Tensor | None,  # [B]
     documents: Documents | None,
-    output_final_state: bool,  # without documents only
+    output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     (B, T, _, Dk), (H, Dv) = q.shape, v.shape[2:]
+    states = initial_state is not None or output_final_state
+    if not causal or normalize or log_decay is None or log_decay.dim() == 4 or (documents is not None and states):
+        q, k = query_heads(q, H), query_heads(k, H)  # what nothing asks for so often
+        return linear_attention_chunked(
+            q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
+        )
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
     log_decay = log_decay.expand(B, T, H)
     if documents is not None:
