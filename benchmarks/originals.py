@@ -56,14 +56,16 @@ def mamba2(D: int) -> nn.Module:
 
 
 def mamba2_weights(layer: Any) -> dict[str, Tensor]:
+    gate, rest = layer.in_proj.weight.tensor_split((layer.intermediate_size,))
     return {
-        "in_proj.weight": layer.in_proj.weight,
+        "gate_proj.weight": gate,
+        "in_proj.weight": rest,
         "conv.weight": layer.conv1d.weight[:, 0],
         "conv.bias": layer.conv1d.bias,
         "dynamics.dt_bias": layer.dt_bias,
         "dynamics.A_log": layer.A_log,
         "skip": layer.D,
-        "scale": layer.norm.weight,
+        "norm.scale": layer.norm.weight,
         "out_proj.weight": layer.out_proj.weight,
     }
 

@@ -12,6 +12,7 @@ from ..common import can_be_looked_at, check_lengths, query_heads, zero_padding
 from ..documents import check_documents
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
+from .shared import linear_attention_shared
 
 __all__ = ["linear_attention"]
 
@@ -21,7 +22,7 @@ MAX_CHANNELS = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 64}
 
 
 def _fused(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    from .fused import linear_attention_fused  # imports Triton
+    from .operator import linear_attention_fused  # imports Triton
 
     return linear_attention_fused(*arguments)
 
@@ -62,7 +63,7 @@ def linear_attention(
     Args:
         q: [B, T, H, Dk], after its feature map.
         k: [B, T, G, Dk], after its own; G divides H, and head h reads key/value head h // (H / G).
-        v: [B, T, G, Dv].
+        v: [B, T, G, Dv]. Or q has G heads as k, and v has H, which share queries and keys likewise.
         log_decay: natural logarithm of the decay per step, at most 0: [H] constant in time, [B, T, H], or
             [B, T, H, Dk], one for each channel of k. -inf forgets everything before that step. Values are looked at on
             a CPU, outside compiled graphs; elsewhere they are trusted.
@@ -92,11 +93,14 @@ def linear_attention(
     _check(q, k, v, log_decay)
     documents = check_documents("linear_attention", cu_seqlens, lengths, *q.shape[:2])
     lengths = check_lengths("linear_attention", lengths, *q.shape[:2])
-    rows = q.shape[0] if documents is None else documents.N
+    rows, H = q.shape[0] if documents is None else documents.N, max(q.shape[2], v.shape[2])
     _check_decays(log_decay, lengths)
-    _check_states(rows, q, v, causal, normalize, initial_state, output_final_state)
-    k, v = query_heads(k, q.shape[2]), query_heads(v, q.shape[2])
+    _check_states([rows, H, q.shape[3], v.shape[3] + normalize], causal, normalize, initial_state, output_final_state)
     implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
+    if q.shape[2] < H and implementation is linear_attention_chunked:
+        implementation = linear_attention_shared
+    else:
+        q, k, v = (query_heads(x, H) for x in (q, k, v))
     o, final_state = implementation(
         q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
     )
@@ -107,25 +111,21 @@ def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool
     most = MAX_CHANNELS
     if log_decay is not None and log_decay.dim() == 3:
         most = {dtype: min(channels, MAX_CHANNELS_PER_STEP) for dtype, channels in most.items()}
-    decays = None
-    if log_decay is not None and log_decay.dim() == 4:
-        decays = "no kernel has a decay per channel"
-    elif log_decay is not None and not causal:
-        decays = "no kernel decays in both directions"
+    decays = "no kernel decays in both directions" if not causal and log_decay is not None else None
     return fit(q, k, v, channels=most, also=decays)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
-    fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and q.shape[1] > 0
-    if not fits or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+    fits = q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[1] > 0
+    if not fits or q.shape[3] != k.shape[3] or k.shape[2] != min(q.shape[2], v.shape[2]):
         raise ValueError(
-            "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, k and v with G heads "
-            f"where G divides H, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, k and v, or q and k, "
+            f"with G heads where G divides H, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
-    B, T, H, Dk = q.shape
-    G = k.shape[2]
+    (B, T, G, Dk), H = k.shape, max(q.shape[2], v.shape[2])
     if G != H and (G == 0 or H % G):
-        raise ValueError(f"linear_attention: {G} key/value heads do not divide {H} query heads")
+        fewer, more = ("key/value", "query") if q.shape[2] == H else ("query/key", "value")
+        raise ValueError(f"linear_attention: {G} {fewer} heads do not divide {H} {more} heads")
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
         if x is not None and not x.is_floating_point():
             raise ValueError(f"linear_attention: {name} must be a real floating-point tensor, got {x.dtype}")
@@ -150,9 +150,7 @@ def _check_decays(log_decay: Tensor | None, lengths: Tensor | None) -> None:
 
 
 def _check_states(
-    rows: int,
-    q: Tensor,
-    v: Tensor,
+    expected: list[int],
     causal: bool,
     normalize: bool,
     initial_state: Tensor | None,
@@ -169,7 +167,6 @@ def _check_states(
         raise ValueError(
             f"linear_attention: initial_state must be a real floating-point tensor, got {initial_state.dtype}"
         )
-    expected = [rows, q.shape[2], q.shape[3], v.shape[-1] + normalize]
     if list(initial_state.shape) != expected:
         raise ValueError(
             f"linear_attention: initial_state must be {expected} "

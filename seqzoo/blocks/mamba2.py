@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import linear_attention
-from ..kernels.common import accumulation_dtype, query_heads
+from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import Count, Factor
 from .base import Block, advance
 from .depthwise import short_convolution
 from .directions import Directions
+from .gated_norm import GatedRMSNorm
 from .timescales import step_bias
 from .wide import Wide, default_dtype
 
@@ -68,20 +69,22 @@ class Mamba2(Block):
         super().__init__(d_model, causal=causal)
         E = inner_width("Mamba2", d_model, expand, num_heads, num_groups)
         self.num_heads, self.num_groups, self.state_dim = num_heads, num_groups, state_dim
-        self.widths = E, E + 2 * num_groups * state_dim, num_heads  # z, what the convolution takes, δ
+        self.widths = E + 2 * num_groups * state_dim, num_heads  # what the convolution takes, δ
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
-        self.conv = short_convolution(self.widths[1], conv_width, causal=causal, bias=True)
+        self.gate_proj = nn.Linear(d_model, E, bias=False)  # a layer of its own: z is kept for longer than the rest
+        self.conv = short_convolution(self.widths[0], conv_width, causal=causal, bias=True)
         self.dynamics = Mamba2Dynamics(step_bias("Mamba2", num_heads, dt_min, dt_max))
         self.skip = nn.Parameter(torch.ones(num_heads))  # D
-        self.norm = nn.RMSNorm(E // num_groups, eps=1e-5, elementwise_affine=False)
-        self.scale = nn.Parameter(torch.ones(E))
+        self.norm = GatedRMSNorm(E, num_groups)
         self.out_proj = nn.Linear(E, d_model, bias=False)
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> Mamba2State:
         device, dtype = self._state_options(device, dtype)
-        E, C, H = self.widths
+        (C, H), N = self.widths, self.state_dim
         return Mamba2State(
-            torch.zeros(batch_size, H, self.state_dim, E // H, device=device, dtype=accumulation_dtype(dtype)),
+            torch.zeros(
+                batch_size, H, N, (C - 2 * self.num_groups * N) // H, device=device, dtype=accumulation_dtype(dtype)
+            ),
             torch.zeros(batch_size, self.conv.width - 1, C, device=device, dtype=dtype),
             torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
@@ -90,14 +93,14 @@ class Mamba2(Block):
         self, x: Tensor, state: Mamba2State | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, Mamba2State | None]:
         H, G = self.num_heads, self.num_groups
-        z, xBC, delta = self.in_proj(x).split(self.widths, -1)
+        xBC, delta = self.in_proj(x).split(self.widths, -1)
         xBC, inputs = self.conv(xBC, None if state is None else state.inputs, lengths, documents)
-        values, BC = F.silu(xBC).split((z.shape[-1], 2 * G * self.state_dim), -1)
+        values, BC = F.silu(xBC).tensor_split((-2 * G * self.state_dim,), -1)
         values = values.unflatten(-1, (H, -1))  # [B, T, H, P]
         dt, log_decay = self.dynamics(delta)  # [B, T, H]
         ways = Directions(x, lengths, documents, both=not self.causal)
         log_decay = ways.doubled(log_decay)
-        k, q = (query_heads(y, H) for y in ways.doubled(BC).unflatten(-1, (2, G, -1)).unbind(2))  # [B, T, H, N]
+        k, q = ways.doubled(BC).unflatten(-1, (2, G, -1)).unbind(2)  # [B, T, G, N]
 
         def scan(values: Tensor) -> Any:
             y = linear_attention(
@@ -117,9 +120,9 @@ class Mamba2(Block):
         if state is not None:
             y, memory = y
             state = Mamba2State(memory, inputs, advance(state.position, x, lengths, documents))
-        y = (y + self.skip[:, None] * values).flatten(2) * F.silu(z)
-        y = self.norm(y.unflatten(-1, (G, -1))).flatten(2) * self.scale
-        return self.out_proj(y.to(x.dtype)), state
+        z = self.gate_proj(x)
+        y = (y + self.skip[:, None] * values).flatten(2).to(z.dtype)
+        return self.out_proj(self.norm(y, z)), state
 
 
 class Mamba2Dynamics(Wide):

@@ -58,7 +58,7 @@ def retnet_equations(block: RetNet, x: Tensor) -> Tensor:
 
 def mamba2_equations(block: Mamba2, x: Tensor) -> Tensor:
     (T, H, G), W = (x.shape[1], block.num_heads, block.num_groups), block.conv.width
-    z, xBC, delta = block.in_proj(x).split(block.widths, -1)
+    z, (xBC, delta) = block.gate_proj(x), block.in_proj(x).split(block.widths, -1)
     past = W - 1 if block.causal else W // 2
     padded = F.pad(xBC, (0, 0, past, W - 1 - past))
     xBC = F.silu(sum(block.conv.weight[:, j] * padded[:, j : j + T] for j in range(W)) + block.conv.bias)
@@ -69,7 +69,7 @@ def mamba2_equations(block: Mamba2, x: Tensor) -> Tensor:
     y = both_ways(linear_states, block.causal, q, k, v * dt[..., None], decay) + block.skip[:, None] * v
     y = (y.flatten(2) * F.silu(z)).unflatten(-1, (G, -1))
     y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    return block.out_proj(y.flatten(2) * block.scale)
+    return block.out_proj(y.flatten(2) * block.norm.scale)
 
 
 def trapezoid_states(

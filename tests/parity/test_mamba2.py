@@ -46,11 +46,12 @@ def copied(original, gradients: bool = False) -> dict[str, Tensor]:
         "dynamics.dt_bias": original.dt_bias,
         "dynamics.A_log": original.A_log,
         "skip": original.D,
-        "scale": original.norm.weight,
+        "norm.scale": original.norm.weight,
         "out_proj.weight": original.out_proj.weight,
     }
     values = {name: x.grad if gradients else x.detach() for name, x in names.items()}
-    return values | {"conv.weight": values["conv.weight"][:, 0]}
+    gate, rest = values["in_proj.weight"].tensor_split((4 * 8,))
+    return values | {"gate_proj.weight": gate, "in_proj.weight": rest, "conv.weight": values["conv.weight"][:, 0]}
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])
