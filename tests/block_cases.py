@@ -34,6 +34,9 @@ VARIANTS = {  # the default options of each block, and those that take another w
     "lru": [{}, {"state_dim": 6, "r_min": 0.0, "r_max": 0.9, "dropout": 0.5}],
     "s4d": [{"state_dim": 4}, {"state_dim": 8, "dt_max": 1.0}, {"state_dim": 4, "init": "dfout"}],
     "conv": [{}, {"width": 61, "dropout": 0.5}, {"width": 1}],
+    "gla": [{}, {"num_heads": 2, "gate_rank": 3, "gate_temperature": 1.0, "gate_bias": 2.0}],
+    "hgrn2": [{}, {"num_heads": 2, "lower_bound": 0.5, "gate_bias": -1.0}],
+    "mlstm": [{}, {"num_heads": 3, "expand": 1.5, "conv_width": 1, "projection_width": 6}],
 }
 D = 16
 CASES = [

@@ -13,7 +13,7 @@ from ..common import accumulation_dtype, can_be_looked_at, without_autocast, zer
 from ..derivatives import forward_mode, gradient
 from ..documents import Documents, Pieces
 from .packed import causal_of_documents
-from .reference import divide_by_normalizer
+from .reference import divide_by_normalizer, linear_attention_reference
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
 MIN_PIECE = 16  # steps, where documents are shorter than a chunk
@@ -23,7 +23,7 @@ def linear_attention_chunked(
     q: Tensor,  # [B, T, H, Dk]
     k: Tensor,  # [B, T, H, Dk]
     v: Tensor,  # [B, T, H, Dv]
-    log_decay: Tensor | None,  # [H] or [B, T, H]
+    log_decay: Tensor | None,  # [H], [B, T, H] or [B, T, H, Dk]
     causal: bool,
     normalize: bool,
     initial_state: Tensor | None,  # [B or N, H, Dk, Dv (+ 1)]
@@ -31,6 +31,10 @@ def linear_attention_chunked(
     documents: Documents | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if log_decay is not None and log_decay.dim() == 4:
+        return linear_attention_reference(
+            q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
+        )
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
     if documents is not None:

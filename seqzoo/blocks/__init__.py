@@ -11,9 +11,12 @@ from ..valid import Range, check_options
 from .base import Block, State, upgraded
 from .conv import Conv
 from .gau import GAU
+from .gla import GLA
+from .hgrn2 import HGRN2
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
+from .mlstm import MLSTM
 from .performer import Performer
 from .s4d import S4D
 from .self_attention import AsSelfAttention
@@ -30,6 +33,9 @@ BLOCKS: dict[str, type[Block]] = {
     "lru": LRU,
     "s4d": S4D,
     "conv": Conv,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "mlstm": MLSTM,
 }
 
 NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
@@ -65,7 +71,10 @@ def check_block(name: str, options: Mapping[str, Any]) -> None:
 __all__ = [
     "BLOCKS",
     "GAU",
+    "GLA",
+    "HGRN2",
     "LRU",
+    "MLSTM",
     "S4D",
     "AsSelfAttention",
     "Block",
