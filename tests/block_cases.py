@@ -37,6 +37,14 @@ VARIANTS = {  # the default options of each block, and those that take another w
     "gla": [{}, {"num_heads": 2, "gate_rank": 3, "gate_temperature": 1.0, "gate_bias": 2.0}],
     "hgrn2": [{}, {"num_heads": 2, "lower_bound": 0.5, "gate_bias": -1.0}],
     "mlstm": [{}, {"num_heads": 3, "expand": 1.5, "conv_width": 1, "projection_width": 6}],
+    "delta_net": [{}, {"num_heads": 2, "conv_width": 1, "negative_eigenvalues": True}],
+    "gated_delta_net": [
+        {},
+        {"num_heads": 4, "num_key_heads": 2, "expand_k": 0.5, "expand": 1.0, "conv_width": 3, "dt_max": 1.0},
+        {"num_heads": 1, "conv_width": 2, "negative_eigenvalues": True},
+    ],
+    "kda": [{}, {"num_heads": 2, "conv_width": 2, "negative_eigenvalues": True, "dt_max": 1.0}],
+    "rwkv7": [{}, {"num_heads": 1, "depth": 0.0}],
 }
 D = 16
 CASES = [

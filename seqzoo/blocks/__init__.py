@@ -10,14 +10,18 @@ from ..messages import unknown
 from ..valid import Range, check_options
 from .base import Block, State, upgraded
 from .conv import Conv
+from .delta_net import DeltaNet
+from .gated_delta_net import GatedDeltaNet
 from .gau import GAU
 from .gla import GLA
 from .hgrn2 import HGRN2
+from .kda import KDA
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
 from .mlstm import MLSTM
 from .performer import Performer
+from .rwkv7 import RWKV7
 from .s4d import S4D
 from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
@@ -36,6 +40,10 @@ BLOCKS: dict[str, type[Block]] = {
     "gla": GLA,
     "hgrn2": HGRN2,
     "mlstm": MLSTM,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "kda": KDA,
+    "rwkv7": RWKV7,
 }
 
 NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
@@ -73,12 +81,16 @@ __all__ = [
     "GAU",
     "GLA",
     "HGRN2",
+    "KDA",
     "LRU",
     "MLSTM",
+    "RWKV7",
     "S4D",
     "AsSelfAttention",
     "Block",
     "Conv",
+    "DeltaNet",
+    "GatedDeltaNet",
     "LinearAttention",
     "Performer",
     "SoftmaxAttention",

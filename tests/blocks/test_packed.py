@@ -16,7 +16,16 @@ from seqzoo.kernels import backends
 LENGTHS = (5, 0, 37, 1, 64, 90, 2)
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)
 T = int(STARTS[-1])
-SHARING_CHUNKS = ("linear_attention", "gla", "hgrn2", "mlstm")  # with others: what is not finite may reach those
+SHARING_CHUNKS = (  # with others: what is not finite may reach those
+    "linear_attention",
+    "gla",
+    "hgrn2",
+    "mlstm",
+    "delta_net",
+    "gated_delta_net",
+    "kda",
+    "rwkv7",
+)
 streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
 
 
