@@ -1,4 +1,4 @@
-"""DeltaNet, Gated DeltaNet and KDA beside the layers of transformers and the recurrences of fla, in double precision."""
+"""DeltaNet, Gated DeltaNet and KDA beside layers of transformers and recurrences of fla, in double precision."""
 
 from __future__ import annotations
 

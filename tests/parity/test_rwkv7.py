@@ -93,7 +93,7 @@ def test_layer_of_rwkv7_hf(double, record_parity):
 
 @torch.no_grad()
 def test_values_of_the_first_layer_are_left_out(double):
-    """Later layers add them: the block is such a layer where they are its own values, and another where they are not."""
+    """Later layers add them: the block is such a layer where they are its own values, and no other."""
     torch.manual_seed(0)
     original = layer(1)
     block, x = same(original), torch.randn(B, T, D, dtype=torch.float64)
