@@ -16,9 +16,13 @@ from .hgrn2 import HGRN2
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
+from .mamba import Mamba
+from .min_gru import MinGRU
 from .mlstm import MLSTM
 from .performer import Performer
+from .rg_lru import RGLRU
 from .s4d import S4D
+from .s5 import S5
 from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
 from .vq_attention import VQAttention
@@ -36,6 +40,10 @@ BLOCKS: dict[str, type[Block]] = {
     "gla": GLA,
     "hgrn2": HGRN2,
     "mlstm": MLSTM,
+    "min_gru": MinGRU,
+    "rg_lru": RGLRU,
+    "s5": S5,
+    "mamba": Mamba,
 }
 
 NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
@@ -75,11 +83,15 @@ __all__ = [
     "HGRN2",
     "LRU",
     "MLSTM",
+    "RGLRU",
     "S4D",
+    "S5",
     "AsSelfAttention",
     "Block",
     "Conv",
     "LinearAttention",
+    "Mamba",
+    "MinGRU",
     "Performer",
     "SoftmaxAttention",
     "State",

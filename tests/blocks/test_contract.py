@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ OPERATIONS = (
     "favor_attention",
     "gated_attention",
     "linear_attention",
+    "selective_scan",
     "vq_attention",
 )
 streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
@@ -230,14 +232,15 @@ def test_backends_agree(name, options, causal, monkeypatch):
     """The block on every operation's float64 reference against itself in single precision."""
     import importlib
 
-    module = importlib.import_module(type(make(name, options, causal)).__module__)
+    kinds = type(make(name, options, causal)).__mro__
+    modules = [importlib.import_module(kind.__module__) for kind in kinds]
     x = sequences(2, 70)
     lengths = torch.tensor([70, 33])
     block = make(name, options, causal)
     fast = copy.deepcopy(block).float()
     actual = fast(x.float(), lengths=lengths)
     actual_gradients = parameter_gradients(fast, actual)
-    for operation in OPERATIONS:
+    for module, operation in product(dict.fromkeys(modules), OPERATIONS):
         if hasattr(module, operation) and callable(original := getattr(module, operation)):
             monkeypatch.setattr(module, operation, lambda *a, f=original, **k: f(*a, **k, backend="reference"))
     expected = block(x, lengths=lengths)
