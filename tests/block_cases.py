@@ -37,6 +37,10 @@ VARIANTS = {  # the default options of each block, and those that take another w
     "gla": [{}, {"num_heads": 2, "gate_rank": 3, "gate_temperature": 1.0, "gate_bias": 2.0}],
     "hgrn2": [{}, {"num_heads": 2, "lower_bound": 0.5, "gate_bias": -1.0}],
     "mlstm": [{}, {"num_heads": 3, "expand": 1.5, "conv_width": 1, "projection_width": 6}],
+    "min_gru": [{}, {"cell": "lstm", "expand": 1.5, "gate_bias": -1.0}],
+    "rg_lru": [{}, {"state_dim": 12, "num_heads": 3, "conv_width": 2, "r_min": 0.5}],
+    "s5": [{}, {"state_dim": 12, "num_blocks": 3, "discretization": "bilinear", "dt_max": 1.0, "dropout": 0.5}],
+    "mamba": [{"state_dim": 4}, {"state_dim": 3, "expand": 1, "dt_rank": 2, "conv_width": 1, "dt_max": 1.0}],
     "delta_net": [{}, {"num_heads": 2, "conv_width": 1, "negative_eigenvalues": True}],
     "gated_delta_net": [
         {},

@@ -115,6 +115,10 @@ def test_the_formulas_of_states_hold():
         "lru": {"state_dim": 10},
         "s4d": {"state_dim": 6},
         "conv": {"width": 8},
+        "min_gru": {"expand": 1.5},
+        "rg_lru": {"state_dim": 12, "conv_width": 3},
+        "s5": {"state_dim": 24},
+        "mamba": {"state_dim": 6, "expand": 1.5, "conv_width": 3},
     }
     rows = table(ROOT / "docs" / "blocks.md", "block")
     assert {re.match(r"`(\w+)`", row[0])[1] for row in rows} == set(BLOCKS)

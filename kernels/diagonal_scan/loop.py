@@ -2,21 +2,14 @@
 
 Sequences, the rows of a batch or documents in one, lie one behind the other in [steps, channels]. Work is cut into
 items, a sequence times a block of channels, which are independent: threads share them out, and results are the same
-whatever their number. The threads are Python's own, running compiled code that holds no lock,
-so that concurrent callers (autograd's threads among them) and forked processes are safe: Numba's own threading layers
-do not all allow both.
+whatever their number.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -24,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ..common import check_lengths
+from ..compiled import Sequences, array, compiled, in_threads, rows, sequences
 
 MIN_BLOCK = 32  # channels: narrower blocks waste vector width and cache lines
 MIN_WORK = 1 << 18  # elements: a thread is woken for as much, about 0.1 ms
@@ -52,17 +45,17 @@ def scan(
             "number, as its gradient is made from what it multiplied"
         )
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sequences = _sequences(x, lengths, starts)
-    state = x.new_zeros(len(sequences.lengths), x.shape[2])
+    ends = sequences("diagonal_scan", x, lengths, starts)
+    state = x.new_zeros(len(ends.lengths), x.shape[2])
     if initial_state is not None:
         state.copy_(initial_state)
     _in_parallel(
         _scan_items,
-        *(x.shape[2], sequences),
-        _rows(x),
-        _rows(a if a.dim() == 3 else a[None, None]),  # [B T, D] or [1, D]
-        None if factor is None else _array(factor),
-        *sequences,
+        *(x.shape[2], ends),
+        rows(x),
+        rows(a if a.dim() == 3 else a[None, None]),  # [B T, D] or [1, D]
+        None if factor is None else array(factor),
+        *ends,
         reverse,
         h.flatten(0, 1).numpy(),
         state.numpy(),
@@ -82,8 +75,8 @@ def scan_backward(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `doubling.scan_backward`."""
-    D, sequences = h.shape[2], _sequences(h, lengths, starts)
-    R = len(sequences.lengths)
+    D, ends = h.shape[2], sequences("diagonal_scan", h, lengths, starts)
+    R = len(ends.lengths)
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     constant = a.dim() == 1
     da = a.new_zeros(R, D) if constant else a.new_empty(h.shape)
@@ -92,13 +85,13 @@ def scan_backward(
     initial = h.new_zeros(R, D) if initial_state is None else initial_state
     _in_parallel(
         _constant_backward_items if constant else _varying_backward_items,
-        *(D, sequences),
-        _rows(dh),
-        _rows(h),
-        _array(a) if constant else _rows(a),
-        None if factor is None else _array(factor),
-        _array(initial),
-        *sequences,
+        *(D, ends),
+        rows(dh),
+        rows(h),
+        array(a) if constant else rows(a),
+        None if factor is None else array(factor),
+        array(initial),
+        *ends,
         reverse,
         dx.flatten(0, 1).numpy(),
         (da if constant else da.flatten(0, 1)).numpy(),
@@ -110,37 +103,10 @@ def scan_backward(
     return dx, da.sum(0) if constant else da, d_initial, d_factor
 
 
-def _array(x: Tensor) -> np.ndarray:
-    return x.detach().resolve_conj().resolve_neg().contiguous().numpy()
-
-
-def _rows(x: Tensor) -> np.ndarray:
-    """[B, T, D] -> [B T, D]."""
-    return _array(x).reshape(-1, x.shape[-1])
-
-
-class _Sequences(NamedTuple):
-    starts: np.ndarray  # int64 [R + 1], the first step of each, and where all end
-    lengths: np.ndarray  # int64 [R]; behind them is padding, up to the next one
-
-
-def _sequences(x: Tensor, lengths: Tensor | None, starts: Tensor | None) -> _Sequences:
-    B, T, _ = x.shape
-    if starts is not None:
-        return _Sequences(_array(starts), np.diff(_array(starts)))
-    checked = check_lengths("diagonal_scan", lengths, B, T)
-    return _Sequences(np.arange(B + 1) * T, np.full(B, T) if checked is None else _array(checked))
-
-
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "diagonal_scan")
-
-
-def _in_parallel(items: Callable[..., None], D: int, sequences: _Sequences, *arguments: Any) -> None:
+def _in_parallel(items: Callable[..., None], D: int, ends: Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, block, *arguments) on parts of the R * (blocks of channels) items there are."""
-    starts = sequences.starts
-    steps, R = int(starts[-1]), len(sequences.lengths)
+    starts = ends.starts
+    steps, R = int(starts[-1]), len(ends.lengths)
     threads = max(1, min(torch.get_num_threads(), steps * D // MIN_WORK))
     block, count, shares = max(1, D), R if D else 0, []
     if threads > 1:
@@ -150,19 +116,7 @@ def _in_parallel(items: Callable[..., None], D: int, sequences: _Sequences, *arg
         count = R * blocks
         places = np.interp(np.arange(count), np.arange(R + 1) * blocks, starts)  # of items, as if time were cut too
         shares = np.searchsorted(places, [steps * i / threads for i in range(1, threads)]).tolist()
-    parts = list(pairwise([0, *shares, count]))
-    # A forked process has none of its parent's threads and needs a pool of its own.
-    others = [_pool(os.getpid()).submit(items, *part, block, *arguments) for part in parts[1:]]
-    items(*parts[0], block, *arguments)
-    for other in others:
-        other.result()
-
-
-def _compile(function: Callable[..., None]) -> Callable[..., None]:
-    try:
-        return numba.njit(function, nogil=True, cache=True)
-    except RuntimeError:  # nowhere to write a cache
-        return numba.njit(function, nogil=True)
+    in_threads(items, [*shares, count], block, *arguments)
 
 
 def _declare_prefetch(context, array, byte):
@@ -188,7 +142,7 @@ _prefetch: Any = intrinsic(_declare_prefetch)
 # foresees memory that is read upwards, not a row below the last one.
 
 
-@_compile
+@compiled
 def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, state):
     D = x.shape[1]
     blocks = -(-D // block)
@@ -220,7 +174,7 @@ def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, s
         h[begin + n : end, channels] = 0
 
 
-@_compile
+@compiled
 def _constant_backward_items(
     start, stop, block, dh, h, a, factor, initial, starts, lengths, reverse, dx, da, d_factor, d_state
 ):
@@ -269,7 +223,7 @@ def _constant_backward_items(
             d_factor[b, channels] = (df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real
 
 
-@_compile
+@compiled
 def _varying_backward_items(
     start, stop, block, dh, h, a, factor, initial, starts, lengths, reverse, dx, da, d_factor, d_state
 ):

@@ -19,10 +19,14 @@ from .kda import KDA
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
+from .mamba import Mamba
+from .min_gru import MinGRU
 from .mlstm import MLSTM
 from .performer import Performer
+from .rg_lru import RGLRU
 from .rwkv7 import RWKV7
 from .s4d import S4D
+from .s5 import S5
 from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
 from .vq_attention import VQAttention
@@ -40,6 +44,10 @@ BLOCKS: dict[str, type[Block]] = {
     "gla": GLA,
     "hgrn2": HGRN2,
     "mlstm": MLSTM,
+    "min_gru": MinGRU,
+    "rg_lru": RGLRU,
+    "s5": S5,
+    "mamba": Mamba,
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
     "kda": KDA,
@@ -84,14 +92,18 @@ __all__ = [
     "KDA",
     "LRU",
     "MLSTM",
+    "RGLRU",
     "RWKV7",
     "S4D",
+    "S5",
     "AsSelfAttention",
     "Block",
     "Conv",
     "DeltaNet",
     "GatedDeltaNet",
     "LinearAttention",
+    "Mamba",
+    "MinGRU",
     "Performer",
     "SoftmaxAttention",
     "State",

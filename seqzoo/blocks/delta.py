@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ class DeltaBlock(Block):
         q, k, beta = (ways.doubled(y) for y in (q * self.key_dim**-0.5, k, beta))
         log_decay = None if log_decay is None else ways.doubled(log_decay)
 
-        def remember(v: Tensor) -> tuple[Tensor, Tensor | None]:
+        def remember(v: Tensor) -> Any:
             o = delta_rule(
                 q,
                 k,
@@ -104,11 +104,11 @@ class DeltaBlock(Block):
                 lengths=ways.lengths,
                 cu_seqlens=starts_of(ways.documents),
             )
-            o, memory = (o, None) if state is None else o
-            return ways.summed(o), memory
+            return ways.summed(o) if state is None else o
 
-        o, memory = self.over_time(remember, v.unflatten(-1, (self.num_heads, -1)))
+        o = self.over_time(remember, v.unflatten(-1, (self.num_heads, -1)))
         if state is not None:
+            o, memory = o
             state = DeltaState(memory, inputs, advance(state.position, x, lengths, documents))
         o = self.norm(o).flatten(2)
         return self.out_proj(o if gate is None else o * gate), state

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,13 +110,14 @@ class RWKV7(Block):
         gates = {"r": r, "k": k, "kappa": kappa, "a": a, "log_decay": log_decay}
         gates = {name: ways.doubled(y) for name, y in gates.items()}
 
-        def remember(v: Tensor) -> tuple[Tensor, Tensor | None]:
-            memory = None if state is None else state.memory
-            o, memory = rwkv7(v=ways.doubled(v), **gates, before=memory, lengths=ways.lengths, documents=ways.documents)
-            return ways.summed(o), memory
+        def remember(v: Tensor) -> Any:
+            before = None if state is None else state.memory
+            o = rwkv7(v=ways.doubled(v), **gates, before=before, lengths=ways.lengths, documents=ways.documents)
+            return ways.summed(o) if state is None else o
 
-        o, memory = self.over_time(remember, v)
+        o = self.over_time(remember, v)
         if state is not None:
+            o, memory = o
             state = RWKV7State(memory, previous, advance(state.position, x, lengths, documents))
         o = F.layer_norm(o, o.shape[-1:], eps=NORM_EPS * self.head_dim).flatten(2) * self.norm_weight + self.norm_bias
         present = (r * k * self.r_k.view(self.num_heads, -1)).sum(-1, keepdim=True) * v
@@ -133,7 +134,7 @@ def rwkv7(
     before: Tensor | None = None,
     lengths: Tensor | None = None,
     documents: Documents | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Any:
     """o_t = S_tᵀ r_t of S_t = diag(w_t) S_{t-1} - (a_t ∘ κ_t) (S_{t-1}ᵀ κ_t)ᵀ + k_t v_tᵀ.
 
     Each step is two of `delta_rule`: one decays, and erases what the memory ahead of it says of κ, which of the decayed
@@ -143,12 +144,12 @@ def rwkv7(
         r, k, kappa, a: [B, T, H, Dk].
         v: [B, T, H, Dv].
         log_decay: log w, finite, [B, T, H, Dk].
-        before: S_0 [B, H, Dk, Dv]; None is nothing, and then none is returned.
+        before: S_0 [B, H, Dk, Dv]; None is nothing.
         lengths: int64 [B], the valid steps of each sequence.
         documents: in place of `lengths`, with B = 1; memories have a row for each.
 
     Returns:
-        o [B, T, H, Dv], zero past `lengths`, and the memory after the last valid step.
+        o [B, T, H, Dv], zero past `lengths`; with `before`, (o, the memory after the last valid step).
     """
     starts = starts_of(documents)
     o = delta_rule(
@@ -163,8 +164,7 @@ def rwkv7(
         lengths=None if lengths is None else 2 * lengths,
         cu_seqlens=None if starts is None else 2 * starts,
     )
-    o, after = (o, None) if before is None else o
-    return o[:, 1::2], after
+    return o[:, 1::2] if before is None else (o[0][:, 1::2], o[1])
 
 
 def _halves(first: Tensor, second: Tensor) -> Tensor:

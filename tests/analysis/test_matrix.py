@@ -118,6 +118,62 @@ def lru(block, x, mask, lengths):
     return gain(lambda direction, lag: (C[direction] * lam**lag @ B).real, x, mask, len(C))
 
 
+def s5(block, x, mask, lengths):
+    """J = 2 Re(C diag(λ^|t-s| (λ - 1) / Λ) B), C of the direction, both at t = s."""
+    Lambda = torch.complex(-block.dynamics.log_neg_real.exp(), block.dynamics.imag)
+    lam = (Lambda * block.dynamics.log_dt.exp()).exp()
+    B = ((lam - 1) / Lambda)[:, None] * torch.complex(block.in_proj.weight[::2], block.in_proj.weight[1::2])
+    readers = [block.out_proj] if block.causal else [block.out_proj, block.out_proj_reverse]
+    C = [torch.complex(layer.weight[:, ::2], -layer.weight[:, 1::2]) for layer in readers]
+    return gain(lambda direction, lag: 2 * (C[direction] * lam**lag @ B).real, x, mask, len(C))
+
+
+def decayed(a, first, last, causal):
+    """Weights of what each step writes, [B, T, E], by the decays a [B, T, E] on its way: [B, E, T, T]."""
+    B, T, E = a.shape
+    J = torch.zeros(B, E, T, T, dtype=a.dtype)
+    for t in range(T):
+        for s in range(T):
+            if s <= t:
+                J[:, :, t, s] += a[:, s + 1 : t + 1].prod(1) * first[:, s]
+            if s >= t and not causal:
+                J[:, :, t, s] += a[:, t:s].prod(1) * last[:, s]
+    return J
+
+
+def min_gru(block, x, mask, lengths):
+    z = block.gate_proj(x).sigmoid()
+    return torch.where(mask, decayed(1 - z, z, z, block.causal), 0)
+
+
+def rg_lru(block, x, mask, lengths):
+    """At the step that a direction takes first, the root is 1."""
+    n = torch.full((3,), T) if lengths is None else lengths
+    x = torch.where((torch.arange(T) < n[:, None])[..., None], x, 0)
+    u = block.in_proj(x)
+    u = block.conv(torch.where((torch.arange(T) < n[:, None])[..., None], u, 0), None, None)[0]
+    r = (torch.einsum("bthi,hio->btho", u.unflatten(-1, (4, -1)), block.recurrence_gate.weight)).flatten(2).sigmoid()
+    a = (-8 * r * F.softplus(block.dynamics.Lambda)).exp()
+    first, last = ((1 - a**2).sqrt() for _ in range(2))
+    first[:, 0] = 1
+    last[torch.arange(3), n - 1] = 1
+    return torch.where(mask, decayed(a, first, last, block.causal), 0)
+
+
+def mamba(block, x, mask, lengths):
+    n = torch.full((3,), T) if lengths is None else lengths
+    u = block.in_proj(torch.where((torch.arange(T) < n[:, None])[..., None], x, 0))[..., : 2 * D]
+    u = F.silu(block.conv(u, None, None)[0])
+    low, B, C = block.x_proj(u).split((1, 3, 3), -1)
+    dt = F.softplus(block.dt_proj(low) + block.dynamics.dt_bias)
+    J = torch.zeros(3, 2 * D, T, T, dtype=x.dtype)
+    for k in range(3):
+        ones = torch.ones_like(dt)
+        a = (-dt * block.dynamics.A_log.exp()[:, k]).exp()
+        J += decayed(a, ones, ones, block.causal) * (C[:, :, None, k] * B[:, None, :, k])[:, None]
+    return torch.where(mask, J, 0)
+
+
 def s4d(block, x, mask, lengths):
     """J = diag(Re Σ_p C_p exp(step_p)^|t-s|), one lag less for what follows a step."""
     A = torch.complex(-block.dynamics.log_neg_real.exp(), block.dynamics.imag)
@@ -280,6 +336,10 @@ CASES = {
     "gla": (gla, "gla", {}),
     "hgrn2": (hgrn2, "hgrn2", {"lower_bound": 0.3}),
     "mlstm": (mlstm, "mlstm", {}),
+    "s5": (s5, "s5", {}),
+    "min_gru": (min_gru, "min_gru", {}),
+    "rg_lru": (rg_lru, "rg_lru", {}),
+    "mamba": (mamba, "mamba", {"state_dim": 3}),
     "delta_net": (delta_net, "delta_net", {"num_heads": 2}),
     "gated_delta_net": (gated_delta_net, "gated_delta_net", {"num_key_heads": 2, "expand_k": 1.0, "dt_max": 2.0}),
     "kda": (kda, "kda", {"num_heads": 2, "dt_max": 2.0}),
@@ -303,7 +363,7 @@ def test_is_the_equation(case, causal, lengths):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("lru", "s4d", "conv")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("lru", "s4d", "conv", "s5")])
 @torch.no_grad()
 def test_moves_the_values_as_the_block_does(case, causal):
     _, name, options = CASES[case]
@@ -322,7 +382,7 @@ def test_moves_the_values_as_the_block_does(case, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("name", ["lru", "s4d"])
+@pytest.mark.parametrize("name", ["lru", "s4d", "s5"])
 def test_of_a_convolution_is_the_size_of_its_jacobian(name, causal):
     block, x = make(name, causal), inputs()[:1]
     block.gate = torch.nn.Identity()

@@ -117,8 +117,7 @@ def test_gates_of_any_size_are_as_exact_as_small_ones(size, dtype):
 def test_large_gates_over_many_calls_are_as_in_one(dtype):
     """A thousand calls of a step, with m near 90: each rounds it, and what it scales is told."""
     inputs = {name: y.to(dtype) for name, y in large(1000, 2.0).items()}
-    inputs["i"] = inputs["i"] + 90
-    inputs["f"] = inputs["f"].abs() + 4
+    inputs |= {"q": inputs["q"].abs(), "k": inputs["k"].abs(), "i": inputs["i"] + 90, "f": inputs["f"].abs() + 4}
     expected = memory(**{name: y.double() for name, y in inputs.items()})
     state = Memory(torch.zeros(2, 2, 5, 6, dtype=dtype), torch.zeros(2, 2, dtype=dtype))
     outputs = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from importlib.metadata import version
 
@@ -91,7 +92,7 @@ def test_what_xlstm_adds_to_divisors_is_seen():
     original, block = layers(eps=1e-6)
     x = torch.randn(B, T, D, dtype=torch.float64)
     whole, _ = relative_error(block(x), original(x))
-    assert 1e-9 < whole < 1e-3
+    assert 1e-11 < whole < 1e-3
 
 
 @pytest.fixture
@@ -114,23 +115,23 @@ def test_chunks_of_transformers(size, of_transformers, record_parity):
     v = torch.randn(B, 128, H, 12, dtype=torch.float64)
     i, f = size * torch.randn(B, 128, H, dtype=torch.float64), 3 * torch.randn(B, 128, H, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v, i, f)]
-    C, n, m = torch.randn(B, H, 6, 12).double(), torch.randn(B, H, 6).double(), torch.randn(B, H).double()
-    expected, (theirs_C, theirs_n, theirs_m) = of_transformers.mlstm_chunkwise_native_autograd(
-        *(x.transpose(1, 2).contiguous() for x in inputs), C, n, m[..., None], return_last_states=True, eps=0.0
+    memory, m = torch.randn(B, H, 6, 13, dtype=torch.float64), torch.randn(B, H, dtype=torch.float64)
+    expected, (*parts, theirs_m) = of_transformers.mlstm_chunkwise_native_autograd(
+        *(x.transpose(1, 2).contiguous() for x in inputs),
+        memory[..., :-1],
+        memory[..., -1],
+        m[..., None],
+        return_last_states=True,
+        eps=0.0,
     )
-    expected = expected.transpose(1, 2)
-    h, after = mlstm(*inputs, before=Memory(torch.cat([C, n[..., None]], -1), m))
+    root = math.sqrt(6)  # of the keys' width, by which they divide queries and we keys
+    h, after = mlstm(*inputs, before=Memory(memory / root, m))
     w = torch.randn_like(h)
-    pairs = [(h, expected)]
-    pairs += zip(*(torch.autograd.grad(y, inputs, w, retain_graph=True) for y in (h, expected)), strict=True)
-    whole = [
-        torch.cat([C, n[..., None]], -1) * m[..., None, None].exp()
-        for C, n, m in [  # without scaling
-            (theirs_C, theirs_n, theirs_m[..., 0]),
-            (after.memory[..., :-1], after.memory[..., -1], after.largest),
-        ]
-    ]
-    for actual, target in [*pairs, tuple(reversed(whole))]:
+    pairs = [(h, expected.transpose(1, 2))]
+    pairs += zip(*(torch.autograd.grad(y, inputs, w, retain_graph=True) for y in pairs[0]), strict=True)
+    theirs = torch.cat([parts[0], parts[1][..., None]], -1)
+    pairs.append((after.memory * root * (after.largest - theirs_m[..., 0]).exp()[..., None, None], theirs))
+    for actual, target in pairs:
         assert_close(actual, target, 1e-11)
     error = max(relative_error(*pair)[0] for pair in pairs)
     original = "mlstm_chunkwise_native_autograd of transformers, its divisors' 1e-6 left out"
