@@ -83,8 +83,9 @@ class _Chunks(NamedTuple):
         return y if self.pieces is None else self.pieces.take_up(y)
 
     def read(self, x: Tensor, at: slice, H: int, dtype: torch.dtype) -> Tensor:
-        """The chunks `at` of [B, T, H or G, D], one behind the other: [M, C, D], M = n B H."""
-        x, steps = x[:, at.start * self.C : at.stop * self.C].to(dtype), (at.stop - at.start) * self.C
+        """The chunks `at` of [B, T, H or G, D] or [B, T, H], one behind the other: [M, C, D or 1], M = n B H."""
+        x, steps = x if x.dim() == 4 else x[..., None], (at.stop - at.start) * self.C
+        x = x[:, at.start * self.C : at.stop * self.C].to(dtype)
         if x.shape[1] < steps:
             x = F.pad(x, (0, 0, 0, 0, 0, steps - x.shape[1]))
         x = x.unflatten(1, (-1, self.C)).permute(1, 0, 3, 2, 4)  # [n, B, H or G, C, D]
@@ -93,9 +94,9 @@ class _Chunks(NamedTuple):
         return x.reshape(-1, *x.shape[-2:])
 
     def write(self, into: Tensor, at: slice, y: Tensor) -> None:
-        """To [B, T, H or G, D] what `read` would read, the sum of heads that read the same."""
-        B, _, G, D = into.shape
-        y = y.view(at.stop - at.start, B, G, -1, self.C, D)
+        """To its place what `read` would read, the sum of heads that read the same."""
+        into = into if into.dim() == 4 else into[..., None]
+        y = y.view(at.stop - at.start, into.shape[0], into.shape[2], -1, self.C, into.shape[3])
         y = (y[:, :, :, 0] if y.shape[3] == 1 else y.sum(3)).permute(1, 0, 3, 2, 4)  # [B, n, C, G, D]
         into = into[:, at.start * self.C : at.stop * self.C]
         if into.shape[1] == y.shape[1] * self.C:
@@ -133,13 +134,13 @@ class _Slab(NamedTuple):
         def read(x: Tensor) -> Tensor:
             return chunks.read(x, at, v.shape[2], dtype)
 
-        k_, v_, beta_ = read(k), read(v), read(beta[..., None])
+        k_, v_, beta_ = read(k), read(v), read(beta)
         x = torch.stack([read(q), beta_ * k_ if erase is None else read(erase)], 2).flatten(1, 2)
         if log_decay is None:
             without = PerHead.none(k_)
             return cls(x, k_, v_, beta_, without, without.pairs(x, k_), x, k_, None)
         decays: PerHead | PerChannel
-        decays = PerHead.of(read(log_decay[..., None])) if log_decay.dim() == 3 else PerChannel.of(read(log_decay))
+        decays = PerHead.of(read(log_decay)) if log_decay.dim() == 3 else PerChannel.of(read(log_decay))
         x_through = (x.unflatten(1, (-1, 2)) * decays.through[:, :, None]).flatten(1, 2)
         total = decays.through[:, -1:].mT
         return cls(x, k_, v_, beta_, decays, decays.pairs(x, k_), x_through, k_ * decays.after, total)
@@ -217,9 +218,7 @@ def gradients(
     (B, T, H, Dv), Dk, dtype = v.shape, k.shape[3], first.dtype
     chunks, R = _Chunks.of(T, starts), B * H
     do, *laid_out = (chunks.lay_out(x) for x in (do, q, k, v, beta, log_decay, erase))
-    made = [
-        x.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in laid_out
-    ]
+    made = [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in laid_out]
     ending, anew = _endings(d_last, chunks.pieces)
     D, reached = anew[-1], []
     with _exactly(q):
@@ -248,7 +247,7 @@ def gradients(
         firsts = torch.stack(reached[::-1]).index_select(0, chunks.pieces.before[:-1].clamp(max=chunks.N - 1))
         empty = (chunks.pieces.documents.lengths == 0).view(-1, 1, 1, 1)
         d_first = torch.where(empty, d_last, firsts)
-    return *(y if y.dim() == 1 else chunks.take_up(y) for y in made), d_first
+    return *(chunks.take_up(y) if y.dim() > 1 else y for y in made), d_first
 
 
 def _endings(d_last: Tensor, pieces: Pieces | None) -> tuple[Tensor | None, Tensor]:

@@ -49,12 +49,13 @@ class PerHead(NamedTuple):
         return torch.bmm(d_products, k), torch.bmm(d_products.mT, x), inner
 
     def log_gradient(self, inner: Tensor, through: Tensor, after: Tensor, total: Tensor) -> Tensor:
-        """[M, C, 1], of each log decay, given the gradients of the logarithms of `through`, `after` and the last
-        `through`, what a state has gone through in the whole chunk [M, 1, 1]."""
+        """[M, C, 1], of each log decay, given by channels the gradients of the logarithms of `through`, of `after`, and
+        of the last `through`, what a state goes through in the whole chunk [M, 1, Dk]."""
         # A step's decay is in all pairs of a key before it and a query that is not.
         crossing = inner.cumsum(-1).tril_(-1).sum(1)[:, :-1, None]
-        dg = through.flip(1).cumsum(1).flip(1).add_(total)
-        dg[:, 1:] += crossing.add_(after.cumsum(1)[:, :-1])
+        through, after, total = (x.sum(-1, keepdim=True) for x in (through, after, total))
+        dg = through.flip(1).cumsum(1).flip(1) + total
+        dg[:, 1:] += crossing + after.cumsum(1)[:, :-1]
         return dg
 
 
