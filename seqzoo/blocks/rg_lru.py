@@ -99,10 +99,10 @@ class RGLRU(Block):
         log_a = self.dynamics(self.recurrence_gate(u).to(wide).sigmoid())
         root = _root(-torch.expm1(2 * log_a))
         values = self.input_gate(u).to(wide).sigmoid() * u
-        y, hidden = self.over_time(
-            lambda v: self._recur(v, log_a.exp(), root, state, lengths, documents), values[..., None]
-        )
-        if state is not None and hidden is not None:
+        a = log_a.exp()
+        y = self.over_time(lambda v: self._recur(v, a, root, state, lengths, documents), values[..., None])
+        if state is not None:
+            y, hidden = y
             state = RGLRUState(hidden, after, advance(state.position, x, lengths, documents))
         gate = F.gelu(self.gate_proj(x), approximate="tanh")
         return self.out_proj(gate * y.squeeze(-1).to(gate.dtype)), state
@@ -115,8 +115,8 @@ class RGLRU(Block):
         state: RGLRUState | None,
         lengths: Tensor | None,
         documents: Documents | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """h of v [B, T, N, any], each channel with its a and root [B, T, N], and the last one."""
+    ) -> Any:
+        """h of v [B, T, N, any], each channel with its a and root [B, T, N]; with a state, (h, the last one)."""
         scan = partial(
             diagonal_scan,
             a=a[..., None].expand_as(v).flatten(2),
@@ -127,15 +127,15 @@ class RGLRU(Block):
         def scaled(first: Tensor) -> Tensor:
             return (torch.where(first[..., None], 1, root)[..., None] * v).flatten(2)
 
-        ahead, last = places(v, state, documents), None
+        ahead = places(v, state, documents)
         x = scaled(ahead == 0)
         if state is not None:
             h, last = scan(x, initial_state=state.hidden, output_final_state=True)
-        else:
-            h = scan(x)
+            return h.view_as(v), last
+        h = scan(x)
         if not self.causal:
             h = h + scan(scaled(ahead == _steps(v, lengths, documents) - 1), reverse=True)
-        return h.view_as(v), last
+        return h.view_as(v)
 
 
 def _steps(x: Tensor, lengths: Tensor | None, documents: Documents | None) -> Any:
