@@ -42,7 +42,7 @@ class Config(NamedTuple):
     steps: int  # in a chunk
     state: int  # numbers of the state that a program keeps, at most
     num_warps: int
-    num_stages: int
+    num_stages: int  # chunks on their way at a time; with `channels` there is a loop in each, and 1
 
 
 BLOCKS = Blocks("linear_attention", Path(__file__).with_name("blocks.csv"), Config)
