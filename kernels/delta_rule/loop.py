@@ -194,11 +194,21 @@ def _sum_to_the_end(begin, end, h, behind, C, a, dg):
 # arrays of its own, which the compiler knows not to overlap.
 
 
+@compiled()
+def _take(x, t, h, into):
+    if x.shape[2] > 1:
+        for d in range(x.shape[2]):
+            into[d] = x[t, h, d]
+    else:
+        into[:] = x[t, h, 0]
+
+
 @compiled(fastmath={"contract", "reassoc"})
 def _write(begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states, state):
     Dk, high = q.shape[2], min(low + WIDTH, v.shape[2])
     rows, n, each = Dk + -Dk % 4, high - low, a.shape[2] > 1
-    S, P = np.zeros((rows, WIDTH), q.dtype), np.zeros((rows, 4), q.dtype)
+    S, A, K = np.zeros((rows, WIDTH), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
+    Q, B = np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     U, O, R = np.zeros(WIDTH, q.dtype), np.empty(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype)
     for d in range(Dk):
         for c in range(n):
@@ -213,19 +223,21 @@ def _write(begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states
                 for c in range(n):
                     kept[d, low + c] = S[d, c]
         after = min(t + 1, end - 1)
+        _take(a, t, h, A)
+        _take(k, t, g, K)
+        _take(q, t, g, Q)
         for d in range(Dk):
-            P[d, 0], P[d, 1], P[d, 2] = a[t, h, d * each], k[t, g, d], q[t, g, d]
             x = erase[after, h, d] if len(erase) else beta[after, h, 0] * k[after, g, d]
-            P[d, 3] = a[after, h, d * each] * x
+            B[d] = x * a[after, h, d * each]
         for c in range(n):
             U[c] = beta[t, h, 0] * v[t, h, low + c] - R[c]
         O[:] = 0
         R[:] = 0
         for d in range(0, rows, 4):
-            a0, a1, a2, a3 = P[d, 0], P[d + 1, 0], P[d + 2, 0], P[d + 3, 0]
-            k0, k1, k2, k3 = P[d, 1], P[d + 1, 1], P[d + 2, 1], P[d + 3, 1]
-            q0, q1, q2, q3 = P[d, 2], P[d + 1, 2], P[d + 2, 2], P[d + 3, 2]
-            r0, r1, r2, r3 = P[d, 3], P[d + 1, 3], P[d + 2, 3], P[d + 3, 3]
+            a0, a1, a2, a3 = A[d], A[d + 1], A[d + 2], A[d + 3]
+            k0, k1, k2, k3 = K[d], K[d + 1], K[d + 2], K[d + 3]
+            q0, q1, q2, q3 = Q[d], Q[d + 1], Q[d + 2], Q[d + 3]
+            r0, r1, r2, r3 = B[d], B[d + 1], B[d + 2], B[d + 3]
             for c in range(WIDTH):
                 s0 = a0 * S[d, c] + k0 * U[c]
                 s1 = a1 * S[d + 1, c] + k1 * U[c]
@@ -271,7 +283,8 @@ def _back(
 ):
     Dk, high = q.shape[2], min(low + WIDTH, v.shape[2])
     rows, n, each, zero = Dk + -Dk % 4, high - low, a.shape[2] > 1, q.dtype.type(0)
-    D, P, F = np.zeros((rows, WIDTH), q.dtype), np.zeros((rows, 4), q.dtype), np.zeros(rows, q.dtype)
+    D, A, K = np.zeros((rows, WIDTH), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
+    Q, B, F = np.zeros(rows, q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     U, O, W, R = np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype)
     for c in range(n):
         U[c] = u[end - 1, h, low + c]
@@ -301,19 +314,27 @@ def _back(
         for c in range(WIDTH):
             dw[t - begin, c] = W[c]
         ahead = max(t - 1, begin)
+        change = zero
         for d in range(Dk):
             dk[t, g, d] += F[d] + uo * q[t, g, d]
-            dg[t, h, d * each] -= k[t, g, d] * F[d]
-            P[d, 0], P[d, 1], P[d, 2] = a[t, h, d * each], k[ahead, g, d], q[t, g, d]
-            P[d, 3] = erase[t, h, d] if len(erase) else b * k[t, g, d]
+            B[d] = erase[t, h, d] if len(erase) else b * k[t, g, d]
+            if each:
+                dg[t, h, d] -= k[t, g, d] * F[d]
+            else:
+                change -= k[t, g, d] * F[d]
+        if not each:
+            dg[t, h, 0] += change
+        _take(a, t, h, A)
+        _take(q, t, g, Q)
+        _take(k, ahead, g, K)
         for c in range(n):
             U[c] = u[ahead, h, low + c]
         R[:] = 0
         for d in range(0, rows, 4):
-            a0, a1, a2, a3 = P[d, 0], P[d + 1, 0], P[d + 2, 0], P[d + 3, 0]
-            k0, k1, k2, k3 = P[d, 1], P[d + 1, 1], P[d + 2, 1], P[d + 3, 1]
-            q0, q1, q2, q3 = P[d, 2], P[d + 1, 2], P[d + 2, 2], P[d + 3, 2]
-            r0, r1, r2, r3 = P[d, 3], P[d + 1, 3], P[d + 2, 3], P[d + 3, 3]
+            a0, a1, a2, a3 = A[d], A[d + 1], A[d + 2], A[d + 3]
+            k0, k1, k2, k3 = K[d], K[d + 1], K[d + 2], K[d + 3]
+            q0, q1, q2, q3 = Q[d], Q[d + 1], Q[d + 2], Q[d + 3]
+            r0, r1, r2, r3 = B[d], B[d + 1], B[d + 2], B[d + 3]
             f0, f1, f2, f3 = zero, zero, zero, zero
             for c in range(WIDTH):
                 s0 = a0 * (D[d, c] + q0 * O[c] - r0 * W[c])
@@ -336,22 +357,22 @@ def _back(
 def _forth(begin, end, g, h, low, q, k, beta, a, erase, first, u, do, dw, dq, dg, dr, own_dr):
     Dk, high = q.shape[2], min(low + WIDTH, u.shape[2])
     rows, n, each, zero = Dk + -Dk % 4, high - low, a.shape[2] > 1, q.dtype.type(0)
-    S, P = np.zeros((rows, WIDTH), q.dtype), np.zeros((rows, 2), q.dtype)
+    S, A, K = np.zeros((rows, WIDTH), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     E, F = np.empty(rows, q.dtype), np.empty(rows, q.dtype)
     U, O, W = np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype)
     for d in range(Dk):
         for c in range(n):
             S[d, c] = first[d, low + c]
     for t in range(begin, end):
-        for d in range(Dk):
-            P[d, 0], P[d, 1] = a[t, h, d * each], k[t, g, d]
+        _take(a, t, h, A)
+        _take(k, t, g, K)
         uo = zero
         for c in range(n):
             U[c], O[c], W[c] = u[t, h, low + c], do[t, h, low + c], dw[t - begin, c]
             uo += U[c] * O[c]
         for d in range(0, rows, 4):
-            a0, a1, a2, a3 = P[d, 0], P[d + 1, 0], P[d + 2, 0], P[d + 3, 0]
-            k0, k1, k2, k3 = P[d, 1], P[d + 1, 1], P[d + 2, 1], P[d + 3, 1]
+            a0, a1, a2, a3 = A[d], A[d + 1], A[d + 2], A[d + 3]
+            k0, k1, k2, k3 = K[d], K[d + 1], K[d + 2], K[d + 3]
             e0, e1, e2, e3 = zero, zero, zero, zero
             f0, f1, f2, f3 = zero, zero, zero, zero
             for c in range(WIDTH):
@@ -370,11 +391,17 @@ def _forth(begin, end, g, h, low, q, k, beta, a, erase, first, u, do, dw, dq, dg
                 S[d + 3, c] = s3 + k3 * U[c]
             E[d], E[d + 1], E[d + 2], E[d + 3] = e0, e1, e2, e3
             F[d], F[d + 1], F[d + 2], F[d + 3] = f0, f1, f2, f3
+        change = zero
         for d in range(Dk):
             dq[t, g, d] += E[d] + uo * k[t, g, d]
             r = erase[t, h, d] if len(erase) else beta[t, h, 0] * k[t, g, d]
-            dg[t, h, d * each] += q[t, g, d] * E[d] - r * F[d]
             if len(erase):
                 dr[t, h, d] -= F[d]
             else:
                 own_dr[t - begin, d] -= F[d]
+            if each:
+                dg[t, h, d] += q[t, g, d] * E[d] - r * F[d]
+            else:
+                change += q[t, g, d] * E[d] - r * F[d]
+        if not each:
+            dg[t, h, 0] += change

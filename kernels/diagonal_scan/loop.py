@@ -2,33 +2,22 @@
 
 Sequences, the rows of a batch or documents in one, lie one behind the other in [steps, channels]. Work is cut into
 items, a sequence times a block of channels, which are independent: threads share them out, and results are the same
-whatever their number. The threads are Python's own, running compiled code that holds no lock,
-so that concurrent callers (autograd's threads among them) and forked processes are safe: Numba's own threading layers
-do not all allow both.
+whatever their number.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from ..common import check_lengths
+from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, sequences, shared_out
 
 MIN_BLOCK = 32  # channels: narrower blocks waste vector width and cache lines
 MIN_WORK = 1 << 18  # elements: a thread is woken for as much, about 0.1 ms
-CACHE_LINE = 64  # bytes
 LONG_ROW = 1024  # bytes: the hardware foresees shorter ones better
 
 
@@ -52,17 +41,17 @@ def scan(
             "number, as its gradient is made from what it multiplied"
         )
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sequences = _sequences(x, lengths, starts)
-    state = x.new_zeros(len(sequences.lengths), x.shape[2])
+    of = sequences("diagonal_scan", *x.shape[:2], lengths, starts)
+    state = x.new_zeros(len(of.lengths), x.shape[2])
     if initial_state is not None:
         state.copy_(initial_state)
     _in_parallel(
         _scan_items,
-        *(x.shape[2], sequences),
+        *(x.shape[2], of),
         _rows(x),
         _rows(a if a.dim() == 3 else a[None, None]),  # [B T, D] or [1, D]
-        None if factor is None else _array(factor),
-        *sequences,
+        None if factor is None else array(factor),
+        *of,
         reverse,
         h.flatten(0, 1).numpy(),
         state.numpy(),
@@ -82,8 +71,8 @@ def scan_backward(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `doubling.scan_backward`."""
-    D, sequences = h.shape[2], _sequences(h, lengths, starts)
-    R = len(sequences.lengths)
+    D, of = h.shape[2], sequences("diagonal_scan", *h.shape[:2], lengths, starts)
+    R = len(of.lengths)
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     constant = a.dim() == 1
     da = a.new_zeros(R, D) if constant else a.new_empty(h.shape)
@@ -92,13 +81,13 @@ def scan_backward(
     initial = h.new_zeros(R, D) if initial_state is None else initial_state
     _in_parallel(
         _constant_backward_items if constant else _varying_backward_items,
-        *(D, sequences),
+        *(D, of),
         _rows(dh),
         _rows(h),
-        _array(a) if constant else _rows(a),
-        None if factor is None else _array(factor),
-        _array(initial),
-        *sequences,
+        array(a) if constant else _rows(a),
+        None if factor is None else array(factor),
+        array(initial),
+        *of,
         reverse,
         dx.flatten(0, 1).numpy(),
         (da if constant else da.flatten(0, 1)).numpy(),
@@ -110,37 +99,15 @@ def scan_backward(
     return dx, da.sum(0) if constant else da, d_initial, d_factor
 
 
-def _array(x: Tensor) -> np.ndarray:
-    return x.detach().resolve_conj().resolve_neg().contiguous().numpy()
-
-
 def _rows(x: Tensor) -> np.ndarray:
     """[B, T, D] -> [B T, D]."""
-    return _array(x).reshape(-1, x.shape[-1])
+    return array(x).reshape(-1, x.shape[-1])
 
 
-class _Sequences(NamedTuple):
-    starts: np.ndarray  # int64 [R + 1], the first step of each, and where all end
-    lengths: np.ndarray  # int64 [R]; behind them is padding, up to the next one
-
-
-def _sequences(x: Tensor, lengths: Tensor | None, starts: Tensor | None) -> _Sequences:
-    B, T, _ = x.shape
-    if starts is not None:
-        return _Sequences(_array(starts), np.diff(_array(starts)))
-    checked = check_lengths("diagonal_scan", lengths, B, T)
-    return _Sequences(np.arange(B + 1) * T, np.full(B, T) if checked is None else _array(checked))
-
-
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "diagonal_scan")
-
-
-def _in_parallel(items: Callable[..., None], D: int, sequences: _Sequences, *arguments: Any) -> None:
+def _in_parallel(items: Callable[..., None], D: int, of: Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, block, *arguments) on parts of the R * (blocks of channels) items there are."""
-    starts = sequences.starts
-    steps, R = int(starts[-1]), len(sequences.lengths)
+    starts = of.starts
+    steps, R = int(starts[-1]), len(of.lengths)
     threads = max(1, min(torch.get_num_threads(), steps * D // MIN_WORK))
     block, count, shares = max(1, D), R if D else 0, []
     if threads > 1:
@@ -150,37 +117,7 @@ def _in_parallel(items: Callable[..., None], D: int, sequences: _Sequences, *arg
         count = R * blocks
         places = np.interp(np.arange(count), np.arange(R + 1) * blocks, starts)  # of items, as if time were cut too
         shares = np.searchsorted(places, [steps * i / threads for i in range(1, threads)]).tolist()
-    parts = list(pairwise([0, *shares, count]))
-    # A forked process has none of its parent's threads and needs a pool of its own.
-    others = [_pool(os.getpid()).submit(items, *part, block, *arguments) for part in parts[1:]]
-    items(*parts[0], block, *arguments)
-    for other in others:
-        other.result()
-
-
-def _compile(function: Callable[..., None]) -> Callable[..., None]:
-    try:
-        return numba.njit(function, nogil=True, cache=True)
-    except RuntimeError:  # nowhere to write a cache
-        return numba.njit(function, nogil=True)
-
-
-def _declare_prefetch(context, array, byte):
-    """Asks for the cache line of a byte of `array`, counted from its start. Any address will do: none is read."""
-
-    def generate(target, builder, signature, arguments):
-        pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        data = builder.bitcast(target.make_array(array)(target, builder, arguments[0]).data, pointer)
-        read, all_caches, of_data = int32(0), int32(3), int32(1)
-        builder.call(function, [builder.gep(data, [arguments[1]]), read, all_caches, of_data])
-        return target.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
-_prefetch: Any = intrinsic(_declare_prefetch)
+    shared_out(items, count, shares, block, *arguments)
 
 
 # What is carried from step to step lies in a local array, which the compiler knows to overlap with nothing, so that
@@ -188,7 +125,7 @@ _prefetch: Any = intrinsic(_declare_prefetch)
 # foresees memory that is read upwards, not a row below the last one.
 
 
-@_compile
+@compiled()
 def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, state):
     D = x.shape[1]
     blocks = -(-D // block)
@@ -202,8 +139,8 @@ def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, s
         t, step = (begin + n - 1, -1) if reverse else (begin, 1)
         for _ in range(n):
             for byte in range(0, ahead, CACHE_LINE):
-                _prefetch(x[t + step, channels], byte)
-                _prefetch(h[t + step, channels], byte)
+                prefetch(x[t + step, channels], byte)
+                prefetch(h[t + step, channels], byte)
             x_t, h_t = x[t, channels], h[t, channels]
             a_t = a[t if per_step else 0, channels]
             if factor is None:
@@ -220,7 +157,7 @@ def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, s
         h[begin + n : end, channels] = 0
 
 
-@_compile
+@compiled()
 def _constant_backward_items(
     start, stop, block, dh, h, a, factor, initial, starts, lengths, reverse, dx, da, d_factor, d_state
 ):
@@ -246,9 +183,9 @@ def _constant_backward_items(
         for _ in range(1, n):
             t += step
             for byte in range(0, ahead, CACHE_LINE):
-                _prefetch(h[t + step, channels], byte)
-                _prefetch(dh[t + step, channels], byte)
-                _prefetch(dx[t + step, channels], byte)
+                prefetch(h[t + step, channels], byte)
+                prefetch(dh[t + step, channels], byte)
+                prefetch(dx[t + step, channels], byte)
             h_t, dh_t, dx_t = h[t, channels], dh[t, channels], dx[t, channels]
             if factor is None:
                 for d in range(p.shape[0]):
@@ -269,7 +206,7 @@ def _constant_backward_items(
             d_factor[b, channels] = (df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real
 
 
-@_compile
+@compiled()
 def _varying_backward_items(
     start, stop, block, dh, h, a, factor, initial, starts, lengths, reverse, dx, da, d_factor, d_state
 ):
@@ -296,11 +233,11 @@ def _varying_backward_items(
             a_after, da_after = a[t, channels], da[t, channels]
             t += step
             for byte in range(0, ahead, CACHE_LINE):
-                _prefetch(h[t + step, channels], byte)
-                _prefetch(dh[t + step, channels], byte)
-                _prefetch(dx[t + step, channels], byte)
-                _prefetch(a[t, channels], byte)
-                _prefetch(da[t, channels], byte)
+                prefetch(h[t + step, channels], byte)
+                prefetch(dh[t + step, channels], byte)
+                prefetch(dx[t + step, channels], byte)
+                prefetch(a[t, channels], byte)
+                prefetch(da[t, channels], byte)
             h_t, dh_t, dx_t = h[t, channels], dh[t, channels], dx[t, channels]
             if factor is None:
                 for d in range(p.shape[0]):

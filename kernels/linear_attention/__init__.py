@@ -43,7 +43,7 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
-    """Linear attention with an optional scalar decay per head, in time and memory linear in T.
+    """Linear attention with an optional decay, per head or per channel of k, in time and memory linear in T.
 
     Causal, from the state S_0 = `initial_state` (zero by default), with g = `log_decay` (zero by default):
 
@@ -53,6 +53,9 @@ def linear_attention(
 
         o_i = sum_j exp(sum of g over (min(i, j), max(i, j)]) (q_i · k_j) v_j
 
+    With a decay per channel, diag(exp(g_t)) takes the place of exp(g_t): each row of S, and each term of q_i · k_j, has
+    its own.
+
     `normalize=True` divides o_t by n_t = q_t · z_t, where z_t is the same sum with 1 in place of v; where n_t is
     exactly 0 the output is 0. Nothing is added to n_t. Feature maps and scales are the caller's.
 
@@ -60,8 +63,8 @@ def linear_attention(
         q: [B, T, H, Dk], after its feature map.
         k: [B, T, G, Dk], after its own; G divides H, and head h reads key/value head h // (H / G).
         v: [B, T, G, Dv].
-        log_decay: natural logarithm of the decay per step, at most 0: [H] constant in time, or [B, T, H]. -inf forgets
-            everything before that step.
+        log_decay: natural logarithm of the decay per step, at most 0: [H] constant in time, [B, T, H], or
+            [B, T, H, Dk], one for each channel of k. -inf forgets everything before that step.
         causal: whether step t sees only steps up to t, itself included.
         normalize: whether to divide by the sum of weights.
         initial_state: S_0, causal only: [B, H, Dk, Dv], or [B, H, Dk, Dv + 1] with `normalize`, whose last column is z.
@@ -81,7 +84,9 @@ def linear_attention(
             an unknown backend.
 
     Source: Katharopoulos et al. 2020, "Transformers are RNNs", equations 8-12 and 18-20; the decay is that of Sun et
-    al. 2023, "Retentive Network", equations 5 and 7 (per head), and of Mamba-2 (per head and step).
+    al. 2023, "Retentive Network", equations 5 and 7 (per head), of Mamba-2 (per head and step), and of Yang et al.
+    2023, "Gated Linear Attention Transformers with Hardware-Efficient Training" (arXiv 2312.06635), equation 3 (per
+    channel), whose section 4.3 has the chunks within chunks that it is computed in.
     """
     _check(q, k, v, log_decay)
     documents = check_documents("linear_attention", cu_seqlens, lengths, *q.shape[:2])
@@ -100,7 +105,11 @@ def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool
     most = MAX_CHANNELS
     if log_decay is not None and log_decay.dim() == 3:
         most = {dtype: min(channels, MAX_CHANNELS_PER_STEP) for dtype, channels in most.items()}
-    decays = "no kernel decays in both directions" if not causal and log_decay is not None else None
+    decays = None
+    if log_decay is not None and log_decay.dim() == 4:
+        decays = "no kernel has a decay per channel"
+    elif log_decay is not None and not causal:
+        decays = "no kernel decays in both directions"
     return fit(q, k, v, channels=most, also=decays)
 
 
@@ -111,17 +120,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
             "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, k and v with G heads "
             f"where G divides H, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
-    B, T, H, _ = q.shape
+    B, T, H, Dk = q.shape
     G = k.shape[2]
     if G != H and (G == 0 or H % G):
         raise ValueError(f"linear_attention: {G} key/value heads do not divide {H} query heads")
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
         if x is not None and not x.is_floating_point():
             raise ValueError(f"linear_attention: {name} must be a real floating-point tensor, got {x.dtype}")
-    if log_decay is not None and list(log_decay.shape) not in ([H], [B, T, H]):
+    if log_decay is not None and list(log_decay.shape) not in ([H], [B, T, H], [B, T, H, Dk]):
         raise ValueError(
-            f"linear_attention: log_decay must be [H] = [{H}] or [B, T, H] = [{B}, {T}, {H}], "
-            f"got {list(log_decay.shape)}"
+            f"linear_attention: log_decay must be [H] = [{H}], [B, T, H] = [{B}, {T}, {H}] or "
+            f"[B, T, H, Dk] = [{B}, {T}, {H}, {Dk}], got {list(log_decay.shape)}"
         )
 
 
