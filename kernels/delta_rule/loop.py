@@ -1,18 +1,18 @@
 """The delta rule on a CPU: the recurrence itself, compiled.
 
-Forward, a step passes over the state once, in the core's first cache: it adds what it writes, and both its output and what
-the next step finds are sums over the rows. The way back passes over the gradient of the state, then over the state again.
-That is less work than the products and triangular systems of chunks. An item is a group of heads of a sequence; items are
-independent, threads share them out, and results are the same whatever their number. With a = exp(g), E = a S_{t-1} what a
-step finds, u what it writes, and F the gradient that later steps leave of S_t,
+Forward, a step passes once over the state, in the core's first cache: it adds what it writes, and its output and what
+the next step finds are sums over rows. The way back passes over the gradient of the state, then over the state again.
+This is less work than products and triangular systems of chunks. An item is a group of heads of a sequence; items are
+independent, threads share them out, and results are the same whatever their number. With a = exp(g), E = a S_{t-1} what
+a step finds, u what it writes, and F the gradient that later steps leave of S_t,
 
     u_t = beta v - Eᵀ r          S_t = E + k uᵀ                    o_t = S_tᵀ q
     dw_t = Fᵀ k + (q·k) do       F_{t-1} = a (F + q doᵀ - r dwᵀ)
     dq_t = E do + (u·do) k       dk_t = F u + (u·do) q             dr_t = -E dw
     dg_t = dg_{t+1} + q ∘ E do + r ∘ dr - k ∘ F u
 
-from the rows of S ∘ F at the end of every C steps. These differences leave out what a step has of itself: they are as
-small as the decays, and so is their rounding.
+from the rows of S ∘ F at the end of every C steps on. These differences leave out what a step has of itself: they are
+as small as the decays, and so is their rounding.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..loops import Sequences, array, compiled, sequences, shared_out
+from .chunks import Chunks
 
 WIDTH = 64  # columns of a state at a time, in rows of a constant length, which the compiler unrolls
 MIN_WORK = 1 << 19  # numbers of states that steps pass over, for which a thread is woken
@@ -39,16 +40,17 @@ def forward(
     erase: Tensor | None,  # [B, T, H, Dk]
     first: Tensor,  # [R, H, Dk, Dv], of R sequences
     starts: Tensor | None,  # int64 [R + 1], of documents
-    C: int,
-    slots: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs [B, T, H, Dv], the last states, in so many slots the states before every C steps of a sequence, and u."""
-    of = sequences("delta_rule", *v.shape[:2], None, starts)
+    """As `chunks.outputs`."""
+    of, chunks = sequences("delta_rule", *v.shape[:2], None, starts), Chunks.of(v.shape[1], starts)
     o, u = first.new_empty(v.shape), first.new_empty(v.shape)
-    last, states = first.clone(memory_format=torch.contiguous_format), first.new_empty(slots, *first.shape[1:])
+    last, states = (
+        first.clone(memory_format=torch.contiguous_format),
+        first.new_empty(chunks.room * len(v), *first.shape[1:]),
+    )
     given = _rows(first.dtype, q, k, v, beta, log_decay, erase)
     made = (_row(o), _row(u), array(states), array(last))
-    _in_parallel(_forward_items, first, q.shape[2], of, *given, *of, _slots(of, C, starts), C, *made)
+    _in_parallel(_forward_items, first, q.shape[2], of, *given, *of, _slots(of, chunks.C, starts), chunks.C, *made)
     return o.to(v.dtype), last, states, u
 
 
@@ -61,14 +63,14 @@ def backward(
     beta: Tensor,
     log_decay: Tensor | None,
     erase: Tensor | None,
-    last: Tensor,
+    first: Tensor,
     starts: Tensor | None,
-    C: int,
+    last: Tensor,
     states: Tensor,
     u: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k, v, beta, log_decay, erase and the first states."""
-    of, dtype = sequences("delta_rule", *v.shape[:2], None, starts), last.dtype
+) -> tuple[Tensor, ...]:
+    """As `chunks.gradients`."""
+    of, C, dtype = sequences("delta_rule", *v.shape[:2], None, starts), Chunks.of(v.shape[1], starts).C, last.dtype
     given = (q, k, v, beta, log_decay, erase)
     gradients = [None if x is None else x.new_zeros(x.shape, dtype=dtype) for x in given]
     d_first = d_last.clone(memory_format=torch.contiguous_format)
@@ -78,7 +80,8 @@ def backward(
     rows, kept = _rows(dtype, *given), (array(states), _row(u), _row(do.to(dtype)), array(last))
     made = (dq, dk, dv, d_beta, dg, dr, array(d_first))
     _in_parallel(_backward_items, last, q.shape[2], of, *rows, *of, _slots(of, C, starts), C, *kept, *made)
-    return *(None if y is None else y.to(x.dtype) for x, y in zip(given, gradients, strict=True)), d_first
+    found = (q.new_empty(0) if y is None else y.to(x.dtype) for x, y in zip(given, gradients, strict=True))
+    return *found, d_first
 
 
 def _slots(of: Sequences, C: int, starts: Tensor | None) -> np.ndarray:
