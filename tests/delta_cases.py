@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from torch import Tensor
 
 from seqzoo.kernels import delta_rule
+from seqzoo.kernels.delta_rule import chunked
 
 NAMES = ("q", "k", "v", "beta", "log_decay", "erase", "initial_state")
 TIMED = ("o", *NAMES[:6], *(f"d{name}" for name in NAMES[:6]))
 DECAYS = ("none", "head", "channel")
+FORMS = ("loop", "chunks")  # of `backend="chunked"`: on a CPU, and on other devices
+
+
+@contextmanager
+def computed(form: str) -> Iterator[None]:
+    """Inside, `form` is that of tensors on a CPU."""
+    with ExitStack() as stack:
+        for operator in (chunked._forward, chunked._backward):
+            stack.enter_context(operator.set_kernel_enabled("cpu", form == "loop"))
+        yield
 
 
 def unit(x: Tensor) -> Tensor:

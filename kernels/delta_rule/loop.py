@@ -1,18 +1,18 @@
 """The delta rule on a CPU: the recurrence itself, compiled.
 
-Forward, a step passes over the state once, in the core's first cache: it adds what it writes, and both its output and what
-the next step finds are sums over the rows. The way back passes over the gradient of the state, then over the state again.
-That is less work than the products and triangular systems of chunks. An item is a group of heads of a sequence; items are
-independent, threads share them out, and results are the same whatever their number. With a = exp(g), E = a S_{t-1} what a
-step finds, u what it writes, and F the gradient that later steps leave of S_t,
+Forward, a step passes once over the state, in the core's first cache: it adds what it writes, and its output and what
+the next step finds are sums over rows. The way back passes over the gradient of the state, then over the state again.
+This is less work than products and triangular systems of chunks. An item is a group of heads of a sequence; items are
+independent, threads share them out, and results are the same whatever their number. With a = exp(g), E = a S_{t-1} what
+a step finds, u what it writes, and F the gradient that later steps leave of S_t,
 
     u_t = beta v - Eᵀ r          S_t = E + k uᵀ                    o_t = S_tᵀ q
     dw_t = Fᵀ k + (q·k) do       F_{t-1} = a (F + q doᵀ - r dwᵀ)
     dq_t = E do + (u·do) k       dk_t = F u + (u·do) q             dr_t = -E dw
     dg_t = dg_{t+1} + q ∘ E do + r ∘ dr - k ∘ F u
 
-from the rows of S ∘ F at the end of every C steps. These differences leave out what a step has of itself: they are as
-small as the decays, and so is their rounding.
+from the rows of S ∘ F at the end of every C steps on. These differences leave out what a step has of itself: they are
+as small as the decays, and so is their rounding.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..loops import Sequences, array, compiled, sequences, shared_out
+from .chunks import Chunks
 
 WIDTH = 64  # columns of a state at a time, in rows of a constant length, which the compiler unrolls
 MIN_WORK = 1 << 19  # numbers of states that steps pass over, for which a thread is woken
@@ -39,16 +40,17 @@ def forward(
     erase: Tensor | None,  # [B, T, H, Dk]
     first: Tensor,  # [R, H, Dk, Dv], of R sequences
     starts: Tensor | None,  # int64 [R + 1], of documents
-    C: int,
-    slots: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs [B, T, H, Dv], the last states, in so many slots the states before every C steps of a sequence, and u."""
-    of = sequences("delta_rule", *v.shape[:2], None, starts)
+    """As `chunks.outputs`."""
+    of, chunks = sequences("delta_rule", *v.shape[:2], None, starts), Chunks.of(v.shape[1], starts)
     o, u = first.new_empty(v.shape), first.new_empty(v.shape)
-    last, states = first.clone(memory_format=torch.contiguous_format), first.new_empty(slots, *first.shape[1:])
+    last, states = (
+        first.clone(memory_format=torch.contiguous_format),
+        first.new_empty(chunks.room * len(v), *first.shape[1:]),
+    )
     given = _rows(first.dtype, q, k, v, beta, log_decay, erase)
     made = (_row(o), _row(u), array(states), array(last))
-    _in_parallel(_forward_items, first, q.shape[2], of, *given, *of, _slots(of, C, starts), C, *made)
+    _in_parallel(_forward_items, first, q.shape[2], of, *given, *of, _slots(of, chunks.C, starts), chunks.C, *made)
     return o.to(v.dtype), last, states, u
 
 
@@ -61,14 +63,14 @@ def backward(
     beta: Tensor,
     log_decay: Tensor | None,
     erase: Tensor | None,
-    last: Tensor,
+    first: Tensor,
     starts: Tensor | None,
-    C: int,
+    last: Tensor,
     states: Tensor,
     u: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k, v, beta, log_decay, erase and the first states."""
-    of, dtype = sequences("delta_rule", *v.shape[:2], None, starts), last.dtype
+) -> tuple[Tensor, ...]:
+    """As `chunks.gradients`."""
+    of, C, dtype = sequences("delta_rule", *v.shape[:2], None, starts), Chunks.of(v.shape[1], starts).C, last.dtype
     given = (q, k, v, beta, log_decay, erase)
     gradients = [None if x is None else x.new_zeros(x.shape, dtype=dtype) for x in given]
     d_first = d_last.clone(memory_format=torch.contiguous_format)
@@ -78,7 +80,8 @@ def backward(
     rows, kept = _rows(dtype, *given), (array(states), _row(u), _row(do.to(dtype)), array(last))
     made = (dq, dk, dv, d_beta, dg, dr, array(d_first))
     _in_parallel(_backward_items, last, q.shape[2], of, *rows, *of, _slots(of, C, starts), C, *kept, *made)
-    return *(None if y is None else y.to(x.dtype) for x, y in zip(given, gradients, strict=True)), d_first
+    found = (q.new_empty(0) if y is None else y.to(x.dtype) for x, y in zip(given, gradients, strict=True))
+    return *found, d_first
 
 
 def _slots(of: Sequences, C: int, starts: Tensor | None) -> np.ndarray:
@@ -194,11 +197,21 @@ def _sum_to_the_end(begin, end, h, behind, C, a, dg):
 # arrays of its own, which the compiler knows not to overlap.
 
 
+@compiled()
+def _take(x, t, h, into):
+    if x.shape[2] > 1:
+        for d in range(x.shape[2]):
+            into[d] = x[t, h, d]
+    else:
+        into[:] = x[t, h, 0]
+
+
 @compiled(fastmath={"contract", "reassoc"})
 def _write(begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states, state):
     Dk, high = q.shape[2], min(low + WIDTH, v.shape[2])
     rows, n, each = Dk + -Dk % 4, high - low, a.shape[2] > 1
-    S, P = np.zeros((rows, WIDTH), q.dtype), np.zeros((rows, 4), q.dtype)
+    S, A, K = np.zeros((rows, WIDTH), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
+    Q, B = np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     U, O, R = np.zeros(WIDTH, q.dtype), np.empty(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype)
     for d in range(Dk):
         for c in range(n):
@@ -213,19 +226,21 @@ def _write(begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states
                 for c in range(n):
                     kept[d, low + c] = S[d, c]
         after = min(t + 1, end - 1)
+        _take(a, t, h, A)
+        _take(k, t, g, K)
+        _take(q, t, g, Q)
         for d in range(Dk):
-            P[d, 0], P[d, 1], P[d, 2] = a[t, h, d * each], k[t, g, d], q[t, g, d]
             x = erase[after, h, d] if len(erase) else beta[after, h, 0] * k[after, g, d]
-            P[d, 3] = a[after, h, d * each] * x
+            B[d] = x * a[after, h, d * each]
         for c in range(n):
             U[c] = beta[t, h, 0] * v[t, h, low + c] - R[c]
         O[:] = 0
         R[:] = 0
         for d in range(0, rows, 4):
-            a0, a1, a2, a3 = P[d, 0], P[d + 1, 0], P[d + 2, 0], P[d + 3, 0]
-            k0, k1, k2, k3 = P[d, 1], P[d + 1, 1], P[d + 2, 1], P[d + 3, 1]
-            q0, q1, q2, q3 = P[d, 2], P[d + 1, 2], P[d + 2, 2], P[d + 3, 2]
-            r0, r1, r2, r3 = P[d, 3], P[d + 1, 3], P[d + 2, 3], P[d + 3, 3]
+            a0, a1, a2, a3 = A[d], A[d + 1], A[d + 2], A[d + 3]
+            k0, k1, k2, k3 = K[d], K[d + 1], K[d + 2], K[d + 3]
+            q0, q1, q2, q3 = Q[d], Q[d + 1], Q[d + 2], Q[d + 3]
+            r0, r1, r2, r3 = B[d], B[d + 1], B[d + 2], B[d + 3]
             for c in range(WIDTH):
                 s0 = a0 * S[d, c] + k0 * U[c]
                 s1 = a1 * S[d + 1, c] + k1 * U[c]
@@ -271,7 +286,8 @@ def _back(
 ):
     Dk, high = q.shape[2], min(low + WIDTH, v.shape[2])
     rows, n, each, zero = Dk + -Dk % 4, high - low, a.shape[2] > 1, q.dtype.type(0)
-    D, P, F = np.zeros((rows, WIDTH), q.dtype), np.zeros((rows, 4), q.dtype), np.zeros(rows, q.dtype)
+    D, A, K = np.zeros((rows, WIDTH), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
+    Q, B, F = np.zeros(rows, q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     U, O, W, R = np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype)
     for c in range(n):
         U[c] = u[end - 1, h, low + c]
@@ -301,19 +317,27 @@ def _back(
         for c in range(WIDTH):
             dw[t - begin, c] = W[c]
         ahead = max(t - 1, begin)
+        change = zero
         for d in range(Dk):
             dk[t, g, d] += F[d] + uo * q[t, g, d]
-            dg[t, h, d * each] -= k[t, g, d] * F[d]
-            P[d, 0], P[d, 1], P[d, 2] = a[t, h, d * each], k[ahead, g, d], q[t, g, d]
-            P[d, 3] = erase[t, h, d] if len(erase) else b * k[t, g, d]
+            B[d] = erase[t, h, d] if len(erase) else b * k[t, g, d]
+            if each:
+                dg[t, h, d] -= k[t, g, d] * F[d]
+            else:
+                change -= k[t, g, d] * F[d]
+        if not each:
+            dg[t, h, 0] += change
+        _take(a, t, h, A)
+        _take(q, t, g, Q)
+        _take(k, ahead, g, K)
         for c in range(n):
             U[c] = u[ahead, h, low + c]
         R[:] = 0
         for d in range(0, rows, 4):
-            a0, a1, a2, a3 = P[d, 0], P[d + 1, 0], P[d + 2, 0], P[d + 3, 0]
-            k0, k1, k2, k3 = P[d, 1], P[d + 1, 1], P[d + 2, 1], P[d + 3, 1]
-            q0, q1, q2, q3 = P[d, 2], P[d + 1, 2], P[d + 2, 2], P[d + 3, 2]
-            r0, r1, r2, r3 = P[d, 3], P[d + 1, 3], P[d + 2, 3], P[d + 3, 3]
+            a0, a1, a2, a3 = A[d], A[d + 1], A[d + 2], A[d + 3]
+            k0, k1, k2, k3 = K[d], K[d + 1], K[d + 2], K[d + 3]
+            q0, q1, q2, q3 = Q[d], Q[d + 1], Q[d + 2], Q[d + 3]
+            r0, r1, r2, r3 = B[d], B[d + 1], B[d + 2], B[d + 3]
             f0, f1, f2, f3 = zero, zero, zero, zero
             for c in range(WIDTH):
                 s0 = a0 * (D[d, c] + q0 * O[c] - r0 * W[c])
@@ -336,22 +360,22 @@ def _back(
 def _forth(begin, end, g, h, low, q, k, beta, a, erase, first, u, do, dw, dq, dg, dr, own_dr):
     Dk, high = q.shape[2], min(low + WIDTH, u.shape[2])
     rows, n, each, zero = Dk + -Dk % 4, high - low, a.shape[2] > 1, q.dtype.type(0)
-    S, P = np.zeros((rows, WIDTH), q.dtype), np.zeros((rows, 2), q.dtype)
+    S, A, K = np.zeros((rows, WIDTH), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     E, F = np.empty(rows, q.dtype), np.empty(rows, q.dtype)
     U, O, W = np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype)
     for d in range(Dk):
         for c in range(n):
             S[d, c] = first[d, low + c]
     for t in range(begin, end):
-        for d in range(Dk):
-            P[d, 0], P[d, 1] = a[t, h, d * each], k[t, g, d]
+        _take(a, t, h, A)
+        _take(k, t, g, K)
         uo = zero
         for c in range(n):
             U[c], O[c], W[c] = u[t, h, low + c], do[t, h, low + c], dw[t - begin, c]
             uo += U[c] * O[c]
         for d in range(0, rows, 4):
-            a0, a1, a2, a3 = P[d, 0], P[d + 1, 0], P[d + 2, 0], P[d + 3, 0]
-            k0, k1, k2, k3 = P[d, 1], P[d + 1, 1], P[d + 2, 1], P[d + 3, 1]
+            a0, a1, a2, a3 = A[d], A[d + 1], A[d + 2], A[d + 3]
+            k0, k1, k2, k3 = K[d], K[d + 1], K[d + 2], K[d + 3]
             e0, e1, e2, e3 = zero, zero, zero, zero
             f0, f1, f2, f3 = zero, zero, zero, zero
             for c in range(WIDTH):
@@ -370,11 +394,17 @@ def _forth(begin, end, g, h, low, q, k, beta, a, erase, first, u, do, dw, dq, dg
                 S[d + 3, c] = s3 + k3 * U[c]
             E[d], E[d + 1], E[d + 2], E[d + 3] = e0, e1, e2, e3
             F[d], F[d + 1], F[d + 2], F[d + 3] = f0, f1, f2, f3
+        change = zero
         for d in range(Dk):
             dq[t, g, d] += E[d] + uo * k[t, g, d]
             r = erase[t, h, d] if len(erase) else beta[t, h, 0] * k[t, g, d]
-            dg[t, h, d * each] += q[t, g, d] * E[d] - r * F[d]
             if len(erase):
                 dr[t, h, d] -= F[d]
             else:
                 own_dr[t - begin, d] -= F[d]
+            if each:
+                dg[t, h, d] += q[t, g, d] * E[d] - r * F[d]
+            else:
+                change += q[t, g, d] * E[d] - r * F[d]
+        if not each:
+            dg[t, h, 0] += change
