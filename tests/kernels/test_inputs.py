@@ -297,6 +297,7 @@ OPERATIONS = {
             **OF_FORMS,
             ("decay", "head"): {"form": ["causal", STATE]},
             ("decay", "step"): {"form": ["causal", STATE]},
+            ("decay", "channel"): {"form": ["causal", STATE]},
             ("d log_decay", True): {"decay": ["head", "step", "channel"]},
             ("d initial_state", True): {"form": [STATE]},
         },
