@@ -298,7 +298,7 @@ OPERATIONS = {
             ("decay", "head"): {"form": ["causal", STATE]},
             ("decay", "step"): {"form": ["causal", STATE]},
             ("decay", "channel"): {"form": ["causal", STATE]},
-            ("d log_decay", True): {"decay": ["head", "step", "channel"]},
+            ("d log_decay", True): {"decay": ["head", "step", "channel"], "form": ["causal", STATE]},
             ("d initial_state", True): {"form": [STATE]},
         },
         state=("log_decay", "initial_state"),
