@@ -139,8 +139,9 @@ def scan_backward(
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in rows]
     dA, before = torch.zeros_like(A), _initial(initial_state, v, A, starts)
     for number, piece in reversed(list(_pieces(v.shape[1], reverse, lengths, starts))):
-        its: tuple[Any, ...] = (*piece.of(dy), d_state, *piece.of(v, dt), A, *piece.of(write, read))
-        *of_rows, of_A, d_state = _piece_backward(*its, piece.restored(kept[:, number], before), *piece.ends)
+        state = piece.restored(kept[:, number], before)
+        its: tuple[Any, ...] = (*piece.of(dy), d_state, *piece.of(v, dt), A, *piece.of(write, read), state)
+        *of_rows, of_A, d_state = _piece_backward(*its, *piece.ends)
         for gradient, part in zip(piece.of(*gradients), of_rows, strict=True):
             gradient.copy_(part)
         dA += of_A
