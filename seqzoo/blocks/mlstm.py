@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,12 +118,13 @@ class MLSTM(Block):
         q, k = ways.doubled(q), ways.doubled(k)
         before = None if state is None else Memory(state.memory, state.largest)
 
-        def remember(v: Tensor) -> tuple[Tensor, Memory | None]:
+        def remember(v: Tensor) -> Any:
             h, after = mlstm(q, k, ways.doubled(v), i, f, before, ways.lengths, ways.documents)
-            return ways.summed(h), after
+            return ways.summed(h) if state is None else (h, after)
 
-        h, after = self.over_time(remember, v)
+        h = self.over_time(remember, v)
         if state is not None:
+            h, after = h
             state = MLSTMState(*after, inputs, advance(state.position, x, lengths, documents))
         h = F.layer_norm(h, h.shape[-1:], eps=NORM_EPS).flatten(2) * self.norm_weight
         return self.out_proj((h + self.skip * u) * F.silu(z)), state
