@@ -101,7 +101,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 # Kernels that multiply no matrices: all others are nothing without the matrix unit.
-WITHOUT_PRODUCTS = {"_scan_kernel", "_carry_kernel", "_outside_kernel"}
+WITHOUT_PRODUCTS = {"_scan_kernel", "_carry_kernel", "_decay_kernel", "_outside_kernel"}
 
 
 def least_spilled(row: Compiled) -> int:

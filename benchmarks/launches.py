@@ -256,6 +256,7 @@ def linear_attentions() -> Calls:
     for dtype, D in widths(most):
         for decay, causal, normalize in (
             ("none", True, True), ("none", False, True), ("head", True, False), ("step", True, False),
+            ("channel", True, True),
         ):  # fmt: skip
             if decay != "step" or D <= 128:
                 yield partial(both, 2, 300, 3, D, D, dtype, decay, causal, normalize, False, True)
@@ -263,14 +264,18 @@ def linear_attentions() -> Calls:
         yield partial(both, 64, 1024, 8, 64, 64, dtype, "none", True, True)
         yield partial(both, 64, 1024, 8, 64, 64, dtype, "none", False, True)
         yield partial(both, 2, 16384, 4, 64, 64, dtype, "step", True, False, True)
+        yield partial(both, 2, 16384, 4, 64, 64, dtype, "channel", True, True, True)
     for dtype, D in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 32)):
         yield partial(both, 2, 16384, 4, D, D, dtype, "none", True, True, True, True)
     for dtype, wide in most.items():
         yield partial(both, 64, 1024, 8, 16, wide, dtype, "none", True, True)
         yield partial(both, 64, 1024, 8, 16, wide, dtype, "head", True, False)
         yield partial(both, 64, 1024, 8, 8, min(wide, 128), dtype, "step", True, False)
+        yield partial(both, 64, 1024, 8, 16, wide, dtype, "channel", True, False)
     for dtype in (torch.bfloat16, torch.float32):
-        for decay, causal, normalize in (("none", True, True), ("none", False, True), ("step", True, False)):
+        for decay, causal, normalize in (
+            ("none", True, True), ("none", False, True), ("step", True, False), ("channel", True, False),
+        ):  # fmt: skip
             yield partial(both, 16, 1024, 4, 64, 64, dtype, decay, causal, normalize, causal, packed=True)
     yield partial(both, 64, 1024, 2, 256, 256, torch.bfloat16, "none", True, False)
     yield partial(both, 64, 1024, 2, 100, 100, torch.bfloat16, "none", False, False)

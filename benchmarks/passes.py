@@ -15,7 +15,7 @@ from seqzoo.kernels.attention import fused as softmax
 from seqzoo.kernels.diagonal_scan import fused as diagonal
 from seqzoo.kernels.favor_attention import fused as favor
 from seqzoo.kernels.gated_attention import fused as gated
-from seqzoo.kernels.linear_attention import fused as linear
+from seqzoo.kernels.linear_attention import operator as linear
 from seqzoo.kernels.vq_attention import fused as vq
 from seqzoo.kernels.vq_attention import nearest
 
@@ -100,11 +100,11 @@ def linear_attention(
     B: int, T: int, H: int, D: int, Dv: int, dtype: torch.dtype, decay: str, causal: bool, normalize: bool,
     state: bool = False, padded: bool = False, packed: bool = False,
 ) -> None:  # fmt: skip
-    """`decay` is "none", "head" or "step"."""
+    """`decay` is "none", "head", "step" or "channel"."""
     initial, lengths = meta(B, H, D, Dv + normalize) if state else None, integers(B) if padded else None
     starts, B, T = in_one_row(B, T) if packed else (None, B, T)
     q, k, v = (meta(B, T, H, width, dtype=dtype) for width in (D, D, Dv))
-    g = {"none": None, "head": meta(H), "step": meta(B, T, H)}[decay]
+    g = {"none": None, "head": meta(H), "step": meta(B, T, H), "channel": meta(B, T, H, D)}[decay]
     inputs = (q, k, v, g, initial, lengths, starts)
     options = (causal, normalize, state)
     o, last, inverse = linear._linear_attention._init_fn(*inputs, *options)

@@ -68,7 +68,8 @@ def gated_calls(size: Size) -> Calls:
 def linear_calls(size: Size) -> Calls:
     B, T, H, D, dtype = size
     for decay, causal, normalize in (
-        ("none", True, True), ("step", True, False), ("head", True, False), ("none", False, True),
+        ("none", True, True), ("step", True, False), ("head", True, False), ("channel", True, True),
+        ("none", False, True),
     ):  # fmt: skip
         yield partial(
             passes.linear_attention, B, T, H, D, D, dtype, decay, causal, normalize, state=causal, padded=True

@@ -43,7 +43,7 @@ def test_causal_pretraining_makes_the_model_causal():
     [
         (
             "model=transformr",
-            r"no model 'transformr' \(did you mean 'transformer'\?\); valid: conv, flash, linear_transformer, lru",
+            r"no model 'transformr' \(did you mean 'transformer'\?\); valid: conv, flash, gla, hgrn2, linear_",
         ),
         ("task=lra_txt", r"no task 'lra_txt' \(did you mean 'lra_text'\?\); valid: .*lra_image"),
         ("recipe=large", "no recipe 'large'; valid: laptop, paper, short, small, tiny"),

@@ -88,13 +88,17 @@ def numbers_kept(block: Block, steps: int) -> int:
 def test_the_table_of_blocks_holds():
     rows = table(README, "name")
     assert [row[0].strip("`") for row in rows] == list(BLOCKS)
-    for name, kind, _, options, directions, state, at_64 in rows:
+    for name, kind, _, options, directions, about, state, at_64 in rows:
         name, steps = name.strip("`"), 7
         parameters = inspect.signature(BLOCKS[name]).parameters
         assert kind == f"`{BLOCKS[name].__name__}`"
         assert directions == "both"
         for option, default in re.findall(r"`(\w+)=(.*?)`", options):
             assert parameters[option].default == eval(default)
+        with torch.device("meta"):
+            large = build_block(name, d_model=8192, causal=True)
+        count = sum(parameter.numel() for parameter in large.parameters())
+        assert count == pytest.approx(evaluate(about.strip("`"), d=8192), rel=0.02)
         for d in (64, 96):
             build_block(name, d_model=d)
             block = build_block(name, d_model=d, causal=True)
@@ -115,10 +119,16 @@ def test_the_formulas_of_states_hold():
         "lru": {"state_dim": 10},
         "s4d": {"state_dim": 6},
         "conv": {"width": 8},
-        "min_gru": {"expand": 1.5},
-        "rg_lru": {"state_dim": 12, "conv_width": 3},
-        "s5": {"state_dim": 24},
+        "retnet": {"num_heads": 2, "expand": 1.5},
+        "mamba2": {"num_heads": 4, "state_dim": 6, "num_groups": 2, "expand": 1.5, "conv_width": 3},
+        "mamba3": {"num_heads": 4, "state_dim": 6, "expand": 1.5},
         "mamba": {"state_dim": 6, "expand": 1.5, "conv_width": 3},
+        "gla": {"num_heads": 2},
+        "hgrn2": {"num_heads": 2},
+        "mlstm": {"num_heads": 2, "expand": 1.5, "conv_width": 3},
+        "rg_lru": {"state_dim": 12, "conv_width": 3},
+        "min_gru": {"expand": 1.5},
+        "s5": {"state_dim": 24},
     }
     rows = table(ROOT / "docs" / "blocks.md", "block")
     assert {re.match(r"`(\w+)`", row[0])[1] for row in rows} == set(BLOCKS)

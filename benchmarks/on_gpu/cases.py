@@ -85,7 +85,7 @@ def odd_lengths(T: int, S: int) -> Callable[[Tensors, str], dict[str, Any]]:
 def linear_attention(sizes: Sizes) -> Iterator[Case]:
     def make(D: int, Dv: int, B: int, T: int, H: int, decay: str, m: Maker) -> Tensors:
         q, k, v = m.normal(B, T, H, D), m.normal(B, T, H, D), m.normal(B, T, H, Dv)
-        g = {"none": None, "head": (H,), "step": (B, T, H)}[decay]
+        g = {"none": None, "head": (H,), "step": (B, T, H), "channel": (B, T, H, D)}[decay]
         x = {"q": (q / D**0.5).sigmoid(), "k": k.sigmoid(), "v": v}
         return x if g is None else {**x, "log_decay": -0.1 * m.uniform(*g)}
 
@@ -117,7 +117,7 @@ def linear_attention(sizes: Sizes) -> Iterator[Case]:
     T, long, B = sizes.short, sizes.long, sizes.batch
     stop = (T, T * 2 // 3)
     for D in sizes.widths:
-        for decay, causal in (("none", True), ("none", False), ("head", True), ("step", True)):
+        for decay, causal in (("none", True), ("none", False), ("head", True), ("step", True), ("channel", True)):
             if decay == "step" and D > 128:  # none takes them
                 continue
             way = "causal" if causal else "both ways"
@@ -125,10 +125,10 @@ def linear_attention(sizes: Sizes) -> Iterator[Case]:
             yield case(f"D={D} decay={decay} {way}, odd lengths", D, (2, T, 3), decay, causal, stop=stop, odd=True)
             if causal:
                 yield case(f"D={D} decay={decay} in two calls", D, (2, T, 3), decay, cut=T // 3)
-    for decay in ("none", "head", "step"):
+    for decay in ("none", "head", "step", "channel"):
         yield case(f"D=16 decay={decay} T={long}", 16, (1, long, 2), decay)
     if sizes.extras:
-        for decay in ("none", "head", "step"):
+        for decay in ("none", "head", "step", "channel"):
             yield case(f"D=64 decay={decay} T={long}", 64, (1, long, 2), decay)
             yield case(f"D=64 decay={decay} T={long} in two calls", 64, (1, long, 2), decay, cut=long // 2 + 5)
         yield case(f"D=64 both ways T={long}", 64, (1, long, 2), causal=False)

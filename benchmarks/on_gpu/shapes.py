@@ -67,7 +67,10 @@ OTHERS = (
     *((32, 1024, 8, D, dtype) for D in (64, 32) for dtype in (torch.float16, torch.float32)),
     (32, 1024, 2, 256, BF16),
 )
-LINEAR = (("causal", True, False), ("both ways", False, False), ("causal, decays", True, True))
+LINEAR = {  # by name, whether causal, and the decay
+    "causal": (True, "none"), "both ways": (False, "none"), "causal, decays": (True, "head"),
+    "causal, decays per channel": (True, "channel"),
+}  # fmt: skip
 Ranked = Iterator[tuple[int, Shape]]
 Sized = tuple[int, int, int, int, int, torch.dtype]
 
@@ -107,27 +110,26 @@ def _peers(room: Any, rank: int, causal: bool, m: Maker) -> Iterator[tuple[str, 
 
 
 def linear_attention(rehearse: bool) -> Ranked:
-    def make(B: int, T: int, H: int, D: int, m: Maker) -> list[Tensor]:
+    def make(B: int, T: int, H: int, D: int, decay: str, m: Maker) -> list[Tensor]:
         q, k, v = (m.normal(B, T, H, D) for _ in range(3))
-        return [(q / D**0.5).sigmoid(), k.sigmoid(), v]
+        g = [-0.1 * m.uniform(B, T, H, D)] if decay == "channel" else []
+        return [(q / D**0.5).sigmoid(), k.sigmoid(), v, *g]
 
-    def call(x: list[Tensor], form: str, causal: bool, decay: bool) -> Tensor:
-        g = x[0].new_full((x[0].shape[2],), -0.01, dtype=torch.float32) if decay else None
-        return kernels.linear_attention(*x, log_decay=g, causal=causal, normalize=not decay, backend=form)
+    def call(x: list[Tensor], form: str, causal: bool, decay: str) -> Tensor:
+        q, k, v, *of_channels = x
+        g = q.new_full((q.shape[2],), -0.01, dtype=torch.float32) if decay == "head" else next(iter(of_channels), None)
+        return kernels.linear_attention(q, k, v, log_decay=g, causal=causal, normalize=decay == "none", backend=form)
 
     for rank, B, T, H, D, dtype in _heads(rehearse):
         if (dtype == torch.float32 and D > 64) or (dtype == torch.float16 and D > 128):
             continue
-        for way, causal, decay in (
-            ("causal", True, False),
-            ("both ways", False, False),
-            ("causal, decays", True, True),
-        ):
+        for way, (causal, decay) in LINEAR.items():
+            numbers = 4 * dtype.itemsize + (4 if decay == "channel" else 0)
             yield rank, Shape(
                 "linear_attention", _label(way, B=B, T=T, H=H, D=D), dtype, width_class(D), rank != 1,
-                partial(make, B, T, H, D), partial(call, causal=causal, decay=decay),
-                flops=4.0 * B * T * H * D * (D + (64 if causal else 0)), bytes=4.0 * dtype.itemsize * B * T * H * D,
-                others=partial(_peers, peers.linear_attention, rank, causal and not decay),
+                partial(make, B, T, H, D, decay), partial(call, causal=causal, decay=decay),
+                flops=4.0 * B * T * H * D * (D + (64 if causal else 0)), bytes=1.0 * numbers * B * T * H * D,
+                others=partial(_peers, peers.linear_attention, rank, causal and decay == "none"),
             )  # fmt: skip
 
 

@@ -1,20 +1,10 @@
-"""Linear attention in Triton.
+"""Passes over time of linear attention in Triton.
 
-One kernel does all passes. A program has one head of one sequence and a block of value channels; it goes through the
-sequence chunk by chunk, takes pairs inside a chunk one by one and all earlier ones from a state [Dk, Dv] that it keeps
-in registers. Every input is read once, every output written once. Where heads times sequences do not fill the GPU, time
-is cut into segments: a first pass finds the state that each adds, a short one carries the states on, and then all
-segments run at once.
-
-The gradients are linear attention too. With p the gradient of the output before it was normalised, and dn that of the
-normaliser,
-
-    dq_i = sum_{j ≤ i} D_ij (p_i·v_j + dn_i) k_j        queries p, keys v, values k
-    dk_j = sum_{i ≥ j} D_ij (v_j·p_i + dn_i) q_i        queries v, keys p, values q, backwards in time
-    dv_j = sum_{i ≥ j} D_ij (k_j·q_i) p_i               queries k, keys q, values p, backwards in time
-
-so that backward is the same kernel, three times, where a query or a key may have one more channel (dn) whose partner is
-1. That of the decay follows from q·dq and k·dk.
+One kernel does all passes without a decay, or with one per head. A program has one head of one sequence and a block of
+value channels; it goes through the sequence chunk by chunk, takes pairs inside a chunk one by one and all earlier ones
+from a state [Dk, Dv] that it keeps in registers. Every input is read once, every output written once. Where heads times
+sequences do not fill the GPU, time is cut into segments: a first pass finds the state that each adds, a short one
+carries the states on, and then all segments run at once. Another kernel does the same with a decay per channel.
 
 Without causality there is one reduction of keys and values to a state, and one product with it. Products are in
 bfloat16 for bfloat16, otherwise in float32 on the matrix unit: three TF32 products for float32, one for float16, whose
@@ -34,22 +24,20 @@ from torch import Tensor
 from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous
-from ..derivatives import differentiable, pullback
-from ..documents import Documents, Pieces, starts_of
+from ..documents import Documents, Pieces
 from ..launching import launch
-from .chunked import linear_attention_chunked
-from .decays import decay_gradient
+from .channels import _channel_kernel
 from .recurrence import _carry_kernel, _linear_kernel
 
 MIN_SEGMENT = 512  # steps
 PROGRAMS = 2  # wanted for each multiprocessor, before time is cut
 MAX_VALUES = 128  # channels of v in a program
-CARRIED = 1024  # numbers of a state that one program carries from segment to segment
+CARRIED, LEAST_CARRIED = 1024, 128  # numbers of a state that one program carries from segment to segment
 STEPS = 64  # segments of documents are multiples of it, and it of all chunks
 
 
 class Config(NamedTuple):
-    """Of `pass`, and of `decayed`, a pass with a decay for each step."""
+    """Of `pass`, of `decayed`, a pass with a decay for each step, and of `channels`, one for each channel too."""
 
     steps: int  # in a chunk
     state: int  # numbers of the state that a program keeps, at most
@@ -76,172 +64,6 @@ class Packed(NamedTuple):
     table: Tensor  # [P, 4], of them
 
 
-def linear_attention_fused(
-    q: Tensor,  # [B, T, H, Dk]
-    k: Tensor,  # [B, T, H, Dk]
-    v: Tensor,  # [B, T, H, Dv]
-    log_decay: Tensor | None,  # [H] or [B, T, H]
-    causal: bool,
-    normalize: bool,
-    initial_state: Tensor | None,  # [B, H, Dk, Dv (+ 1)]
-    lengths: Tensor | None,  # [B]
-    documents: Documents | None,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    log_decay, initial_state = (None if x is None else x.float() for x in (log_decay, initial_state))
-    starts = starts_of(documents)
-    inputs = (*(x.to(dtype) for x in (q, k, v)), log_decay, initial_state, lengths, starts)
-    o, state, _ = _linear_attention(*inputs, causal, normalize, output_final_state)
-    return o.to(v.dtype), state if output_final_state else None
-
-
-@torch.library.custom_op("seqzoo::linear_attention_fused", mutates_args=())
-def _linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    causal: bool,
-    normalize: bool,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o; the last state, if asked for or if all see it; 1 / the normaliser [B, T, H], if there is one."""
-    B, T, H, _ = q.shape
-    inverse = q.new_empty((B, T, H) if normalize else (0,), dtype=torch.float32)
-    ends: dict[str, Any] = {"lengths": lengths, "packed": _packed(starts, q)}
-    options = {**ends, "inverse": inverse if normalize else None}
-    if causal:
-        start = _split(initial_state, normalize)
-        o, end = _run(q, k, v, g=log_decay, start=start, want_end=output_final_state, **options)
-    else:
-        end = _reduce(k, v, **ends, keys=normalize)
-        o, _ = _run(q, k, v, start=end, causal=False, **options)
-    return o, q.new_empty(0, dtype=torch.float32) if end is None else _joined(end, H), inverse
-
-
-@_linear_attention.register_fake
-def _(q, k, v, log_decay, initial_state, lengths, starts, causal, normalize, output_final_state):
-    (B, T, H, Dk), Dv = q.shape, v.shape[-1]
-    rows = B if starts is None else starts.shape[0] - 1
-    state = (rows, H, Dk, Dv + normalize) if output_final_state or not causal else (0,)
-    inverse = (B, T, H) if normalize else (0,)
-    return v.new_empty(v.shape), *(q.new_empty(shape, dtype=torch.float32) for shape in (state, inverse))
-
-
-@torch.library.custom_op("seqzoo::linear_attention_fused_backward", mutates_args=())
-def _linear_attention_backward(
-    do: Tensor,
-    d_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    o: Tensor,
-    state: Tensor,
-    inverse: Tensor,
-    causal: bool,
-    normalize: bool,
-    output_final_state: bool,
-    decay_needs_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, the decay and the initial state, the last two empty where none is to be had."""
-    H = q.shape[2]
-    p, dn = do, None
-    if normalize:
-        p = (do * inverse[..., None]).to(q.dtype)
-        dn = (p.float() * o).sum(-1).neg_()  # [B, T, H], of p as the kernel has it: the two cancel in a first step
-    p = p.to(q.dtype)
-    ends: dict[str, Any] = {"lengths": lengths, "packed": _packed(starts, q)}
-    options = {**ends, "dtype": torch.float32 if decay_needs_gradient else q.dtype}
-    d_initial, dg = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
-    if causal:
-        start = _split(initial_state, normalize)
-        d_end = _split(d_state, normalize)
-        dq, _ = _run(p, v, k, g=log_decay, start=_transposed(start), q_more=dn, **options)
-        options |= {"g": log_decay, "late": True, "down": True}
-        dk, d_start = _run(v, p, q, start=_transposed(d_end), k_more=dn, want_end=start is not None, **options)
-        dv, _ = _run(k, q, p, start=None if d_end is None else State(d_end.memory), **options)
-        if d_start is not None:
-            d_initial = _joined(_transposed(d_start), H)
-    else:
-        d_end = _reduce(p, q, **ends, more=dn)
-        options["causal"] = False
-        dq, _ = _run(p, v, k, start=_transposed(_split(state, normalize)), q_more=dn, **options)
-        dk, _ = _run(v, p, q, start=d_end, k_more=dn, **options)
-        dv, _ = _run(k, q, p, start=State(d_end.memory.mT.contiguous()), **options)
-    if decay_needs_gradient:
-        assert log_decay is not None
-        of_last = None if d_state is None else (state * d_state).sum((-2, -1))
-        dg = decay_gradient(q, dq, k, dk, lengths, starts, of_last)
-        dg = dg.sum((0, 1)) if log_decay.dim() == 1 else dg.masked_fill(log_decay == -torch.inf, 0)
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dg, d_initial
-
-
-@_linear_attention_backward.register_fake
-def _(do, d_state, q, k, v, log_decay, initial_state, lengths, starts, o, state, inverse, causal, *options):
-    *_, decays = options
-    d_inputs = [x.new_empty(x.shape) for x in (q, k, v)]
-    dg = log_decay.shape if decays else (0,)
-    d_initial = (0,) if initial_state is None or not causal else initial_state.shape
-    return *d_inputs, *(q.new_empty(shape, dtype=torch.float32) for shape in (dg, d_initial))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, causal, normalize, output_final_state = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
-    ctx.options = causal, normalize, output_final_state
-
-
-def _gradient(ctx: Any, do: Tensor | None, d_state: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    do = torch.zeros_like(ctx.saved_tensors[7]) if do is None else do
-    decays, starts = ctx.needs_input_grad[3:5]
-    dq, dk, dv, dg, d_initial = _written(do, d_state, *ctx.saved_tensors, *ctx.options, decays)
-    return dq, dk, dv, dg if decays else None, d_initial if starts else None, *(None,) * 5
-
-
-def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
-    """As `_linear_attention_backward`, for PyTorch to differentiate."""
-    do, d_state, q, k, v, log_decay, initial_state, lengths, starts, *_, causal, normalize, final, _ = arguments
-    documents = None if starts is None else Documents(starts, q.shape[1])
-
-    def form(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return linear_attention_chunked(q, k, v, g, causal, normalize, start, lengths, documents, final)
-
-    return pullback(form, (q, k, v, log_decay, initial_state), (do, d_state))
-
-
-_linear_attention.register_autograd(_gradient, setup_context=_setup_context)
-_written = differentiable(_linear_attention_backward, _plain)
-
-
-def _split(state: Tensor | None, normalize: bool) -> State | None:
-    """[B, H, Dk, Dv], with `normalize` one column more, as the kernel has it."""
-    if state is None:
-        return None
-    state = state.flatten(0, 1)
-    if not normalize:
-        return State(state.contiguous())
-    return State(state[..., :-1].contiguous(), state[..., -1].contiguous())
-
-
-def _joined(state: State, H: int) -> Tensor:
-    columns = state.memory if state.keys is None else torch.cat([state.memory, state.keys[..., None]], -1)
-    return columns.unflatten(0, (-1, H))
-
-
-def _transposed(state: State | None) -> Any:
-    """With keys in the place of values."""
-    return None if state is None else State(state.memory.mT.contiguous(), state.values, state.keys)
-
-
 class Plan(NamedTuple):
     config: Config
     DK: int
@@ -253,13 +75,17 @@ class Plan(NamedTuple):
 def _plan(q: Tensor, v: Tensor, g: Tensor | None, packed: Packed | None) -> Plan:
     (B, T, H, Dk), Dv = q.shape, v.shape[-1]
     DK = max(16, triton.next_power_of_2(Dk))
-    per_step = g is not None and g.dim() == 3  # the decay between all pairs wants as many registers as the pairs
-    config = BLOCKS.of("decayed" if per_step else "pass", q.device, q.dtype, DK)
+    config = BLOCKS.of(_kind(g), q.device, q.dtype, DK)
     DV = max(16, min(triton.next_power_of_2(Dv), config.state // DK, MAX_VALUES))
     if packed is not None:
         return Plan(config, DK, DV, packed.pieces.length, len(packed.table))
     segment_len = _segment_len(B * H * triton.cdiv(Dv, DV), T, config.steps, q.device)
     return Plan(config, DK, DV, segment_len, triton.cdiv(T, segment_len))
+
+
+def _kind(g: Tensor | None) -> str:
+    """Of a pass: the decay between all pairs wants as many registers as the pairs, one per channel another kernel."""
+    return {3: "decayed", 4: "channels"}.get(0 if g is None else g.dim(), "pass")
 
 
 def _segment_len(programs: int, T: int, steps: int, device: torch.device) -> int:
@@ -268,7 +94,7 @@ def _segment_len(programs: int, T: int, steps: int, device: torch.device) -> int
     return T if segments < 2 else triton.cdiv(triton.cdiv(T, segments), steps) * steps
 
 
-def _packed(starts: Tensor | None, q: Tensor) -> Packed | None:
+def pack(starts: Tensor | None, q: Tensor) -> Packed | None:
     if starts is None:
         return None
     _, T, H, _ = q.shape
@@ -283,14 +109,15 @@ def _empty(k: Tensor, v: Tensor, *shape: int, keys: bool, values: bool, packed: 
     return State(make(*shape, Dk, Dv), make(*shape, Dk) if keys else None, make(*shape, Dv) if values else None)
 
 
-def _run(
+def one_pass(
     q: Tensor,  # [B, T, H, Dk]
     k: Tensor,  # [B, T, H, Dk]
     v: Tensor,  # [B, T, H, Dv]
     *,
     lengths: Tensor | None,
     packed: Packed | None,
-    g: Tensor | None = None,  # [H] or [B, T, H]
+    g: Tensor | None = None,  # [H], [B, T, H], or [B, T, H, Dk or Dv]
+    of_values: bool = False,  # whose channels g has
     q_more: Tensor | None = None,  # [B, T, H]
     k_more: Tensor | None = None,
     inverse: Tensor | None = None,  # [B, T, H], to be filled
@@ -304,7 +131,7 @@ def _run(
     """One pass of the kernel: [B, T, H, Dv] in `dtype`, q's by default, and the state behind the last step."""
     plan = _plan(q, v, g, packed)
     keys, values = inverse is not None, q_more is not None or k_more is not None
-    directions = {"late": late, "down": down, "more": values}
+    directions = {"late": late, "down": down, "more": values, "of_values": of_values}
     end = _empty(k, v, keys=keys, values=values, packed=packed) if want_end else None
     if packed is not None and end is not None:  # where a document has no step, no program comes by
         for last, first in zip(end, start or State(None), strict=True):
@@ -312,7 +139,10 @@ def _run(
                 last.copy_(torch.zeros_like(last) if first is None else first)
     if causal and plan.segments > 1 and (packed is None or plan.segment_len < q.shape[1]):
         added, through = _added(k, v, g, k_more, lengths, packed, keys=keys, **directions)
-        start = carry(start, added, through, packed)
+        if through is None or through.dim() == 2:
+            start = carry(start, added, through, packed)
+        else:
+            start = _carry_channels(start, added, through, packed, of_values)
     elif causal and packed is not None and start is not None:
         start = State(*(None if x is None else _by_piece(x, packed.pieces) for x in start))
     o = q.new_empty(*v.shape, dtype=dtype or q.dtype)
@@ -326,7 +156,7 @@ def _by_piece(x: Tensor, pieces: Pieces) -> Tensor:
     return pieces.of_documents(x.unflatten(0, (pieces.documents.N, -1))).transpose(0, 1).flatten(0, 1)
 
 
-def _reduce(
+def whole_state(
     k: Tensor,
     v: Tensor,
     *,
@@ -358,15 +188,19 @@ def _added(
     more: bool,
     late: bool = False,
     down: bool = False,
+    of_values: bool = False,
     all_wanted: bool = False,  # what the last segment of a document adds, too
 ) -> tuple[State, Tensor | None]:
-    """What each segment adds to a state [B·H, segments, ...], and its sum of log decays [B·H, segments]."""
+    """What each segment adds to a state [B·H, segments, ...], and its sums of log decays [B·H, segments, ...]."""
     plan = _plan(k, v, g, packed)
     added = _empty(k, v, plan.segments, keys=keys, values=more)
-    through = None if g is None else k.new_empty(added.memory.shape[:2], dtype=torch.float32)
+    through = None
+    if g is not None:
+        through = k.new_empty(*added.memory.shape[:2], *g.shape[3:], dtype=torch.float32)
     arrays = (k, k, v, g, None, k_more, None, None)
     causal = packed is None or not all_wanted
-    _launch(plan, arrays, None, added, through, lengths, packed, causal=causal, late=late, down=down, more=more)
+    directions = {"late": late, "down": down, "more": more, "of_values": of_values}
+    _launch(plan, arrays, None, added, through, lengths, packed, causal=causal, **directions)
     return added, through
 
 
@@ -379,6 +213,26 @@ def carry(start: State | None, added: State, through: Tensor | None, packed: Pac
     return before
 
 
+def _carry_channels(
+    start: State | None, added: State, through: Tensor, packed: Packed | None, of_values: bool
+) -> State:
+    """As `carry`, with `through` [B·H, segments, channels]: every channel is one more head."""
+    R, _, C = through.shape
+    through = through.movedim(-1, 1).flatten(0, 1).contiguous()
+
+    def carried(first: Tensor | None, add: Tensor, axis: int) -> Tensor:
+        by_channel = add.movedim(axis, 1).flatten(0, 1).contiguous()  # [B·H·channels, segments, ...]
+        first = None if first is None else first.movedim(axis, 1).flatten(0, 1).contiguous()
+        before = torch.empty_like(by_channel)
+        block = max(LEAST_CARRIED, min(triton.next_power_of_2(by_channel[0, 0].numel()), CARRIED))
+        _carry(first, by_channel, through, before, None, packed, block)
+        return before.unflatten(0, (R, C)).movedim(1, axis).contiguous()
+
+    axes = (-1 if of_values else -2, -1, -1)
+    pairs = zip(start or State(None), added, axes, strict=True)
+    return State(*(None if add is None else carried(first, add, axis) for first, add, axis in pairs))
+
+
 def _carry(
     first: Tensor | None,
     added: Tensor,
@@ -386,14 +240,15 @@ def _carry(
     before: Tensor | None,
     last: Tensor | None,
     packed: Packed | None,
+    block: int = CARRIED,
 ) -> None:
     heads, segments = added.shape[:2]
     size = added[0, 0].numel()
     rows, firsts, H = heads, None, None
     if packed is not None:
         rows, firsts, H = packed.pieces.documents.N * heads, packed.pieces.before, heads
-    programs = rows * triton.cdiv(size, CARRIED)
-    launch(_carry_kernel, programs, first, added, through, before, last, firsts, size, segments, H, BLOCK=CARRIED)
+    programs = rows * triton.cdiv(size, block)
+    launch(_carry_kernel, programs, first, added, through, before, last, firsts, size, segments, H, BLOCK=block)
 
 
 def _launch(
@@ -409,13 +264,19 @@ def _launch(
     late: bool,
     down: bool,
     more: bool,
+    of_values: bool = False,
 ) -> None:
     q, k, v, g, q_more, k_more, o, inverse = arrays
     assert q is not None
     assert v is not None
     (B, T, H, Dk), Dv = q.shape, v.shape[-1]
+    kernel: Any = _channel_kernel
+    switches: dict[str, Any] = {"OF_VALUES": of_values}
+    if _kind(g) != "channels":
+        kernel = _linear_kernel
+        switches = {"CAUSAL": causal, "PER_STEP": _kind(g) == "decayed", "STAGES": plan.config.num_stages}
     launch(
-        _linear_kernel,
+        kernel,
         B * H * plan.segments * triton.cdiv(Dv, plan.DV),
         *contiguous(q, k, v, g, q_more, k_more),
         o,
@@ -430,8 +291,7 @@ def _launch(
         Dv,
         plan.segment_len,
         plan.segments,
-        CAUSAL=causal,
-        PER_STEP=g is not None and g.dim() == 3,
+        **switches,
         LATE=late,
         DOWN=down,
         MORE=more,
@@ -439,6 +299,5 @@ def _launch(
         STEPS=plan.config.steps,
         DK=plan.DK,
         DV=plan.DV,
-        STAGES=plan.config.num_stages,
         num_warps=plan.config.num_warps,
     )

@@ -14,7 +14,7 @@ def linear_attention_reference(
     q: Tensor,  # [B, T, H, Dk]
     k: Tensor,  # [B, T, H, Dk]
     v: Tensor,  # [B, T, H, Dv]
-    log_decay: Tensor | None,  # [H] or [B, T, H]
+    log_decay: Tensor | None,  # [H], [B, T, H] or [B, T, H, Dk]
     causal: bool,
     normalize: bool,
     initial_state: Tensor | None,  # [B or N, H, Dk, Dv (+ 1)]
@@ -24,7 +24,7 @@ def linear_attention_reference(
 ) -> tuple[Tensor, Tensor | None]:
     if documents is not None:
         q, k, v = (documents.padded(x) for x in (q, k, v))
-        g = documents.padded(log_decay) if log_decay is not None and log_decay.dim() == 3 else log_decay
+        g = documents.padded(log_decay) if log_decay is not None and log_decay.dim() > 1 else log_decay
         o, state = linear_attention_reference(
             q, k, v, g, causal, normalize, initial_state, documents.lengths, None, output_final_state
         )
@@ -32,11 +32,12 @@ def linear_attention_reference(
     B, T, H, Dk = q.shape
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)
     g = q.new_zeros(H) if log_decay is None else log_decay
-    q, k, v, g = (zero_padding(x.to(dtype), lengths) for x in (q, k, v, g.expand(B, T, H)))
+    g = (g if g.dim() == 4 else g[..., None]).expand(B, T, H, -1)  # of all channels or of each
+    q, k, v, g = (zero_padding(x.to(dtype), lengths) for x in (q, k, v, g))
     if normalize:
         v = F.pad(v, (0, 1), value=1.0)
     qs, ks, vs = q.unbind(1), k.unbind(1), v.unbind(1)  # T times [B, H, D]
-    decays = g.exp()[..., None, None].unbind(1)  # T times [B, H, 1, 1]
+    decays = g.exp()[..., None].unbind(1)  # T times [B, H, 1 or Dk, 1]
 
     S = q.new_zeros(B, H, Dk, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
     outputs = []

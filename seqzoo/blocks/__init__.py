@@ -11,12 +11,18 @@ from ..valid import Range, check_options
 from .base import Block, State, upgraded
 from .conv import Conv
 from .gau import GAU
+from .gla import GLA
+from .hgrn2 import HGRN2
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
 from .mamba import Mamba
+from .mamba2 import Mamba2
+from .mamba3 import Mamba3
 from .min_gru import MinGRU
+from .mlstm import MLSTM
 from .performer import Performer
+from .retnet import RetNet
 from .rg_lru import RGLRU
 from .s4d import S4D
 from .s5 import S5
@@ -34,10 +40,16 @@ BLOCKS: dict[str, type[Block]] = {
     "lru": LRU,
     "s4d": S4D,
     "conv": Conv,
-    "min_gru": MinGRU,
-    "rg_lru": RGLRU,
-    "s5": S5,
+    "retnet": RetNet,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "mamba": Mamba,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "mlstm": MLSTM,
+    "rg_lru": RGLRU,
+    "min_gru": MinGRU,
+    "s5": S5,
 }
 
 NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
@@ -73,7 +85,10 @@ def check_block(name: str, options: Mapping[str, Any]) -> None:
 __all__ = [
     "BLOCKS",
     "GAU",
+    "GLA",
+    "HGRN2",
     "LRU",
+    "MLSTM",
     "RGLRU",
     "S4D",
     "S5",
@@ -82,8 +97,11 @@ __all__ = [
     "Conv",
     "LinearAttention",
     "Mamba",
+    "Mamba2",
+    "Mamba3",
     "MinGRU",
     "Performer",
+    "RetNet",
     "SoftmaxAttention",
     "State",
     "VQAttention",

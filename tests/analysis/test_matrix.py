@@ -197,6 +197,44 @@ def conv(block, x, mask, lengths):
     return gain(kernel, x, mask, 1 if block.causal else 2)
 
 
+def gated(q, k, g, causal):
+    """Σ_d q_td k_sd exp(g summed over (s, t]), and from the end over [t, s): [B, H, T, D] -> [B, H, T, T] each way."""
+    b, past = g.cumsum(2), torch.ones(T, T, dtype=torch.bool).tril()
+    since = b[:, :, :, None] - b[:, :, None]  # [B, H, t, s, D]
+    until = (b - g)[:, :, None] - (b - g)[:, :, :, None]
+    ways = [(since, past)] if causal else [(since, past), (until, past.T)]
+    decays = (torch.where(seen[..., None], decay, -math.inf).exp() for decay, seen in ways)
+    return [torch.einsum("bhtd,bhsd,bhtsd->bhts", q, k, decay) for decay in decays]
+
+
+def gla(block, x, mask, lengths):
+    q, k, _, _ = block.in_proj(x).split((D // 2, D // 2, D, D), -1)
+    g = F.logsigmoid(block.gate_proj(x) + block.gate_bias.bias) / 16
+    q, k, g = (next(heads(y, 1, 4)) for y in (q / math.sqrt(block.key_dim), k, g))
+    return torch.where(mask, sum(gated(q, k, g, block.causal)), 0)
+
+
+def hgrn2(block, x, mask, lengths):
+    q, f, _ = block.in_proj(x).chunk(3, -1)
+    f = 0.3 + 0.7 * f.sigmoid()
+    q, k, g = (next(heads(y, 1, 4)) for y in (F.silu(q), 1 - f, f.log()))
+    return torch.where(mask, sum(gated(q, k, g, block.causal)), 0)
+
+
+def mlstm(block, x, mask, lengths):
+    """Of each direction by itself, divided by its sum where that is above 1."""
+    valid = mask[:, 0].diagonal(dim1=1, dim2=2)[..., None]
+    y, _ = block.in_proj(torch.where(valid, x, 0)).chunk(2, -1)
+    u = F.silu(block.conv(y, None, None)[0])
+    qkv = block.q_proj(u), block.k_proj(u), block.v_proj(y)
+    gates = sum(layer(z) for layer, z in zip(block.gate_proj, qkv, strict=True)) + block.gate_bias.bias
+    i, f = (gate.transpose(1, 2)[..., None] for gate in gates.chunk(2, -1))  # [B, H, T, 1]
+    q, k = (next(heads(y, 1, 4)) for y in qkv[:2])
+    ways = gated(q, k * i.exp() / math.sqrt(q.shape[-1]), F.logsigmoid(f).expand_as(q), block.causal)
+    ways = [torch.where(mask, weights, 0) for weights in ways]
+    return sum(weights / weights.sum(-1, keepdim=True).abs().clamp(min=1) for weights in ways)
+
+
 def gain(kernel, x, mask, directions):
     """√(Σ_r ‖J[t, s] x_r‖² / Σ_r ‖x_r‖²), r over the valid positions of all sequences."""
     J = torch.zeros(T, T, D, D, dtype=torch.float64)
@@ -231,6 +269,9 @@ CASES = {
     "lru": (lru, "lru", {"state_dim": 5}),
     "s4d": (s4d, "s4d", {"state_dim": 6}),
     "conv": (conv, "conv", {}),
+    "gla": (gla, "gla", {}),
+    "hgrn2": (hgrn2, "hgrn2", {"lower_bound": 0.3}),
+    "mlstm": (mlstm, "mlstm", {}),
     "s5": (s5, "s5", {}),
     "min_gru": (min_gru, "min_gru", {}),
     "rg_lru": (rg_lru, "rg_lru", {}),

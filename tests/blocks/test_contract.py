@@ -127,8 +127,22 @@ def test_padding_has_no_effect(name, options, causal):
             assert_close(a, e, 1e-9, "gradient of a parameter")
 
 
+@every
+def test_rows_know_nothing_of_each_other(name, options, causal):
+    """Alone, in a batch, and beside rows of other values: outputs and gradients of a row are the same."""
+    block, x = make(name, options, causal), sequences(3, 37).requires_grad_()
+    y = block(x)
+    for b in range(3):
+        row = x.detach()[b : b + 1].requires_grad_()
+        alone = block(row)
+        assert_close(y[b : b + 1], alone, 1e-10)
+        (dx,) = torch.autograd.grad(y[b].square().sum(), x, retain_graph=True)
+        assert_close(dx[b : b + 1], torch.autograd.grad(alone.square().sum(), row)[0], 1e-9)
+        assert (dx[[other for other in range(3) if other != b]] == 0).all()
+
+
 @streaming
-@pytest.mark.parametrize("splits", [[1] * 23, [7, 16], [22, 1], [1, 22], [8, 8, 7]])
+@pytest.mark.parametrize("splits", [[1] * 23, [7, 16], [22, 1], [1, 22], [8, 8, 7], [2, 21], [1, 2, 3, 17]])
 def test_extend_equals_forward(name, options, causal, splits):
     block = make(name, options, causal)
     x = sequences(2, 23)

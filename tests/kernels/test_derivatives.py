@@ -92,11 +92,20 @@ def linear_attentions() -> dict[str, Case]:
             ),
             resumed,
         )
-    for shape in ((H,), (B, T, H)):
+    for shape in ((H,), (B, T, H), (B, T, H, D)):
         cases[f"linear_attention decay {len(shape)}"] = Case(
             lambda q, k, v, g, **to: linear_attention(q, k, v, log_decay=g, causal=True, lengths=LENGTHS, **to),
             [*inputs, -rand(*shape)],
         )
+    options = {"normalize": True, "lengths": LENGTHS}
+    cases["linear_attention channels both ways"] = Case(
+        lambda q, k, v, g, **to: linear_attention(q, k, v, log_decay=g, **options, **to), [*inputs, -rand(B, T, H, D)]
+    )
+    options["causal"] = options["output_final_state"] = True
+    cases["linear_attention channels state"] = Case(
+        lambda q, k, v, s, g, **to: linear_attention(q, k, v, log_decay=g, initial_state=s, **options, **to),
+        [*resumed, -rand(B, T, H, D)],
+    )
     return cases
 
 

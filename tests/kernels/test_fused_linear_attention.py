@@ -22,7 +22,8 @@ def make(B, T, H, Dk, Dv, *, decay="none", state=False, normalize=False, dtype=t
     q, k, v = size * torch.randn(B, T, H, Dk) / Dk**0.5, torch.randn(B, T, H, Dk), torch.randn(B, T, H, Dv)
     if normalize:
         q, k = q.exp(), k.exp()
-    g = {"none": None, "head": -rate * torch.rand(H), "step": -rate * torch.rand(B, T, H)}[decay]
+    shape = {"none": None, "head": (H,), "step": (B, T, H), "channel": (B, T, H, Dk)}[decay]
+    g = None if shape is None else -rate * torch.rand(shape)
     S = torch.randn(B, H, Dk, Dv + normalize).abs() if state else None
     q, k, v = (y.to(DEVICE, dtype) for y in (q, k, v))
     return dict(zip(NAMES, (q, k, v, *(None if y is None else y.to(DEVICE) for y in (g, S))), strict=True))
@@ -88,6 +89,10 @@ CASES = [  # B, T, H, Dk, Dv, causal, decay, normalize, state, lengths, dtype
     (2, 257, 1, 10, 6, True, "step", True, True, [257, 130], torch.float32),
     (2, 257, 1, 8, 5, True, "head", False, False, [200, 7], torch.float32),
     (1, 257, 1, 64, 16, True, "none", True, True, None, torch.float32),
+    (1, 1, 2, 5, 3, True, "channel", True, True, None, torch.float32),
+    (2, 33, 2, 6, 20, True, "channel", False, True, [33, 0], torch.float32),
+    (2, 48, 1, 24, 9, True, "channel", False, False, [31, 48], torch.float16),
+    (2, 70, 1, 17, 5, True, "channel", True, True, [70, 49], torch.float32),
 ]
 
 
@@ -103,7 +108,7 @@ def test_agrees_with_reference(
     check(inputs, state=state, lengths=lengths, causal=causal, normalize=normalize)
 
 
-@pytest.mark.parametrize("decay", ["head", "step"])
+@pytest.mark.parametrize("decay", ["head", "step", "channel"])
 @pytest.mark.parametrize("rate", [0.0, 1e-6, 30.0, float("inf")])
 def test_decays_near_zero_and_one(rate, decay):
     inputs = make(1, 65, 2, 4, 3, decay=decay, rate=0 if rate == float("inf") else rate)
@@ -143,7 +148,9 @@ def test_a_split_sequence_goes_on_where_it_stopped():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("causal", "decay", "normalize"), [(True, "step", True), (False, "none", False)])
+@pytest.mark.parametrize(
+    ("causal", "decay", "normalize"), [(True, "step", True), (True, "channel", True), (False, "none", False)]
+)
 def test_operator(causal, decay, normalize, packed):
     inputs = make(1 if packed else 2, 9, 2, 4, 3, decay=decay, normalize=normalize, state=causal and not packed)
     tensors = [y if y is None else y.requires_grad_() for y in inputs.values()]

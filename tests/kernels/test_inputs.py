@@ -118,9 +118,8 @@ def make_linear(case: Case, size: Size) -> dict[str, Tensor]:
     if normalize:
         q, k = q.exp(), k.exp()
     x = {"q": q, "k": k, "v": randn(B, T, H, D + 2)}
-    decay = {"none": None, "head": -torch.rand(H) / 10, "step": -torch.rand(B, T, H) / 10}[case["decay"]]
-    if decay is not None:
-        x["log_decay"] = decay
+    if case["decay"] != "none":
+        x["log_decay"] = -torch.rand({"head": (H,), "step": (B, T, H), "channel": (B, T, H, D)}[case["decay"]]) / 10
     if case["form"] == STATE:
         x["initial_state"] = randn(B, H, D, D + 2 + normalize).abs()
     return x
@@ -291,14 +290,14 @@ OPERATIONS = {
     ),
     "linear_attention": Operation(
         ("q", "k", "v", "log_decay", "initial_state"),
-        {**FORMS, "decay": ["none", "head", "step"], "normalize": [False, True], "dtype": REAL},
+        {**FORMS, "decay": ["none", "head", "step", "channel"], "normalize": [False, True], "dtype": REAL},
         make_linear,
         call_linear,
         {
             **OF_FORMS,
             ("decay", "head"): {"form": ["causal", STATE]},
             ("decay", "step"): {"form": ["causal", STATE]},
-            ("d log_decay", True): {"decay": ["head", "step"], "form": ["causal", STATE]},
+            ("d log_decay", True): {"decay": ["head", "step", "channel"]},
             ("d initial_state", True): {"form": [STATE]},
         },
         state=("log_decay", "initial_state"),

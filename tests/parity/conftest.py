@@ -1,6 +1,8 @@
 """How near blocks come to their originals. The extra `parity` installs these; tests of what is not there are skipped.
 
-python -m pytest tests/parity --record-parity results/parity.json
+    python -m pytest tests/parity --record-parity results/parity.json
+
+also writes down what they find.
 """
 
 from __future__ import annotations
