@@ -119,8 +119,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
     fits = q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[1] > 0
     if not fits or q.shape[3] != k.shape[3] or k.shape[2] != min(q.shape[2], v.shape[2]):
         raise ValueError(
-            "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, k and v, or q and k, "
-            f"with G heads where G divides H, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, q and k or else "
+            f"k and v with G heads where G divides H, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
     (B, T, G, Dk), H = k.shape, max(q.shape[2], v.shape[2])
     if G != H and (G == 0 or H % G):
