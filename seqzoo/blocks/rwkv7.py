@@ -151,12 +151,12 @@ def rwkv7(
     Returns:
         o [B, T, H, Dv], zero past `lengths`; with `before`, (o, the memory after the last valid step).
     """
-    starts = starts_of(documents)
+    (B, T, H, _), starts = v.shape, starts_of(documents)
     o = delta_rule(
         _halves(torch.zeros_like(r), r),
         _halves((a * kappa).to(k.dtype), k),
         _halves(torch.zeros_like(v), v),
-        torch.ones_like(_halves(v, v)[..., 0]),
+        v.new_ones(B, 2 * T, H),
         log_decay=_halves(log_decay, torch.zeros_like(log_decay)),
         erase=_halves(kappa * log_decay.neg().exp(), torch.zeros_like(log_decay)),
         initial_state=before,
