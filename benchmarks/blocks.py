@@ -8,7 +8,8 @@ Alternatives are timed in turns, so that slow phases of the machine meet all of 
 the median. One that has taken more than `--patience` seconds at a length is repeated there no more, and one that takes
 as long a time is left out at greater lengths. Each length has a process of its own: what a large peer leaves in the
 heap would fill the memory. Peers that cannot be imported are named and left out: performer-pytorch, FLASH-pytorch,
-linear-attention-transformer, s5-pytorch, and S4's standalone `s4d.py` on PYTHONPATH.
+linear-attention-transformer, S4's standalone `s4d.py` on PYTHONPATH, and those of the extra `parity`. Layers of
+`originals.py` are one of our blocks each, which then has the weights of the first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from originals import ORIGINALS, Original
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,19 +41,27 @@ from seqzoo.training.memory import keep_freed_memory
 B, D_MODEL, HEADS = 4, 256, 4
 HEAD_DIM = D_MODEL // HEADS
 
-COUNTERPARTS = {
-    ("block", "softmax_attention"): "SDPA",
-    ("block", "linear_attention"): "linear-attention-transformer",
-    ("block", "performer"): "performer-pytorch",
-    ("block", "gau"): "FLASH-pytorch",
-    ("block", "vq_attention"): "SDPA",
-    ("block", "lru"): "s5-pytorch",
-    ("block", "s4d"): "S4D standalone",
-    ("operation", "attention"): "SDPA",
-    ("operation", "linear_attention"): "linear-attention-transformer",
-    ("operation", "favor_attention"): "performer-pytorch",
-    ("operation", "gated_attention"): "FLASH-pytorch",
-    ("operation", "vq_attention"): "SDPA",
+COUNTERPARTS = {  # of ours, what stands beside it: others', or another of ours that does the like
+    ("block", "softmax_attention"): ("SDPA",),
+    ("block", "linear_attention"): ("linear-attention-transformer",),
+    ("block", "performer"): ("performer-pytorch",),
+    ("block", "gau"): ("FLASH-pytorch",),
+    ("block", "vq_attention"): ("SDPA",),
+    ("block", "lru"): ("s5-pytorch",),
+    ("block", "s4d"): ("S4D standalone",),
+    ("block", "mamba"): ("Mamba of transformers", "Mamba of mambapy"),
+    ("block", "mamba2"): ("Mamba-2 of transformers",),
+    ("block", "rg_lru"): ("RG-LRU of transformers", "lru"),
+    ("block", "mlstm"): ("mLSTM of xlstm",),
+    ("block", "min_gru"): ("lru",),
+    ("block", "s5"): ("s5-pytorch", "lru"),
+    ("operation", "attention"): ("SDPA",),
+    ("operation", "linear_attention"): ("linear-attention-transformer",),
+    ("operation", "linear_attention (decay per channel)"): ("linear_attention (decay per step)",),
+    ("operation", "favor_attention"): ("performer-pytorch",),
+    ("operation", "gated_attention"): ("FLASH-pytorch",),
+    ("operation", "vq_attention"): ("SDPA",),
+    ("operation", "diagonal_scan (gated)"): ("diagonal_scan",),
 }
 
 
@@ -75,10 +85,25 @@ class Candidate(NamedTuple):
 
 
 def block(name: str, **options: Any) -> Candidate:
+    """One of ours, with the weights of its first original where there is one."""
+    original = next((each for each in ORIGINALS if each.block == name and each.installed), None)
+
     def make(T: int, causal: bool) -> Pass:
-        return on_sequences(build_block(name, D_MODEL, causal=causal, **options), T)
+        ours = build_block(name, D_MODEL, causal=causal, **options)
+        if original is not None and causal:
+            ours.load_state_dict(original.weights(original.build(D_MODEL)))
+        return on_sequences(ours, T)
 
     return Candidate(name, "block", True, make)
+
+
+def of_original(original: Original) -> Candidate:
+    def make(T: int, causal: bool) -> Pass:
+        if not causal:
+            raise NotImplementedError
+        return on_sequences(original.build(D_MODEL), T)
+
+    return Candidate(original.name, "block", False, make)
 
 
 def on_sequences(module: nn.Module, T: int) -> Pass:
@@ -90,7 +115,7 @@ def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def operation(name: str, inputs: Callable[[int], list[Tensor]], **options: Any) -> Candidate:
+def operation(name: str, inputs: Callable[[int], list[Tensor]], *, how: str = "", **options: Any) -> Candidate:
     def make(T: int, causal: bool) -> Pass:
         tensors = inputs(T)
         # The scan has a direction instead.
@@ -98,7 +123,7 @@ def operation(name: str, inputs: Callable[[int], list[Tensor]], **options: Any) 
         wrt = [tensor for tensor in tensors if tensor.requires_grad]
         return Pass(lambda: getattr(kernels, name)(*tensors, **mode, **options), wrt)
 
-    return Candidate(name, "operation", True, make)
+    return Candidate(name + how, "operation", True, make)
 
 
 def heads(T: int, *, scale: float = 1.0) -> Tensor:
@@ -107,6 +132,20 @@ def heads(T: int, *, scale: float = 1.0) -> Tensor:
 
 def width(T: int, *D: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(B, T, *D, dtype=dtype).requires_grad_()
+
+
+def decayed(name: str, *channels: int) -> Candidate:
+    """`linear_attention` with gates [B, T, H, *channels]."""
+
+    def make(T: int, causal: bool) -> Pass:
+        qkv, gates = [heads(T) for _ in range(3)], (-torch.rand(B, T, HEADS, *channels)).requires_grad_()
+        return Pass(lambda: kernels.linear_attention(*qkv, log_decay=gates, causal=causal), [*qkv, gates])
+
+    return Candidate(name, "operation", True, make)
+
+
+def share(T: int, D: int) -> Tensor:
+    return torch.rand(B, T, D).requires_grad_()
 
 
 def on_heads(function: Callable[..., Tensor], T: int, **options: Any) -> Pass:
@@ -195,8 +234,12 @@ def candidates() -> Iterator[Candidate]:
     yield block("gau")
     yield block("lru")
     yield block("s4d")
+    for name in ("retnet", "mamba2", "mamba3", "mamba", "gla", "hgrn2", "mlstm", "rg_lru", "min_gru", "s5"):
+        yield block(name)
     yield operation("attention", lambda T: [heads(T) for _ in range(3)])
     yield operation("linear_attention", lambda T: [heads(T) for _ in range(3)], normalize=True)
+    yield decayed("linear_attention (decay per step)")
+    yield decayed("linear_attention (decay per channel)", HEAD_DIM)
     projection = torch.randn(HEADS, int(HEAD_DIM * math.log(HEAD_DIM)), HEAD_DIM)
     yield operation("favor_attention", lambda T: [heads(T, scale=0.3), heads(T, scale=0.3), heads(T), projection])
     codebook = F.normalize(torch.randn(1, 128, D_MODEL), dim=-1)
@@ -212,6 +255,7 @@ def candidates() -> Iterator[Candidate]:
     )
     coefficients = torch.polar(torch.full((D_MODEL,), 0.99), torch.rand(D_MODEL)).requires_grad_()
     yield operation("diagonal_scan", lambda T: [width(T, D_MODEL, dtype=torch.complex64), coefficients])
+    yield operation("diagonal_scan", lambda T: [width(T, D_MODEL), share(T, D_MODEL)], how=" (gated)")
     yield from peer(
         "SDPA",
         "torch",
@@ -232,6 +276,11 @@ def candidates() -> Iterator[Candidate]:
         linear_operation,
     )
     yield from peer("s5-pytorch", "s5", lambda p, causal: p.S5(D_MODEL, D_MODEL), both=False)
+    for original in ORIGINALS:
+        if original.installed:
+            yield of_original(original)
+        else:
+            print(f"{original.name} is left out: it is not installed", file=sys.stderr)
     yield from peer("S4D standalone", "s4d", lambda p, causal: p.S4D(D_MODEL, transposed=False), both=False)
 
 
@@ -268,7 +317,7 @@ def measure(T: int, causal: bool, names: set[tuple[str, str]], repeats: int, pat
     """The candidates of these names and kinds at one length, in turns."""
     keep_freed_memory()
     torch.manual_seed(0)
-    passes, gradients, seconds = {}, {}, {}
+    passes, gradients, seconds, memory = {}, {}, {}, {}
     for candidate in candidates():
         if (candidate.name, candidate.kind) not in names:
             continue
@@ -277,16 +326,15 @@ def measure(T: int, causal: bool, names: set[tuple[str, str]], repeats: int, pat
         except NotImplementedError:
             continue
         gradients[candidate] = torch.randn_like(passes[candidate].call())
-        seconds[candidate] = [passes[candidate].seconds(gradients[candidate])]
+        with PeakMemory() as memory[candidate]:
+            seconds[candidate] = [passes[candidate].seconds(gradients[candidate])]
     for _ in range(repeats):
         for candidate, one_pass in passes.items():
             if sum(seconds[candidate]) < patience or len(seconds[candidate]) == 1:
                 seconds[candidate].append(one_pass.seconds(gradients[candidate]))
     rows = []
-    for candidate, one_pass in passes.items():
+    for candidate in passes:
         timed = seconds[candidate][1:]  # the first compiles and warms up
-        with PeakMemory() as memory:
-            one_pass.seconds(gradients[candidate])
         rows.append(
             {
                 "name": candidate.name,
@@ -297,7 +345,7 @@ def measure(T: int, causal: bool, names: set[tuple[str, str]], repeats: int, pat
                 "min_ms": 1e3 * min(timed),
                 "median_ms": 1e3 * statistics.median(timed),
                 "n": len(timed),
-                "peak_mib": memory.peak / 2**20,
+                "peak_mib": memory[candidate].peak / 2**20,
             }
         )
     return rows
@@ -314,7 +362,12 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     found = list(candidates())
-    chosen = {(c.name, c.kind) for c in found if options.only is None or c.name in options.only.split(",")}
+    only = [name.strip() for name in options.only.split(",")] if options.only else [c.name for c in found]
+    if unknown := set(only) - {c.name for c in found}:
+        parser.error(
+            f"--only: {', '.join(sorted(unknown))} unknown or left out; valid: {', '.join(c.name for c in found)}"
+        )
+    chosen = {(c.name, c.kind) for c in found if c.name in only}
     for causal in (True, False):
         left = set(chosen)
         for T in map(int, options.lengths.split(",")):
@@ -323,7 +376,7 @@ def main() -> None:
             rows += at_length
             for row in at_length:
                 print(
-                    f"{'causal' if causal else 'both':<7}{T:>6}  {row['kind']:<10}{row['name']:<30}"
+                    f"{'causal' if causal else 'both':<7}{T:>6}  {row['kind']:<10}{row['name']:<38}"
                     f"{row['min_ms']:>10.1f} ms min {row['median_ms']:>10.1f} ms median {row['peak_mib']:>9.0f} MiB",
                     flush=True,
                 )
@@ -338,10 +391,10 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Minimum times in ms, peak memory in MiB, growth from T = 2,048 on, and how much faster than the counterpart."""
+    """Minimum times in ms, peak memory in MiB, growth from T = 2,048 on, and how much faster than the counterparts."""
     cells = {(r["kind"], r["name"], r["causal"], r["T"]): r for r in rows}
     lengths = [T for T in (1024, 4096, 16384) if any(r["T"] == T for r in rows)]
-    titles = ["", *(f"T = {T:,}" for T in lengths), "MiB at 4,096", "slope of time, memory", "against, at 4,096"]
+    titles = ["", *(f"T = {T:,}" for T in lengths), "MiB at 4,096", "slope of time, memory", "beside, at 4,096"]
     lines = []
     for kind in ("block", "operation"):
         for causal in (True, False):
@@ -354,15 +407,24 @@ def table(rows: list[dict[str, Any]]) -> str:
                 times = [f"{of[T]['min_ms']:,.0f}" if T in of else "-" for T in lengths]
                 memory = f"{of[4096]['peak_mib']:,.0f}" if 4096 in of else "-"
                 growth = f"{slope(of, 'min_ms')}, {slope(of, 'peak_mib')}"
-                against = cells.get((kind, COUNTERPARTS.get((kind, name), ""), causal, 4096)) if ours else None
-                faster = ""
-                if against is not None and 4096 in of:
-                    faster = f"{against['min_ms'] / of[4096]['min_ms']:.2f} x {against['name']}"
+                others = COUNTERPARTS.get((kind, name), ()) if ours else ()
+                against = (beside(of, {T: cells.get((kind, other, causal, T)) for T in of}) for other in others)
+                faster = ", ".join(filter(None, against))
                 lines.append(
                     f"| {name if ours else f'*{name}*'} | " + " | ".join((*times, memory, growth, faster)) + " |"
                 )
             lines.append("")
     return "\n".join(lines)
+
+
+def beside(of: dict[int, dict[str, Any]], other: dict[int, dict[str, Any] | None]) -> str:
+    """How many times as fast, and in what part of the memory, at 4,096 steps or the most up to there that both did."""
+    both = [(T, row) for T, row in other.items() if row is not None and T <= 4096]
+    if not both:
+        return ""
+    T, theirs = max(both, key=lambda pair: pair[0])
+    speed, memory = theirs["min_ms"] / of[T]["min_ms"], of[T]["peak_mib"] / theirs["peak_mib"]
+    return f"{speed:.2f} x {theirs['name']}, {memory:.2f} of its memory" + (f" (T = {T:,})" if T != 4096 else "")
 
 
 def slope(of: dict[int, dict[str, Any]], key: str) -> str:
@@ -388,8 +450,8 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
                 for index, (name, ours) in enumerate(names):
                     points = [(r["T"], r[key]) for r in chosen if (r["name"], r["causal"]) == (name, causal)]
                     if points:
-                        style = {"linestyle": "-" if ours else "--", "color": plt.get_cmap("tab20")(index)}
-                        axis.plot(*zip(*points, strict=True), marker=".", label=name, **style)
+                        style = {"linestyle": "-" if ours else "--", "color": plt.get_cmap("tab20")(index % 20)}
+                        axis.plot(*zip(*points, strict=True), marker=".x"[index // 20 % 2], label=name, **style)
                 axis.set(xscale="log", yscale="log", ylabel=label, title="causal" if causal else "bidirectional")
                 lengths = sorted({row["T"] for row in rows})
                 axis.set_xticks(lengths, labels=[f"{T:,}" for T in lengths])

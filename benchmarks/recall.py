@@ -74,6 +74,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "lru": (),
     "s4d": (),
     "conv": (),
+    **dict.fromkeys(("retnet", "mamba2", "mamba3", "mamba", "gla", "hgrn2", "mlstm", "rg_lru", "min_gru", "s5"), ()),
 }
 
 

@@ -43,6 +43,7 @@ Tokens = Annotated[int, Range(0, 10**24)]  # of a budget, which may take for eve
 Epochs = Annotated[float, Range(0, 10**12)]
 Positive = Annotated[float, Range(0, 1_000_000, open_low=True)]
 NotNegative = Annotated[float, Range(0, 1_000_000)]
+Bias = Annotated[float, Range(-100, 100)]  # of a gate: beyond, its sigmoid is 0 or 1
 Factor = Annotated[float, Range(0, 64, open_low=True)]  # of a width
 Fraction = Annotated[float, Range(0, 1, open_low=True)]
 BelowOne = Annotated[float, Range(0, 1, open_high=True)]  # a share, or a probability, that leaves something

@@ -6,10 +6,16 @@ import yaml
 from seqzoo.config import CONFIGS, ConfigError, available, compose, from_dict, to_dict
 
 
-@pytest.mark.parametrize(
-    ("model", "task", "recipe"), list(itertools.product(available("model"), available("task"), available("recipe")))
-)
-def test_every_combination_composes(model, task, recipe):
+def pairs():
+    """Combinations in which every two of a model, a task and a recipe meet."""
+    recipes = available("recipe")
+    for m, model in enumerate(available("model")):
+        for t, task in enumerate(available("task")):
+            yield model, task, recipes[(m + t) % len(recipes)]
+
+
+@pytest.mark.parametrize(("model", "task", "recipe"), pairs())
+def test_combinations_compose(model, task, recipe):
     config = compose([f"model={model}", f"task={task}", f"recipe={recipe}"])
     assert (config.model.name, config.task.name, config.recipe) == (model, task, recipe)
     assert from_dict(to_dict(config)) == config
@@ -43,7 +49,7 @@ def test_causal_pretraining_makes_the_model_causal():
     [
         (
             "model=transformr",
-            r"no model 'transformr' \(did you mean 'transformer'\?\); valid: conv, flash, linear_transformer, lru",
+            r"no model 'transformr' \(did you mean 'transformer'\?\); valid: conv, flash, gla, hgrn2, linear_",
         ),
         ("task=lra_txt", r"no task 'lra_txt' \(did you mean 'lra_text'\?\); valid: .*lra_image"),
         ("recipe=large", "no recipe 'large'; valid: laptop, paper, short, small, tiny"),

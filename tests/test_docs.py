@@ -1,6 +1,7 @@
 """What the README and docs/ say: their Python runs, their links lead somewhere, their tables hold."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -88,13 +89,17 @@ def numbers_kept(block: Block, steps: int) -> int:
 def test_the_table_of_blocks_holds():
     rows = table(README, "name")
     assert [row[0].strip("`") for row in rows] == list(BLOCKS)
-    for name, kind, _, options, directions, state, at_64 in rows:
+    for name, kind, _, options, directions, about, state, at_64 in rows:
         name, steps = name.strip("`"), 7
         parameters = inspect.signature(BLOCKS[name]).parameters
         assert kind == f"`{BLOCKS[name].__name__}`"
         assert directions == "both"
         for option, default in re.findall(r"`(\w+)=(.*?)`", options):
             assert parameters[option].default == eval(default)
+        with torch.device("meta"):
+            large = build_block(name, d_model=8192, causal=True)
+        count = sum(parameter.numel() for parameter in large.parameters())
+        assert count == pytest.approx(evaluate(about.strip("`"), d=8192), rel=0.02)
         for d in (64, 96):
             build_block(name, d_model=d)
             block = build_block(name, d_model=d, causal=True)
@@ -115,6 +120,16 @@ def test_the_formulas_of_states_hold():
         "lru": {"state_dim": 10},
         "s4d": {"state_dim": 6},
         "conv": {"width": 8},
+        "retnet": {"num_heads": 2, "expand": 1.5},
+        "mamba2": {"num_heads": 4, "state_dim": 6, "num_groups": 2, "expand": 1.5, "conv_width": 3},
+        "mamba3": {"num_heads": 4, "state_dim": 6, "expand": 1.5},
+        "mamba": {"state_dim": 6, "expand": 1.5, "conv_width": 3},
+        "gla": {"num_heads": 2},
+        "hgrn2": {"num_heads": 2},
+        "mlstm": {"num_heads": 2, "expand": 1.5, "conv_width": 3},
+        "rg_lru": {"state_dim": 12, "conv_width": 3},
+        "min_gru": {"expand": 1.5},
+        "s5": {"state_dim": 24},
     }
     rows = table(ROOT / "docs" / "blocks.md", "block")
     assert {re.match(r"`(\w+)`", row[0])[1] for row in rows} == set(BLOCKS)
@@ -127,6 +142,14 @@ def test_the_formulas_of_states_hold():
         for extra in more:  # of the block's `normalize`
             block = build_block(name, d_model=32, causal=True, **given | {"normalize": True})
             assert numbers_kept(block, 7) == evaluate(formula, **known) + evaluate(extra, **known)
+
+
+def test_the_table_of_originals_is_what_was_recorded():
+    worst: dict[tuple[str, str, str], float] = {}
+    for row in json.loads((ROOT / "results" / "parity.json").read_text())["rows"]:
+        key = row["original"], row["version"], f"`{row['block']}`"
+        worst[key] = max(worst.get(key, 0.0), row["error"])
+    assert table(ROOT / "docs" / "blocks.md", "original") == [[*key, f"{error:.0e}"] for key, error in worst.items()]
 
 
 def evaluate(formula: str, **names: object) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, sequences, shared_out
+from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, rows, sequences, shared_out
 
 MIN_BLOCK = 32  # channels: narrower blocks waste vector width and cache lines
 MIN_WORK = 1 << 18  # elements: a thread is woken for as much, about 0.1 ms
@@ -48,8 +48,8 @@ def scan(
     _in_parallel(
         _scan_items,
         *(x.shape[2], of),
-        _rows(x),
-        _rows(a if a.dim() == 3 else a[None, None]),  # [B T, D] or [1, D]
+        rows(x),
+        rows(a if a.dim() == 3 else a[None, None]),  # [B T, D] or [1, D]
         None if factor is None else array(factor),
         *of,
         reverse,
@@ -82,9 +82,9 @@ def scan_backward(
     _in_parallel(
         _constant_backward_items if constant else _varying_backward_items,
         *(D, of),
-        _rows(dh),
-        _rows(h),
-        array(a) if constant else _rows(a),
+        rows(dh),
+        rows(h),
+        array(a) if constant else rows(a),
         None if factor is None else array(factor),
         array(initial),
         *of,
@@ -97,11 +97,6 @@ def scan_backward(
     if factor is not None:
         d_factor = d_factor.sum(0) / factor
     return dx, da.sum(0) if constant else da, d_initial, d_factor
-
-
-def _rows(x: Tensor) -> np.ndarray:
-    """[B, T, D] -> [B T, D]."""
-    return array(x).reshape(-1, x.shape[-1])
 
 
 def _in_parallel(items: Callable[..., None], D: int, of: Sequences, *arguments: Any) -> None:

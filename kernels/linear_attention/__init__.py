@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..backends import Fit, choose, fit
-from ..common import check_lengths, query_heads
+from ..common import check_lengths, check_log_decay, query_heads
 from ..documents import check_documents
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
+from .shared import linear_attention_shared
 
 __all__ = ["linear_attention"]
 
@@ -62,9 +63,10 @@ def linear_attention(
     Args:
         q: [B, T, H, Dk], after its feature map.
         k: [B, T, G, Dk], after its own; G divides H, and head h reads key/value head h // (H / G).
-        v: [B, T, G, Dv].
+        v: [B, T, G, Dv]. Or q has G heads as k, and v has H, which share queries and keys likewise.
         log_decay: natural logarithm of the decay per step, at most 0: [H] constant in time, [B, T, H], or
-            [B, T, H, Dk], one for each channel of k. -inf forgets everything before that step.
+            [B, T, H, Dk], one for each channel of k. -inf forgets everything before that step. Values are looked at on
+            a CPU, outside compiled graphs; elsewhere they are trusted.
         causal: whether step t sees only steps up to t, itself included.
         normalize: whether to divide by the sum of weights.
         initial_state: S_0, causal only: [B, H, Dk, Dv], or [B, H, Dk, Dv + 1] with `normalize`, whose last column is z.
@@ -80,8 +82,8 @@ def linear_attention(
         the accumulation dtype: at least float32.
 
     Raises:
-        ValueError: shapes that do not fit, a state without `causal`, `cu_seqlens` that are no documents of one row, or
-            an unknown backend.
+        ValueError: shapes that do not fit, a decay above 0, a state without `causal`, `cu_seqlens` that are no
+            documents of one row, or an unknown backend.
 
     Source: Katharopoulos et al. 2020, "Transformers are RNNs", equations 8-12 and 18-20; the decay is that of Sun et
     al. 2023, "Retentive Network", equations 5 and 7 (per head), of Mamba-2 (per head and step), and of Yang et al.
@@ -91,10 +93,14 @@ def linear_attention(
     _check(q, k, v, log_decay)
     documents = check_documents("linear_attention", cu_seqlens, lengths, *q.shape[:2])
     lengths = check_lengths("linear_attention", lengths, *q.shape[:2])
-    rows = q.shape[0] if documents is None else documents.N
-    _check_states(rows, q, v, causal, normalize, initial_state, output_final_state)
-    k, v = query_heads(k, q.shape[2]), query_heads(v, q.shape[2])
+    rows, H = q.shape[0] if documents is None else documents.N, max(q.shape[2], v.shape[2])
+    check_log_decay("linear_attention", log_decay, lengths)
+    _check_states([rows, H, q.shape[3], v.shape[3] + normalize], causal, normalize, initial_state, output_final_state)
     implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
+    if q.shape[2] < H and implementation is linear_attention_chunked:
+        implementation = linear_attention_shared
+    else:
+        q, k, v = (query_heads(x, H) for x in (q, k, v))
     o, final_state = implementation(
         q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
     )
@@ -110,16 +116,16 @@ def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
-    fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and q.shape[1] > 0
-    if not fits or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+    fits = q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[1] > 0
+    if not fits or q.shape[3] != k.shape[3] or k.shape[2] != min(q.shape[2], v.shape[2]):
         raise ValueError(
-            "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, k and v with G heads "
-            f"where G divides H, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            "linear_attention: expected q and k [B, T, H, Dk] and v [B, T, H, Dv] with T >= 1, q and k or else "
+            f"k and v with G heads where G divides H, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
-    B, T, H, Dk = q.shape
-    G = k.shape[2]
+    (B, T, G, Dk), H = k.shape, max(q.shape[2], v.shape[2])
     if G != H and (G == 0 or H % G):
-        raise ValueError(f"linear_attention: {G} key/value heads do not divide {H} query heads")
+        fewer, more = ("key/value", "query") if q.shape[2] == H else ("query/key", "value")
+        raise ValueError(f"linear_attention: {G} {fewer} heads do not divide {H} {more} heads")
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
         if x is not None and not x.is_floating_point():
             raise ValueError(f"linear_attention: {name} must be a real floating-point tensor, got {x.dtype}")
@@ -131,9 +137,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
 
 
 def _check_states(
-    rows: int,
-    q: Tensor,
-    v: Tensor,
+    expected: list[int],
     causal: bool,
     normalize: bool,
     initial_state: Tensor | None,
@@ -150,7 +154,6 @@ def _check_states(
         raise ValueError(
             f"linear_attention: initial_state must be a real floating-point tensor, got {initial_state.dtype}"
         )
-    expected = [rows, q.shape[2], q.shape[3], v.shape[-1] + normalize]
     if list(initial_state.shape) != expected:
         raise ValueError(
             f"linear_attention: initial_state must be {expected} "

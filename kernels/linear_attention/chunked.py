@@ -302,7 +302,7 @@ def _with_decay(
     B, H, Dk, Dv = first.shape
     if pieces is not None:
         B = 1
-    between = _segment_sums(g)  # [..., C, C]
+    between = segment_sums(g)  # [..., C, C]
     head = g.cumsum(-1).exp()[..., None]  # [..., C, 1], from the chunk's start to each step
     tail = between[..., -1, :].exp()[..., None]  # from each step to the chunk's end
     total = head[..., -1:, :]
@@ -327,7 +327,7 @@ def _with_decay(
     return o, final_state
 
 
-def _segment_sums(g: Tensor) -> Tensor:
+def segment_sums(g: Tensor) -> Tensor:
     """The sum of g over (s, r] at [..., r, s], zero where r <= s: [..., C] -> [..., C, C].
 
     Each is a sum of its own, not a difference of two: the difference would lose small decays beside large ones and

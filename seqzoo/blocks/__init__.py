@@ -10,12 +10,26 @@ from ..messages import unknown
 from ..valid import Range, check_options
 from .base import Block, State, upgraded
 from .conv import Conv
+from .delta_net import DeltaNet
+from .gated_delta_net import GatedDeltaNet
 from .gau import GAU
+from .gla import GLA
+from .hgrn2 import HGRN2
+from .kda import KDA
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
+from .mamba import Mamba
+from .mamba2 import Mamba2
+from .mamba3 import Mamba3
+from .min_gru import MinGRU
+from .mlstm import MLSTM
 from .performer import Performer
+from .retnet import RetNet
+from .rg_lru import RGLRU
+from .rwkv7 import RWKV7
 from .s4d import S4D
+from .s5 import S5
 from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
 from .vq_attention import VQAttention
@@ -30,6 +44,20 @@ BLOCKS: dict[str, type[Block]] = {
     "lru": LRU,
     "s4d": S4D,
     "conv": Conv,
+    "retnet": RetNet,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "mlstm": MLSTM,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "kda": KDA,
+    "rwkv7": RWKV7,
+    "mamba": Mamba,
+    "min_gru": MinGRU,
+    "rg_lru": RGLRU,
+    "s5": S5,
 }
 
 NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
@@ -65,13 +93,27 @@ def check_block(name: str, options: Mapping[str, Any]) -> None:
 __all__ = [
     "BLOCKS",
     "GAU",
+    "GLA",
+    "HGRN2",
+    "KDA",
     "LRU",
+    "MLSTM",
+    "RGLRU",
+    "RWKV7",
     "S4D",
+    "S5",
     "AsSelfAttention",
     "Block",
     "Conv",
+    "DeltaNet",
+    "GatedDeltaNet",
     "LinearAttention",
+    "Mamba",
+    "Mamba2",
+    "Mamba3",
+    "MinGRU",
     "Performer",
+    "RetNet",
     "SoftmaxAttention",
     "State",
     "VQAttention",

@@ -46,6 +46,9 @@ class Block(Learning, ABC):
     reach: int | None = None
     """How many positions away an output sees at most; None: however far there is something to see."""
 
+    by_depth: ClassVar[str | None] = None
+    """An option that a model sets to l / L for layer l = 0, 1, ... of L, where it is not told otherwise."""
+
     _packs: ClassVar[bool]  # whether `mix` takes documents
 
     def __init_subclass__(cls, **options: Any) -> None:

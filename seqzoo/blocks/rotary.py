@@ -27,10 +27,10 @@ def turns(position: Tensor, channels: int, dtype: torch.dtype, *, base: float = 
 
 
 def turned(x: Tensor, turn: Tensor) -> Tensor:
-    """`x` [B, T, H, D] turned by `turn`."""
+    """`x` [B, T, H, D] with as many pairs of its channels turned as `turn` has; those behind them stay."""
     pairs = turn.shape[-1]
     # One complex product is one pass over memory, and one back.
-    paired, rest = x.split((2 * pairs, x.shape[-1] % 2), -1)
+    paired, rest = x.split((2 * pairs, x.shape[-1] - 2 * pairs), -1)
     paired = paired.contiguous() if rest.shape[-1] else paired  # a row of odd length is no row of complex numbers
     points = torch.view_as_complex(paired.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (pairs, 2)))
     rotated = torch.view_as_real(points * turn).flatten(-2).to(x.dtype)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import build_block
+from ..blocks import BLOCKS, build_block, check_block
 from ..kernels.documents import Documents, check_documents
 from ..spec import TaskSpec
 from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
@@ -85,6 +85,17 @@ class Residual(nn.Module):
         return x + self.dropout(y)
 
 
+def at_depth(depth: float, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a block that stands behind so much of a model's layers, in [0, 1): see `Block.by_depth`.
+
+    Raises:
+        ValueError: as `check_block` does.
+    """
+    check_block(name, options)
+    by_depth = BLOCKS[name].by_depth
+    return options if by_depth is None else {by_depth: depth, **options}
+
+
 def mlp(d_model: int, hidden: int) -> nn.Sequential:
     """[..., d_model] -> [..., d_model], one hidden layer."""
     return nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Linear(hidden, d_model))
@@ -105,9 +116,11 @@ class Backbone(nn.Module):
         D = config.d_model
         self.embedding = Embedding(spec, D, config.position)
         self.layers = nn.ModuleList()
-        for planned in config.blocks():
+        layers = config.blocks()
+        for n, planned in enumerate(layers):
+            options = at_depth(n / len(layers), **planned)
             for _ in range(config.blocks_per_layer):
-                block = build_block(planned["name"], D, causal=causal, **planned["options"])
+                block = build_block(planned["name"], D, causal=causal, **options)
                 self.layers.append(Residual(block, D, config.dropout, mixes=True))
             if config.mlp_ratio:
                 hidden = round(config.mlp_ratio * D)

@@ -16,7 +16,11 @@ _BIASED = "Yu and Erichson 2025 (arXiv 2505.09022), tables 3 and 4"
 _LRU = f"Orvieto et al. 2023 (arXiv 2303.06349); its image task is in colour and not shown; quoted by {_BIASED}"
 _SCALED = f"Yu et al. 2025 (arXiv 2410.02035), as quoted by {_BIASED}"
 _DFOUT = "Solozabal et al. 2025 (arXiv 2508.20441), table 1"
-_MAMBA = f"{_BIASED}; figures of others (fluderm/MLRA) differ by up to 14 points"
+_HGRN = "Qin et al. 2024 (arXiv 2404.07904), table in the README of OpenNLPLab/HGRN2 at b154c39"
+_S5 = f"Smith et al. 2023 (arXiv 2208.04933), as quoted by {_HGRN}"
+_GRIFFIN = f"{_HGRN}, a run of its authors"
+_MAMBA = f"{_BIASED}, and {_HGRN}; figures of others (fluderm/MLRA) differ by up to 14 points"
+_IN_2D = f"{_HGRN}; its scripts scan pictures along rows and columns, in four directions: these are no sequences"
 
 
 class Figure(NamedTuple):
@@ -52,6 +56,12 @@ _ROWS = (
     _Row("s4d_ft", "scratch", (62.75, 89.76, 92.45, 90.89, 95.89, 97.84), _SCALED),
     _Row("s4d_dfout", "scratch", (61.89, 87.41, 90.95, 88.48, 94.30, 94.17), _DFOUT),
     _Row("b2s6", "scratch", (63.85, 88.32, 91.44, 88.81, 95.93, 97.90), _BIASED),
+    _Row("s5", "scratch", (62.15, 89.31, 91.40, 88.00, 95.33, 98.56), _S5),
+    _Row("hgrn", "scratch", (59.95, 88.14, 94.23, None, None, None), _HGRN, label="HGRN1"),
+    _Row("hgrn", "scratch", (None, None, None, 88.69, 92.92, 97.50), _IN_2D, label="HGRN1 in two dimensions"),
+    _Row("hgrn2", "scratch", (60.52, 88.97, 95.07, None, None, None), _HGRN),
+    _Row("hgrn2", "scratch", (None, None, None, 89.33, 93.95, 98.12), _IN_2D, label="in two dimensions"),
+    _Row("rg_lru", "scratch", (32.34, 71.75, 66.58, 61.15, 73.38, 69.53), _GRIFFIN, label="Griffin"),
     _Row("mamba", "scratch", (38.02, 82.98, 72.14, 69.82, 69.26, 67.32), _MAMBA),
     _Row("mamba2", "scratch", (41.45, 86.09, 79.23, 71.96, 75.45, 69.07), _BIASED),
     _Row("transformer", "masked", (59.75, 89.27, 88.64, 74.22, 88.45, 87.73), _AMOS, recalled=True),
@@ -69,7 +79,7 @@ def published(model: str, task: str, objective: str | None, *, causal: bool) -> 
     if task not in TASKS or causal != (objective == "causal"):
         return None
     for row in _ROWS:
-        if row.model == model and row.objective == (objective or "scratch"):
-            percent = row.percents[TASKS.index(task)]
-            return None if percent is None else Figure(percent, row.source, row.recalled, row.label)
+        percent = row.percents[TASKS.index(task)]
+        if percent is not None and (row.model, row.objective) == (model, objective or "scratch"):
+            return Figure(percent, row.source, row.recalled, row.label)
     return None

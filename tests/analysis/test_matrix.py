@@ -118,6 +118,62 @@ def lru(block, x, mask, lengths):
     return gain(lambda direction, lag: (C[direction] * lam**lag @ B).real, x, mask, len(C))
 
 
+def s5(block, x, mask, lengths):
+    """J = 2 Re(C diag(λ^|t-s| (λ - 1) / Λ) B), C of the direction, both at t = s."""
+    Lambda = torch.complex(-block.dynamics.log_neg_real.exp(), block.dynamics.imag)
+    lam = (Lambda * block.dynamics.log_dt.exp()).exp()
+    B = ((lam - 1) / Lambda)[:, None] * torch.complex(block.in_proj.weight[::2], block.in_proj.weight[1::2])
+    readers = [block.out_proj] if block.causal else [block.out_proj, block.out_proj_reverse]
+    C = [torch.complex(layer.weight[:, ::2], -layer.weight[:, 1::2]) for layer in readers]
+    return gain(lambda direction, lag: 2 * (C[direction] * lam**lag @ B).real, x, mask, len(C))
+
+
+def decayed(a, first, last, causal):
+    """Weights of what each step writes, [B, T, E], by the decays a [B, T, E] on its way: [B, E, T, T]."""
+    B, T, E = a.shape
+    J = torch.zeros(B, E, T, T, dtype=a.dtype)
+    for t in range(T):
+        for s in range(T):
+            if s <= t:
+                J[:, :, t, s] += a[:, s + 1 : t + 1].prod(1) * first[:, s]
+            if s >= t and not causal:
+                J[:, :, t, s] += a[:, t:s].prod(1) * last[:, s]
+    return J
+
+
+def min_gru(block, x, mask, lengths):
+    z = block.gate_proj(x).sigmoid()
+    return torch.where(mask, decayed(1 - z, z, z, block.causal), 0)
+
+
+def rg_lru(block, x, mask, lengths):
+    """At the step that a direction takes first, the root is 1."""
+    n = torch.full((3,), T) if lengths is None else lengths
+    x = torch.where((torch.arange(T) < n[:, None])[..., None], x, 0)
+    u = block.in_proj(x)
+    u = block.conv(torch.where((torch.arange(T) < n[:, None])[..., None], u, 0), None, None)[0]
+    r = (torch.einsum("bthi,hio->btho", u.unflatten(-1, (4, -1)), block.recurrence_gate.weight)).flatten(2).sigmoid()
+    a = (-8 * r * F.softplus(block.dynamics.Lambda)).exp()
+    first, last = ((1 - a**2).sqrt() for _ in range(2))
+    first[:, 0] = 1
+    last[torch.arange(3), n - 1] = 1
+    return torch.where(mask, decayed(a, first, last, block.causal), 0)
+
+
+def mamba(block, x, mask, lengths):
+    n = torch.full((3,), T) if lengths is None else lengths
+    u = block.in_proj(torch.where((torch.arange(T) < n[:, None])[..., None], x, 0))[..., : 2 * D]
+    u = F.silu(block.conv(u, None, None)[0])
+    low, B, C = block.x_proj(u).split((1, 3, 3), -1)
+    dt = F.softplus(block.dt_proj(low) + block.dynamics.dt_bias)
+    J = torch.zeros(3, 2 * D, T, T, dtype=x.dtype)
+    for k in range(3):
+        ones = torch.ones_like(dt)
+        a = (-dt * block.dynamics.A_log.exp()[:, k]).exp()
+        J += decayed(a, ones, ones, block.causal) * (C[:, :, None, k] * B[:, None, :, k])[:, None]
+    return torch.where(mask, J, 0)
+
+
 def s4d(block, x, mask, lengths):
     """J = diag(Re Σ_p C_p exp(step_p)^|t-s|), one lag less for what follows a step."""
     A = torch.complex(-block.dynamics.log_neg_real.exp(), block.dynamics.imag)
@@ -139,6 +195,108 @@ def conv(block, x, mask, lengths):
         return block.conv.weight[:, at].diag() if within else torch.zeros(D, D, dtype=x.dtype)
 
     return gain(kernel, x, mask, 1 if block.causal else 2)
+
+
+def gated(q, k, g, causal):
+    """Σ_d q_td k_sd exp(g summed over (s, t]), and from the end over [t, s): [B, H, T, D] -> [B, H, T, T] each way."""
+    b, past = g.cumsum(2), torch.ones(T, T, dtype=torch.bool).tril()
+    since = b[:, :, :, None] - b[:, :, None]  # [B, H, t, s, D]
+    until = (b - g)[:, :, None] - (b - g)[:, :, :, None]
+    ways = [(since, past)] if causal else [(since, past), (until, past.T)]
+    decays = (torch.where(seen[..., None], decay, -math.inf).exp() for decay, seen in ways)
+    return [torch.einsum("bhtd,bhsd,bhtsd->bhts", q, k, decay) for decay in decays]
+
+
+def gla(block, x, mask, lengths):
+    q, k, _, _ = block.in_proj(x).split((D // 2, D // 2, D, D), -1)
+    g = F.logsigmoid(block.gate_proj(x) + block.gate_bias.bias) / 16
+    q, k, g = (next(heads(y, 1, 4)) for y in (q / math.sqrt(block.key_dim), k, g))
+    return torch.where(mask, sum(gated(q, k, g, block.causal)), 0)
+
+
+def hgrn2(block, x, mask, lengths):
+    q, f, _ = block.in_proj(x).chunk(3, -1)
+    f = 0.3 + 0.7 * f.sigmoid()
+    q, k, g = (next(heads(y, 1, 4)) for y in (F.silu(q), 1 - f, f.log()))
+    return torch.where(mask, sum(gated(q, k, g, block.causal)), 0)
+
+
+def mlstm(block, x, mask, lengths):
+    """Of each direction by itself, divided by its sum where that is above 1."""
+    valid = mask[:, 0].diagonal(dim1=1, dim2=2)[..., None]
+    y, _ = block.in_proj(torch.where(valid, x, 0)).chunk(2, -1)
+    u = F.silu(block.conv(y, None, None)[0])
+    qkv = block.q_proj(u), block.k_proj(u), block.v_proj(y)
+    gates = sum(layer(z) for layer, z in zip(block.gate_proj, qkv, strict=True)) + block.gate_bias.bias
+    i, f = (gate.transpose(1, 2)[..., None] for gate in gates.chunk(2, -1))  # [B, H, T, 1]
+    q, k = (next(heads(y, 1, 4)) for y in qkv[:2])
+    ways = gated(q, k * i.exp() / math.sqrt(q.shape[-1]), F.logsigmoid(f).expand_as(q), block.causal)
+    ways = [torch.where(mask, weights, 0) for weights in ways]
+    return sum(weights / weights.sum(-1, keepdim=True).abs().clamp(min=1) for weights in ways)
+
+
+def erasing(q, k, P, causal, mask):
+    """q_t · P_t ... P_{s+1} k_s, and from the end q_t · P_t ... P_{s-1} k_s: [B, T, H, ...] -> [B, H, T, T]."""
+    weights = torch.zeros_like(mask.expand(-1, q.shape[2], -1, -1), dtype=q.dtype)
+    for s in range(T):
+        for way in [range(s, T)] if causal else [range(s, T), range(s, -1, -1)]:
+            written = k[:, s]
+            for t in way:
+                written = written if t == s else (P[:, t] @ written[..., None])[..., 0]
+                weights[:, :, t, s] += (q[:, t] * written).sum(-1)
+    return torch.where(mask, weights, 0)
+
+
+def unit(x):
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def of_delta_rule(block, x, mask, *more):
+    """What makes a matrix of decays [B, T, H, 1 or Dk], and so many numbers each of the rest of the projection."""
+    valid = mask[:, 0].diagonal(dim1=1, dim2=2)[..., None]
+    qkv, beta, *rest = block.in_proj(torch.where(valid, x, 0)).split(
+        (sum(block.qkv_widths), block.num_heads, *more), -1
+    )
+    q, k, _ = F.silu(block.conv(qkv, None, None)[0]).split(block.qkv_widths, -1)
+    H = block.num_heads
+    q, k = (unit(y.unflatten(-1, (-1, block.key_dim))) for y in (q, k))
+    q, k = (y.repeat_interleave(H // y.shape[2], 2) for y in (q / math.sqrt(block.key_dim), k))
+    beta = beta.sigmoid()[..., None]
+
+    def matrix(decay):
+        P = (torch.eye(block.key_dim) - (beta * k)[..., None] * k[..., None, :]) * decay[..., None, :]
+        return erasing(q, beta * k, P, block.causal, mask)
+
+    return matrix, *rest
+
+
+def delta_net(block, x, mask, lengths):
+    (matrix,) = of_delta_rule(block, x, mask)
+    return matrix(torch.ones(1, dtype=x.dtype))
+
+
+def gated_delta_net(block, x, mask, lengths):
+    matrix, a, _ = of_delta_rule(block, x, mask, block.num_heads, block.num_heads * block.value_dim)
+    return matrix(block.decay(a).exp())
+
+
+def kda(block, x, mask, lengths):
+    matrix, a, _ = of_delta_rule(block, x, mask, block.key_dim, block.key_dim)
+    return matrix(block.decay(block.decay_proj(a)).exp())
+
+
+def rwkv7(block, x, mask, lengths):
+    x = torch.where(mask[:, 0].diagonal(dim1=1, dim2=2)[..., None], x, 0)
+    near, _ = block.shift(x, None, None)
+    x_r, x_w, x_k, _, x_a, _ = (x + mu * (near - x) for mu in block.mu)
+    r, k = block.r_proj(x_r), block.k_proj(x_k)
+    w = torch.exp(-math.exp(-0.5) * block.decay_bias(block.decay_proj(x_w)).sigmoid())
+    a = block.rate_bias(block.rate_proj(x_a)).sigmoid()
+    kappa, k = k * block.k_k, k * (1 + (a - 1) * block.k_a)
+    r, k, w, a, kappa = (y.unflatten(-1, (block.num_heads, -1)) for y in (r, k, w, a, kappa))
+    kappa = kappa / (kappa.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+    P = torch.diag_embed(w) - (a * kappa)[..., None] * kappa[..., None, :]
+    return erasing(r, k, P, block.causal, mask)
 
 
 def gain(kernel, x, mask, directions):
@@ -175,6 +333,17 @@ CASES = {
     "lru": (lru, "lru", {"state_dim": 5}),
     "s4d": (s4d, "s4d", {"state_dim": 6}),
     "conv": (conv, "conv", {}),
+    "gla": (gla, "gla", {}),
+    "hgrn2": (hgrn2, "hgrn2", {"lower_bound": 0.3}),
+    "mlstm": (mlstm, "mlstm", {}),
+    "s5": (s5, "s5", {}),
+    "min_gru": (min_gru, "min_gru", {}),
+    "rg_lru": (rg_lru, "rg_lru", {}),
+    "mamba": (mamba, "mamba", {"state_dim": 3}),
+    "delta_net": (delta_net, "delta_net", {"num_heads": 2}),
+    "gated_delta_net": (gated_delta_net, "gated_delta_net", {"num_key_heads": 2, "expand_k": 1.0, "dt_max": 2.0}),
+    "kda": (kda, "kda", {"num_heads": 2, "dt_max": 2.0}),
+    "rwkv7": (rwkv7, "rwkv7", {"num_heads": 2}),
 }
 
 
@@ -194,7 +363,7 @@ def test_is_the_equation(case, causal, lengths):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("lru", "s4d", "conv")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("lru", "s4d", "conv", "s5")])
 @torch.no_grad()
 def test_moves_the_values_as_the_block_does(case, causal):
     _, name, options = CASES[case]
@@ -213,7 +382,7 @@ def test_moves_the_values_as_the_block_does(case, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("name", ["lru", "s4d"])
+@pytest.mark.parametrize("name", ["lru", "s4d", "s5"])
 def test_of_a_convolution_is_the_size_of_its_jacobian(name, causal):
     block, x = make(name, causal), inputs()[:1]
     block.gate = torch.nn.Identity()

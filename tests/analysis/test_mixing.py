@@ -21,13 +21,15 @@ def test_every_model_of_the_zoo(name, causal, task):
     model = model_of(name, task, causal=causal).train()
     batch = task.test.batch(torch.arange(3))
     layers = mixing_report(model, batch)
-    per_layer = 2 if name in ("flash", "vq_transformer") else 1
+    per_layer = 2 if name in ("flash", "mamba", "vq_transformer") else 1
+    of_channels = {"mamba": 32, "min_gru": 16, "rg_lru": 16}
+    expected_heads = 1 if name in ("conv", "flash", "lru", "s4d", "s5") else of_channels.get(name, 2)
     longest = int(batch.lengths.max())
     assert len(layers) == 2 * per_layer
     assert len({layer.layer for layer in layers}) == len(layers)
     for layer in layers:
         heads = len(layer.entropy)
-        assert heads == (1 if name in ("conv", "flash", "lru", "s4d") else 2)
+        assert heads == expected_heads
         for values, low, high in (
             (layer.entropy, 0, math.log(longest)),
             (layer.normalized_entropy, 0, 1),

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from seqzoo import auxiliary_loss, build_block
 
 OPERATIONS = (
     "attention",
+    "delta_rule",
     "diagonal_scan",
     "favor_attention",
     "gated_attention",
     "linear_attention",
+    "selective_scan",
     "vq_attention",
 )
 streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
@@ -125,8 +128,22 @@ def test_padding_has_no_effect(name, options, causal):
             assert_close(a, e, 1e-9, "gradient of a parameter")
 
 
+@every
+def test_rows_know_nothing_of_each_other(name, options, causal):
+    """Alone, in a batch, and beside rows of other values: outputs and gradients of a row are the same."""
+    block, x = make(name, options, causal), sequences(3, 37).requires_grad_()
+    y = block(x)
+    for b in range(3):
+        row = x.detach()[b : b + 1].requires_grad_()
+        alone = block(row)
+        assert_close(y[b : b + 1], alone, 1e-10)
+        (dx,) = torch.autograd.grad(y[b].square().sum(), x, retain_graph=True)
+        assert_close(dx[b : b + 1], torch.autograd.grad(alone.square().sum(), row)[0], 1e-9)
+        assert (dx[[other for other in range(3) if other != b]] == 0).all()
+
+
 @streaming
-@pytest.mark.parametrize("splits", [[1] * 23, [7, 16], [22, 1], [1, 22], [8, 8, 7]])
+@pytest.mark.parametrize("splits", [[1] * 23, [7, 16], [22, 1], [1, 22], [8, 8, 7], [2, 21], [1, 2, 3, 17]])
 def test_extend_equals_forward(name, options, causal, splits):
     block = make(name, options, causal)
     x = sequences(2, 23)
@@ -216,14 +233,15 @@ def test_backends_agree(name, options, causal, monkeypatch):
     """The block on every operation's float64 reference against itself in single precision."""
     import importlib
 
-    module = importlib.import_module(type(make(name, options, causal)).__module__)
+    kinds = type(make(name, options, causal)).__mro__
+    modules = [importlib.import_module(kind.__module__) for kind in kinds]
     x = sequences(2, 70)
     lengths = torch.tensor([70, 33])
     block = make(name, options, causal)
     fast = copy.deepcopy(block).float()
     actual = fast(x.float(), lengths=lengths)
     actual_gradients = parameter_gradients(fast, actual)
-    for operation in OPERATIONS:
+    for module, operation in product(dict.fromkeys(modules), OPERATIONS):
         if hasattr(module, operation) and callable(original := getattr(module, operation)):
             monkeypatch.setattr(module, operation, lambda *a, f=original, **k: f(*a, **k, backend="reference"))
     expected = block(x, lengths=lengths)

@@ -60,6 +60,27 @@ def test_prompts_padded_in_front_go_on(name, options, causal):
         assert_close(torch.cat(parts[1:], 1)[b : b + 1], whole[:, n:], 1e-10)
 
 
+@every
+@pytest.mark.parametrize("key", ["key_padding_mask", "attention_mask"])
+def test_a_mask_that_hides_nothing_changes_nothing(name, options, causal, key):
+    """However long the sequence has become, as when text is generated."""
+    block, x = make(name, options, causal), sequences(2, 9)
+
+    def masked(call, steps, *state):
+        shown = torch.ones(*steps.shape[:2], dtype=torch.int64)
+        return call(steps, *state, **{key: shown if key == "attention_mask" else shown == 0})
+
+    for n in (1, 2, 3, 4, 9):
+        assert_close(masked(block, x[:, :n]), block(x[:, :n]), 1e-12)
+    if causal:
+        given = plain = None
+        for step in x.split([2, 3, 1, 1, 2], 1):
+            (y, given), (z, plain) = masked(block.extend, step, given), block.extend(step, plain)
+            assert_close(y, z, 1e-12)
+        for a, b in zip(given, plain, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @defaults
 def test_compiles_whole_with_a_mask(name, options, causal):
     block, x = make(name, options, causal, dtype=torch.float32), rows().float().nan_to_num()

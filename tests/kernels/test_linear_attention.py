@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from importlib import import_module
 
@@ -373,3 +374,30 @@ def test_errors():
         linear_attention(q, k, v, lengths=torch.tensor([5.0, 5.0]))
     with pytest.raises(ValueError, match="no backend 'fast'; valid: auto, chunked, reference"):
         linear_attention(q, k, v, backend="fast")
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+@pytest.mark.parametrize("shape", [(3,), (2, 5, 3), (2, 5, 3, 4)])
+def test_decays_that_grow_are_refused(shape, backend):
+    """Where they can be looked at; past lengths there may be anything, and NaN is no number to refuse."""
+    q, k, v = (make(2, 5, 3, 4, 6)[name] for name in "qkv")
+    options = {"causal": True, "backend": backend}
+    g = torch.zeros(shape)
+    for valid in (0.0, -math.inf, math.nan):
+        g.view(-1)[-1] = valid
+        linear_attention(q, k, v, log_decay=g, **options)
+    for grows in (1e-30, math.inf):
+        g.view(-1)[-1] = grows
+        g.view(-1)[0] = math.nan
+        with pytest.raises(ValueError, match=r"log_decay must be at most 0, got .*; valid: logarithms of what is kept"):
+            linear_attention(q, k, v, log_decay=g.requires_grad_(), **options)
+        g = g.detach()
+        if len(shape) > 1:
+            linear_attention(q, k, v, log_decay=g, lengths=torch.tensor([5, 4]), **options)
+            with pytest.raises(ValueError, match="log_decay must be at most 0"):
+                linear_attention(q, k, v, log_decay=g, lengths=torch.tensor([4, 5]), **options)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_attention, fullgraph=True, backend="eager")
+    compiled(q, k, v, log_decay=g, **options)
+    with pytest.raises(ValueError, match="log_decay must be at most 0"):
+        torch.func.jvp(lambda q: linear_attention(q, k, v, log_decay=g, **options), (q,), (q,))

@@ -160,6 +160,10 @@ def test_figure_shows_what_was_measured(comparisons, tmp_path, monkeypatch):
         ("b2s6", "lra_listops", None, False, (63.85, False, "")),
         ("mamba", "lra_retrieval", None, False, (72.14, False, "")),
         ("mamba2", "lra_text", None, False, (86.09, False, "")),
+        ("s5", "lra_pathx", None, False, (98.56, False, "")),
+        ("rg_lru", "lra_text", None, False, (71.75, False, "Griffin")),
+        ("hgrn2", "lra_retrieval", None, False, (95.07, False, "")),
+        ("hgrn2", "lra_image", None, False, (89.33, False, "in two dimensions")),
     ],
 )
 def test_published_figures(model, task, objective, causal, expected):
@@ -182,13 +186,30 @@ def test_what_is_not_comparable_is_not_shown(model, task, objective, causal):
     assert published(model, task, objective, causal=causal) is None
 
 
+def test_what_was_no_sequence_says_so():
+    for task in ("lra_image", "lra_pathfinder", "lra_pathx"):
+        assert "no sequences" in published("hgrn2", task, None, causal=False).source
+    assert "no sequences" not in published("hgrn2", "lra_text", None, causal=False).source
+
+
 def test_mean_of_the_published_causal_row():
     figures = [published("transformer", task, "causal", causal=True).percent for task in TASKS]
     assert sum(figures) / len(figures) == pytest.approx(81.81, abs=0.005)
 
 
 @pytest.mark.parametrize(
-    ("model", "mean"), [("s4d_ft", 88.26), ("s4d_dfout", 86.2), ("b2s6", 87.71), ("mamba", 66.59), ("mamba2", 70.54)]
+    ("model", "mean"),
+    [
+        ("s4d_ft", 88.26),
+        ("s4d_dfout", 86.2),
+        ("b2s6", 87.71),
+        ("mamba", 66.59),
+        ("mamba2", 70.54),
+        ("s5", 87.46),
+        ("hgrn", 86.91),
+        ("hgrn2", 87.66),
+        ("rg_lru", 62.45),
+    ],
 )
 def test_means_of_published_rows(model, mean):
     figures = [published(model, task, None, causal=False).percent for task in TASKS]
