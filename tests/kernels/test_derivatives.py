@@ -261,6 +261,7 @@ def hessian_product(case: Case, inputs: list[Tensor], backend: str) -> list[Tens
 OFTEN = (
     *("diagonal_scan complex True False", "diagonal_scan complex True both", "diagonal_scan real False True"),
     *("attention True 1", "linear_attention False True", "linear_attention state True", "linear_attention decay 3"),
+    "linear_attention decay 4 state",
     *("favor_attention False", "favor_attention state", "vq_attention False 4", "gated_attention state"),
 )
 
