@@ -22,7 +22,7 @@ from . import pieces
 from .pieces import PIECE
 
 WIDTH = 64  # channels of an item
-MIN_WORK = 1 << 15  # states times steps: a thread is woken for as much, about 0.1 ms
+MIN_WORK = 1 << 17  # states times steps: a thread is woken for as much, about 0.1 ms
 
 
 def scan(
