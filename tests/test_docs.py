@@ -1,6 +1,7 @@
 """What the README and docs/ say: their Python runs, their links lead somewhere, their tables hold."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -145,6 +146,14 @@ def test_the_formulas_of_states_hold():
         for extra in more:  # of the block's `normalize`
             block = build_block(name, d_model=32, causal=True, **given | {"normalize": True})
             assert numbers_kept(block, 7) == evaluate(formula, **known) + evaluate(extra, **known)
+
+
+def test_the_table_of_originals_is_what_was_recorded():
+    worst: dict[tuple[str, str, str], float] = {}
+    for row in json.loads((ROOT / "results" / "parity.json").read_text())["rows"]:
+        key = row["original"], row["version"], f"`{row['block']}`"
+        worst[key] = max(worst.get(key, 0.0), row["error"])
+    assert table(ROOT / "docs" / "blocks.md", "original") == [[*key, f"{error:.0e}"] for key, error in worst.items()]
 
 
 def evaluate(formula: str, **names: object) -> int:

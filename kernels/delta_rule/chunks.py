@@ -217,11 +217,12 @@ def gradients(
             for into, gradient in zip(made, _of_slab(slab, S, behind, written, y, erase is None), strict=True):
                 if gradient is not None:
                     chunks.write(into, at, gradient)
-    d_first = D.view(first.shape)
-    if chunks.pieces is not None:
-        firsts = torch.stack(reached[::-1]).index_select(0, chunks.pieces.before[:-1].clamp(max=chunks.N - 1))
-        empty = (chunks.pieces.documents.lengths == 0).view(-1, 1, 1, 1)
-        d_first = torch.where(empty, d_last, firsts)
+        if chunks.pieces is None:
+            d_first = D.view(first.shape)
+        else:
+            firsts = torch.stack(reached[::-1]).index_select(0, chunks.pieces.before[:-1].clamp(max=chunks.N - 1))
+            empty = chunks.pieces.documents.lengths == 0
+            d_first = torch.where(empty[:, None, None, None], d_last, firsts)
     return *(chunks.take_up(y) if y.dim() > 1 else y for y in made), d_first
 
 

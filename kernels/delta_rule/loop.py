@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..loops import Sequences, array, compiled, sequences, shared_out
+from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, sequences, shared_out
 from .chunks import Chunks
 
 WIDTH = 64  # columns of a state at a time, in rows of a constant length, which the compiler unrolls
+AHEAD = 4  # steps, that rows are asked for before they are needed: they lie too far apart to be foreseen
 MIN_WORK = 1 << 19  # numbers of states that steps pass over, for which a thread is woken
 
 
@@ -198,12 +199,16 @@ def _sum_to_the_end(begin, end, h, behind, C, a, dg):
 
 
 @compiled()
-def _take(x, t, h, into):
-    if x.shape[2] > 1:
-        for d in range(x.shape[2]):
-            into[d] = x[t, h, d]
-    else:
-        into[:] = x[t, h, 0]
+def _take(x, t, h, Dk, into):
+    """A row, or one number in place of all of it."""
+    for d in range(Dk):
+        into[d] = x[t, h, d] if x.shape[2] > 1 else x[t, h, 0]
+
+
+@compiled()
+def _ask(x, t, h, low, high):
+    for byte in range(low * x.itemsize, high * x.itemsize, CACHE_LINE):
+        prefetch(x[t, h], byte)
 
 
 @compiled(fastmath={"contract", "reassoc"})
@@ -226,9 +231,18 @@ def _write(begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states
                 for c in range(n):
                     kept[d, low + c] = S[d, c]
         after = min(t + 1, end - 1)
-        _take(a, t, h, A)
-        _take(k, t, g, K)
-        _take(q, t, g, Q)
+        _ask(q, t + AHEAD, g, 0, Dk)
+        _ask(k, t + AHEAD, g, 0, Dk)
+        _ask(v, t + AHEAD, h, low, high)
+        _ask(u, t + AHEAD, h, low, high)
+        _ask(o, t + AHEAD, h, low, high)
+        if each:
+            _ask(a, t + AHEAD, h, 0, Dk)
+        if len(erase):
+            _ask(erase, t + AHEAD, h, 0, Dk)
+        _take(a, t, h, Dk, A)
+        _take(k, t, g, Dk, K)
+        _take(q, t, g, Dk, Q)
         for d in range(Dk):
             x = erase[after, h, d] if len(erase) else beta[after, h, 0] * k[after, g, d]
             B[d] = x * a[after, h, d * each]
@@ -317,6 +331,18 @@ def _back(
         for c in range(WIDTH):
             dw[t - begin, c] = W[c]
         ahead = max(t - 1, begin)
+        _ask(q, t - AHEAD, g, 0, Dk)
+        _ask(k, t - AHEAD, g, 0, Dk)
+        _ask(dk, t - AHEAD, g, 0, Dk)
+        _ask(v, t - AHEAD, h, low, high)
+        _ask(u, t - AHEAD, h, low, high)
+        _ask(do, t - AHEAD, h, low, high)
+        _ask(dv, t - AHEAD, h, low, high)
+        if each:
+            _ask(a, t - AHEAD, h, 0, Dk)
+            _ask(dg, t - AHEAD, h, 0, Dk)
+        if len(erase):
+            _ask(erase, t - AHEAD, h, 0, Dk)
         change = zero
         for d in range(Dk):
             dk[t, g, d] += F[d] + uo * q[t, g, d]
@@ -327,9 +353,9 @@ def _back(
                 change -= k[t, g, d] * F[d]
         if not each:
             dg[t, h, 0] += change
-        _take(a, t, h, A)
-        _take(q, t, g, Q)
-        _take(k, ahead, g, K)
+        _take(a, t, h, Dk, A)
+        _take(q, t, g, Dk, Q)
+        _take(k, ahead, g, Dk, K)
         for c in range(n):
             U[c] = u[ahead, h, low + c]
         R[:] = 0
@@ -367,8 +393,19 @@ def _forth(begin, end, g, h, low, q, k, beta, a, erase, first, u, do, dw, dq, dg
         for c in range(n):
             S[d, c] = first[d, low + c]
     for t in range(begin, end):
-        _take(a, t, h, A)
-        _take(k, t, g, K)
+        _take(a, t, h, Dk, A)
+        _take(k, t, g, Dk, K)
+        _ask(q, t + AHEAD, g, 0, Dk)
+        _ask(k, t + AHEAD, g, 0, Dk)
+        _ask(dq, t + AHEAD, g, 0, Dk)
+        _ask(u, t + AHEAD, h, low, high)
+        _ask(do, t + AHEAD, h, low, high)
+        if each:
+            _ask(a, t + AHEAD, h, 0, Dk)
+            _ask(dg, t + AHEAD, h, 0, Dk)
+        if len(erase):
+            _ask(erase, t + AHEAD, h, 0, Dk)
+            _ask(dr, t + AHEAD, h, 0, Dk)
         uo = zero
         for c in range(n):
             U[c], O[c], W[c] = u[t, h, low + c], do[t, h, low + c], dw[t - begin, c]

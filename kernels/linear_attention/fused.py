@@ -26,7 +26,7 @@ from ..blocks import Blocks
 from ..common import contiguous
 from ..documents import Documents, Pieces
 from ..launching import launch
-from .channels import _channel_kernel
+from .channel_recurrence import _channel_kernel
 from .recurrence import _carry_kernel, _linear_kernel
 
 MIN_SEGMENT = 512  # steps

@@ -8,12 +8,15 @@ With a = exp(g), D_t the gradient of S_t, and what is left of both at the next s
 
     E_t = a_t S_{t-1}    S_t = E_t + k_t v_tᵀ    F_t = a_{t+1} D_{t+1}    D_t = F_t + q_t do_tᵀ
 
-    dq_t = S_t do_t = E_t do_t + (v_t·do_t) k_t    dk_t = D_t v_t = F_t v_t + (v_t·do_t) q_t    dv_t = D_tᵀ k_t
+    o_t = E_tᵀ q_t + (q_t·k_t) v_t        dv_t = F_tᵀ k_t + (q_t·k_t) do_t
+    dq_t = E_t do_t + (v_t·do_t) k_t      dk_t = F_t v_t + (v_t·do_t) q_t
 
     dg_t = sum_{i ≥ t} (q_i ∘ E_i do_i - k_i ∘ F_i v_i)
 
-up to the end of a segment, and the gradient of the next one's first decay, the rows of S ∘ F summed there. The
-differences leave out what a step has of itself: they are as small as the decays, and so is their rounding.
+up to the end of a segment, and the gradient of the next one's first decay, the rows of S ∘ F summed there. Differences
+leave out what a step has of itself: they are as small as the decays, and so is their rounding.
+
+In both directions there is the same once more with E and F the other way, in time and in what they are made of.
 """
 
 from __future__ import annotations
@@ -41,12 +44,13 @@ def forward(
     first: Tensor | None,  # [R, H, Dk, Dv], of R sequences
     lengths: Tensor | None,  # [B]
     starts: Tensor | None,  # [R + 1], of documents
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """The outputs [B, T, H, Dv] and the last states [R, H, Dk, Dv]."""
     of = sequences("linear_attention", *q.shape[:2], lengths, starts)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     state = _states(first, q, v, of)
-    _in_parallel(_forward_items, state, of, *_rows(q, k, v, g.exp()), *of, *_rows(o), state.numpy())
+    _in_parallel(_forward_items, state, of, causal, *_rows(q, k, v, g.exp()), *of, *_rows(o), state.numpy())
     return o, state
 
 
@@ -60,13 +64,14 @@ def backward(
     first: Tensor | None,
     lengths: Tensor | None,
     starts: Tensor | None,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g and the first states."""
     of = sequences("linear_attention", *q.shape[:2], lengths, starts)
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]
     state, d_first = _states(first, q, v, of), d_state.clone(memory_format=torch.contiguous_format)
     given, made = _rows(q, k, v, g.exp(), do), _rows(*gradients)
-    _in_parallel(_backward_items, state, of, *given, *of, state.numpy(), *made, d_first.numpy())
+    _in_parallel(_backward_items, state, of, causal, *given, *of, state.numpy(), *made, d_first.numpy())
     dq, dk, dv, dg = gradients
     return dq, dk, dv, dg, d_first
 
@@ -100,59 +105,90 @@ def _width(columns):
 
 
 @compiled()
-def _forward_items(start, stop, q, k, v, a, starts, lengths, o, state):
+def _forward_items(start, stop, causal, q, k, v, a, starts, lengths, o, state):
     _, H, Dk, Dv = state.shape
     width = _width(Dv)
-    S = np.empty((Dk, WIDTH), state.dtype)
+    S = np.zeros((Dk, WIDTH), state.dtype)
     for item in range(start, stop):
         r, h = item // H, item % H
         begin, end = starts[r], starts[r] + lengths[r]
         o[end : starts[r + 1], h] = 0
+        for t in range(begin, end):
+            o[t, h] = _dot(q[t, h], k[t, h]) * v[t, h]
         for low in range(0, Dv, width):
             high = min(low + width, Dv)
-            S[:, high - low :] = 0
-            S[:, : high - low] = state[r, h, :, low:high]
-            _sweep(S, begin, end, end, False, a, k, v, q, None, None, h, low, high, o, None, None)
-            state[r, h, :, low:high] = S[:, : high - low]
+            _load(S, state[r, h], low, high)
+            _sweep(S, begin, end, end, a, k, v, q, None, None, h, low, high, o, None, None)
+            for d in range(Dk):
+                for c in range(low, high):
+                    state[r, h, d, c] = S[d, c - low]
+            if not causal:
+                S[:] = 0
+                _sweep(S, end - 1, begin - 1, end, a, k, v, q, None, None, h, low, high, o, None, None)
 
 
 @compiled()
-def _backward_items(start, stop, q, k, v, a, do, starts, lengths, state, dq, dk, dv, dg, d_state):
+def _backward_items(start, stop, causal, q, k, v, a, do, starts, lengths, state, dq, dk, dv, dg, d_state):
     _, H, Dk, Dv = state.shape
     width, most = _width(Dv), -(-lengths.max() // SEGMENT)
-    S = np.empty((Dk, WIDTH), state.dtype)
+    S = np.zeros((Dk, WIDTH), state.dtype)
     kept = np.empty((most + 1, Dk, WIDTH), state.dtype)  # the state ahead of each segment, and the last one
     known = np.empty((most + 1, Dk))  # the gradient of each segment's first decay, and of one behind them all
     for item in range(start, stop):
         r, h = item // H, item % H
         begin, end = starts[r], starts[r] + lengths[r]
-        segments = -(-lengths[r] // SEGMENT)
         known[:] = 0
         _start_gradients(begin, end, starts[r + 1], h, q, k, v, do, dq, dk, dv, dg)
         for low in range(0, Dv, width):
             high = min(low + width, Dv)
-            S[:, high - low :] = 0
-            S[:, : high - low] = state[r, h, :, low:high]
-            for i in range(segments):
-                here, there = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
-                kept[i] = S
-                _sweep(S, here, there, end, False, a, k, v, None, do, q, h, low, high, None, dq, dg)
-            kept[segments] = S
-            S[:, high - low :] = 0
-            S[:, : high - low] = d_state[r, h, :, low:high]
+            there = (k, v, None, do, q, None, dq)
+            back = (q, do, k, v, k, dv, dk)
+            _load(S, state[r, h], low, high)
+            _there(S, begin, end, there, a, h, low, high, kept, dg)
+            _load(S, d_state[r, h], low, high)
+            _back(S, begin, end, back, a, h, low, high, kept, known, dg)
             for d in range(Dk):
-                known[segments, d] += _dot(kept[segments, d], S[d])
-            for i in range(segments - 1, -1, -1):
-                here, there = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
-                _sweep(S, here, there, end, True, a, q, do, k, v, k, h, low, high, dv, dk, dg)
-                for d in range(Dk):
-                    known[i, d] += a[here, h, d] * _dot(kept[i, d], S[d])
-            for d in range(Dk):
-                left = a[begin, h, d] if begin < end else 1
-                d_state[r, h, d, low:high] = left * S[d, : high - low]
-        for i in range(segments):
-            here, there = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
-            _sum_to_the_end(here, there, h, known[i], known[i + 1].copy(), a, dg)
+                for c in range(low, high):
+                    d_state[r, h, d, c] = S[d, c - low] * (a[begin, h, d] if begin < end else 1)
+            if not causal:
+                S[:] = 0
+                _there(S, begin, end, back, a, h, low, high, kept, dg)
+                S[:] = 0
+                _back(S, begin, end, there, a, h, low, high, kept, known, dg)
+        for i in range(-(-(end - begin) // SEGMENT)):
+            here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
+            _sum_to_the_end(here, beyond, h, known[i], known[i + 1].copy(), a, dg)
+
+
+@compiled()
+def _load(S, state, low, high):
+    S[:] = 0
+    for d in range(len(S)):
+        for c in range(low, high):
+            S[d, c - low] = state[d, c]
+
+
+@compiled()
+def _there(S, begin, end, taken, a, h, low, high, kept, dg):
+    x, y, u, w, partner, columns, rows = taken
+    for here in range(begin, end, SEGMENT):
+        _load(kept[(here - begin) // SEGMENT], S, 0, WIDTH)
+        beyond = min(here + SEGMENT, end)
+        _sweep(S, here, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg)
+    _load(kept[-(-(end - begin) // SEGMENT)], S, 0, WIDTH)
+
+
+@compiled()
+def _back(S, begin, end, taken, a, h, low, high, kept, known, dg):
+    x, y, u, w, partner, columns, rows = taken
+    segments = -(-(end - begin) // SEGMENT)
+    for d in range(len(S)):
+        known[segments, d] += _dot(kept[segments, d], S[d])
+    for i in range(segments - 1, -1, -1):
+        here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
+        _sweep(S, beyond - 1, here - 1, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg)
+        for d in range(len(S)):
+            known[i, d] += a[here, h, d] * _dot(kept[i, d], S[d])
 
 
 @compiled(fastmath={"contract", "reassoc"})
@@ -167,9 +203,10 @@ def _dot(x, y):
 def _start_gradients(begin, end, beyond, h, q, k, v, do, dq, dk, dv, dg):
     """What steps have of themselves, and zeros behind the last one."""
     for t in range(begin, end):
-        own = _dot(v[t, h], do[t, h])
-        dq[t, h] = own * k[t, h]
-        dk[t, h] = own * q[t, h]
+        of_values, of_keys = _dot(v[t, h], do[t, h]), _dot(q[t, h], k[t, h])
+        dq[t, h] = of_values * k[t, h]
+        dk[t, h] = of_values * q[t, h]
+        dv[t, h] = of_keys * do[t, h]
         dg[t, h] = 0
     for x in (dq, dk, dv, dg):
         x[end:beyond, h] = 0
@@ -194,16 +231,16 @@ def _sum_to_the_end(begin, end, h, first, total, a, dg):
 
 
 @compiled(fastmath={"contract", "reassoc"})
-def _sweep(S, begin, end, last, back, a, x, y, u, w, partner, h, low, high, columns, rows, change):
-    """Takes columns `low` to `high` of a head's state, S [Dk, WIDTH], through the steps of [begin, end), or `back`.
+def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, change):
+    """Takes columns `low` to `high` of a head's state, S [Dk, WIDTH], through steps up or down, `first` to `beyond`.
 
     What a step leaves of S is E, then S is E + x yᵀ, and the step has
 
-        columns = Sᵀ u        rows += E w        change += partner ∘ E w, or -= on the way back
+        columns += Eᵀ u        rows += E w        change += partner ∘ E w, or -= on the way down
 
-    None of what has no u or no w.
+    None of what has no u or no w. The sequence ends before `end`.
     """
-    Dk, n, width = S.shape[0], end - begin, high - low
+    Dk, n, back, width = S.shape[0], abs(beyond - first), beyond < first, high - low
     width += -width % 8
     A, X, U = np.empty((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype)
     R = np.empty((STEPS, Dk), S.dtype)
@@ -211,16 +248,14 @@ def _sweep(S, begin, end, last, back, a, x, y, u, w, partner, h, low, high, colu
     O = np.empty((STEPS, WIDTH), S.dtype)
     for i in range(0, n, STEPS):
         for j in range(STEPS):
-            t = end - 1 - i - j if back else begin + i + j
+            t = first - i - j if back else first + i + j
             if i + j >= n:
                 A[j], X[j], Y[j] = 1, 0, 0
                 continue
-            of_decay, decays = t, True
-            if back:
-                of_decay, decays = min(t + 1, last - 1), t + 1 < last
+            decay = t + 1 if back else t
             for d in range(Dk):
                 X[j, d] = x[t, h, d]
-                A[j, d] = a[of_decay, h, d] if decays else 1
+                A[j, d] = a[decay, h, d] if decay < end else 1
             for c in range(high - low):
                 Y[j, c] = y[t, h, low + c]
             if u is not None:
@@ -259,32 +294,32 @@ def _sweep(S, begin, end, last, back, a, x, y, u, w, partner, h, low, high, colu
                 if w is not None:
                     r0 += e * W[0, c]
                 if u is not None:
-                    O[0, c] += u0 * s
+                    O[0, c] += u0 * e
                 e = a1 * s
                 s = e + x1 * Y[1, c]
                 if w is not None:
                     r1 += e * W[1, c]
                 if u is not None:
-                    O[1, c] += u1 * s
+                    O[1, c] += u1 * e
                 e = a2 * s
                 s = e + x2 * Y[2, c]
                 if w is not None:
                     r2 += e * W[2, c]
                 if u is not None:
-                    O[2, c] += u2 * s
+                    O[2, c] += u2 * e
                 e = a3 * s
                 s = e + x3 * Y[3, c]
                 if w is not None:
                     r3 += e * W[3, c]
                 if u is not None:
-                    O[3, c] += u3 * s
+                    O[3, c] += u3 * e
                 S[d, c] = s
             R[0, d], R[1, d], R[2, d], R[3, d] = r0, r1, r2, r3
         for j in range(min(STEPS, n - i)):
-            t = end - 1 - i - j if back else begin + i + j
+            t = first - i - j if back else first + i + j
             if u is not None:
                 for c in range(high - low):
-                    columns[t, h, low + c] = O[j, c]
+                    columns[t, h, low + c] += O[j, c]
             if w is not None:
                 for d in range(Dk):
                     rows[t, h, d] += R[j, d]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from ..common import accumulation_dtype, zero_padding
+from ..common import accumulation_dtype
 from ..derivatives import differentiable, forward_mode, pullback
 from ..documents import Documents, starts_of
 from .reference import divide_by_normalizer
@@ -34,9 +34,7 @@ def linear_attention_per_channel(
     if normalize:
         v = F.pad(v, (0, 1), value=1.0)
     form = _in_loop if q.device.type == "cpu" and not _transformed() else secondary_chunks
-    o, state = form(q, k, v, g, first, lengths, starts_of(documents))
-    if not causal:
-        o = o + _of_later(form, q, k, v, g, lengths, documents)
+    o, state = form(q, k, v, g, first, lengths, starts_of(documents), causal)
     if normalize:
         o = divide_by_normalizer(o)
     return o.to(out_dtype), state if output_final_state else None
@@ -47,25 +45,6 @@ def _transformed() -> bool:
     return forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
 
 
-def _of_later(
-    form: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, lengths: Tensor | None, documents: Documents | None
-) -> Tensor:
-    """What steps hear from later ones: from the end, where a key counts from the next step on, decayed by its own."""
-    q, k, v, g = (zero_padding(x, lengths) for x in (q, k, v, g))
-    T, starts, last = q.shape[1], None, None
-    if documents is not None:
-        starts = T - documents.starts.flip(0)
-        of_steps = documents.of_steps()
-        last = (of_steps[1:] != of_steps[:-1])[:, None, None]
-
-    def next_of(x: Tensor) -> Tensor:  # nothing behind the last step
-        x = x[:, 1:] if last is None else torch.where(last, 0, x[:, 1:])
-        return F.pad(x, (0, 0, 0, 0, 0, 1)).flip(1)
-
-    o, _ = form(q.flip(1), next_of(k * g.exp()), next_of(v), next_of(g), None, None, starts)
-    return o.flip(1)
-
-
 def _loop(
     q: Tensor,
     k: Tensor,
@@ -74,10 +53,11 @@ def _loop(
     first: Tensor | None,
     lengths: Tensor | None,
     starts: Tensor | None,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     from . import loop  # imports Numba
 
-    return loop.forward(q, k, v, g, first, lengths, starts)
+    return loop.forward(q, k, v, g, first, lengths, starts, causal)
 
 
 def _loop_backward(
@@ -90,10 +70,11 @@ def _loop_backward(
     first: Tensor | None,
     lengths: Tensor | None,
     starts: Tensor | None,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from . import loop
 
-    return loop.backward(do, d_state, q, k, v, g, first, lengths, starts)
+    return loop.backward(do, d_state, q, k, v, g, first, lengths, starts, causal)
 
 
 _in_loop = custom_op("seqzoo::linear_attention_per_channel", _loop, mutates_args=(), device_types="cpu")
@@ -103,7 +84,7 @@ _backward = custom_op(
 
 
 @_in_loop.register_fake
-def _(q, k, v, g, first, lengths, starts):
+def _(q, k, v, g, first, lengths, starts, causal):
     R = q.shape[0] if starts is None else starts.shape[0] - 1
     return v.new_empty(v.shape), v.new_empty(R, *q.shape[2:], v.shape[3])
 
@@ -123,13 +104,14 @@ _gradients_by_hand = differentiable(_backward, _gradients)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.causal = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _gradient(ctx: Any, do: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    *gradients, d_first = _gradients_by_hand(do, d_state, *inputs)
-    return *gradients, None if inputs[4] is None else d_first, None, None
+    *gradients, d_first = _gradients_by_hand(do, d_state, *inputs, ctx.causal)
+    return *gradients, None if inputs[4] is None else d_first, None, None, None
 
 
 _in_loop.register_autograd(_gradient, setup_context=_keep)

@@ -102,10 +102,10 @@ def linear_attentions() -> dict[str, Case]:
     cases["linear_attention channels both ways"] = Case(
         lambda q, k, v, g, **to: linear_attention(q, k, v, log_decay=g, **options, **to), [*inputs, -rand(B, T, H, D)]
     )
-    options["causal"] = options["output_final_state"] = True
+    carried = {**options, "causal": True, "output_final_state": True}
     cases["linear_attention channels state"] = Case(
-        lambda q, k, v, s, g, **to: linear_attention(q, k, v, log_decay=g, initial_state=s, **options, **to),
-        [*resumed, -rand(B, T, H, D)],
+        lambda q, k, v, s, g, **to: linear_attention(q, k, v, log_decay=g, initial_state=s, **carried, **to),
+        [*inputs, rand(B, H, D, DV + 1), -rand(B, T, H, D)],
     )
     return cases
 

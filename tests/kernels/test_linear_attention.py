@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqzoo.kernels import linear_attention
+from seqzoo.kernels.linear_attention.secondary import secondary_chunks
 
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
 
@@ -338,6 +339,18 @@ def test_memory_is_linear_in_time(causal, decay):
         sizes.append(largest.numel)
         assert largest.numel <= T * 64  # what weights inside chunks of 64 take, and less than [T, D, D]
     assert sizes[1] <= 4 * sizes[0]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_of_channels_are_made_a_few_at_a_time(causal):
+    """In PyTorch, where a decay per channel has pairs one by one: 16 times what the queries of a block take."""
+    D = 16
+    for T in (512, 2048):
+        q, k, v, g = (make(1, T, 1, D, D, decay="channel", dtype=torch.float32)[name] for name in NAMES[:4])
+        with LargestTensor() as largest:
+            o, _ = secondary_chunks(*(x.requires_grad_() for x in (q, k, v, g)), None, None, None, causal)
+            o.sum().backward()
+        assert largest.numel <= 2 * T * D
 
 
 def test_errors():
