@@ -43,7 +43,13 @@ def sequences(what: str, B: int, T: int, lengths: Tensor | None, starts: Tensor 
 
 
 def array(x: Tensor) -> np.ndarray:
+    """As compiled code reads it."""
     return x.detach().resolve_conj().resolve_neg().contiguous().numpy()
+
+
+def rows(x: Tensor) -> np.ndarray:
+    """[B, T, D] -> [B T, D]."""
+    return array(x).reshape(-1, x.shape[-1])
 
 
 def shared_out(items: Callable[..., None], count: int, cuts: list[int], *arguments: Any) -> None:

@@ -28,11 +28,11 @@ def decay_gradient(
     if starts is not None:
         documents = Documents(starts, q.shape[1])
         dg = _sum_to_the_end_of_documents(change.double(), documents)
-        return (dg if of_last is None else dg + of_last[documents.of_steps()]).to(change.dtype)
+        return (dg if of_last is None else dg + of_last[documents.of_steps()]).float()
     dg = _sum_to_the_end(change.double())
     if of_last is not None:
         dg = dg + of_last[:, None]
-    return zero_padding(dg.to(change.dtype), lengths)
+    return zero_padding(dg.float(), lengths)
 
 
 def _sum_to_the_end_of_documents(x: Tensor, documents: Documents) -> Tensor:

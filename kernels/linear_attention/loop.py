@@ -117,12 +117,14 @@ def _forward_items(start, stop, causal, q, k, v, a, starts, lengths, o, state):
             o[t, h] = _dot(q[t, h], k[t, h]) * v[t, h]
         for low in range(0, Dv, width):
             high = min(low + width, Dv)
-            _load(S, state[r, h, :, low:high])
-            _sweep(S, begin, end, end, False, a, k, v, q, None, None, h, low, high, o, None, None)
-            state[r, h, :, low:high] = S[:, : high - low]
+            _load(S, state[r, h], low, high)
+            _sweep(S, begin, end, end, a, k, v, q, None, None, h, low, high, o, None, None)
+            for d in range(Dk):
+                for c in range(low, high):
+                    state[r, h, d, c] = S[d, c - low]
             if not causal:
                 S[:] = 0
-                _sweep(S, begin, end, end, True, a, k, v, q, None, None, h, low, high, o, None, None)
+                _sweep(S, end - 1, begin - 1, end, a, k, v, q, None, None, h, low, high, o, None, None)
 
 
 @compiled()
@@ -141,13 +143,13 @@ def _backward_items(start, stop, causal, q, k, v, a, do, starts, lengths, state,
             high = min(low + width, Dv)
             there = (k, v, None, do, q, None, dq)
             back = (q, do, k, v, k, dv, dk)
-            _load(S, state[r, h, :, low:high])
+            _load(S, state[r, h], low, high)
             _there(S, begin, end, there, a, h, low, high, kept, dg)
-            _load(S, d_state[r, h, :, low:high])
+            _load(S, d_state[r, h], low, high)
             _back(S, begin, end, back, a, h, low, high, kept, known, dg)
             for d in range(Dk):
-                left = a[begin, h, d] if begin < end else 1
-                d_state[r, h, d, low:high] = left * S[d, : high - low]
+                for c in range(low, high):
+                    d_state[r, h, d, c] = S[d, c - low] * (a[begin, h, d] if begin < end else 1)
             if not causal:
                 S[:] = 0
                 _there(S, begin, end, back, a, h, low, high, kept, dg)
@@ -159,19 +161,21 @@ def _backward_items(start, stop, causal, q, k, v, a, do, starts, lengths, state,
 
 
 @compiled()
-def _load(S, columns):
-    S[:, : columns.shape[1]] = columns
-    S[:, columns.shape[1] :] = 0
+def _load(S, state, low, high):
+    S[:] = 0
+    for d in range(len(S)):
+        for c in range(low, high):
+            S[d, c - low] = state[d, c]
 
 
 @compiled()
 def _there(S, begin, end, taken, a, h, low, high, kept, dg):
     x, y, u, w, partner, columns, rows = taken
     for here in range(begin, end, SEGMENT):
-        kept[(here - begin) // SEGMENT] = S
+        _load(kept[(here - begin) // SEGMENT], S, 0, WIDTH)
         beyond = min(here + SEGMENT, end)
-        _sweep(S, here, beyond, end, False, a, x, y, u, w, partner, h, low, high, columns, rows, dg)
-    kept[-(-(end - begin) // SEGMENT)] = S
+        _sweep(S, here, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg)
+    _load(kept[-(-(end - begin) // SEGMENT)], S, 0, WIDTH)
 
 
 @compiled()
@@ -182,7 +186,7 @@ def _back(S, begin, end, taken, a, h, low, high, kept, known, dg):
         known[segments, d] += _dot(kept[segments, d], S[d])
     for i in range(segments - 1, -1, -1):
         here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
-        _sweep(S, here, beyond, end, True, a, x, y, u, w, partner, h, low, high, columns, rows, dg)
+        _sweep(S, beyond - 1, here - 1, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg)
         for d in range(len(S)):
             known[i, d] += a[here, h, d] * _dot(kept[i, d], S[d])
 
@@ -227,16 +231,16 @@ def _sum_to_the_end(begin, end, h, first, total, a, dg):
 
 
 @compiled(fastmath={"contract", "reassoc"})
-def _sweep(S, begin, end, last, back, a, x, y, u, w, partner, h, low, high, columns, rows, change):
-    """Takes columns `low` to `high` of a head's state, S [Dk, WIDTH], through the steps of [begin, end), or `back`.
+def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, change):
+    """Takes columns `low` to `high` of a head's state, S [Dk, WIDTH], through steps up or down, `first` to `beyond`.
 
     What a step leaves of S is E, then S is E + x yᵀ, and the step has
 
-        columns += Eᵀ u        rows += E w        change += partner ∘ E w, or -= on the way back
+        columns += Eᵀ u        rows += E w        change += partner ∘ E w, or -= on the way down
 
-    None of what has no u or no w. No step is later than `last`.
+    None of what has no u or no w. The sequence ends before `end`.
     """
-    Dk, n, width = S.shape[0], end - begin, high - low
+    Dk, n, back, width = S.shape[0], abs(beyond - first), beyond < first, high - low
     width += -width % 8
     A, X, U = np.empty((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype)
     R = np.empty((STEPS, Dk), S.dtype)
@@ -244,16 +248,14 @@ def _sweep(S, begin, end, last, back, a, x, y, u, w, partner, h, low, high, colu
     O = np.empty((STEPS, WIDTH), S.dtype)
     for i in range(0, n, STEPS):
         for j in range(STEPS):
-            t = end - 1 - i - j if back else begin + i + j
+            t = first - i - j if back else first + i + j
             if i + j >= n:
                 A[j], X[j], Y[j] = 1, 0, 0
                 continue
-            of_decay, decays = t, True
-            if back:
-                of_decay, decays = min(t + 1, last - 1), t + 1 < last
+            decay = t + 1 if back else t
             for d in range(Dk):
                 X[j, d] = x[t, h, d]
-                A[j, d] = a[of_decay, h, d] if decays else 1
+                A[j, d] = a[decay, h, d] if decay < end else 1
             for c in range(high - low):
                 Y[j, c] = y[t, h, low + c]
             if u is not None:
@@ -314,7 +316,7 @@ def _sweep(S, begin, end, last, back, a, x, y, u, w, partner, h, low, high, colu
                 S[d, c] = s
             R[0, d], R[1, d], R[2, d], R[3, d] = r0, r1, r2, r3
         for j in range(min(STEPS, n - i)):
-            t = end - 1 - i - j if back else begin + i + j
+            t = first - i - j if back else first + i + j
             if u is not None:
                 for c in range(high - low):
                     columns[t, h, low + c] += O[j, c]

@@ -2,8 +2,7 @@
 
 What all heads of a group share is made once: the products of queries and keys in a chunk, and their gradients. States
 of the heads lie beside each other, so that what they take of keys, and what queries read of them, is one product of a
-group. The gradient is written out: it keeps states where chunks begin and no weights of pairs, and in it q·dq is o·do,
-k·dk is v·dv, of each head by itself.
+group. The gradient is written out: it keeps states where chunks begin, and neither outputs nor weights of pairs.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from ..common import accumulation_dtype, query_heads, without_autocast, zero_padding
 from ..derivatives import forward_mode, gradient
-from ..documents import Documents, starts_of
+from ..documents import Documents
 from .chunked import MIN_CHUNK, linear_attention_chunked, segment_sums
-from .decays import decay_gradient
 
 
 def linear_attention_shared(
@@ -36,7 +34,7 @@ def linear_attention_shared(
     (B, T, _, Dk), (H, Dv) = q.shape, v.shape[2:]
     states = initial_state is not None or output_final_state
     if not causal or normalize or log_decay is None or log_decay.dim() == 4 or (documents is not None and states):
-        q, k = query_heads(q, H), query_heads(k, H)  # what nothing asks for so often
+        q, k = query_heads(q, H), query_heads(k, H)
         return linear_attention_chunked(
             q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
         )
@@ -48,23 +46,21 @@ def linear_attention_shared(
     with without_autocast(q.device):
         q, k, v, g = (zero_padding(x, lengths).to(dtype) for x in (q, k, v, log_decay))
         first = q.new_zeros(B, H, Dk, Dv) if initial_state is None else initial_state.to(dtype)
-        form = _plain if forward_mode() else _Shared.apply
-        o, final_state = form(starts_of(documents), q, k, v, g, first)
+        o, final_state = (_plain if forward_mode() else _Shared.apply)(q, k, v, g, first)
     return zero_padding(o, lengths).to(out_dtype), final_state if output_final_state else None
 
 
-def _plain(starts: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`_Shared` for PyTorch to differentiate; what forgets everything where a document begins needs to know of none."""
-    q, k, v, g, first = inputs
-    q, k = (query_heads(x, v.shape[2]) for x in (q, k))
-    return linear_attention_chunked(q, k, v, g, True, False, first, None, None, True)
+def _plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, first: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`_Shared` for PyTorch to differentiate."""
+    with without_autocast(q.device):
+        q, k = query_heads(q, v.shape[2]), query_heads(k, v.shape[2])
+        return linear_attention_chunked(q, k, v, g, True, False, first, None, None, True)
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        starts: Tensor | None,  # of documents, at which g is -inf
         q: Tensor,  # [B, T, G, Dk]
         k: Tensor,  # [B, T, G, Dk]
         v: Tensor,  # [B, T, H, Dv]
@@ -76,56 +72,50 @@ class _Shared(torch.autograd.Function):
         weights, head, tail = _decays(cut.gates(g))
         weights.mul_((q_c @ k_c.mT)[:, None])
         inside = weights.flatten(0, 1) @ cut.by_head(v_c)
+        del weights
         states = k_c.mT @ cut.scaled(v_c, tail)  # [J, Dk, R · Dv]
         last = cut.carry_(states, head[..., -1], cut.state(first))
         o = cut.scaled(q_c @ states, head)
         cut.add_by_head_(o, inside)
-        o, last = cut.joined(o, v.shape[2]), cut.of_state(last)
-        ctx.save_for_backward(starts, q, k, v, g, first, states, o, last)
-        return o, last
+        ctx.save_for_backward(q, k, v, g, first, states)
+        return cut.joined(o, v.shape[2]), cut.of_state(last)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor, d_last: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: a checkpoint makes them anew for each look
-
-        def form(*inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-            with without_autocast(do.device):
-                return _plain(None, *inputs)
-
-        return None, *gradient(lambda: _gradients(do, d_last, *saved), form, saved[1:6], (do, d_last))
+        return gradient(lambda: _gradients(do, d_last, *saved), _plain, saved[:5], (do, d_last))
 
 
 def _gradients(
-    do: Tensor,
-    d_last: Tensor,
-    starts: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    first: Tensor,
-    states: Tensor,
-    o: Tensor,
-    last: Tensor,
+    do: Tensor, d_last: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, first: Tensor, states: Tensor
 ) -> tuple[Tensor, ...]:
     with without_autocast(do.device):  # whatever `backward` is called under
         cut = _Cut.of(q, v)
         q_c, k_c, v_c, do_c = (cut.rows(x) for x in (q, k, v, do))
-        weights, head, tail = _decays(cut.gates(g))
-        do_h = cut.by_head(do_c)
-        d_pairs = (do_h @ cut.by_head(v_c).mT).view_as(weights).mul_(weights).sum(1)  # [J, C, C]
-        inside = weights.mul_((q_c @ k_c.mT)[:, None]).flatten(0, 1).mT @ do_h
-        del weights, do_h
+        decays, head, tail = _decays(cut.gates(g))
+        later = torch.ones(cut.C, cut.C, dtype=q.dtype, device=q.device).triu(1)  # [s, t], s < t
+
+        do_h, pairs = cut.by_head(do_c), (q_c @ k_c.mT)[:, None]  # [J, 1, C, C]
+        d_pairs = (do_h @ cut.by_head(v_c).mT).view_as(decays).mul_(decays)
+        inside = decays.mul_(pairs).flatten(0, 1).mT @ do_h
+        del decays, do_h
+        d_shared = d_pairs.sum(1)
+        dg = (d_pairs.mul_(pairs) @ later).tril_().sum(-2)  # over pairs s < t <= r: [J, R, C]
+        del d_pairs
+
         do_c = cut.scaled(do_c, head)
+        read = cut.dot(q_c @ states, do_c)
         d_states = q_c.mT @ do_c
         d_first = cut.carry_(d_states, head[..., -1], cut.state(d_last), reverse=True)
-        dq = torch.baddbmm(d_pairs @ k_c, do_c, states.mT)
-        dk = torch.baddbmm(d_pairs.mT @ q_c, cut.scaled(v_c, tail), d_states.mT)
+        dq = torch.baddbmm(d_shared @ k_c, do_c, states.mT)
+        dk = torch.baddbmm(d_shared.mT @ q_c, cut.scaled(v_c, tail), d_states.mT)
         dv = cut.scaled(k_c @ d_states, tail)
+        through = cut.dot(states, d_states).sum(-1, keepdim=True)
+        dg += read @ (1 - later) + cut.dot(v_c, dv) @ later + head[..., -1:] * through
         cut.add_by_head_(dv, inside)
-        dq, dk, dv = (cut.joined(x, heads) for x, heads in ((dq, cut.G), (dk, cut.G), (dv, v.shape[2])))
-        dg = decay_gradient(o, do, v, dv, None, starts, (last * d_last).sum((-2, -1)) if starts is None else None)
-        return dq, dk, dv, dg.masked_fill(g == -torch.inf, 0), cut.of_state(d_first)
+        H = v.shape[2]
+        dq, dk, dv = cut.joined(dq, cut.G), cut.joined(dk, cut.G), cut.joined(dv, H)
+        return dq, dk, dv, cut.joined(dg.mT.contiguous(), H)[..., 0], cut.of_state(d_first)
 
 
 class _Cut(NamedTuple):
@@ -171,6 +161,10 @@ class _Cut(NamedTuple):
     def scaled(self, x: Tensor, decay: Tensor) -> Tensor:
         """x [J, C, R · D] times `decay` [J, R, C]."""
         return (x.unflatten(-1, (self.R, -1)) * decay.mT[..., None]).flatten(-2)
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of each head, products of x and y [J, rows, R · D]: [J, R, rows]."""
+        return (x * y).unflatten(-1, (self.R, -1)).sum(-1).mT
 
     def state(self, x: Tensor) -> Tensor:
         """[B, H, Dk, Dv] -> [B, G, Dk, R, Dv]."""

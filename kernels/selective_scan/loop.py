@@ -8,7 +8,6 @@ item first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from ..compiled import Sequences, array, compiled, in_threads, rows, sequences
+from ..loops import Sequences, array, compiled, rows, sequences, shared_out
 from . import pieces
 from .pieces import PIECE
 
@@ -43,7 +42,7 @@ def scan(
     Raises:
         ValueError: lengths outside [0, T].
     """
-    T, ends = v.shape[1], sequences("selective_scan", v, lengths, starts)
+    T, ends = v.shape[1], sequences("selective_scan", *v.shape[:2], lengths, starts)
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     kept = pieces.marks(v, A, keep)
     state = v.new_zeros(len(ends.lengths), *A.shape)
@@ -75,7 +74,7 @@ def scan_backward(
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `pieces.scan_backward`."""
-    (B, T, D), N, ends = v.shape, A.shape[0], sequences("selective_scan", v, lengths, starts)
+    (B, T, D), N, ends = v.shape, A.shape[0], sequences("selective_scan", *v.shape[:2], lengths, starts)
     R, blocks = len(ends.lengths), -(-D // WIDTH)
     dv, d_dt = (torch.empty_like(v, memory_format=torch.contiguous_format) for _ in range(2))
     dA = v.new_zeros(R, N, D)
@@ -101,7 +100,7 @@ def _in_parallel(items: Callable[..., None], D: int, N: int, ends: Sequences, *a
     work = np.repeat(ends.lengths, blocks).cumsum()
     threads = max(1, min(torch.get_num_threads(), int(work[-1]) * N * WIDTH // MIN_WORK if R else 1))
     shares = np.searchsorted(work, [work[-1] * i / threads for i in range(1, threads)]).tolist()
-    in_threads(items, [*shares, R * blocks], *arguments)
+    shared_out(items, R * blocks, shares, *arguments)
 
 
 def _declare_power(context, exponent):
@@ -122,7 +121,7 @@ HIGH, LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # log 2, in a p
 FACTORIALS = tuple(np.float32(1 / np.prod(np.arange(1.0, n + 1))) for n in range(8))
 
 
-@partial(compiled, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _exp_single(x):
     """e^x to the last digits; 0 below e^-87. PyTorch's and the C library's are no vectors inside a loop."""
     near = x if x > LOWEST else LOWEST
@@ -155,7 +154,7 @@ def _(x):
 # Sums over channels become vectors only where their order is free.
 
 
-@partial(compiled, fastmath={"contract", "reassoc"})
+@compiled(fastmath={"contract", "reassoc"})
 def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, reverse, y, state, marks):
     N, D = A.shape
     blocks = -(-D // WIDTH)
@@ -186,7 +185,7 @@ def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, reverse,
         y[begin + n : end, low:high] = 0
 
 
-@partial(compiled, fastmath={"contract", "reassoc"})
+@compiled(fastmath={"contract", "reassoc"})
 def _backward_items(
     start, stop, dy, v, dt, A, write, read, initial, marks, starts, lengths, T, reverse,
     dv, d_dt, dA, d_write, d_read, d_state,

@@ -119,7 +119,7 @@ class Mamba(Block):
             B,
             C,
         )
-        ends = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
+        ends: dict[str, Any] = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
         if state is not None:
             y, hidden = selective_scan(*inputs, initial_state=state.hidden, output_final_state=True, **ends)
             return y.view_as(v), hidden

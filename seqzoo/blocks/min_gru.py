@@ -94,7 +94,7 @@ class MinGRU(Block):
         """h of v [B, T, E, any], each channel with its z [B, T, E]; with a state, (h, the last one)."""
         x = (z[..., None] * v).flatten(2)
         a = (1 - z)[..., None].expand_as(v).flatten(2)
-        ends = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
+        ends: dict[str, Any] = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
         if state is not None:
             h, last = diagonal_scan(x, a, initial_state=state.hidden, output_final_state=True, **ends)
             return h.view_as(v), last

@@ -78,7 +78,7 @@ class RGLRU(Block):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.conv.weight, std=math.sqrt(0.01 / self.conv.width))
-        nn.init.zeros_(self.conv.bias)
+        nn.init.zeros_(self.conv.get_parameter("bias"))
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> RGLRUState:
         device, dtype = self._state_options(device, dtype)

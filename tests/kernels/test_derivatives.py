@@ -16,6 +16,7 @@ from seqzoo.kernels import (
     GatedAttentionState,
     VQState,
     attention,
+    delta_rule,
     diagonal_scan,
     favor_attention,
     gated_attention,
@@ -101,11 +102,30 @@ def linear_attentions() -> dict[str, Case]:
     cases["linear_attention channels both ways"] = Case(
         lambda q, k, v, g, **to: linear_attention(q, k, v, log_decay=g, **options, **to), [*inputs, -rand(B, T, H, D)]
     )
-    options["causal"] = options["output_final_state"] = True
+    carried = {**options, "causal": True, "output_final_state": True}
     cases["linear_attention channels state"] = Case(
-        lambda q, k, v, s, g, **to: linear_attention(q, k, v, log_decay=g, initial_state=s, **options, **to),
-        [*resumed, -rand(B, T, H, D)],
+        lambda q, k, v, s, g, **to: linear_attention(q, k, v, log_decay=g, initial_state=s, **carried, **to),
+        [*inputs, rand(B, H, D, DV + 1), -rand(B, T, H, D)],
     )
+    return cases
+
+
+def delta_rules() -> dict[str, Case]:
+    cases = {}
+    inputs = [randn(B, T, 1, D), randn(B, T, 1, D) / 2, randn(B, T, H, DV), rand(B, T, H)]
+    for decay in ((), (B, T, H), (B, T, H, D)):
+
+        def call(q, k, v, beta, *g, **to):
+            return delta_rule(q, k, v, beta, log_decay=g[0] if g else None, lengths=LENGTHS, **to)
+
+        cases[f"delta_rule decay {len(decay)}"] = Case(call, [*inputs, *([-rand(*decay)] if decay else [])])
+
+    def resumed(q, k, v, beta, g, r, s, **to):
+        state = {"initial_state": s, "output_final_state": True}
+        return delta_rule(q, k, v, beta, log_decay=g, erase=r, lengths=LENGTHS, **state, **to)
+
+    more = [-rand(B, T, H, D), randn(B, T, H, D) / 2, randn(B, H, D, DV)]
+    cases["delta_rule state"] = Case(resumed, [*inputs, *more])
     return cases
 
 
@@ -188,6 +208,7 @@ CASES = {
     **scans(),
     **attentions(),
     **linear_attentions(),
+    **delta_rules(),
     **favor_attentions(),
     **vq_attentions(),
     **gated_attentions(),
@@ -241,6 +262,7 @@ OFTEN = (
         pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
         for name in CASES
         if "projection" not in name  # to kernels it is a constant
+        and "delta_rule" not in name  # there is no kernel
     ],
 )
 def test_second_derivatives_of_kernels(name):
@@ -265,7 +287,13 @@ def test_keys_are_straight_through_to_the_second_derivative_too():
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_attention True True", "diagonal_scan complex True False", "vq_attention True 2"]
+    "name",
+    [
+        "linear_attention True True",
+        "delta_rule decay 4",
+        "diagonal_scan complex True False",
+        "vq_attention True 2",
+    ],
 )
 def test_third_derivatives(name):
     case = CASES[name]
@@ -295,7 +323,10 @@ def test_a_gradient_takes_what_carries_a_tangent(name):
         assert_close(tangent, gradient, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear_attention True True", "diagonal_scan real True False", "attention True 2"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_attention True True", "delta_rule decay 3", "diagonal_scan real True False", "attention True 2"],
+)
 def test_function_transforms(name):
     case = CASES[name]
     x, *others = (y.detach() for y in case.inputs)

@@ -343,7 +343,7 @@ def test_memory_is_linear_in_time(causal, decay):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_pairs_of_channels_are_made_a_few_at_a_time(causal):
-    """In PyTorch, where a decay per channel has pairs one by one: those of a block take 16 times what its queries do."""
+    """In PyTorch, where a decay per channel has pairs one by one: 16 times what the queries of a block take."""
     D = 16
     for T in (512, 2048):
         q, k, v, g = (make(1, T, 1, D, D, decay="channel", dtype=torch.float32)[name] for name in NAMES[:4])
