@@ -60,8 +60,8 @@ def secondary_chunks(
         if first is None:
             first = q.new_zeros(R, H, Dk, Dv)
         q, k, v, g = (split(x) for x in (q, k, v, g))
-        added = (x.unflatten(0, (B, H, -1)) for x in _in_parts(_added, k, v, g))
-        states, last = carry(*added, first, pieces)
+        updates, decays = (x.unflatten(0, (B, H, -1)) for x in _in_parts(_added, k, v, g))
+        states, last = carry(updates, decays, first, pieces)
         (o,) = _in_parts(_outputs, q, k, v, g, states.flatten(0, 2))
         o = o.view(B, H, -1, Dv).transpose(1, 2)  # [B, N C, H, Dv]
         o = zero_padding(o[:, :T], lengths) if pieces is None else pieces.take_up(o)
@@ -111,8 +111,8 @@ class _InParts(torch.autograd.Function):
             found = [torch.empty_like(x) for x in chunks]
             for part in _parts(chunks):
                 inputs, weights = ([x[part] for x in of] for of in (chunks, cotangents))
-                for x, gradient_of_part in zip(found, pullback(ctx.function, inputs, weights), strict=True):
-                    x[part] = gradient_of_part
+                for x, of_part in zip(found, pullback(ctx.function, inputs, weights), strict=True):
+                    x[part] = 0 if of_part is None else of_part
             return found
 
         with without_autocast(chunks[0].device):  # whatever `backward` is called under
