@@ -1,6 +1,6 @@
 """Compiles every configuration of every Triton kernel, on a machine without a GPU, and shows what the compiler made.
 
-    python benchmarks/compile.py                       all of them, into results/compile.md, compile.json and races.md
+    python benchmarks/compile.py                       all of them, into results/compile.md and compile.json
     python benchmarks/compile.py --only diagonal_scan  one operation
     python benchmarks/compile.py --cover               some of them, in which every setting still occurs
     python benchmarks/compile.py --widest              fewer yet, which is what tests compile on every change
@@ -181,8 +181,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     record = {**provenance.of_benchmark({"triton": triton.__version__}), "rows": [asdict(row) for row in rows]}
     (options.out / "compile.json").write_text(json.dumps(record, indent=1) + "\n")
-    (options.out / "compile.md").write_text(table(rows))
-    (options.out / "races.md").write_text(threads_table(rows))
+    (options.out / "compile.md").write_text(f"{table(rows)}\n{threads_table(rows)}")
     return 1 if faults else 0
 
 

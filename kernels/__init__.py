@@ -10,6 +10,7 @@ if __name__ == "kernels":
     __file__ = None  # type: ignore[assignment]
 else:
     from .attention import attention
+    from .delta_rule import delta_rule
     from .diagonal_scan import diagonal_scan
     from .favor_attention import FavorState, favor_attention
     from .gated_attention import GatedAttentionState, gated_attention
@@ -21,6 +22,7 @@ __all__ = [
     "GatedAttentionState",
     "VQState",
     "attention",
+    "delta_rule",
     "diagonal_scan",
     "favor_attention",
     "gated_attention",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -86,6 +87,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Where products of single precision are made in it, whatever `torch.set_float32_matmul_precision` allows."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor | None:
     """`lengths` as int64, or None where there are none or they are seen to be all T: then nothing is padded.
 
@@ -112,6 +127,25 @@ def check_lengths(what: str, lengths: Tensor | None, B: int, T: int) -> Tensor |
             raise ValueError(f"{what}: lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
         return None if low == T else lengths.long()
     return lengths.long().clamp(0, T)
+
+
+def check_log_decay(what: str, log_decay: Tensor | None, lengths: Tensor | None) -> None:
+    """Looks at logarithms of decays, [B, T, ...] or of no time, where that costs nothing: on a CPU, outside of graphs.
+
+    NaN is let through, and past `lengths` anything.
+
+    Raises:
+        ValueError: one is above 0.
+    """
+    if log_decay is None or not log_decay.numel() or not can_be_looked_at(log_decay) or bool(log_decay.max() <= 0):
+        return
+    within = log_decay.detach() if log_decay.dim() < 3 else zero_padding(log_decay.detach(), lengths)
+    highest = float(within.nan_to_num(nan=0.0).max())
+    if highest > 0:
+        raise ValueError(
+            f"{what}: log_decay must be at most 0, got {highest:.3g}; valid: logarithms of what is kept from step to "
+            "step, such as logsigmoid gives"
+        )
 
 
 def can_be_looked_at(x: Tensor) -> bool:

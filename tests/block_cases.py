@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from seqzoo import BLOCKS, build_block
 
@@ -51,6 +52,14 @@ VARIANTS = {  # the default options of each block, and those that take another w
     "rg_lru": [{}, {"state_dim": 12, "num_heads": 3, "conv_width": 2, "r_min": 0.5}],
     "s5": [{}, {"state_dim": 12, "num_blocks": 3, "discretization": "bilinear", "dt_max": 1.0, "dropout": 0.5}],
     "mamba": [{"state_dim": 4}, {"state_dim": 3, "expand": 1, "dt_rank": 2, "conv_width": 1, "dt_max": 1.0}],
+    "delta_net": [{}, {"num_heads": 2, "conv_width": 1, "negative_eigenvalues": True}],
+    "gated_delta_net": [
+        {},
+        {"num_heads": 4, "num_key_heads": 2, "expand_k": 1.0, "expand": 1.0, "conv_width": 3, "dt_max": 1.0},
+        {"num_heads": 1, "conv_width": 2, "negative_eigenvalues": True},
+    ],
+    "kda": [{}, {"num_heads": 2, "conv_width": 2, "negative_eigenvalues": True, "dt_max": 1.0}],
+    "rwkv7": [{}, {"num_heads": 1, "depth": 0.0}],
 }
 D = 16
 CASES = [
@@ -65,7 +74,11 @@ defaults = pytest.mark.parametrize(("name", "options", "causal"), [case for case
 
 def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):
     torch.manual_seed(0)
-    return build_block(name, d_model, causal=causal, **options).to(dtype).train(train)
+    block = build_block(name, d_model, causal=causal, **options)
+    for layer in block.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():  # what stands behind it would not be seen
+            nn.init.normal_(layer.weight, std=0.3)
+    return block.to(dtype).train(train)
 
 
 def sequences(B, T, *, d_model=D, dtype=torch.float64, seed=1):

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEN = ("kernels", "seqzoo/blocks", "seqzoo/training", "seqzoo/objectives.py")
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 SUMS = {"+": "-", "-": "+"}
-OF_ALL = ("tests/kernels/test_derivatives.py", "tests/kernels/test_inputs.py")
+OF_ALL = ("tests/kernels/test_derivatives.py", "tests/kernels/test_inputs.py", "tests/kernels/test_resets.py")
+OF_BLOCKS = ["tests/blocks", "tests/parity", "tests/models", "tests/analysis"]
 IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info")
 
 
@@ -127,14 +128,15 @@ def tests_of(file: str) -> list[str]:
     if room == "kernels" and len(rest) == 1:
         return [*_existing(f"tests/kernels/test_{rest[0]}"), "tests/kernels"]
     if room == "kernels":
-        tests = [f"tests/kernels/test_{rest[0]}.py", f"tests/kernels/test_fused_{rest[0]}.py"]
+        names = (rest[0], f"{rest[0]}_per_channel", f"packed_{rest[0]}", f"fused_{rest[0]}")
+        tests = [f"tests/kernels/test_{name}.py" for name in names]
         if "nearest" in rest[-1]:
             tests.append("tests/kernels/test_fused_nearest_code.py")
         in_triton = "triton" in (ROOT / file).read_text(encoding="utf-8")
         return [*_existing(*(tests[::-1] if in_triton else tests)), *OF_ALL]
     if rest[0] == "objectives.py":
         return ["tests/test_objectives.py", "tests/training", "tests/runs"]
-    return {"blocks": ["tests/blocks", "tests/models"], "training": ["tests/training", "tests/runs"]}[rest[0]]
+    return {"blocks": OF_BLOCKS, "training": ["tests/training", "tests/runs"]}[rest[0]]
 
 
 def _existing(*tests: str) -> list[str]:

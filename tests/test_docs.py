@@ -1,6 +1,7 @@
 """What the README and docs/ say: their Python runs, their links lead somewhere, their tables hold."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -129,6 +130,10 @@ def test_the_formulas_of_states_hold():
         "rg_lru": {"state_dim": 12, "conv_width": 3},
         "min_gru": {"expand": 1.5},
         "s5": {"state_dim": 24},
+        "delta_net": {"num_heads": 2, "conv_width": 3},
+        "gated_delta_net": {"num_heads": 2, "expand_k": 0.5, "expand": 1.25, "conv_width": 3},
+        "kda": {"num_heads": 2, "conv_width": 3},
+        "rwkv7": {"num_heads": 2},
     }
     rows = table(ROOT / "docs" / "blocks.md", "block")
     assert {re.match(r"`(\w+)`", row[0])[1] for row in rows} == set(BLOCKS)
@@ -141,6 +146,14 @@ def test_the_formulas_of_states_hold():
         for extra in more:  # of the block's `normalize`
             block = build_block(name, d_model=32, causal=True, **given | {"normalize": True})
             assert numbers_kept(block, 7) == evaluate(formula, **known) + evaluate(extra, **known)
+
+
+def test_the_table_of_originals_is_what_was_recorded():
+    worst: dict[tuple[str, str, str], float] = {}
+    for row in json.loads((ROOT / "results" / "parity.json").read_text())["rows"]:
+        key = row["original"], row["version"], f"`{row['block']}`"
+        worst[key] = max(worst.get(key, 0.0), row["error"])
+    assert table(ROOT / "docs" / "blocks.md", "original") == [[*key, f"{error:.0e}"] for key, error in worst.items()]
 
 
 def evaluate(formula: str, **names: object) -> int:

@@ -12,16 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from ..compiled import Sequences, array, compiled, in_threads, rows, sequences
+from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, rows, sequences, shared_out
 
 MIN_BLOCK = 32  # channels: narrower blocks waste vector width and cache lines
 MIN_WORK = 1 << 18  # elements: a thread is woken for as much, about 0.1 ms
-CACHE_LINE = 64  # bytes
 LONG_ROW = 1024  # bytes: the hardware foresees shorter ones better
 
 
@@ -45,17 +41,17 @@ def scan(
             "number, as its gradient is made from what it multiplied"
         )
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    ends = sequences("diagonal_scan", x, lengths, starts)
-    state = x.new_zeros(len(ends.lengths), x.shape[2])
+    of = sequences("diagonal_scan", *x.shape[:2], lengths, starts)
+    state = x.new_zeros(len(of.lengths), x.shape[2])
     if initial_state is not None:
         state.copy_(initial_state)
     _in_parallel(
         _scan_items,
-        *(x.shape[2], ends),
+        *(x.shape[2], of),
         rows(x),
         rows(a if a.dim() == 3 else a[None, None]),  # [B T, D] or [1, D]
         None if factor is None else array(factor),
-        *ends,
+        *of,
         reverse,
         h.flatten(0, 1).numpy(),
         state.numpy(),
@@ -75,8 +71,8 @@ def scan_backward(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `doubling.scan_backward`."""
-    D, ends = h.shape[2], sequences("diagonal_scan", h, lengths, starts)
-    R = len(ends.lengths)
+    D, of = h.shape[2], sequences("diagonal_scan", *h.shape[:2], lengths, starts)
+    R = len(of.lengths)
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     constant = a.dim() == 1
     da = a.new_zeros(R, D) if constant else a.new_empty(h.shape)
@@ -85,13 +81,13 @@ def scan_backward(
     initial = h.new_zeros(R, D) if initial_state is None else initial_state
     _in_parallel(
         _constant_backward_items if constant else _varying_backward_items,
-        *(D, ends),
+        *(D, of),
         rows(dh),
         rows(h),
         array(a) if constant else rows(a),
         None if factor is None else array(factor),
         array(initial),
-        *ends,
+        *of,
         reverse,
         dx.flatten(0, 1).numpy(),
         (da if constant else da.flatten(0, 1)).numpy(),
@@ -103,10 +99,10 @@ def scan_backward(
     return dx, da.sum(0) if constant else da, d_initial, d_factor
 
 
-def _in_parallel(items: Callable[..., None], D: int, ends: Sequences, *arguments: Any) -> None:
+def _in_parallel(items: Callable[..., None], D: int, of: Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, block, *arguments) on parts of the R * (blocks of channels) items there are."""
-    starts = ends.starts
-    steps, R = int(starts[-1]), len(ends.lengths)
+    starts = of.starts
+    steps, R = int(starts[-1]), len(of.lengths)
     threads = max(1, min(torch.get_num_threads(), steps * D // MIN_WORK))
     block, count, shares = max(1, D), R if D else 0, []
     if threads > 1:
@@ -116,25 +112,7 @@ def _in_parallel(items: Callable[..., None], D: int, ends: Sequences, *arguments
         count = R * blocks
         places = np.interp(np.arange(count), np.arange(R + 1) * blocks, starts)  # of items, as if time were cut too
         shares = np.searchsorted(places, [steps * i / threads for i in range(1, threads)]).tolist()
-    in_threads(items, [*shares, count], block, *arguments)
-
-
-def _declare_prefetch(context, array, byte):
-    """Asks for the cache line of a byte of `array`, counted from its start. Any address will do: none is read."""
-
-    def generate(target, builder, signature, arguments):
-        pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        data = builder.bitcast(target.make_array(array)(target, builder, arguments[0]).data, pointer)
-        read, all_caches, of_data = int32(0), int32(3), int32(1)
-        builder.call(function, [builder.gep(data, [arguments[1]]), read, all_caches, of_data])
-        return target.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
-_prefetch: Any = intrinsic(_declare_prefetch)
+    shared_out(items, count, shares, block, *arguments)
 
 
 # What is carried from step to step lies in a local array, which the compiler knows to overlap with nothing, so that
@@ -142,7 +120,7 @@ _prefetch: Any = intrinsic(_declare_prefetch)
 # foresees memory that is read upwards, not a row below the last one.
 
 
-@compiled
+@compiled()
 def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, state):
     D = x.shape[1]
     blocks = -(-D // block)
@@ -156,8 +134,8 @@ def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, s
         t, step = (begin + n - 1, -1) if reverse else (begin, 1)
         for _ in range(n):
             for byte in range(0, ahead, CACHE_LINE):
-                _prefetch(x[t + step, channels], byte)
-                _prefetch(h[t + step, channels], byte)
+                prefetch(x[t + step, channels], byte)
+                prefetch(h[t + step, channels], byte)
             x_t, h_t = x[t, channels], h[t, channels]
             a_t = a[t if per_step else 0, channels]
             if factor is None:
@@ -174,7 +152,7 @@ def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, s
         h[begin + n : end, channels] = 0
 
 
-@compiled
+@compiled()
 def _constant_backward_items(
     start, stop, block, dh, h, a, factor, initial, starts, lengths, reverse, dx, da, d_factor, d_state
 ):
@@ -200,9 +178,9 @@ def _constant_backward_items(
         for _ in range(1, n):
             t += step
             for byte in range(0, ahead, CACHE_LINE):
-                _prefetch(h[t + step, channels], byte)
-                _prefetch(dh[t + step, channels], byte)
-                _prefetch(dx[t + step, channels], byte)
+                prefetch(h[t + step, channels], byte)
+                prefetch(dh[t + step, channels], byte)
+                prefetch(dx[t + step, channels], byte)
             h_t, dh_t, dx_t = h[t, channels], dh[t, channels], dx[t, channels]
             if factor is None:
                 for d in range(p.shape[0]):
@@ -223,7 +201,7 @@ def _constant_backward_items(
             d_factor[b, channels] = (df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real
 
 
-@compiled
+@compiled()
 def _varying_backward_items(
     start, stop, block, dh, h, a, factor, initial, starts, lengths, reverse, dx, da, d_factor, d_state
 ):
@@ -250,11 +228,11 @@ def _varying_backward_items(
             a_after, da_after = a[t, channels], da[t, channels]
             t += step
             for byte in range(0, ahead, CACHE_LINE):
-                _prefetch(h[t + step, channels], byte)
-                _prefetch(dh[t + step, channels], byte)
-                _prefetch(dx[t + step, channels], byte)
-                _prefetch(a[t, channels], byte)
-                _prefetch(da[t, channels], byte)
+                prefetch(h[t + step, channels], byte)
+                prefetch(dh[t + step, channels], byte)
+                prefetch(dx[t + step, channels], byte)
+                prefetch(a[t, channels], byte)
+                prefetch(da[t, channels], byte)
             h_t, dh_t, dx_t = h[t, channels], dh[t, channels], dx[t, channels]
             if factor is None:
                 for d in range(p.shape[0]):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Fit, choose, fit
-from ..common import can_be_looked_at, check_lengths, query_heads, zero_padding
+from ..common import check_lengths, check_log_decay, query_heads
 from ..documents import check_documents
 from .chunked import linear_attention_chunked
 from .reference import linear_attention_reference
@@ -94,7 +94,7 @@ def linear_attention(
     documents = check_documents("linear_attention", cu_seqlens, lengths, *q.shape[:2])
     lengths = check_lengths("linear_attention", lengths, *q.shape[:2])
     rows, H = q.shape[0] if documents is None else documents.N, max(q.shape[2], v.shape[2])
-    _check_decays(log_decay, lengths)
+    check_log_decay("linear_attention", log_decay, lengths)
     _check_states([rows, H, q.shape[3], v.shape[3] + normalize], causal, normalize, initial_state, output_final_state)
     implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
     if q.shape[2] < H and implementation is linear_attention_chunked:
@@ -133,19 +133,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
         raise ValueError(
             f"linear_attention: log_decay must be [H] = [{H}], [B, T, H] = [{B}, {T}, {H}] or "
             f"[B, T, H, Dk] = [{B}, {T}, {H}, {Dk}], got {list(log_decay.shape)}"
-        )
-
-
-def _check_decays(log_decay: Tensor | None, lengths: Tensor | None) -> None:
-    """What lies past `lengths` may be anything, and NaN is what it is everywhere."""
-    if log_decay is None or not log_decay.numel() or not can_be_looked_at(log_decay) or (log_decay.max() <= 0):
-        return
-    within = log_decay if log_decay.dim() == 1 else zero_padding(log_decay.detach(), lengths)
-    highest = within.nan_to_num(nan=0.0).max()
-    if highest > 0:
-        raise ValueError(
-            f"linear_attention: log_decay must be at most 0, got {highest:.3g}; valid: logarithms of what is kept of a "
-            "state from step to step, between 0 and 1, such as those that logsigmoid gives"
         )
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from ..common import accumulation_dtype, can_be_looked_at, without_autocast, zero_padding
 from ..derivatives import forward_mode, gradient
 from ..documents import Documents, Pieces
+from .carry import carry
 from .packed import causal_of_documents
-from .reference import divide_by_normalizer, linear_attention_reference
+from .per_channel import linear_attention_per_channel
+from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
 MIN_PIECE = 16  # steps, where documents are shorter than a chunk
@@ -32,7 +34,7 @@ def linear_attention_chunked(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if log_decay is not None and log_decay.dim() == 4:
-        return linear_attention_reference(
+        return linear_attention_per_channel(
             q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
         )
     B, T, H, Dk = q.shape
@@ -316,11 +318,11 @@ def _with_decay(
     o = torch.bmm(scaled(torch.bmm(q, k.mT), weights), v)
 
     updates = torch.bmm(scaled(k, tail).mT, v).view(B, H, -1, Dk, Dv)
-    states, final_state = _carry(updates, total, first, pieces)  # what earlier chunks pass on
+    states, final_state = carry(updates, total, first, pieces)  # what earlier chunks pass on
     o = torch.baddbmm(o, scaled(q, head), states.view(-1, Dk, Dv))
     if not causal:
         updates = torch.bmm(scaled(k, head).mT, v).view(B, H, -1, Dk, Dv)
-        states, _ = _carry(updates, total, first, reverse=True)  # what later chunks send back
+        states, _ = carry(updates, total, first, reverse=True)  # what later chunks send back
         o = torch.baddbmm(o, scaled(q, tail), states.view(-1, Dk, Dv))
     return o, final_state
 
@@ -332,30 +334,3 @@ def segment_sums(g: Tensor) -> Tensor:
     turn -inf into NaN.
     """
     return g[..., :, None].expand(*g.shape, g.shape[-1]).tril(-1).cumsum(-2)
-
-
-def _carry(
-    updates: Tensor, decays: Tensor, state: Tensor, pieces: Pieces | None = None, reverse: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The state that reaches each chunk [B, H, N, Dk, Dv], and the one that leaves the last [B, H, Dk, Dv].
-
-    Of pieces, `state` and those that leave are of documents, [N, H, Dk, Dv].
-    """
-    N = updates.shape[2]
-    steps = list(zip(updates.unbind(2), decays.expand(*decays.shape[:-3], N, 1, 1).unbind(-3), strict=True))
-    if pieces is not None:
-        return _carry_in_documents(steps, state, pieces)
-    states = []
-    for update, decay in reversed(steps) if reverse else steps:
-        states.append(state)
-        state = torch.addcmul(update, decay, state)
-    return torch.stack(states[::-1] if reverse else states, 2), state
-
-
-def _carry_in_documents(steps: list[tuple[Tensor, Tensor]], first: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
-    starts, begin = pieces.of_documents(first)[:, None], pieces.begin()  # P times [1, H, Dk, Dv]
-    before, after = [], [starts[0]]
-    for (update, decay), start, anew in zip(steps, starts, begin, strict=True):
-        before.append(torch.where(anew, start, after[-1]))
-        after.append(torch.addcmul(update, decay, before[-1]))
-    return torch.stack(before, 2), pieces.last(torch.cat(after[1:]), first)

@@ -26,7 +26,7 @@ from ..blocks import Blocks
 from ..common import contiguous
 from ..documents import Documents, Pieces
 from ..launching import launch
-from .channels import _channel_kernel
+from .channel_recurrence import _channel_kernel
 from .recurrence import _carry_kernel, _linear_kernel
 
 MIN_SEGMENT = 512  # steps
@@ -42,7 +42,7 @@ class Config(NamedTuple):
     steps: int  # in a chunk
     state: int  # numbers of the state that a program keeps, at most
     num_warps: int
-    num_stages: int
+    num_stages: int  # chunks on their way at a time; with `channels` there is a loop in each, and 1
 
 
 BLOCKS = Blocks("linear_attention", Path(__file__).with_name("blocks.csv"), Config)

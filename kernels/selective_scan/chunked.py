@@ -26,10 +26,10 @@ def selective_scan_chunked(
     lengths: Tensor | None,  # [B]
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
-    inputs = [v, dt, A.mT, write, read, None if initial_state is None else initial_state.mT]
     dtype = accumulation_dtype(v.dtype)
-    inputs = [None if x is None else x.to(dtype) for x in inputs]
-    ends = (reverse, lengths, starts_of(documents))
+    before = None if initial_state is None else initial_state.mT
+    inputs: list[Any] = [None if x is None else x.to(dtype) for x in (v, dt, A.mT, write, read, before)]
+    ends: tuple[Any, ...] = (reverse, lengths, starts_of(documents))
     if forward_mode():
         y, state = at_once(*inputs, *ends)
     else:

@@ -8,7 +8,6 @@ item first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,12 @@ from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from ..compiled import Sequences, array, compiled, in_threads, rows, sequences
+from ..loops import Sequences, array, compiled, rows, sequences, shared_out
 from . import pieces
 from .pieces import PIECE
 
 WIDTH = 64  # channels of an item
-MIN_WORK = 1 << 15  # states times steps: a thread is woken for as much, about 0.1 ms
+MIN_WORK = 1 << 17  # states times steps: a thread is woken for as much, about 0.1 ms
 
 
 def scan(
@@ -43,7 +42,7 @@ def scan(
     Raises:
         ValueError: lengths outside [0, T].
     """
-    T, ends = v.shape[1], sequences("selective_scan", v, lengths, starts)
+    T, ends = v.shape[1], sequences("selective_scan", *v.shape[:2], lengths, starts)
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     kept = pieces.marks(v, A, keep)
     state = v.new_zeros(len(ends.lengths), *A.shape)
@@ -54,7 +53,7 @@ def scan(
         *(v.shape[2], A.shape[0], ends),
         *(rows(v), rows(dt), array(A), rows(write), rows(read)),
         *ends,
-        *(T, reverse),
+        *(T, PIECE, reverse),  # compiled code would not notice another PIECE
         *(y.flatten(0, 1).numpy(), state.numpy(), kept.numpy()),
     )
     return y, state, kept
@@ -75,7 +74,7 @@ def scan_backward(
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `pieces.scan_backward`."""
-    (B, T, D), N, ends = v.shape, A.shape[0], sequences("selective_scan", v, lengths, starts)
+    (B, T, D), N, ends = v.shape, A.shape[0], sequences("selective_scan", *v.shape[:2], lengths, starts)
     R, blocks = len(ends.lengths), -(-D // WIDTH)
     dv, d_dt = (torch.empty_like(v, memory_format=torch.contiguous_format) for _ in range(2))
     dA = v.new_zeros(R, N, D)
@@ -87,7 +86,7 @@ def scan_backward(
         *(D, N, ends),
         *(rows(dy), rows(v), rows(dt), array(A), rows(write), rows(read), array(initial), array(kept)),
         *ends,
-        *(T, reverse),
+        *(T, PIECE, reverse),
         *(dv.flatten(0, 1).numpy(), d_dt.flatten(0, 1).numpy(), dA.numpy()),
         *(d_write.numpy(), d_read.numpy(), d_initial.numpy()),
     )
@@ -101,7 +100,7 @@ def _in_parallel(items: Callable[..., None], D: int, N: int, ends: Sequences, *a
     work = np.repeat(ends.lengths, blocks).cumsum()
     threads = max(1, min(torch.get_num_threads(), int(work[-1]) * N * WIDTH // MIN_WORK if R else 1))
     shares = np.searchsorted(work, [work[-1] * i / threads for i in range(1, threads)]).tolist()
-    in_threads(items, [*shares, R * blocks], *arguments)
+    shared_out(items, R * blocks, shares, *arguments)
 
 
 def _declare_power(context, exponent):
@@ -122,7 +121,7 @@ HIGH, LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # log 2, in a p
 FACTORIALS = tuple(np.float32(1 / np.prod(np.arange(1.0, n + 1))) for n in range(8))
 
 
-@partial(compiled, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _exp_single(x):
     """e^x to the last digits; 0 below e^-87. PyTorch's and the C library's are no vectors inside a loop."""
     near = x if x > LOWEST else LOWEST
@@ -155,12 +154,12 @@ def _(x):
 # Sums over channels become vectors only where their order is free.
 
 
-@partial(compiled, fastmath={"contract", "reassoc"})
-def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, reverse, y, state, marks):
+@compiled(fastmath={"contract", "reassoc"})
+def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, piece, reverse, y, state, marks):
     N, D = A.shape
     blocks = -(-D // WIDTH)
     keep = marks.shape[1] > 0
-    edge = PIECE - 1 if reverse else 0
+    edge = piece - 1 if reverse else 0
     for item in range(start, stop):
         b, low = item // blocks, item % blocks * WIDTH
         high = min(low + WIDTH, D)
@@ -171,8 +170,8 @@ def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, reverse,
         t, step = (begin + n - 1, -1) if reverse else (begin, 1)
         for _ in range(n):
             place = t - row * T
-            if keep and place % PIECE == edge:
-                marks[row, place // PIECE, :, low:high] = s
+            if keep and place % piece == edge:
+                marks[row, place // piece, :, low:high] = s
             v_t, dt_t = v[t, low:high], dt[t, low:high]
             out[:] = 0
             for j in range(N):
@@ -186,9 +185,9 @@ def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, reverse,
         y[begin + n : end, low:high] = 0
 
 
-@partial(compiled, fastmath={"contract", "reassoc"})
+@compiled(fastmath={"contract", "reassoc"})
 def _backward_items(
-    start, stop, dy, v, dt, A, write, read, initial, marks, starts, lengths, T, reverse,
+    start, stop, dy, v, dt, A, write, read, initial, marks, starts, lengths, T, piece, reverse,
     dv, d_dt, dA, d_write, d_read, d_state,
 ):  # fmt: skip
     N, D = A.shape
@@ -202,18 +201,18 @@ def _backward_items(
         rate, p = A[:, low:high].copy(), d_state[b, :, low:high].copy()
         of_rate, of_v, of_dt = np.zeros_like(p), np.empty_like(p[0]), np.empty_like(p[0])
         zero = np.zeros(1, p.dtype)[0]
-        h, a = np.empty((PIECE + 1, N, width), p.dtype), np.empty((PIECE, N, width), p.dtype)
+        h, a = np.empty((piece + 1, N, width), p.dtype), np.empty((piece, N, width), p.dtype)
         left, step = n, -1 if reverse else 1
         while left > 0:
             # The steps of one piece, the last ones taken that are left: how many, and the first of them.
             t = begin + left - 1 if not reverse else begin + n - left
-            inside = (t - row * T) % PIECE
-            count = min(left, (PIECE - inside if reverse else inside + 1))
+            inside = (t - row * T) % piece
+            count = min(left, (piece - inside if reverse else inside + 1))
             t -= (count - 1) * step
             if count == left:
                 h[0] = initial[b, :, low:high]
             else:
-                h[0] = marks[row, (t - row * T) // PIECE, :, low:high]
+                h[0] = marks[row, (t - row * T) // piece, :, low:high]
             for k in range(count):
                 v_t, dt_t = v[t + k * step, low:high], dt[t + k * step, low:high]
                 for j in range(N):

@@ -57,8 +57,8 @@ def _scan(
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As `doubling.scan`, in the form that is best for the device."""
-    options = {"initial_state": initial_state, "output_final_state": True, "reverse": reverse}
-    return diagonal_scan(x, a, lengths=lengths, cu_seqlens=starts, **options)
+    ends: dict[str, Any] = {"reverse": reverse, "lengths": lengths, "cu_seqlens": starts}
+    return diagonal_scan(x, a, initial_state=initial_state, output_final_state=True, **ends)
 
 
 class _Piece:
@@ -72,7 +72,7 @@ class _Piece:
         if lengths is not None:
             lengths = (lengths - self.begin).clamp(0, length)
         its = None if starts is None else starts.clamp(self.begin, self.end) - self.begin
-        self.ends = (reverse, lengths, its)
+        self.ends: tuple[Any, ...] = (reverse, lengths, its)
 
     def of(self, *rows: Tensor) -> list[Tensor]:
         return [x[:, self.begin : self.end] for x in rows]
@@ -115,7 +115,8 @@ def scan(
     for number, piece in _pieces(v.shape[1], reverse, lengths, starts):
         if keep:
             kept[:, number] = piece.kept(state)
-        y[:, piece.begin : piece.end], state = at_once(*piece.of(v, dt), A, *piece.of(write, read), state, *piece.ends)
+        its: tuple[Any, ...] = (*piece.of(v, dt), A, *piece.of(write, read), state)
+        y[:, piece.begin : piece.end], state = at_once(*its, *piece.ends)
     return y, state, kept
 
 
@@ -138,8 +139,9 @@ def scan_backward(
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in rows]
     dA, before = torch.zeros_like(A), _initial(initial_state, v, A, starts)
     for number, piece in reversed(list(_pieces(v.shape[1], reverse, lengths, starts))):
-        its = (*piece.of(dy), d_state, *piece.of(v, dt), A, *piece.of(write, read))
-        *of_rows, of_A, d_state = _piece_backward(*its, piece.restored(kept[:, number], before), *piece.ends)
+        state = piece.restored(kept[:, number], before)
+        its: tuple[Any, ...] = (*piece.of(dy), d_state, *piece.of(v, dt), A, *piece.of(write, read), state)
+        *of_rows, of_A, d_state = _piece_backward(*its, *piece.ends)
         for gradient, part in zip(piece.of(*gradients), of_rows, strict=True):
             gradient.copy_(part)
         dA += of_A

@@ -10,9 +10,12 @@ from ..messages import unknown
 from ..valid import Range, check_options
 from .base import Block, State, upgraded
 from .conv import Conv
+from .delta_net import DeltaNet
+from .gated_delta_net import GatedDeltaNet
 from .gau import GAU
 from .gla import GLA
 from .hgrn2 import HGRN2
+from .kda import KDA
 from .learning import after_step, attach, auxiliary_loss
 from .linear_attention import LinearAttention
 from .lru import LRU
@@ -24,6 +27,7 @@ from .mlstm import MLSTM
 from .performer import Performer
 from .retnet import RetNet
 from .rg_lru import RGLRU
+from .rwkv7 import RWKV7
 from .s4d import S4D
 from .s5 import S5
 from .self_attention import AsSelfAttention
@@ -41,14 +45,18 @@ BLOCKS: dict[str, type[Block]] = {
     "s4d": S4D,
     "conv": Conv,
     "retnet": RetNet,
-    "mamba2": Mamba2,
-    "mamba3": Mamba3,
-    "mamba": Mamba,
     "gla": GLA,
     "hgrn2": HGRN2,
     "mlstm": MLSTM,
-    "rg_lru": RGLRU,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "kda": KDA,
+    "rwkv7": RWKV7,
+    "mamba": Mamba,
     "min_gru": MinGRU,
+    "rg_lru": RGLRU,
     "s5": S5,
 }
 
@@ -87,14 +95,18 @@ __all__ = [
     "GAU",
     "GLA",
     "HGRN2",
+    "KDA",
     "LRU",
     "MLSTM",
     "RGLRU",
+    "RWKV7",
     "S4D",
     "S5",
     "AsSelfAttention",
     "Block",
     "Conv",
+    "DeltaNet",
+    "GatedDeltaNet",
     "LinearAttention",
     "Mamba",
     "Mamba2",

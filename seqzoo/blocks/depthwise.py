@@ -15,32 +15,29 @@ CHUNK = 32
 FEW = 8  # positions of a kernel, whose gradient is a sum of products for each
 
 
-class Depthwise(nn.Module):
-    """A convolution over time of each channel with a kernel of its own.
+class Window(nn.Module):
+    """What sees W inputs around each step of a sequence: a subclass says in `_over` what it makes of them.
 
     Args:
-        d_model: channels, D.
-        width: of the kernels, W positions.
-        causal: an output sees its own position and the W - 1 before it, or else as many on either side.
-        bias: add a number of its own to each channel.
+        width: W.
+        causal: they are a step's own and the W - 1 before it, or else as many on either side.
     """
 
-    def __init__(self, d_model: int, width: Count, *, causal: bool, bias: bool = False) -> None:
+    def __init__(self, width: Count, *, causal: bool) -> None:
         super().__init__()
         if not causal and width % 2 == 0:
             raise ValueError(f"width={width} has no middle; valid: an odd number, or causal=True")
+        self.width = width
         self.past = width - 1 if causal else width // 2
-        self.weight = nn.Parameter(torch.empty(d_model, width).uniform_(-1, 1) / math.sqrt(width))
-        self.bias = nn.Parameter(torch.empty(d_model).uniform_(-1, 1) / math.sqrt(width)) if bias else None
 
-    @property
-    def width(self) -> int:
-        return self.weight.shape[1]
+    def _over(self, x: Tensor) -> Tensor:
+        """[B, T + W - 1, D] -> [B, T, D], of the inputs from t to t + W - 1."""
+        raise NotImplementedError
 
     def forward(
         self, x: Tensor, before: Tensor | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """y_t = Σ_j weight_j ∘ x_{t - past + j}, plus the bias.
+        """What `_over` makes of the inputs around each step.
 
         Args:
             x: [B, T, D], zero past `lengths`.
@@ -56,14 +53,14 @@ class Depthwise(nn.Module):
         if documents is not None:
             return self._of_documents(x, before, documents)
         if before is None:
-            return self._convolve(F.pad(x, (0, 0, self.past, W - 1 - self.past))), None
+            return self._over(F.pad(x, (0, 0, self.past, W - 1 - self.past))), None
         seen = torch.cat([before.to(x.dtype), x], 1)
         if lengths is None:
             after = seen[:, T:]
         else:
             last = lengths[:, None] + torch.arange(W - 1, device=x.device)
             after = seen.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
-        return self._convolve(seen), after.to(before.dtype)
+        return self._over(seen), after.to(before.dtype)
 
     def _of_documents(self, x: Tensor, before: Tensor | None, documents: Documents) -> tuple[Tensor, Tensor | None]:
         """Of a row in which W - 1 inputs, zeros where there are none, stand between documents."""
@@ -72,13 +69,29 @@ class Depthwise(nn.Module):
         place = torch.arange(x.shape[1], device=x.device) + gaps[documents.of_steps()]  # of each step's output
         row = x.new_zeros(1, x.shape[1] + N * (W - 1), x.shape[2]).index_copy(1, place + self.past, x)
         if before is None:
-            return self._convolve(row).index_select(1, place), None
+            return self._over(row).index_select(1, place), None
         ahead = (documents.starts[:-1] + gaps)[:, None] + torch.arange(W - 1, device=x.device)  # [N, W - 1]
         row = row.index_copy(1, ahead.flatten(), before.to(x.dtype).flatten(0, 1)[None])
         after = row[0, ahead + documents.lengths[:, None]]
-        return self._convolve(row).index_select(1, place), after.to(before.dtype)
+        return self._over(row).index_select(1, place), after.to(before.dtype)
 
-    def _convolve(self, x: Tensor) -> Tensor:
+
+class Depthwise(Window):
+    """A convolution over time of each channel with a kernel of its own: y_t = Σ_j weight_j ∘ x_{t - past + j}.
+
+    Args:
+        d_model: channels, D.
+        width: of the kernels, W positions.
+        causal: an output sees its own position and the W - 1 before it, or else as many on either side.
+        bias: add a number of its own to each channel.
+    """
+
+    def __init__(self, d_model: int, width: Count, *, causal: bool, bias: bool = False) -> None:
+        super().__init__(width, causal=causal)
+        self.weight = nn.Parameter(torch.empty(d_model, width).uniform_(-1, 1) / math.sqrt(width))
+        self.bias = nn.Parameter(torch.empty(d_model).uniform_(-1, 1) / math.sqrt(width)) if bias else None
+
+    def _over(self, x: Tensor) -> Tensor:
         y = convolve(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

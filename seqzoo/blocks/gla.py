@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ class GLA(Block):
         ways = Directions(x, lengths, documents, both=not self.causal)
         q, k, log_decay = (ways.doubled(y) for y in (q, k, log_decay))
 
-        def remember(v: Tensor) -> tuple[Tensor, Tensor | None]:
+        def remember(v: Tensor) -> Any:
             o = linear_attention(
                 q,
                 k,
@@ -107,10 +107,10 @@ class GLA(Block):
                 lengths=ways.lengths,
                 cu_seqlens=starts_of(ways.documents),
             )
-            o, memory = (o, None) if state is None else o
-            return ways.summed(o), memory
+            return ways.summed(o) if state is None else o
 
-        o, memory = self.over_time(remember, v)
+        o = self.over_time(remember, v)
         if state is not None:
+            o, memory = o
             state = GatedState(memory, advance(state.position, x, lengths, documents))
         return self.out_proj(self.norm(o).flatten(2) * F.silu(r)), state

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,12 +83,12 @@ class HGRN2(Block):
     ) -> tuple[Tensor, HGRN2State | None]:
         q, f, v = self.in_proj(x).chunk(3, -1)
         log_decay = self._log_decay(f)
-        k = log_decay.expm1().neg().to(x.dtype)
+        k = log_decay.expm1().neg().to(f.dtype)
         q, k, v, log_decay = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (F.silu(q), k, v, log_decay))
         ways = Directions(x, lengths, documents, both=not self.causal)
         q, k, log_decay = (ways.doubled(y) for y in (q, k, log_decay))
 
-        def remember(v: Tensor) -> tuple[Tensor, Tensor | None]:
+        def remember(v: Tensor) -> Any:
             o = linear_attention(
                 q,
                 k,
@@ -100,11 +100,11 @@ class HGRN2(Block):
                 lengths=ways.lengths,
                 cu_seqlens=starts_of(ways.documents),
             )
-            o, memory = (o, None) if state is None else o
-            return ways.summed(o), memory
+            return ways.summed(o) if state is None else o
 
-        o, memory = self.over_time(remember, v)
+        o = self.over_time(remember, v)
         if state is not None:
+            o, memory = o
             state = HGRN2State(memory, advance(state.position, x, lengths, documents))
         return self.out_proj(self.norm(o.flatten(2))), state
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,10 +92,9 @@ class Mamba(Block):
         u = F.silu(u)
         low, B, C = self.x_proj(u).split(self.parts, -1)
         dt, A = self.dynamics(self.dt_proj(low), accumulation_dtype(x.dtype))
-        y, hidden = self.over_time(
-            lambda v: self._recur(v, dt, A, B, C, state, lengths, documents), (dt * u)[..., None]
-        )
-        if state is not None and hidden is not None:
+        y = self.over_time(lambda v: self._recur(v, dt, A, B, C, state, lengths, documents), (dt * u)[..., None])
+        if state is not None:
+            y, hidden = y
             state = MambaState(hidden, after, advance(state.position, x, lengths, documents))
         y = y.squeeze(-1).to(u.dtype) + self.skip * u
         return self.out_proj(y * F.silu(z)), state
@@ -110,8 +109,8 @@ class Mamba(Block):
         state: MambaState | None,
         lengths: Tensor | None,
         documents: Documents | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """y of v [B, T, E, any], each channel with its dt [B, T, E] and A [E, N], and the last states."""
+    ) -> Any:
+        """y of v [B, T, E, any], each channel with its dt [B, T, E] and A [E, N]; with a state, (y, the last)."""
         more = v.shape[-1]  # values of one channel
         inputs = (
             v.flatten(2),
@@ -120,14 +119,14 @@ class Mamba(Block):
             B,
             C,
         )
-        ends = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
+        ends: dict[str, Any] = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
         if state is not None:
             y, hidden = selective_scan(*inputs, initial_state=state.hidden, output_final_state=True, **ends)
             return y.view_as(v), hidden
         y = selective_scan(*inputs, **ends)
         if not self.causal:
             y = y + selective_scan(*inputs, reverse=True, **ends)
-        return y.view_as(v), None
+        return y.view_as(v)
 
 
 class MambaDynamics(Wide):

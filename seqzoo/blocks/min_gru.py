@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,28 +81,27 @@ class MinGRU(Block):
             gates = (i - f,)
         z = gates[0].sigmoid()
         values = _positive(self.in_proj(x).to(wide))
-        y, hidden = self.over_time(lambda v: self._recur(v, z, state, lengths, documents), values[..., None])
-        if state is not None and hidden is not None:
+        y = self.over_time(lambda v: self._recur(v, z, state, lengths, documents), values[..., None])
+        if state is not None:
+            y, hidden = y
             state = MinGRUState(hidden, advance(state.position, x, lengths, documents))
         y = y.squeeze(-1).to(x.dtype)
         return (y if self.out_proj is None else self.out_proj(y)), state
 
     def _recur(
         self, v: Tensor, z: Tensor, state: MinGRUState | None, lengths: Tensor | None, documents: Documents | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """h of v [B, T, E, any], each channel with its z [B, T, E], and the last one."""
+    ) -> Any:
+        """h of v [B, T, E, any], each channel with its z [B, T, E]; with a state, (h, the last one)."""
         x = (z[..., None] * v).flatten(2)
         a = (1 - z)[..., None].expand_as(v).flatten(2)
-        ends = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
-        last = None
-        if not self.causal:
-            forth, back = diagonal_scan(x, a, reverse="both", **ends)
-            h = forth + back
-        elif state is None:
-            h = diagonal_scan(x, a, **ends)
-        else:
+        ends: dict[str, Any] = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
+        if state is not None:
             h, last = diagonal_scan(x, a, initial_state=state.hidden, output_final_state=True, **ends)
-        return h.view_as(v), last
+            return h.view_as(v), last
+        if self.causal:
+            return diagonal_scan(x, a, **ends).view_as(v)
+        forth, back = diagonal_scan(x, a, reverse="both", **ends)
+        return (forth + back).view_as(v)
 
 
 def _positive(x: Tensor) -> Tensor:

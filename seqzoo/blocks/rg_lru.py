@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +33,10 @@ class RGLRU(Block):
         u = conv(W_x x + b),   r, i = σ(W u + b) with block-diagonal W,   log a = -8 r softplus(Λ)
         h_t = a_t∘h_{t-1} + √(1 - a_t²)∘(i_t∘u_t),   y = W_o(GELU(W_y x + b)∘h) + b
 
-    At a sequence's first step the root is 1, as nothing has been seen that it would make room for. Its slope is cut at
-    1,000, which happens only where a is 1 but for 10⁻⁷. The convolution moves values beside `over_time`. Bidirectional:
-    it looks at both sides; the recurrence also runs from the end, where the last step is the first, both include the
-    present step and are added before the gate. Λ stays in single precision when the block is cast to half.
+    At a sequence's first step a is 0, and so the root 1. The root's slope by 1 - a² is cut at 1,000, which happens only
+    where a is 1 but for 10⁻⁷. The convolution moves values beside `over_time`. Bidirectional: it looks at both sides;
+    the recurrence also runs from the end, where the last step is the first, both include the present step and are added
+    before the gate. Λ stays in single precision when the block is cast to half.
 
     Λ starts as the paper says it: a is uniform in [r_min, r_max] where r is 1. The authors' code puts e^-softplus(Λ)
     there in place of a, its 8th root, and so forgets eight times as fast.
@@ -79,7 +78,7 @@ class RGLRU(Block):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.conv.weight, std=math.sqrt(0.01 / self.conv.width))
-        nn.init.zeros_(self.conv.bias)
+        nn.init.zeros_(self.conv.get_parameter("bias"))
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> RGLRUState:
         device, dtype = self._state_options(device, dtype)
@@ -97,12 +96,13 @@ class RGLRU(Block):
         before = None if state is None else state.inputs
         u, after = self.conv(zero_padding(self.in_proj(x), lengths), before, lengths, documents)
         log_a = self.dynamics(self.recurrence_gate(u).to(wide).sigmoid())
-        root = _root(-torch.expm1(2 * log_a))
+        ahead = places(x, state, documents)
+        firsts = (ahead == 0,) if self.causal else (ahead == 0, ahead == _steps(x, lengths, documents) - 1)
+        gates = [decay(log_a.masked_fill(first[..., None], -math.inf)) for first in firsts]  # of each direction
         values = self.input_gate(u).to(wide).sigmoid() * u
-        y, hidden = self.over_time(
-            lambda v: self._recur(v, log_a.exp(), root, state, lengths, documents), values[..., None]
-        )
-        if state is not None and hidden is not None:
+        y = self.over_time(lambda v: self._recur(v, gates, state, lengths, documents), values[..., None])
+        if state is not None:
+            y, hidden = y
             state = RGLRUState(hidden, after, advance(state.position, x, lengths, documents))
         gate = F.gelu(self.gate_proj(x), approximate="tanh")
         return self.out_proj(gate * y.squeeze(-1).to(gate.dtype)), state
@@ -110,32 +110,25 @@ class RGLRU(Block):
     def _recur(
         self,
         v: Tensor,
-        a: Tensor,
-        root: Tensor,
+        gates: list[tuple[Tensor, Tensor]],
         state: RGLRUState | None,
         lengths: Tensor | None,
         documents: Documents | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """h of v [B, T, N, any], each channel with its a and root [B, T, N], and the last one."""
-        scan = partial(
-            diagonal_scan,
-            a=a[..., None].expand_as(v).flatten(2),
-            lengths=lengths,
-            cu_seqlens=starts_of(documents),
-        )
+    ) -> Any:
+        """h of v [B, T, N, any], each channel with its a and root [B, T, N]; with a state, (h, the last one)."""
 
-        def scaled(first: Tensor) -> Tensor:
-            return (torch.where(first[..., None], 1, root)[..., None] * v).flatten(2)
+        def scan(a: Tensor, root: Tensor, **options: Any) -> Any:
+            x = (root[..., None] * v).flatten(2)
+            a = a[..., None].expand_as(v).flatten(2)
+            return diagonal_scan(x, a, lengths=lengths, cu_seqlens=starts_of(documents), **options)
 
-        ahead, last = places(v, state, documents), None
-        x = scaled(ahead == 0)
         if state is not None:
-            h, last = scan(x, initial_state=state.hidden, output_final_state=True)
-        else:
-            h = scan(x)
+            h, last = scan(*gates[0], initial_state=state.hidden, output_final_state=True)
+            return h.view_as(v), last
+        h = scan(*gates[0])
         if not self.causal:
-            h = h + scan(scaled(ahead == _steps(v, lengths, documents) - 1), reverse=True)
-        return h.view_as(v), last
+            h = h + scan(*gates[1], reverse=True)
+        return h.view_as(v)
 
 
 def _steps(x: Tensor, lengths: Tensor | None, documents: Documents | None) -> Any:
@@ -160,23 +153,25 @@ class RGLRUDynamics(Wide):
         return r * (-RATE * F.softplus(self.Lambda.to(r.dtype)))
 
 
-class _Root(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.sqrt()
-        ctx.save_for_backward(y)
-        return y
+class _Decay(torch.autograd.Function):
+    """Keeps what it gives, and nothing else."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return dy / (2 * y).clamp(min=1 / STEEPEST)
+    def forward(ctx: Any, log_a: Tensor) -> tuple[Tensor, Tensor]:
+        a, root = log_a.exp(), (2 * log_a).expm1_().neg_().sqrt_()
+        ctx.save_for_backward(a, root)
+        return a, root
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor, d_root: Tensor) -> Tensor:
+        a, root = ctx.saved_tensors
+        return a * (da - d_root * a / root.clamp(min=0.5 / STEEPEST))
 
 
-def _root(x: Tensor) -> Tensor:
-    """√x, with a slope of `STEEPEST` at most."""
+def decay(log_a: Tensor) -> tuple[Tensor, Tensor]:
+    """a and √(1 - a²), whose slope by 1 - a² is `STEEPEST` at most."""
     if by_hand():
-        return _Root.apply(x)
-    bend = 1 / (2 * STEEPEST) ** 2
+        return _Decay.apply(log_a)
+    x, bend = -torch.expm1(2 * log_a), 1 / (2 * STEEPEST) ** 2
     straight = x.detach().sqrt() + STEEPEST * (x - x.detach())
-    return torch.where(x > bend, x.clamp(min=bend).sqrt(), straight)
+    return log_a.exp(), torch.where(x > bend, x.clamp(min=bend).sqrt(), straight)

@@ -235,6 +235,70 @@ def mlstm(block, x, mask, lengths):
     return sum(weights / weights.sum(-1, keepdim=True).abs().clamp(min=1) for weights in ways)
 
 
+def erasing(q, k, P, causal, mask):
+    """q_t · P_t ... P_{s+1} k_s, and from the end q_t · P_t ... P_{s-1} k_s: [B, T, H, ...] -> [B, H, T, T]."""
+    weights = torch.zeros_like(mask.expand(-1, q.shape[2], -1, -1), dtype=q.dtype)
+    for s in range(T):
+        for way in [range(s, T)] if causal else [range(s, T), range(s, -1, -1)]:
+            written = k[:, s]
+            for t in way:
+                written = written if t == s else (P[:, t] @ written[..., None])[..., 0]
+                weights[:, :, t, s] += (q[:, t] * written).sum(-1)
+    return torch.where(mask, weights, 0)
+
+
+def unit(x):
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def of_delta_rule(block, x, mask, *more):
+    """What makes a matrix of decays [B, T, H, 1 or Dk], and so many numbers each of the rest of the projection."""
+    valid = mask[:, 0].diagonal(dim1=1, dim2=2)[..., None]
+    qkv, beta, *rest = block.in_proj(torch.where(valid, x, 0)).split(
+        (sum(block.qkv_widths), block.num_heads, *more), -1
+    )
+    q, k, _ = F.silu(block.conv(qkv, None, None)[0]).split(block.qkv_widths, -1)
+    H = block.num_heads
+    q, k = (unit(y.unflatten(-1, (-1, block.key_dim))) for y in (q, k))
+    q, k = (y.repeat_interleave(H // y.shape[2], 2) for y in (q / math.sqrt(block.key_dim), k))
+    beta = beta.sigmoid()[..., None]
+
+    def matrix(decay):
+        P = (torch.eye(block.key_dim) - (beta * k)[..., None] * k[..., None, :]) * decay[..., None, :]
+        return erasing(q, beta * k, P, block.causal, mask)
+
+    return matrix, *rest
+
+
+def delta_net(block, x, mask, lengths):
+    (matrix,) = of_delta_rule(block, x, mask)
+    return matrix(torch.ones(1, dtype=x.dtype))
+
+
+def gated_delta_net(block, x, mask, lengths):
+    matrix, a, _ = of_delta_rule(block, x, mask, block.num_heads, block.num_heads * block.value_dim)
+    return matrix(block.decay(a).exp())
+
+
+def kda(block, x, mask, lengths):
+    matrix, a, _ = of_delta_rule(block, x, mask, block.key_dim, block.key_dim)
+    return matrix(block.decay(block.decay_proj(a)).exp())
+
+
+def rwkv7(block, x, mask, lengths):
+    x = torch.where(mask[:, 0].diagonal(dim1=1, dim2=2)[..., None], x, 0)
+    near, _ = block.shift(x, None, None)
+    x_r, x_w, x_k, _, x_a, _ = (x + mu * (near - x) for mu in block.mu)
+    r, k = block.r_proj(x_r), block.k_proj(x_k)
+    w = torch.exp(-math.exp(-0.5) * block.decay_bias(block.decay_proj(x_w)).sigmoid())
+    a = block.rate_bias(block.rate_proj(x_a)).sigmoid()
+    kappa, k = k * block.k_k, k * (1 + (a - 1) * block.k_a)
+    r, k, w, a, kappa = (y.unflatten(-1, (block.num_heads, -1)) for y in (r, k, w, a, kappa))
+    kappa = kappa / (kappa.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+    P = torch.diag_embed(w) - (a * kappa)[..., None] * kappa[..., None, :]
+    return erasing(r, k, P, block.causal, mask)
+
+
 def gain(kernel, x, mask, directions):
     """√(Σ_r ‖J[t, s] x_r‖² / Σ_r ‖x_r‖²), r over the valid positions of all sequences."""
     J = torch.zeros(T, T, D, D, dtype=torch.float64)
@@ -276,6 +340,10 @@ CASES = {
     "min_gru": (min_gru, "min_gru", {}),
     "rg_lru": (rg_lru, "rg_lru", {}),
     "mamba": (mamba, "mamba", {"state_dim": 3}),
+    "delta_net": (delta_net, "delta_net", {"num_heads": 2}),
+    "gated_delta_net": (gated_delta_net, "gated_delta_net", {"num_key_heads": 2, "expand_k": 1.0, "dt_max": 2.0}),
+    "kda": (kda, "kda", {"num_heads": 2, "dt_max": 2.0}),
+    "rwkv7": (rwkv7, "rwkv7", {"num_heads": 2}),
 }
 
 

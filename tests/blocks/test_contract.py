@@ -17,6 +17,7 @@ from seqzoo import auxiliary_loss, build_block
 
 OPERATIONS = (
     "attention",
+    "delta_rule",
     "diagonal_scan",
     "favor_attention",
     "gated_attention",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from agreement import assert_close
 
 from seqzoo import build_block
-from seqzoo.blocks.rg_lru import _root
+from seqzoo.blocks.rg_lru import decay
 
 B, T, D = 2, 11, 8
 
@@ -127,15 +127,20 @@ def test_a_minimal_lstm_stands_shut_gates():
 
 
 def test_the_slope_of_the_root_is_cut():
-    x = torch.tensor([0.0, 1e-9, 2.4e-7, 2.6e-7, 0.5, 1.0], dtype=torch.float64)
-    expected = torch.cat([torch.full((3,), 1000.0, dtype=torch.float64), 0.5 / x[3:].sqrt()])
-    leaf = x.clone().requires_grad_()
-    y = _root(leaf)
-    assert torch.equal(y, x.sqrt())
-    assert_close(torch.autograd.grad(y.sum(), leaf)[0], expected, 1e-12)
-    value, slope = torch.func.jvp(_root, (x,), (torch.ones_like(x),))
-    assert_close(value, x.sqrt(), 1e-12)
-    assert_close(slope, expected, 1e-12)
+    below = torch.tensor([0.0, 1e-9, 2.4e-7, 2.6e-7, 0.5, 1 - 1e-9], dtype=torch.float64)  # 1 - a²
+    slope = torch.cat([torch.full((3,), 1000.0, dtype=torch.float64), 0.5 / below[3:].sqrt()])
+    log_a = torch.log1p(-below) / 2
+    root = (-torch.expm1(2 * log_a)).sqrt()
+    expected = -2 * (2 * log_a).exp() * slope  # by log a
+    leaf = log_a.clone().requires_grad_()
+    a, value = decay(leaf)
+    assert_close(a, log_a.exp(), 1e-15)
+    assert_close(value, root, 1e-15)
+    assert_close(torch.autograd.grad(value.sum(), leaf)[0], expected, 1e-9)
+    (a, value), (d_a, d_root) = torch.func.jvp(decay, (log_a,), (torch.ones_like(log_a),))
+    assert_close(value, root, 1e-12)
+    assert_close(d_a, a, 1e-12)
+    assert_close(d_root, expected, 1e-9)
 
 
 def test_gates_that_stay_open_keep_gradients_finite():

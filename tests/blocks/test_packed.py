@@ -16,8 +16,19 @@ from seqzoo.kernels import backends
 LENGTHS = (5, 0, 37, 1, 64, 90, 2)
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)
 T = int(STARTS[-1])
-# With other documents: what is not finite may reach those.
-SHARING_CHUNKS = ("linear_attention", "retnet", "mamba2", "mamba3", "gla", "hgrn2", "mlstm")
+SHARING_CHUNKS = (  # with others: what is not finite may reach those
+    "linear_attention",
+    "retnet",
+    "mamba2",
+    "mamba3",
+    "gla",
+    "hgrn2",
+    "mlstm",
+    "delta_net",
+    "gated_delta_net",
+    "kda",
+    "rwkv7",
+)
 streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
 
 

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from agreement import assert_close
+from delta_cases import computed
 
 from seqzoo.kernels import (
     attention,
     common,
+    delta_rule,
     diagonal_scan,
     favor_attention,
     gated_attention,
@@ -27,6 +29,7 @@ def operations() -> dict:
     flat, directions, codebook = torch.rand(B, T, D), torch.rand(H, 3, D), torch.rand(H, 4, D)
     return {
         "attention": lambda **to: attention(q, k, v, **to),
+        "delta_rule": lambda **to: delta_rule(q, k, v, torch.rand(B, T, H), **to),
         "diagonal_scan": lambda **to: diagonal_scan(flat, torch.rand(D), **to),
         "favor_attention": lambda **to: favor_attention(q, k, v, directions, **to),
         "gated_attention": lambda **to: gated_attention(*(flat,) * 6, chunk_len=2, **to),
@@ -95,8 +98,11 @@ def test_what_is_padding_is_zero_in_value_and_gradients():
     assert torch.equal(torch.vmap(common.zero_padding)(x[None], lengths[None])[0], y)
 
 
-@pytest.mark.parametrize("name", ["gated_attention", "vq_attention"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("name", "causal"),
+    [(name, causal) for name in ("gated_attention", "vq_attention") for causal in (True, False)]
+    + [("delta_rule", True)],
+)
 def test_results_do_not_depend_on_how_much_is_held_in_the_cache(name, causal, monkeypatch):
     results = []
     for numbers in (1, 1 << 30):
@@ -105,6 +111,11 @@ def test_results_do_not_depend_on_how_much_is_held_in_the_cache(name, causal, mo
         x = torch.randn(2, 9, 1, 4, requires_grad=True)
         if name == "gated_attention":
             y = gated_attention(*(x[:, :, 0],) * 6, chunk_len=2, causal=causal, bias=torch.ones(2 if causal else 3))
+        elif name == "delta_rule":
+            with computed("chunks"):
+                y = delta_rule(*(x.expand(2, 9, 50, 4),) * 3, x.sigmoid().mean(-1).expand(2, 9, 50))
+                results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+            continue
         else:
             y = vq_attention(x, x, x, torch.randn(1, 3, 4), block_len=2, causal=causal)
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))

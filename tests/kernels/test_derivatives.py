@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from seqzoo.kernels import (
     GatedAttentionState,
     VQState,
     attention,
+    delta_rule,
     diagonal_scan,
     favor_attention,
     gated_attention,
@@ -100,6 +102,41 @@ def linear_attentions() -> dict[str, Case]:
     return cases
 
 
+def decays_per_channel() -> dict[str, Case]:
+    """Of linear_attention."""
+    inputs = [rand(B, T, H, D), rand(B, T, H, D), randn(B, T, H, DV), -rand(B, T, H, D)]
+
+    def call(q, k, v, g, s=None, *, options, **to):
+        return linear_attention(q, k, v, log_decay=g, initial_state=s, lengths=LENGTHS, **options, **to)
+
+    causal, normalized = {"causal": True}, {"normalize": True}
+    from_state = {**causal, **normalized, "output_final_state": True}
+    return {
+        "linear_attention decay 4": Case(partial(call, options=causal), inputs),
+        "linear_attention decay 4 both ways": Case(partial(call, options=normalized), inputs),
+        "linear_attention decay 4 state": Case(partial(call, options=from_state), [*inputs, rand(B, H, D, DV + 1)]),
+    }
+
+
+def delta_rules() -> dict[str, Case]:
+    cases = {}
+    inputs = [randn(B, T, 1, D), randn(B, T, 1, D) / 2, randn(B, T, H, DV), rand(B, T, H)]
+    for decay in ((), (B, T, H), (B, T, H, D)):
+
+        def call(q, k, v, beta, *g, **to):
+            return delta_rule(q, k, v, beta, log_decay=g[0] if g else None, lengths=LENGTHS, **to)
+
+        cases[f"delta_rule decay {len(decay)}"] = Case(call, [*inputs, *([-rand(*decay)] if decay else [])])
+
+    def resumed(q, k, v, beta, g, r, s, **to):
+        state = {"initial_state": s, "output_final_state": True}
+        return delta_rule(q, k, v, beta, log_decay=g, erase=r, lengths=LENGTHS, **state, **to)
+
+    more = [-rand(B, T, H, D), randn(B, T, H, D) / 2, randn(B, H, D, DV)]
+    cases["delta_rule state"] = Case(resumed, [*inputs, *more])
+    return cases
+
+
 def favor_attentions() -> dict[str, Case]:
     inputs = [randn(B, T, H, D), randn(B, T, H, D), randn(B, T, H, DV)]
     directions = randn(H, 5, D)
@@ -179,9 +216,11 @@ CASES = {
     **scans(),
     **attentions(),
     **linear_attentions(),
+    **delta_rules(),
     **favor_attentions(),
     **vq_attentions(),
     **gated_attentions(),
+    **decays_per_channel(),
 }
 
 
@@ -222,6 +261,7 @@ def hessian_product(case: Case, inputs: list[Tensor], backend: str) -> list[Tens
 OFTEN = (
     *("diagonal_scan complex True False", "diagonal_scan complex True both", "diagonal_scan real False True"),
     *("attention True 1", "linear_attention False True", "linear_attention state True", "linear_attention decay 3"),
+    "linear_attention decay 4 state",
     *("favor_attention False", "favor_attention state", "vq_attention False 4", "gated_attention state"),
 )
 
@@ -232,6 +272,7 @@ OFTEN = (
         pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
         for name in CASES
         if "projection" not in name  # to kernels it is a constant
+        and "delta_rule" not in name  # there is no kernel
     ],
 )
 def test_second_derivatives_of_kernels(name):
@@ -256,7 +297,13 @@ def test_keys_are_straight_through_to_the_second_derivative_too():
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_attention True True", "diagonal_scan complex True False", "vq_attention True 2"]
+    "name",
+    [
+        "linear_attention True True",
+        "delta_rule decay 4",
+        "diagonal_scan complex True False",
+        "vq_attention True 2",
+    ],
 )
 def test_third_derivatives(name):
     case = CASES[name]
@@ -286,7 +333,10 @@ def test_a_gradient_takes_what_carries_a_tangent(name):
         assert_close(tangent, gradient, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear_attention True True", "diagonal_scan real True False", "attention True 2"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_attention True True", "delta_rule decay 3", "diagonal_scan real True False", "attention True 2"],
+)
 def test_function_transforms(name):
     case = CASES[name]
     x, *others = (y.detach() for y in case.inputs)

@@ -1,4 +1,4 @@
-"""Fused operations on inputs as users have them, against the definition in double precision.
+"""Fused operations, and those that are chunked only, on inputs as users have them, against their definition in double.
 
 Where tensors lie in memory, what dtypes they have, of which of them a gradient is asked, which outputs a loss takes,
 how lengths are kept, and sizes of 1: all pairs of these occur, and, slowly, all triples.
@@ -24,6 +24,7 @@ from seqzoo.kernels import (
     VQState,
     attention,
     common,
+    delta_rule,
     diagonal_scan,
     favor_attention,
     gated_attention,
@@ -70,6 +71,7 @@ class Operation(NamedTuple):
     call: Callable[[Case, dict[str, Tensor], str], dict[str, Tensor]]
     needs: Mapping[tuple[str, Any], Mapping[str, list[Any]]] = {}
     state: tuple[str, ...] = ()  # which of the inputs have the dtype of states
+    backend: str = "fused"
 
 
 def lengths_of(case: Case, size: Size) -> Tensor | None:
@@ -118,7 +120,9 @@ def make_linear(case: Case, size: Size) -> dict[str, Tensor]:
     if normalize:
         q, k = q.exp(), k.exp()
     x = {"q": q, "k": k, "v": randn(B, T, H, D + 2)}
-    decay = {"none": None, "head": -torch.rand(H) / 10, "step": -torch.rand(B, T, H) / 10}[case["decay"]]
+    decay = {"none": None, "head": -torch.rand(H) / 10, "step": -torch.rand(B, T, H) / 10}.get(case["decay"])
+    if case["decay"] == "channel":
+        decay = -torch.rand(B, T, H, D) / 10
     if decay is not None:
         x["log_decay"] = decay
     if case["form"] == STATE:
@@ -130,6 +134,26 @@ def call_linear(case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Ten
     options = {"causal": case["form"] != "both ways", "output_final_state": has_state(case)}
     lengths = lengths_of(case, Size(*x["q"].shape))
     o = linear_attention(**x, normalize=case["normalize"], lengths=lengths, **options, backend=backend)
+    return dict(zip(("o", "state"), o if has_state(case) else (o,), strict=False))
+
+
+def make_delta(case: Case, size: Size) -> dict[str, Tensor]:
+    B, T, H, D = size
+    G = 1 if case["heads"] == "shared" else H
+    x = {"q": randn(B, T, G, D), "k": randn(B, T, G, D), "v": randn(B, T, H, D + 2), "beta": torch.rand(B, T, H)}
+    decay = {"none": None, "head": -torch.rand(B, T, H) / 10, "channel": -torch.rand(B, T, H, D) / 10}[case["decay"]]
+    if decay is not None:
+        x["log_decay"] = decay
+    if case["erase"]:
+        x["erase"] = randn(B, T, H, D)
+    if case["form"] == STATE:
+        x["initial_state"] = randn(B, H, D, D + 2)
+    return x
+
+
+def call_delta(case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    lengths = lengths_of(case, Size(*x["v"].shape))
+    o = delta_rule(**x, lengths=lengths, output_final_state=has_state(case), backend=backend)
     return dict(zip(("o", "state"), o if has_state(case) else (o,), strict=False))
 
 
@@ -246,6 +270,27 @@ OPERATIONS = {
         make_attention,
         call_attention,
     ),
+    "delta_rule": Operation(
+        ("q", "k", "v", "beta", "log_decay", "erase", "initial_state"),
+        {
+            "form": ["causal", STATE],
+            "used": ["all", "o", "state", "o alone"],
+            "heads": ["own", "shared"],
+            "decay": ["none", "head", "channel"],
+            "erase": [False, True],
+            "dtype": REAL,
+        },
+        make_delta,
+        call_delta,
+        {
+            ("dtype", "state float16"): {"form": [STATE]},
+            ("d log_decay", True): {"decay": ["head", "channel"]},
+            ("d erase", True): {"erase": [True]},
+            ("d initial_state", True): {"form": [STATE]},
+        },
+        state=("initial_state",),
+        backend="chunked",
+    ),
     "diagonal_scan": Operation(
         ("x", "a", "factor", "initial_state"),
         {
@@ -291,14 +336,15 @@ OPERATIONS = {
     ),
     "linear_attention": Operation(
         ("q", "k", "v", "log_decay", "initial_state"),
-        {**FORMS, "decay": ["none", "head", "step"], "normalize": [False, True], "dtype": REAL},
+        {**FORMS, "decay": ["none", "head", "step", "channel"], "normalize": [False, True], "dtype": REAL},
         make_linear,
         call_linear,
         {
             **OF_FORMS,
             ("decay", "head"): {"form": ["causal", STATE]},
             ("decay", "step"): {"form": ["causal", STATE]},
-            ("d log_decay", True): {"decay": ["head", "step"], "form": ["causal", STATE]},
+            ("decay", "channel"): {"form": ["causal", STATE]},
+            ("d log_decay", True): {"decay": ["head", "step", "channel"], "form": ["causal", STATE]},
             ("d initial_state", True): {"form": [STATE]},
         },
         state=("log_decay", "initial_state"),
@@ -389,7 +435,7 @@ def check(name: str, case: Case) -> None:
     clean = {key: wide(x).cpu().resolve_conj().contiguous() for key, x in inputs.items()}
     expected = run(name, case, clean, "reference")
     with poisoned():
-        actual = run(name, case, inputs, "fused")
+        actual = run(name, case, inputs, OPERATIONS[name].backend)
     assert actual["o"].dtype == inputs["x" if name == "diagonal_scan" else "v"].dtype
     for key, value in actual.items():
         right = expected.get(key, torch.zeros_like(value, device="cpu"))  # where no output in use depends on an input
@@ -437,9 +483,10 @@ def test_lengths_beyond_the_ends_are_the_ends(name, case, monkeypatch):
         buffers.append(x.new_full((x.numel() + 2 * border,), torch.nan))
         buffers[-1][border:-border] = x.flatten()
         inputs[key] = buffers[-1][border:-border].view(x.shape)
-    expected = run(name, case, inputs, "fused")
+    backend = OPERATIONS[name].backend
+    expected = run(name, case, inputs, backend)
     monkeypatch.setattr(common, "can_be_looked_at", lambda lengths: False)
-    actual = run(name, case | {"lengths": "beyond"}, inputs, "fused")
+    actual = run(name, case | {"lengths": "beyond"}, inputs, backend)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     assert all(buffer[:border].isnan().all() and buffer[-border:].isnan().all() for buffer in buffers)
 
@@ -461,7 +508,7 @@ class _Calls(TorchDispatchMode):
 def test_graphs_are_told_what_comes_out(name, case):
     """Where tensors have the odd strides that dimensions of size 1 may have, and with codes in 32 bits."""
     with _Calls() as calls:
-        run(name, case, given(name, case), "fused")
+        run(name, case, given(name, case), OPERATIONS[name].backend)
     assert len(calls.made) == 2
     for operator, arguments, keywords in calls.made:
         torch.library.opcheck(operator, arguments, keywords, test_utils="test_faketensor")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqzoo.kernels import linear_attention
+from seqzoo.kernels.linear_attention.secondary import secondary_chunks
 
 NAMES = ("q", "k", "v", "log_decay", "initial_state")
 
@@ -27,7 +28,12 @@ def make(B, T, H, Dk, Dv, *, decay="none", state=False, normalize=False, dtype=t
     q, k, v = randn(B, T, H, Dk) / Dk**0.5, randn(B, T, H, Dk), randn(B, T, H, Dv)
     if normalize:
         q, k = q.exp(), k.exp()
-    g = {"none": None, "head": -randn(H).abs() / 8, "step": -randn(B, T, H).abs() / 4}[decay]
+    g = {
+        "none": None,
+        "head": -randn(H).abs() / 8,
+        "step": -randn(B, T, H).abs() / 4,
+        "channel": -randn(B, T, H, Dk).abs() / 4,
+    }[decay]
     S = randn(B, H, Dk, Dv + normalize).abs() if state else None
     tensors = (None if y is None else y.to(dtype) for y in (q, k, v, g, S))
     return dict(zip(NAMES, tensors, strict=True))
@@ -61,6 +67,13 @@ CASES = [  # B, T, H, Dk, Dv, causal, decay, normalize, state, lengths
     (2, 257, 2, 7, 5, False, "step", True, False, [200, 257]),
     (2, 257, 1, 8, 5, False, "head", False, False, [200, 7]),
     (1, 257, 1, 66, 5, True, "none", True, True, None),
+    (2, 1, 2, 3, 5, True, "channel", True, True, None),
+    (2, 1, 2, 3, 5, False, "channel", False, False, None),
+    (3, 63, 2, 24, 10, True, "channel", False, True, [63, 0, 40]),
+    (2, 65, 1, 6, 4, False, "channel", True, False, [65, 33]),
+    (2, 100, 2, 5, 161, True, "channel", True, True, [51, 100]),
+    (2, 257, 2, 33, 20, True, "channel", True, True, [257, 130]),
+    (2, 257, 2, 7, 5, False, "channel", False, False, [200, 0]),
 ]
 
 
@@ -81,7 +94,14 @@ def test_agrees_with_reference(B, T, H, Dk, Dv, causal, decay, normalize, state,
 
 
 @pytest.mark.parametrize(
-    ("causal", "decay", "normalize"), [(True, "none", True), (True, "step", False), (False, "step", True)]
+    ("causal", "decay", "normalize"),
+    [
+        (True, "none", True),
+        (True, "step", False),
+        (False, "step", True),
+        (True, "channel", True),
+        (False, "channel", False),
+    ],
 )
 def test_gradcheck(causal, decay, normalize, monkeypatch):
     monkeypatch.setattr(import_module("seqzoo.kernels.linear_attention.chunked"), "MIN_CHUNK", 2)
@@ -123,7 +143,10 @@ def test_agrees_with_quadratic_form(causal, normalize, backend):
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
-@pytest.mark.parametrize(("causal", "decay"), [(True, "none"), (True, "step"), (True, "head"), (False, "step")])
+@pytest.mark.parametrize(
+    ("causal", "decay"),
+    [(True, "none"), (True, "step"), (True, "head"), (False, "step"), (True, "channel"), (False, "channel")],
+)
 def test_padding_has_no_effect(backend, causal, decay):
     lengths = torch.tensor([40, 70, 0])
     inputs = make(3, 70, 2, 4, 5, decay=decay, state=causal, normalize=True)
@@ -150,7 +173,9 @@ def test_padding_has_no_effect(backend, causal, decay):
         assert_close(dirty["state"][:1], state, 1e-13)
 
 
-@pytest.mark.parametrize(("decay", "normalize"), [("none", True), ("head", False), ("step", True)])
+@pytest.mark.parametrize(
+    ("decay", "normalize"), [("none", True), ("head", False), ("step", True), ("channel", False), ("channel", True)]
+)
 def test_split_and_resume(decay, normalize):
     inputs = make(2, 150, 2, 4, 3, decay=decay, state=True, normalize=normalize)
     w = torch.randn(2, 150, 2, 3, dtype=torch.float64)
@@ -160,7 +185,7 @@ def test_split_and_resume(decay, normalize):
     outputs, state = [], inputs["initial_state"]
     for part in (slice(0, 1), slice(1, 130), slice(130, 150)):
         q, k, v = (inputs[name][:, part] for name in "qkv")
-        g = inputs["log_decay"][:, part] if decay == "step" else inputs["log_decay"]
+        g = inputs["log_decay"][:, part] if decay in ("step", "channel") else inputs["log_decay"]
         o, state = linear_attention(
             q, k, v, log_decay=g, causal=True, normalize=normalize, initial_state=state, output_final_state=True
         )
@@ -187,10 +212,11 @@ def test_extreme_decays(g, causal):
             assert_close(value, expected[name], 5e-6, name)
 
 
+@pytest.mark.parametrize("decay", ["step", "channel"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("reset", [30, 64, 100])
-def test_minus_infinity_resets(causal, reset):
-    inputs = make(1, 130, 2, 4, 3, decay="step", normalize=True)
+def test_minus_infinity_resets(causal, reset, decay):
+    inputs = make(1, 130, 2, 4, 3, decay=decay, normalize=True)
     inputs["log_decay"][:, reset] = float("-inf")
     w = torch.randn(1, 130, 2, 3, dtype=torch.float64)
     whole = run(inputs, w, causal=causal, normalize=True)
@@ -215,8 +241,9 @@ def test_zero_denominator_gives_zero(backend):
     assert_close(values["o"][:, 4], inputs["v"][:, 4], 1e-14)  # the only step seen so far, with weight 1
 
 
-def test_layouts_of_inputs_and_gradients():
-    inputs = make(2, 70, 3, 4, 4, decay="step", state=True)
+@pytest.mark.parametrize("decay", ["step", "channel"])
+def test_layouts_of_inputs_and_gradients(decay):
+    inputs = make(2, 70, 3, 4, 4, decay=decay, state=True)
     w_state = torch.ones((), dtype=torch.float64).expand(2, 3, 4, 4)
     gradients = {
         "expanded": torch.ones((), dtype=torch.float64).expand(2, 70, 3, 4),
@@ -238,11 +265,10 @@ def test_bidirectional_without_decay_ignores_order():
     assert_close(o, linear_attention(inputs["q"], inputs["k"], inputs["v"]), 1e-13)
 
 
+@pytest.mark.parametrize("decay", ["step", "channel"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_summed_in_single(dtype):
-    inputs = {
-        n: y if y is None else y.to(dtype) for n, y in make(2, 100, 2, 4, 3, decay="step", normalize=True).items()
-    }
+def test_half_precision_is_summed_in_single(dtype, decay):
+    inputs = {n: y if y is None else y.to(dtype) for n, y in make(2, 100, 2, 4, 3, decay=decay, normalize=True).items()}
     options = {"causal": True, "normalize": True, "output_final_state": True}
     o, state = linear_attention(**inputs, **options)
     wide = {name: None if y is None else y.double() for name, y in inputs.items()}
@@ -252,14 +278,17 @@ def test_half_precision_is_summed_in_single(dtype):
     assert_close(o, expected, torch.finfo(dtype).eps)
 
 
-def test_autocast_keeps_the_sums_in_single():
-    inputs = make(2, 100, 2, 8, 8, decay="step", dtype=torch.float32)
+@pytest.mark.parametrize("decay", ["step", "channel"])
+def test_autocast_keeps_the_sums_in_single(decay):
+    inputs = make(2, 100, 2, 8, 8, decay=decay, dtype=torch.float32)
     expected = linear_attention(**inputs, causal=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(linear_attention(**inputs, causal=True), expected)
 
 
-@pytest.mark.parametrize(("causal", "decay"), [(True, "none"), (True, "step"), (False, "head")])
+@pytest.mark.parametrize(
+    ("causal", "decay"), [(True, "none"), (True, "step"), (False, "head"), (True, "channel"), (False, "channel")]
+)
 def test_compiles_whole_and_repeats_itself(causal, decay):
     inputs = make(2, 130, 2, 4, 3, decay=decay, state=causal, normalize=True, dtype=torch.float32)
     w = torch.randn(2, 130, 2, 3)
@@ -274,7 +303,7 @@ def test_compiles_whole_and_repeats_itself(causal, decay):
         assert_close(value, expected[f"d{name}"], 1e-5, name)
 
 
-@pytest.mark.parametrize("decay", ["head", "step"])
+@pytest.mark.parametrize("decay", ["head", "step", "channel"])
 def test_compiles_whole_with_dynamic_shapes(decay):
     inputs = make(2, 20, 2, 4, 3, decay=decay)
     compiled = torch.compile(linear_attention, fullgraph=True, dynamic=True, backend="eager")
@@ -295,7 +324,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("causal", "decay"), [(True, "none"), (True, "head"), (True, "step"), (False, "none"), (False, "step")]
+    ("causal", "decay"),
+    [
+        *((True, decay) for decay in ("none", "head", "step", "channel")),
+        *((False, decay) for decay in ("none", "step", "channel")),
+    ],
 )
 def test_memory_is_linear_in_time(causal, decay):
     D, sizes = 16, []
@@ -306,6 +339,18 @@ def test_memory_is_linear_in_time(causal, decay):
         sizes.append(largest.numel)
         assert largest.numel <= T * 64  # what weights inside chunks of 64 take, and less than [T, D, D]
     assert sizes[1] <= 4 * sizes[0]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_of_channels_are_made_a_few_at_a_time(causal):
+    """In PyTorch, where a decay per channel has pairs one by one: 16 times what the queries of a block take."""
+    D = 16
+    for T in (512, 2048):
+        q, k, v, g = (make(1, T, 1, D, D, decay="channel", dtype=torch.float32)[name] for name in NAMES[:4])
+        with LargestTensor() as largest:
+            o, _ = secondary_chunks(*(x.requires_grad_() for x in (q, k, v, g)), None, None, None, causal)
+            o.sum().backward()
+        assert largest.numel <= 2 * T * D
 
 
 def test_errors():

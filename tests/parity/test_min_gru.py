@@ -16,8 +16,9 @@ B, T, D = 2, 70, 12
 
 def pair(cell: str, expand: float):
     """The original and the block, with the same random weights, in double precision."""
-    package = pytest.importorskip("minGRU_pytorch")
-    original = {"gru": package.minGRU, "lstm": package.minLSTM}[cell](D, expansion_factor=expand).double()
+    name = f"min{cell.upper()}"
+    package = pytest.importorskip(f"minGRU_pytorch.{name}")
+    original = getattr(package, name)(D, expansion_factor=expand).double()
     block = build_block("min_gru", D, causal=True, cell=cell, expand=expand).double()
     weight = original.to_hidden_and_gate.weight if cell == "gru" else original.to_hidden_and_f_i_gate.weight
     torch.nn.init.normal_(weight)

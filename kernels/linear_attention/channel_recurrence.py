@@ -154,23 +154,24 @@ def _channel_kernel(
 
         if o is not None:
             if not OF_VALUES:
-                out = dot(read, S, PRECISION) + dot(pairs, v_t, PRECISION)
                 if inverse is not None:
                     norm = tl.sum(read * z[None, :], 1) + tl.sum(pairs, 1)
                     norm = tl.where(norm == 0, 0.0, 1 / norm)
-                    out *= norm[:, None]
                     if block == 0:
                         tl.store(inverse + row, tl.where(valid, norm, 0.0), mask=step < end)
+                out = dot(read, S, PRECISION) + dot(pairs, v_t, PRECISION)
+                if inverse is not None:
+                    out *= norm[:, None]
             out = tl.where(valid[:, None], out, 0.0).to(o.dtype.element_ty)
             tl.store(o + row[:, None] * Dv + dv[None, :], out, mask=(step < end)[:, None] & in_v[None, :])
         if OF_VALUES:
-            S = S * tl.exp(total)[None, :] + dot(tl.trans(k_t), added, PRECISION)
             if MORE:
                 r = r * tl.exp(total) + tl.sum(f[:, None] * added, 0)
+            S = S * tl.exp(total)[None, :] + dot(tl.trans(k_t), added, PRECISION)
         else:
-            S = S * tl.exp(total)[:, None] + dot(tl.trans(added), v_t, PRECISION)
             if inverse is not None or keys_end is not None:
                 z = z * tl.exp(total) + tl.sum(added, 0)
+            S = S * tl.exp(total)[:, None] + dot(tl.trans(added), v_t, PRECISION)
         decayed += total
 
     if o is None or (segment == segments - 1 if pieces is None else start + segment_len >= n):

@@ -1,0 +1,95 @@
+"""Compiled loops on a CPU: over sequences that lie one behind the other in [steps, ...], and shared out among threads.
+
+The threads are Python's own, running compiled code that holds no lock, so that concurrent callers (autograd's threads
+among them) and forked processes are safe: Numba's own threading layers do not all allow both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from .common import check_lengths
+
+CACHE_LINE = 64  # bytes
+
+
+class Sequences(NamedTuple):
+    starts: np.ndarray  # int64 [R + 1], the first step of each, and where all end
+    lengths: np.ndarray  # int64 [R]; behind them is padding, up to the next one
+
+
+def sequences(what: str, B: int, T: int, lengths: Tensor | None, starts: Tensor | None) -> Sequences:
+    """Those of a batch [B, T], or documents in a batch of 1.
+
+    Raises:
+        ValueError: `what` has lengths outside [0, T].
+    """
+    if starts is not None:
+        return Sequences(array(starts), np.diff(array(starts)))
+    checked = check_lengths(what, lengths, B, T)
+    return Sequences(np.arange(B + 1) * T, np.full(B, T) if checked is None else array(checked))
+
+
+def array(x: Tensor) -> np.ndarray:
+    """As compiled code reads it."""
+    return x.detach().resolve_conj().resolve_neg().contiguous().numpy()
+
+
+def rows(x: Tensor) -> np.ndarray:
+    """[B, T, D] -> [B T, D]."""
+    return array(x).reshape(-1, x.shape[-1])
+
+
+def shared_out(items: Callable[..., None], count: int, cuts: list[int], *arguments: Any) -> None:
+    """Calls items(start, stop, *arguments) on the parts of `count` items between `cuts`, each in its own thread."""
+    parts = list(pairwise([0, *cuts, count]))
+    # A forked process has none of its parent's threads and needs a pool of its own.
+    others = [_pool(os.getpid()).submit(items, *part, *arguments) for part in parts[1:]]
+    items(*parts[0], *arguments)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "seqzoo")
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return numba.njit(function, nogil=True, cache=True, **options)
+        except RuntimeError:  # nowhere to write a cache
+            return numba.njit(function, nogil=True, **options)
+
+    return compile
+
+
+def _declare_prefetch(context, array, byte):
+    """Asks for the cache line of a byte of `array`, counted from its start. Any address will do: none is read."""
+
+    def generate(target, builder, signature, arguments):
+        pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        data = builder.bitcast(target.make_array(array)(target, builder, arguments[0]).data, pointer)
+        read, all_caches, of_data = int32(0), int32(3), int32(1)
+        builder.call(function, [builder.gep(data, [arguments[1]]), read, all_caches, of_data])
+        return target.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+prefetch: Any = intrinsic(_declare_prefetch)

@@ -1,0 +1,145 @@
+"""What blocks of the delta rule share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import delta_rule
+from ..kernels.common import accumulation_dtype
+from ..kernels.documents import Documents, starts_of
+from .base import Block, advance
+from .depthwise import short_convolution
+from .directions import Directions
+from .wide import Wide, default_dtype
+
+NORM_EPS = 1e-5
+
+
+class DeltaState(NamedTuple):
+    memory: Tensor  # [B, H, Dk, Dv]
+    inputs: Tensor  # [B, conv_width - 1, 2 G Dk + H Dv], the convolution's last ones
+    position: Tensor  # int64 [B]
+
+
+class DeltaBlock(Block):
+    """Projections, a short convolution, a memory under the delta rule, and a norm of what is read from it.
+
+    A subclass says in `gates` what decays, and what multiplies the outputs.
+
+    Args:
+        d_model: width.
+        causal: see no later step.
+        num_heads: heads of values, H.
+        num_key_heads: heads of queries and keys, G; divides H.
+        key_dim, value_dim: of a head, Dk and Dv.
+        gate_dim: how many numbers of a step `gates` takes.
+        conv_width: positions of the convolution, its own included; one more where both sides are seen and it is even.
+        negative_eigenvalues: β lies in [0, 2] rather than in [0, 1].
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        causal: bool,
+        num_heads: int,
+        num_key_heads: int,
+        key_dim: int,
+        value_dim: int,
+        gate_dim: int,
+        conv_width: int,
+        negative_eigenvalues: bool,
+    ) -> None:
+        super().__init__(d_model, causal=causal)
+        keys, values = num_key_heads * key_dim, num_heads * value_dim
+        self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
+        self.negative_eigenvalues = negative_eigenvalues
+        self.qkv_widths = keys, keys, values
+        self.widths = sum(self.qkv_widths), num_heads, gate_dim
+        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)  # q, k and v, β, and what `gates` takes
+        self.conv = short_convolution(sum(self.qkv_widths), conv_width, causal=causal, bias=False)
+        self.norm = nn.RMSNorm(value_dim, eps=NORM_EPS)
+        self.out_proj = nn.Linear(values, d_model, bias=False)
+
+    def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The logarithm of the decay, [B, T, H] or [B, T, H, Dk], and what multiplies the outputs, [B, T, H Dv], of
+        projections `x` [B, T, gate_dim]; None is no decay, and no gate."""
+        return None, None
+
+    def initial_state(self, batch_size, *, device=None, dtype=None) -> DeltaState:
+        device, dtype = self._state_options(device, dtype)
+        shape = batch_size, self.num_heads, self.key_dim, self.value_dim
+        return DeltaState(
+            torch.zeros(shape, device=device, dtype=accumulation_dtype(dtype)),
+            torch.zeros(batch_size, self.conv.width - 1, sum(self.qkv_widths), device=device, dtype=dtype),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+    def mix(
+        self, x: Tensor, state: DeltaState | None, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, DeltaState | None]:
+        qkv, beta, gates = self.in_proj(x).split(self.widths, -1)
+        qkv, inputs = self.conv(qkv, None if state is None else state.inputs, lengths, documents)
+        q, k, v = F.silu(qkv).split(self.qkv_widths, -1)
+        q, k = (unit(y.unflatten(-1, (-1, self.key_dim))) for y in (q, k))
+        beta = beta.to(accumulation_dtype(beta.dtype)).sigmoid() * (2 if self.negative_eigenvalues else 1)
+        log_decay, gate = self.gates(gates)
+        ways = Directions(x, lengths, documents, both=not self.causal)
+        q, k, beta = (ways.doubled(y) for y in (q * self.key_dim**-0.5, k, beta))
+        log_decay = None if log_decay is None else ways.doubled(log_decay)
+
+        def remember(v: Tensor) -> Any:
+            o = delta_rule(
+                q,
+                k,
+                ways.doubled(v),
+                beta,
+                log_decay=log_decay,
+                initial_state=None if state is None else state.memory,
+                output_final_state=state is not None,
+                lengths=ways.lengths,
+                cu_seqlens=starts_of(ways.documents),
+            )
+            return ways.summed(o) if state is None else o
+
+        o = self.over_time(remember, v.unflatten(-1, (self.num_heads, -1)))
+        if state is not None:
+            o, memory = o
+            state = DeltaState(memory, inputs, advance(state.position, x, lengths, documents))
+        o = self.norm(o).flatten(2)
+        return self.out_proj(o if gate is None else o * gate), state
+
+
+class Decay(Wide):
+    """Logarithms of decays, -A softplus(x + b): a rate A for each head, a b for each decay.
+
+    Args:
+        rates: A at the start, [H], in `default_dtype()`.
+        bias: b at the start, [H n], of n decays a head.
+    """
+
+    def __init__(self, rates: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(rates.log())
+        self.dt_bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H n] -> [B, T, H, n], in single precision at least."""
+        wide = accumulation_dtype(x.dtype)
+        steps = F.softplus(x.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (len(self.A_log), -1))
+        return -self.A_log.to(wide).exp()[:, None] * steps
+
+
+def rates(H: int, low: float, high: float) -> Tensor:
+    """A of each head, uniform between `low` and `high`: [H]."""
+    return torch.empty(H, dtype=default_dtype()).uniform_(low, high)
+
+
+def unit(x: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """x / √(|x|² + eps) over the last dimension, whose gradient has a bound where x is 0."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
