@@ -39,13 +39,13 @@ class Mamba3(Block):
 
         S_t = α_t S_{t-1} + (1 - λ_t) Δ_t α_t k_{t-1} v_{t-1}ᵀ + λ_t Δ_t k_t v_tᵀ        y_t = S_tᵀ q_t + D v_t
 
-    with α = exp(-Δ max(f(a), 10⁻⁴)), f(a) = 1 + a above 0 and 1 / (1 - a) below. The output is W_o (y ∘ SiLU(z)). What
-    two steps make of a key and its value both decays from the second on: so a linear attention takes each at the step
-    after its own, and the present one is added.
+    with α = exp(-Δ max(f(a), 10⁻⁴)), f(a) = 1 + a above 0 and 1 / (1 - a) below. The output is W_o (y ∘ SiLU(z)). A
+    key and its value enter at their own step and at the next, and both parts decay alike from there on: one linear
+    attention takes them together at the next step, and what the present step adds to it counts by itself.
 
-    There is no convolution: all that moves values is that one operation. Bidirectional: the same recurrence, phases
-    included, also runs from the end, both include the present step, and their sum is gated. b stays in single precision
-    when the block is cast to half.
+    There is no convolution: that one operation moves all values, and beside it only phases add up over time.
+    Bidirectional: the same recurrence, phases included, also runs from the end, both include the present step, and
+    their sum is gated. b stays in single precision when the block is cast to half.
 
     Args:
         d_model: width.
@@ -110,11 +110,11 @@ class Mamba3(Block):
         k, q, *gates = ways.doubled(rest).split(self.widths[2:], -1)
         k, q = self._of_heads(k, self.k_norm, self.k_bias), self._of_heads(q, self.q_norm, self.q_bias)
         own, carried, log_decay, turns = self.dynamics(*gates)
-        memory, *before, _ = (None,) * 6 if state is None else state
-        phase = _phases(turns, before[0], ways.lengths, ways.documents)
+        memory, phase_0, k_0, v_0, own_0 = (None,) * 5 if state is None else state[:5]
+        phase = _phases(turns, phase_0, ways.lengths, ways.documents)
         turn = torch.polar(torch.ones_like(phase), phase)
         k, q = (turned(y, turn).to(values.dtype) for y in (k, q))  # [B, T, H, N]
-        k_before, own_before = _previous(k, before[1], ways.documents), _previous(own, before[3], ways.documents)
+        k_before, own_before = _previous(k, k_0, ways.documents), _previous(own, own_0, ways.documents)
         weight = (own_before + carried) * log_decay.exp()  # of what a step finds of the one ahead
         here = own * (q.to(own.dtype) * k).sum(-1)
 
@@ -123,7 +123,7 @@ class Mamba3(Block):
             y = linear_attention(
                 q,
                 k_before,
-                (_previous(v, before[2], ways.documents) * weight[..., None]).to(v.dtype),
+                (_previous(v, v_0, ways.documents) * weight[..., None]).to(v.dtype),
                 log_decay=log_decay,
                 causal=True,
                 initial_state=memory,
@@ -138,8 +138,14 @@ class Mamba3(Block):
         y = self.over_time(scan, values)
         if state is not None:
             y, memory = y
-            ends = (_last(*of, lengths, documents) for of in zip((phase, k, values, own), before, strict=True))
-            state = Mamba3State(memory, *ends, advance(state.position, x, lengths, documents))
+            state = Mamba3State(
+                memory,
+                _last(phase, state.phase, lengths, documents),
+                _last(k, state.key, lengths, documents),
+                _last(values, state.value, lengths, documents),
+                _last(own, state.own, lengths, documents),
+                advance(state.position, x, lengths, documents),
+            )
         y = (y + self.skip[:, None] * values).flatten(2) * F.silu(z)
         return self.out_proj(y.to(x.dtype)), state
 
@@ -188,8 +194,10 @@ def _previous(x: Tensor, before: Tensor | None, documents: Documents | None) -> 
         first = torch.zeros_like(x[:, :1]) if before is None else before[:, None].to(x.dtype)
         return torch.cat([first, x[:, :-1]], 1)
     begins = (documents.positions() == 0).reshape(-1, *[1] * (x.dim() - 2))
-    first = 0 if before is None else before.to(x.dtype)[documents.of_steps()]
-    return torch.where(begins, first, x.roll(1, 1))
+    moved = x.roll(1, 1)
+    if before is None:
+        return torch.where(begins, 0, moved)
+    return torch.where(begins, before.to(x.dtype)[documents.of_steps()], moved)
 
 
 def _last(x: Tensor, before: Tensor, lengths: Tensor | None, documents: Documents | None) -> Tensor:
