@@ -83,7 +83,7 @@ class HGRN2(Block):
     ) -> tuple[Tensor, HGRN2State | None]:
         q, f, v = self.in_proj(x).chunk(3, -1)
         log_decay = self._log_decay(f)
-        k = log_decay.expm1().neg().to(x.dtype)
+        k = log_decay.expm1().neg().to(f.dtype)
         q, k, v, log_decay = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (F.silu(q), k, v, log_decay))
         ways = Directions(x, lengths, documents, both=not self.causal)
         q, k, log_decay = (ways.doubled(y) for y in (q, k, log_decay))
