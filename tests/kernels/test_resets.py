@@ -9,7 +9,7 @@ import torch
 from agreement import assert_close
 from torch import Tensor
 
-from seqzoo.kernels import diagonal_scan, linear_attention
+from seqzoo.kernels import delta_rule, diagonal_scan, linear_attention
 
 B, T, H, DK, DV = 2, 80, 2, 6, 5
 SHUT = (-1e4, -math.inf)
@@ -97,6 +97,23 @@ def test_channels_of_linear_attention_forget_each_for_itself(causal, shut):
         "dlog_decay": expected["dlog_decay"].movedim(0, -1),
     }
     assert_same(run(linear_attention, inputs, w, None, causal=causal), expected, 1e-12)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FORMS[:3], ids=lambda value: str(value).removeprefix("torch."))
+@shut_gates
+@pytest.mark.parametrize("per_channel", [False, True], ids=["step", "channel"])
+def test_delta_rule(per_channel, shut, backend, dtype):
+    w = torch.randn(B, T, H, DV).to(dtype)
+    start, w_state = torch.rand(2, B, H, DK, DV).to(dtype)
+    for place in places(backend):
+        inputs = attended(dtype, per_channel) | {"beta": torch.rand(B, T, H).to(dtype)}
+        inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
+        inputs["log_decay"][:, place] = shut
+        before, after = ({name: x[:, part] for name, x in inputs.items()} for part in (slice(place), slice(place, T)))
+        whole = run(delta_rule, inputs | {"initial_state": start}, w, w_state, backend=backend)
+        first = run(delta_rule, before | {"initial_state": start}, w[:, :place], None, backend=backend)
+        second = run(delta_rule, after, w[:, place:], w_state, backend=backend)
+        assert_same(whole, in_turn(first, second), TOLERANCE[dtype], f"at {place}")
 
 
 def gated_scan(x: Tensor, log_decay: Tensor, **options) -> Tensor:
