@@ -33,12 +33,20 @@ def attention(causal: bool) -> Iterator[tuple[str, Call]]:
     )
 
 
-def linear_attention(causal: bool) -> Iterator[tuple[str, Call]]:
-    def call(module: Any) -> Call:
+def linear_attention(causal: bool, decay: str) -> Iterator[tuple[str, Call]]:
+    """`decay` is "none", or "channel"; of other decays there is none."""
+
+    def plain(module: Any) -> Call:
         return lambda q, k, v: module.chunk_linear_attn(q, k, v, scale=1.0, normalize=False)[0]
 
+    def gated(module: Any) -> Call:
+        return lambda q, k, v, g: module.chunk_gla(q, k, v, g, scale=1.0)[0]
+
     if causal and torch.cuda.is_available():
-        yield from _where_installed("fla, not normalised", "fla.ops.linear_attn", call)
+        if decay == "none":
+            yield from _where_installed("fla, not normalised", "fla.ops.linear_attn", plain)
+        if decay == "channel":
+            yield from _where_installed("fla, gated", "fla.ops.gla", gated)
 
 
 def favor_attention(causal: bool, directions: Tensor) -> Iterator[tuple[str, Call]]:

@@ -129,7 +129,7 @@ def linear_attention(rehearse: bool) -> Ranked:
                 "linear_attention", _label(way, B=B, T=T, H=H, D=D), dtype, width_class(D), rank != 1,
                 partial(make, B, T, H, D, decay), partial(call, causal=causal, decay=decay),
                 flops=4.0 * B * T * H * D * (D + (64 if causal else 0)), bytes=1.0 * numbers * B * T * H * D,
-                others=partial(_peers, peers.linear_attention, rank, causal and decay == "none"),
+                others=partial(_peers, partial(peers.linear_attention, decay=decay), rank, causal),
             )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -93,21 +94,28 @@ def linear_attentions() -> dict[str, Case]:
             ),
             resumed,
         )
-    for shape in ((H,), (B, T, H), (B, T, H, D)):
+    for shape in ((H,), (B, T, H)):
         cases[f"linear_attention decay {len(shape)}"] = Case(
             lambda q, k, v, g, **to: linear_attention(q, k, v, log_decay=g, causal=True, lengths=LENGTHS, **to),
             [*inputs, -rand(*shape)],
         )
-    options = {"normalize": True, "lengths": LENGTHS}
-    cases["linear_attention channels both ways"] = Case(
-        lambda q, k, v, g, **to: linear_attention(q, k, v, log_decay=g, **options, **to), [*inputs, -rand(B, T, H, D)]
-    )
-    carried = {**options, "causal": True, "output_final_state": True}
-    cases["linear_attention channels state"] = Case(
-        lambda q, k, v, s, g, **to: linear_attention(q, k, v, log_decay=g, initial_state=s, **carried, **to),
-        [*inputs, rand(B, H, D, DV + 1), -rand(B, T, H, D)],
-    )
     return cases
+
+
+def decays_per_channel() -> dict[str, Case]:
+    """Of linear_attention."""
+    inputs = [rand(B, T, H, D), rand(B, T, H, D), randn(B, T, H, DV), -rand(B, T, H, D)]
+
+    def call(q, k, v, g, s=None, *, options, **to):
+        return linear_attention(q, k, v, log_decay=g, initial_state=s, lengths=LENGTHS, **options, **to)
+
+    causal, normalized = {"causal": True}, {"normalize": True}
+    from_state = {**causal, **normalized, "output_final_state": True}
+    return {
+        "linear_attention decay 4": Case(partial(call, options=causal), inputs),
+        "linear_attention decay 4 both ways": Case(partial(call, options=normalized), inputs),
+        "linear_attention decay 4 state": Case(partial(call, options=from_state), [*inputs, rand(B, H, D, DV + 1)]),
+    }
 
 
 def delta_rules() -> dict[str, Case]:
@@ -212,6 +220,7 @@ CASES = {
     **favor_attentions(),
     **vq_attentions(),
     **gated_attentions(),
+    **decays_per_channel(),
 }
 
 
@@ -252,6 +261,7 @@ def hessian_product(case: Case, inputs: list[Tensor], backend: str) -> list[Tens
 OFTEN = (
     *("diagonal_scan complex True False", "diagonal_scan complex True both", "diagonal_scan real False True"),
     *("attention True 1", "linear_attention False True", "linear_attention state True", "linear_attention decay 3"),
+    "linear_attention decay 4 state",
     *("favor_attention False", "favor_attention state", "vq_attention False 4", "gated_attention state"),
 )
 

@@ -121,6 +121,20 @@ def test_decays_near_zero_and_one(rate, decay):
     check(inputs, causal=True, within=within)
 
 
+@pytest.mark.parametrize("log_decay", [-1e4, float("-inf")])
+def test_what_channels_forget_is_as_if_it_had_not_been(log_decay):
+    """In the middle of a chunk."""
+    inputs = {name: y for name, y in make(1, 30, 1, 5, 3, decay="channel").items() if y is not None}
+    inputs["log_decay"][:, 21] = log_decay
+    w = torch.randn_like(inputs["v"])
+    whole = run(inputs, w, None, causal=True, backend="fused")
+    for part in (slice(21), slice(21, None)):
+        of_part = {name: y[:, part] for name, y in inputs.items()}
+        for name, expected in run(of_part, w[:, part], None, causal=True, backend="reference").items():
+            assert_close(whole[name][:, part], expected, 2e-6, name)
+    assert not whole["dlog_decay"][:, 21].any()
+
+
 def test_large_logits():
     check(make(1, 65, 1, 8, 4, size=30.0), causal=True)
 

@@ -120,8 +120,11 @@ def make_linear(case: Case, size: Size) -> dict[str, Tensor]:
     if normalize:
         q, k = q.exp(), k.exp()
     x = {"q": q, "k": k, "v": randn(B, T, H, D + 2)}
-    if case["decay"] != "none":
-        x["log_decay"] = -torch.rand({"head": (H,), "step": (B, T, H), "channel": (B, T, H, D)}[case["decay"]]) / 10
+    decay = {"none": None, "head": -torch.rand(H) / 10, "step": -torch.rand(B, T, H) / 10}.get(case["decay"])
+    if case["decay"] == "channel":
+        decay = -torch.rand(B, T, H, D) / 10
+    if decay is not None:
+        x["log_decay"] = decay
     if case["form"] == STATE:
         x["initial_state"] = randn(B, H, D, D + 2 + normalize).abs()
     return x

@@ -29,8 +29,9 @@ def make(lengths, H, Dk, Dv, *, decay="none", state=False, normalize=False, dtyp
     q, k, v = torch.randn(1, T, H, Dk) / Dk**0.5, torch.randn(1, T, H, Dk), torch.randn(1, T, H, Dv)
     if normalize:
         q, k = q.exp(), k.exp()
-    shape = {"none": (0,), "head": (H,), "step": (1, T, H), "channel": (1, T, H, Dk)}[decay]
-    g = None if decay == "none" else -torch.rand(shape) / (8 if decay == "head" else 4)
+    g = {"none": None, "head": -torch.rand(H) / 8, "step": -torch.rand(1, T, H) / 4}.get(decay)
+    if decay == "channel":
+        g = -torch.rand(1, T, H, Dk) / 4
     S = torch.randn(N, H, Dk, Dv + normalize).abs() if state else None
     inputs = {"q": q, "k": k, "v": v, "log_decay": g, "initial_state": S}
     return {name: x.to(dtype) for name, x in inputs.items() if x is not None}
