@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..common import accumulation_dtype, zero_padding
+from ..common import accumulation_dtype
 from ..derivatives import by_hand, differentiable, pullback
 from ..documents import Documents, starts_of
 from .chunks import Chunks, gradients, outputs
@@ -29,10 +29,9 @@ def delta_rule_chunked(
     (B, _, H, Dv), dtype = v.shape, accumulation_dtype(v.dtype)
     shape = (B if documents is None else documents.N, H, q.shape[3], Dv)
     first = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    timed: Any = [None if x is None else zero_padding(x, lengths) for x in (q, k, v, beta, log_decay, erase)]
     form: Any = _forward if torch.compiler.is_compiling() or by_hand() else outputs
-    o, final_state, *_ = form(*timed, first, starts_of(documents))
-    return zero_padding(o, lengths), final_state if output_final_state else None
+    o, final_state, *_ = form(q, k, v, beta, log_decay, erase, first, lengths, starts_of(documents))
+    return o, final_state if output_final_state else None
 
 
 _forward = custom_op("seqzoo::delta_rule", outputs, mutates_args=())
@@ -55,7 +54,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *_, first, starts = others
+    *_, first, _, starts = others
     states = first.new_empty(Chunks.of(v.shape[1], starts).room * len(v), *first.shape[1:])
     return v.new_empty(v.shape), first.new_empty(first.shape), states, first.new_empty(v.shape)
 
@@ -69,10 +68,10 @@ def _(do: Tensor, d_last: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
 def _plain_gradients(do: Tensor, d_last: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
     """As `_backward`, for PyTorch to differentiate."""
-    starts = given[7]
+    lengths, starts = given[7:9]
 
     def form(*inputs: Any) -> tuple[Tensor, ...]:
-        arguments: Any = (*inputs, starts)
+        arguments: Any = (*inputs, lengths, starts)
         return outputs(*arguments)[:2]
 
     return pullback(form, given[:7], (do, d_last))
@@ -91,7 +90,7 @@ def _gradient(ctx: Any, do: Tensor | None, d_last: Tensor | None, *_: Tensor | N
     do = torch.zeros_like(saved[2]) if do is None else do
     d_last = torch.zeros_like(saved[6]) if d_last is None else d_last
     found = _gradients_by_hand(do, d_last, *saved)
-    return *(None if x is None else dx for x, dx in zip(saved, found, strict=False)), None
+    return *(None if x is None else dx for x, dx in zip(saved, found, strict=False)), None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_keep)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import full_precision, in_cache, without_autocast
+from ..common import full_precision, in_cache, without_autocast, zero_padding
 from ..documents import Documents, Pieces
 from .decays import PerChannel, PerHead
 
@@ -47,11 +47,14 @@ class Chunks(NamedTuple):
         found = in_cache(self.N, B * H * (C * (3 * Dk + 2 * Dv + 2 * C) + Dk * Dv), v)
         return [slice(at.start, min(at.stop, self.N)) for at in found]
 
-    def lay_out(self, x: Any) -> Any:
-        return x if x is None or self.pieces is None else self.pieces.lay_out(x)
+    def lay_out(self, x: Any, lengths: Tensor | None = None) -> Any:
+        """Steps as `read` reads them."""
+        if x is None:
+            return None
+        return zero_padding(x, lengths) if self.pieces is None else self.pieces.lay_out(x)
 
-    def take_up(self, y: Tensor) -> Tensor:
-        return y if self.pieces is None else self.pieces.take_up(y)
+    def take_up(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return zero_padding(y, lengths) if self.pieces is None else self.pieces.take_up(y)
 
     def read(self, x: Tensor, at: slice, H: int, dtype: torch.dtype) -> Tensor:
         """The chunks `at` of [B, T, H or G, D] or [B, T, H], one behind the other: [M, C, D or 1], M = n B H."""
@@ -140,13 +143,14 @@ def outputs(
     log_decay: Tensor | None,
     erase: Tensor | None,
     first: Tensor,
-    starts: Tensor | None,  # int64 [N + 1], of documents that have states
+    lengths: Tensor | None,
+    starts: Tensor | None,  # int64 [N + 1], of documents
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs [B, T, H, Dv], the last states, for PyTorch to differentiate; and for `gradients` the states before
     each chunk, [N B, H, Dk, Dv], and what is written, [B, T, H, Dv]."""
     (B, T, H, _), Dk, dtype = v.shape, k.shape[3], first.dtype
     chunks, R = Chunks.of(T, starts), B * H
-    laid_out = [chunks.lay_out(x) for x in (q, k, v, beta, log_decay, erase)]
+    laid_out = [chunks.lay_out(x, lengths) for x in (q, k, v, beta, log_decay, erase)]
     begin, anew = _beginnings(first, chunks.pieces)
     S, before, behind, o, written = anew[0], [], [], [], []
     with _exactly(q):
@@ -169,7 +173,7 @@ def outputs(
         states = torch.stack(before).unflatten(1, (B, H)).flatten(0, 1)
         last = S.view(first.shape) if chunks.pieces is None else chunks.pieces.last(torch.stack(behind), first)
         states = F.pad(states, (0, 0, 0, 0, 0, 0, 0, chunks.room * B - len(states)))
-        return chunks.take_up(torch.cat(o, 1)), last, states, chunks.take_up(torch.cat(written, 1))
+        return chunks.take_up(torch.cat(o, 1), lengths), last, states, chunks.take_up(torch.cat(written, 1))
 
 
 def _beginnings(first: Tensor, pieces: Pieces | None) -> tuple[Tensor | None, Tensor]:
@@ -187,6 +191,7 @@ def gradients(
     log_decay: Tensor | None,
     erase: Tensor | None,
     first: Tensor,
+    lengths: Tensor | None,
     starts: Tensor | None,
     last: Tensor,
     states: Tensor,
@@ -195,7 +200,7 @@ def gradients(
     """Those of q, k, v, beta, log_decay, erase and first; something empty in the place of what is not there."""
     (B, T, H, Dv), Dk, dtype = v.shape, k.shape[3], first.dtype
     chunks, R = Chunks.of(T, starts), B * H
-    do, u, *laid_out = (chunks.lay_out(x) for x in (do, u, q, k, v, beta, log_decay, erase))
+    do, u, *laid_out = (chunks.lay_out(x, lengths) for x in (do, u, q, k, v, beta, log_decay, erase))
     made = [d_last.new_empty(0) if x is None else x.new_empty(x.shape) for x in laid_out]
     ending, anew = _endings(d_last, chunks.pieces)
     D, reached = anew[-1], []
@@ -224,7 +229,7 @@ def gradients(
             firsts = torch.stack(reached[::-1]).index_select(0, chunks.pieces.before[:-1].clamp(max=chunks.N - 1))
             empty = chunks.pieces.documents.lengths == 0
             d_first = torch.where(empty[:, None, None, None], d_last, firsts)
-    dq, dk, dv, d_beta, dg, dr = (chunks.take_up(y) if y.dim() > 1 else y for y in made)
+    dq, dk, dv, d_beta, dg, dr = (chunks.take_up(y, lengths) if y.dim() > 1 else y for y in made)
     return dq, dk, dv, d_beta, dg, dr, d_first
 
 

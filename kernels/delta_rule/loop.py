@@ -40,16 +40,18 @@ def forward(
     log_decay: Tensor | None,  # [B, T, H] or [B, T, H, Dk]
     erase: Tensor | None,  # [B, T, H, Dk]
     first: Tensor,  # [R, H, Dk, Dv], of R sequences
+    lengths: Tensor | None,  # [B]
     starts: Tensor | None,  # int64 [R + 1], of documents
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `chunks.outputs`."""
     (B, T), G, chunks = v.shape[:2], q.shape[2], Chunks.of(v.shape[1], starts)
-    of = sequences("delta_rule", B, T, None, starts)
+    of = sequences("delta_rule", B, T, lengths, starts)
     o, u, states = (first.new_empty(shape) for shape in (v.shape, v.shape, (chunks.room * B, *first.shape[1:])))
     last = first.clone(memory_format=torch.contiguous_format)
+    o = o if lengths is None else o.zero_()
     given = _rows(first.dtype, q, k, v, beta, log_decay, erase)
     made = (_row(o), _row(u), array(states), array(last))
-    _in_parallel(_forward_items, first, G, of, *given, *of, _slots(of, chunks.C, starts), chunks.C, *made)
+    _in_parallel(_forward_items, first, G, of, *given, *of, _slots(of, T, chunks.C, starts), chunks.C, *made)
     return o.to(v.dtype), last, states, u
 
 
@@ -63,6 +65,7 @@ def backward(
     log_decay: Tensor | None,
     erase: Tensor | None,
     first: Tensor,
+    lengths: Tensor | None,
     starts: Tensor | None,
     last: Tensor,
     states: Tensor,
@@ -70,7 +73,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """As `chunks.gradients`."""
     (B, T), G, C, dtype = v.shape[:2], q.shape[2], Chunks.of(v.shape[1], starts).C, last.dtype
-    of, given = sequences("delta_rule", B, T, None, starts), (q, k, v, beta, log_decay, erase)
+    of, given = sequences("delta_rule", B, T, lengths, starts), (q, k, v, beta, log_decay, erase)
     found = [d_last.new_zeros(0) if x is None else x.new_zeros(x.shape, dtype=dtype) for x in given]
     dq, dk, dv, d_beta = (_row(y) for y in found[:4])
     dg = np.zeros_like(d_beta) if log_decay is None else _row(found[4])
@@ -78,14 +81,14 @@ def backward(
     d_first = d_last.clone(memory_format=torch.contiguous_format)
     rows, kept = _rows(dtype, *given), (array(states), _row(u), _row(do.to(dtype)), array(last))
     made = (dq, dk, dv, d_beta, dg, dr, array(d_first))
-    _in_parallel(_backward_items, last, G, of, *rows, *of, _slots(of, C, starts), C, *kept, *made)
+    _in_parallel(_backward_items, last, G, of, *rows, *of, _slots(of, T, C, starts), C, *kept, *made)
     return *(y if x is None else y.to(x.dtype) for x, y in zip(given, found, strict=True)), d_first
 
 
-def _slots(of: Sequences, C: int, starts: Tensor | None) -> np.ndarray:
+def _slots(of: Sequences, T: int, C: int, starts: Tensor | None) -> np.ndarray:
     """The slot of each sequence's first state."""
     count = np.arange(len(of.lengths))
-    return count * -(-of.lengths // C) if starts is None else of.starts[:-1] // C + count
+    return count * -(-T // C) if starts is None else of.starts[:-1] // C + count
 
 
 def _rows(
