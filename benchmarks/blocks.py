@@ -236,6 +236,8 @@ def candidates() -> Iterator[Candidate]:
     yield block("s4d")
     for name in ("retnet", "mamba2", "mamba3", "mamba", "gla", "hgrn2", "mlstm", "rg_lru", "min_gru", "s5"):
         yield block(name)
+    for name in ("delta_net", "gated_delta_net", "kda", "rwkv7"):
+        yield block(name)
     yield operation("attention", lambda T: [heads(T) for _ in range(3)])
     yield operation("linear_attention", lambda T: [heads(T) for _ in range(3)], normalize=True)
     yield decayed("linear_attention (decay per step)")

@@ -75,6 +75,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "s4d": (),
     "conv": (),
     **dict.fromkeys(("retnet", "mamba2", "mamba3", "mamba", "gla", "hgrn2", "mlstm", "rg_lru", "min_gru", "s5"), ()),
+    **dict.fromkeys(("delta_net", "gated_delta_net", "kda", "rwkv7"), ()),
 }
 
 

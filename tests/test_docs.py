@@ -130,6 +130,10 @@ def test_the_formulas_of_states_hold():
         "rg_lru": {"state_dim": 12, "conv_width": 3},
         "min_gru": {"expand": 1.5},
         "s5": {"state_dim": 24},
+        "delta_net": {"num_heads": 2, "conv_width": 3},
+        "gated_delta_net": {"num_heads": 2, "expand_k": 0.5, "expand": 1.25, "conv_width": 3},
+        "kda": {"num_heads": 2, "conv_width": 3},
+        "rwkv7": {"num_heads": 2},
     }
     rows = table(ROOT / "docs" / "blocks.md", "block")
     assert {re.match(r"`(\w+)`", row[0])[1] for row in rows} == set(BLOCKS)

@@ -29,8 +29,8 @@ def delta_rule_chunked(
     (B, _, H, Dv), dtype = v.shape, accumulation_dtype(v.dtype)
     shape = (B if documents is None else documents.N, H, q.shape[3], Dv)
     first = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    timed = [None if x is None else zero_padding(x, lengths) for x in (q, k, v, beta, log_decay, erase)]
-    form = _forward if torch.compiler.is_compiling() or by_hand() else outputs
+    timed: Any = [None if x is None else zero_padding(x, lengths) for x in (q, k, v, beta, log_decay, erase)]
+    form: Any = _forward if torch.compiler.is_compiling() or by_hand() else outputs
     o, final_state, *_ = form(*timed, first, starts_of(documents))
     return zero_padding(o, lengths), final_state if output_final_state else None
 
@@ -62,13 +62,20 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 @_backward.register_fake
 def _(do: Tensor, d_last: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    return *(do.new_empty(0) if x is None else x.new_empty(x.shape) for x in given[:6]), d_last.new_empty(d_last.shape)
+    return *(d_last.new_empty(0) if x is None else x.new_empty(x.shape) for x in given[:6]), d_last.new_empty(
+        d_last.shape
+    )
 
 
 def _plain_gradients(do: Tensor, d_last: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
     """As `_backward`, for PyTorch to differentiate."""
-    inputs, starts = given[:7], given[7]
-    return pullback(lambda *inputs: outputs(*inputs, starts)[:2], inputs, (do, d_last))
+    starts = given[7]
+
+    def form(*inputs: Any) -> tuple[Tensor, ...]:
+        arguments: Any = (*inputs, starts)
+        return outputs(*arguments)[:2]
+
+    return pullback(form, given[:7], (do, d_last))
 
 
 _gradients_by_hand = differentiable(_backward, _plain_gradients)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class Chunks(NamedTuple):
         found = in_cache(self.N, B * H * (C * (3 * Dk + 2 * Dv + 2 * C) + Dk * Dv), v)
         return [slice(at.start, min(at.stop, self.N)) for at in found]
 
-    def lay_out(self, x: Tensor | None) -> Tensor | None:
+    def lay_out(self, x: Any) -> Any:
         return x if x is None or self.pieces is None else self.pieces.lay_out(x)
 
     def take_up(self, y: Tensor) -> Tensor:
@@ -62,12 +62,13 @@ class Chunks(NamedTuple):
         x = x.unflatten(1, (-1, self.C)).permute(1, 0, 3, 2, 4)  # [n, B, H or G, C, D]
         if x.shape[2] != H:
             x = x[:, :, :, None].expand(-1, -1, -1, H // x.shape[2], -1, -1)
-        return x.reshape(-1, *x.shape[-2:])
+        return x.flatten(0, -3)
 
-    def write(self, into: Tensor, at: slice, y: Tensor) -> None:
+    def write(self, into: Tensor, at: slice, H: int, y: Tensor) -> None:
         """To its place what `read` would read, the sum of heads that read the same."""
         into = into if into.dim() == 4 else into[..., None]
-        y = y.view(at.stop - at.start, into.shape[0], into.shape[2], -1, self.C, into.shape[3])
+        B, _, G, D = into.shape
+        y = y.view(at.stop - at.start, B, G, H // G if G else 1, self.C, D)
         y = (y[:, :, :, 0] if y.shape[3] == 1 else y.sum(3)).permute(1, 0, 3, 2, 4)  # [B, n, C, G, D]
         into = into[:, at.start * self.C : at.stop * self.C]
         if into.shape[1] == y.shape[1] * self.C:
@@ -143,7 +144,7 @@ def outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs [B, T, H, Dv], the last states, for PyTorch to differentiate; and for `gradients` the states before
     each chunk, [N B, H, Dk, Dv], and what is written, [B, T, H, Dv]."""
-    (B, T, H, Dv), Dk, dtype = v.shape, k.shape[3], first.dtype
+    (B, T, H, _), Dk, dtype = v.shape, k.shape[3], first.dtype
     chunks, R = Chunks.of(T, starts), B * H
     laid_out = [chunks.lay_out(x) for x in (q, k, v, beta, log_decay, erase)]
     begin, anew = _beginnings(first, chunks.pieces)
@@ -161,11 +162,11 @@ def outputs(
                 rows.append(torch.stack([torch.baddbmm(answers[:, ::2], slab.pairs[m, :, 0], u), u]))
                 S = torch.baddbmm(S if slab.total is None else S * slab.total[m], slab.k_after[m].mT, u)
                 behind.append(S)
-            steps = torch.stack(rows, 1).view(2, -1, B, H, chunks.C, Dv).permute(0, 2, 1, 4, 3, 5).flatten(2, 3)
+            steps = torch.stack(rows, 1).unflatten(2, (B, H)).permute(0, 2, 1, 4, 3, 5).flatten(2, 3)
             steps = steps[:, :, : laid_out[2].shape[1] - at.start * chunks.C]
             o.append(steps[0].to(v.dtype))
             written.append(steps[1])
-        states = torch.stack(before).view(-1, *first.shape[1:])
+        states = torch.stack(before).unflatten(1, (B, H)).flatten(0, 1)
         last = S.view(first.shape) if chunks.pieces is None else chunks.pieces.last(torch.stack(behind), first)
         states = F.pad(states, (0, 0, 0, 0, 0, 0, 0, chunks.room * B - len(states)))
         return chunks.take_up(torch.cat(o, 1)), last, states, chunks.take_up(torch.cat(written, 1))
@@ -195,13 +196,13 @@ def gradients(
     (B, T, H, Dv), Dk, dtype = v.shape, k.shape[3], first.dtype
     chunks, R = Chunks.of(T, starts), B * H
     do, u, *laid_out = (chunks.lay_out(x) for x in (do, u, q, k, v, beta, log_decay, erase))
-    made = [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in laid_out]
+    made = [d_last.new_empty(0) if x is None else x.new_empty(x.shape) for x in laid_out]
     ending, anew = _endings(d_last, chunks.pieces)
     D, reached = anew[-1], []
     with _exactly(q):
         for at in reversed(chunks.slabs(v, Dk)):
             slab = _Slab.of(chunks, at, dtype, *laid_out)
-            S, written = states.view(-1, R, Dk, Dv)[at].flatten(0, 1), chunks.read(u, at, H, dtype)
+            S, written = states[at.start * B : at.stop * B].flatten(0, 1), chunks.read(u, at, H, dtype)
             y = S.new_empty(len(S), 2 * chunks.C, Dv)
             y[:, ::2] = chunks.read(do, at, H, dtype)
             du, behind = torch.bmm(slab.pairs[:, :, 0].mT, y[:, ::2]), torch.empty_like(S)
@@ -216,14 +217,15 @@ def gradients(
                     reached.append(D)
             for into, gradient in zip(made, _of_slab(slab, S, behind, written, y, erase is None), strict=True):
                 if gradient is not None:
-                    chunks.write(into, at, gradient)
+                    chunks.write(into, at, H, gradient)
         if chunks.pieces is None:
             d_first = D.view(first.shape)
         else:
             firsts = torch.stack(reached[::-1]).index_select(0, chunks.pieces.before[:-1].clamp(max=chunks.N - 1))
             empty = chunks.pieces.documents.lengths == 0
             d_first = torch.where(empty[:, None, None, None], d_last, firsts)
-    return *(chunks.take_up(y) if y.dim() > 1 else y for y in made), d_first
+    dq, dk, dv, d_beta, dg, dr = (chunks.take_up(y) if y.dim() > 1 else y for y in made)
+    return dq, dk, dv, d_beta, dg, dr, d_first
 
 
 def _endings(d_last: Tensor, pieces: Pieces | None) -> tuple[Tensor | None, Tensor]:

@@ -7,7 +7,7 @@ leaves exactly nothing of what lies before it, in values and in gradients.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ class PerHead(NamedTuple):
     """A decay per head and step, or none."""
 
     weights: Tensor  # [M, C, C] or [1, C, C], from a key to a query, 0 where the key is ahead
-    through: Tensor | None  # [M, C, 1], from before the chunk to each step; None: no decay
-    after: Tensor | None  # [M, C, 1], from each step to the end of the chunk
+    through: Any  # [M, C, 1], from before the chunk to each step; None: no decay
+    after: Any  # [M, C, 1], from each step to the end of the chunk
 
     @classmethod
     def of(cls, g: Tensor) -> PerHead:
@@ -40,15 +40,13 @@ class PerHead(NamedTuple):
         """x [M, 2C, Dk] with k [M, C, Dk]: [M, C, 2, C], 0 where the key is ahead."""
         return torch.bmm(x, k.mT).unflatten(1, (-1, 2)) * self.weights[:, :, None]
 
-    def pairs_gradient(
-        self, d_pairs: Tensor, pairs: Tensor, x: Tensor, k: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def pairs_gradient(self, d_pairs: Tensor, pairs: Tensor, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Any]:
         """The gradients of x, of k, and, for `log_gradient`, of what decays in between."""
         inner = None if self.through is None else (d_pairs * pairs).sum(2)  # [M, C, C]
         d_products = d_pairs.mul_(self.weights[:, :, None]).flatten(1, 2)
         return torch.bmm(d_products, k), torch.bmm(d_products.mT, x), inner
 
-    def log_gradient(self, inner: Tensor, through: Tensor, after: Tensor, total: Tensor) -> Tensor:
+    def log_gradient(self, inner: Any, through: Tensor, after: Tensor, total: Tensor) -> Tensor:
         """[M, C, 1], of each log decay, given by channels the gradients of the logarithms of `through`, of `after`, and
         of the last `through`, what a state goes through in the whole chunk [M, 1, Dk]."""
         # A step's decay is in all pairs of a key before it and a query that is not.
@@ -85,15 +83,13 @@ class PerChannel(NamedTuple):
         pairs = (x.unflatten(1, (-1, 2)) * k[:, :, None]).sum(-1)[:, :, None, :, None]  # [M, C / h, h, 2, h]
         for through, after in self.levels:
             queries, keys = _meeting(x, k, through, after)
-            block = torch.bmm(queries, keys.mT).view(*through.shape[:3], 2, -1)
+            block = torch.bmm(queries, keys.mT).view(*through.shape[:3], 2, through.shape[2])
             first, second = pairs.unflatten(1, (-1, 2)).unbind(2)
             above = torch.cat([first, torch.zeros_like(first)], -1)
             pairs = torch.cat([above, torch.cat([block, second], -1)], 2)
         return pairs[:, 0]
 
-    def pairs_gradient(
-        self, d_pairs: Tensor, pairs: Tensor, x: Tensor, k: Tensor
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    def pairs_gradient(self, d_pairs: Tensor, pairs: Tensor, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Any]:
         C, inner = k.shape[1], []
         d_self = d_pairs.diagonal(dim1=1, dim2=3).mT[..., None]  # [M, C, 2, 1]
         dx, dk = (d_self * k[:, :, None]).flatten(1, 2), (d_self * x.unflatten(1, (C, 2))).sum(2)
@@ -101,17 +97,16 @@ class PerChannel(NamedTuple):
         for through, after in reversed(self.levels):
             h = through.shape[2]
             queries, keys = _meeting(x, k, through, after)
-            d_block = d_pairs[:, :, h:, :, :h].reshape(-1, 2 * h, h)
+            d_block = d_pairs[:, :, h:, :, :h].flatten(0, 1).flatten(1, 2)
             d_queries, d_keys = torch.bmm(d_block, keys), torch.bmm(d_block.mT, queries)
-            inner.append((queries.mul_(d_queries).view(*through.shape[:3], 2, -1).sum(3), keys.mul_(d_keys)))
-            _halves(dx, 2 * h)[:, :, 1].unflatten(2, (h, 2)).addcmul_(
-                d_queries.view(*through.shape[:3], 2, -1), through[:, :, :, None]
-            )
-            _halves(dk, h)[:, :, 0].addcmul_(d_keys.view(after.shape), after)
+            later, earlier = _halves(dx, 2 * h)[:, :, 1].unflatten(2, (h, 2)), _halves(dk, h)[:, :, 0]
+            inner.append((queries.mul_(d_queries).view(later.shape).sum(3), keys.mul_(d_keys)))
+            later.addcmul_(d_queries.view(later.shape), through[:, :, :, None])
+            earlier.addcmul_(d_keys.view(after.shape), after)
             d_pairs = torch.stack([d_pairs[:, :, :h, :, :h], d_pairs[:, :, h:, :, h:]], 2).flatten(1, 2)
         return dx, dk, inner
 
-    def log_gradient(self, inner: list[tuple[Tensor, Tensor]], through: Tensor, after: Tensor, total: Tensor) -> Tensor:
+    def log_gradient(self, inner: Any, through: Tensor, after: Tensor, total: Tensor) -> Tensor:
         """[M, C, Dk], as of `PerHead`: how `of` makes factors of factors, backwards, in logarithms."""
         through[:, -1:] += total
         for of_queries, of_keys in inner:
@@ -134,4 +129,4 @@ def _meeting(x: Tensor, k: Tensor, through: Tensor, after: Tensor) -> tuple[Tens
     h = through.shape[2]
     queries = _halves(x, 2 * h)[:, :, 1].unflatten(2, (h, 2)) * through[:, :, :, None]
     keys = _halves(k, h)[:, :, 0] * after
-    return queries.reshape(-1, 2 * h, x.shape[-1]), keys.reshape(-1, h, k.shape[-1])
+    return queries.flatten(0, 1).flatten(1, 2), keys.flatten(0, 1)

@@ -43,15 +43,13 @@ def forward(
     starts: Tensor | None,  # int64 [R + 1], of documents
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `chunks.outputs`."""
-    of, chunks = sequences("delta_rule", *v.shape[:2], None, starts), Chunks.of(v.shape[1], starts)
-    o, u = first.new_empty(v.shape), first.new_empty(v.shape)
-    last, states = (
-        first.clone(memory_format=torch.contiguous_format),
-        first.new_empty(chunks.room * len(v), *first.shape[1:]),
-    )
+    (B, T), G, chunks = v.shape[:2], q.shape[2], Chunks.of(v.shape[1], starts)
+    of = sequences("delta_rule", B, T, None, starts)
+    o, u, states = (first.new_empty(shape) for shape in (v.shape, v.shape, (chunks.room * B, *first.shape[1:])))
+    last = first.clone(memory_format=torch.contiguous_format)
     given = _rows(first.dtype, q, k, v, beta, log_decay, erase)
     made = (_row(o), _row(u), array(states), array(last))
-    _in_parallel(_forward_items, first, q.shape[2], of, *given, *of, _slots(of, chunks.C, starts), chunks.C, *made)
+    _in_parallel(_forward_items, first, G, of, *given, *of, _slots(of, chunks.C, starts), chunks.C, *made)
     return o.to(v.dtype), last, states, u
 
 
@@ -71,18 +69,17 @@ def backward(
     u: Tensor,
 ) -> tuple[Tensor, ...]:
     """As `chunks.gradients`."""
-    of, C, dtype = sequences("delta_rule", *v.shape[:2], None, starts), Chunks.of(v.shape[1], starts).C, last.dtype
-    given = (q, k, v, beta, log_decay, erase)
-    gradients = [None if x is None else x.new_zeros(x.shape, dtype=dtype) for x in given]
+    (B, T), G, C, dtype = v.shape[:2], q.shape[2], Chunks.of(v.shape[1], starts).C, last.dtype
+    of, given = sequences("delta_rule", B, T, None, starts), (q, k, v, beta, log_decay, erase)
+    found = [d_last.new_zeros(0) if x is None else x.new_zeros(x.shape, dtype=dtype) for x in given]
+    dq, dk, dv, d_beta = (_row(y) for y in found[:4])
+    dg = np.zeros_like(d_beta) if log_decay is None else _row(found[4])
+    dr = np.empty((0, 0, 0), d_beta.dtype) if erase is None else _row(found[5])
     d_first = d_last.clone(memory_format=torch.contiguous_format)
-    dq, dk, dv, d_beta, dg, dr = (None if y is None else _row(y) for y in gradients)
-    dg = np.zeros_like(d_beta) if dg is None else dg
-    dr = np.empty((0, 0, 0), d_beta.dtype) if dr is None else dr
     rows, kept = _rows(dtype, *given), (array(states), _row(u), _row(do.to(dtype)), array(last))
     made = (dq, dk, dv, d_beta, dg, dr, array(d_first))
-    _in_parallel(_backward_items, last, q.shape[2], of, *rows, *of, _slots(of, C, starts), C, *kept, *made)
-    found = (q.new_empty(0) if y is None else y.to(x.dtype) for x, y in zip(given, gradients, strict=True))
-    return *found, d_first
+    _in_parallel(_backward_items, last, G, of, *rows, *of, _slots(of, C, starts), C, *kept, *made)
+    return *(y if x is None else y.to(x.dtype) for x, y in zip(given, found, strict=True)), d_first
 
 
 def _slots(of: Sequences, C: int, starts: Tensor | None) -> np.ndarray:
@@ -91,13 +88,13 @@ def _slots(of: Sequences, C: int, starts: Tensor | None) -> np.ndarray:
     return count * -(-of.lengths // C) if starts is None else of.starts[:-1] // C + count
 
 
-def _rows(dtype: torch.dtype, *given: Tensor | None) -> list[np.ndarray]:
-    """The six inputs at each step; decays in place of their logarithms, 1 where there are none, and nothing of no r."""
-    q, k, v, beta, log_decay, erase = (None if x is None else x.to(dtype) for x in given)
-    assert beta is not None
-    decay = torch.ones_like(beta) if log_decay is None else log_decay.exp()
+def _rows(
+    dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, erase: Tensor | None
+) -> list[np.ndarray]:
+    """Those of each step; decays in place of their logarithms, 1 where there are none, and nothing of no r."""
+    decay = torch.ones_like(beta) if log_decay is None else log_decay.to(dtype).exp()
     erase = beta.new_empty(0, 0, 0) if erase is None else erase
-    return [_row(x) for x in (q, k, v, beta, decay, erase)]
+    return [_row(x.to(dtype)) for x in (q, k, v, beta, decay, erase)]
 
 
 def _row(x: Tensor) -> np.ndarray:
@@ -108,6 +105,8 @@ def _row(x: Tensor) -> np.ndarray:
 def _in_parallel(items: Callable[..., None], state: Tensor, G: int, of: Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, *arguments) on parts of the R * G items there are."""
     R, H, Dk, Dv = state.shape
+    if not R:
+        return
     steps = int(of.starts[-1])
     threads = max(1, min(torch.get_num_threads(), R * G, steps * H * Dk * Dv // MIN_WORK))
     places = np.interp(np.arange(R * G), np.arange(R + 1) * G, of.starts)  # of items, as if time were cut too
@@ -190,7 +189,7 @@ def _sum_to_the_end(begin, end, h, behind, C, a, dg):
             for d in range(behind.shape[1]):
                 total[d % len(total)] += behind[(t - begin) // C, d]
         for d in range(len(total)):
-            total[d] = total[d] + dg[t, h, d] if a[t, h, d] > 0 else 0.0
+            total[d] = 0.0 if a[t, h, d] == 0 else total[d] + dg[t, h, d]
             dg[t, h, d] = total[d]
 
 

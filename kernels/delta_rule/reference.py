@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,9 @@ def delta_rule_reference(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if documents is not None:
-        timed = [None if x is None else documents.padded(x) for x in (q, k, v, beta, log_decay, erase)]
-        o, state = delta_rule_reference(*timed, initial_state, documents.lengths, None, output_final_state)
+        given: Any = [None if x is None else documents.padded(x) for x in (q, k, v, beta, log_decay, erase)]
+        given += [initial_state, documents.lengths, None, output_final_state]
+        o, state = delta_rule_reference(*given)
         return documents.unpadded(o), state
     B, T, H, Dv = v.shape
     out_dtype, dtype = v.dtype, accumulation_dtype(v.dtype)

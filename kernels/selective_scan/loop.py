@@ -22,7 +22,7 @@ from . import pieces
 from .pieces import PIECE
 
 WIDTH = 64  # channels of an item
-MIN_WORK = 1 << 15  # states times steps: a thread is woken for as much, about 0.1 ms
+MIN_WORK = 1 << 17  # states times steps: a thread is woken for as much, about 0.1 ms
 
 
 def scan(
@@ -53,7 +53,7 @@ def scan(
         *(v.shape[2], A.shape[0], ends),
         *(rows(v), rows(dt), array(A), rows(write), rows(read)),
         *ends,
-        *(T, reverse),
+        *(T, PIECE, reverse),  # compiled code would not notice another PIECE
         *(y.flatten(0, 1).numpy(), state.numpy(), kept.numpy()),
     )
     return y, state, kept
@@ -86,7 +86,7 @@ def scan_backward(
         *(D, N, ends),
         *(rows(dy), rows(v), rows(dt), array(A), rows(write), rows(read), array(initial), array(kept)),
         *ends,
-        *(T, reverse),
+        *(T, PIECE, reverse),
         *(dv.flatten(0, 1).numpy(), d_dt.flatten(0, 1).numpy(), dA.numpy()),
         *(d_write.numpy(), d_read.numpy(), d_initial.numpy()),
     )
@@ -155,11 +155,11 @@ def _(x):
 
 
 @compiled(fastmath={"contract", "reassoc"})
-def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, reverse, y, state, marks):
+def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, piece, reverse, y, state, marks):
     N, D = A.shape
     blocks = -(-D // WIDTH)
     keep = marks.shape[1] > 0
-    edge = PIECE - 1 if reverse else 0
+    edge = piece - 1 if reverse else 0
     for item in range(start, stop):
         b, low = item // blocks, item % blocks * WIDTH
         high = min(low + WIDTH, D)
@@ -170,8 +170,8 @@ def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, reverse,
         t, step = (begin + n - 1, -1) if reverse else (begin, 1)
         for _ in range(n):
             place = t - row * T
-            if keep and place % PIECE == edge:
-                marks[row, place // PIECE, :, low:high] = s
+            if keep and place % piece == edge:
+                marks[row, place // piece, :, low:high] = s
             v_t, dt_t = v[t, low:high], dt[t, low:high]
             out[:] = 0
             for j in range(N):
@@ -187,7 +187,7 @@ def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, reverse,
 
 @compiled(fastmath={"contract", "reassoc"})
 def _backward_items(
-    start, stop, dy, v, dt, A, write, read, initial, marks, starts, lengths, T, reverse,
+    start, stop, dy, v, dt, A, write, read, initial, marks, starts, lengths, T, piece, reverse,
     dv, d_dt, dA, d_write, d_read, d_state,
 ):  # fmt: skip
     N, D = A.shape
@@ -201,18 +201,18 @@ def _backward_items(
         rate, p = A[:, low:high].copy(), d_state[b, :, low:high].copy()
         of_rate, of_v, of_dt = np.zeros_like(p), np.empty_like(p[0]), np.empty_like(p[0])
         zero = np.zeros(1, p.dtype)[0]
-        h, a = np.empty((PIECE + 1, N, width), p.dtype), np.empty((PIECE, N, width), p.dtype)
+        h, a = np.empty((piece + 1, N, width), p.dtype), np.empty((piece, N, width), p.dtype)
         left, step = n, -1 if reverse else 1
         while left > 0:
             # The steps of one piece, the last ones taken that are left: how many, and the first of them.
             t = begin + left - 1 if not reverse else begin + n - left
-            inside = (t - row * T) % PIECE
-            count = min(left, (PIECE - inside if reverse else inside + 1))
+            inside = (t - row * T) % piece
+            count = min(left, (piece - inside if reverse else inside + 1))
             t -= (count - 1) * step
             if count == left:
                 h[0] = initial[b, :, low:high]
             else:
-                h[0] = marks[row, (t - row * T) // PIECE, :, low:high]
+                h[0] = marks[row, (t - row * T) // piece, :, low:high]
             for k in range(count):
                 v_t, dt_t = v[t + k * step, low:high], dt[t + k * step, low:high]
                 for j in range(N):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import delta_rule
 from ..kernels.common import accumulation_dtype
-from ..kernels.documents import Documents, starts_of
+from ..kernels.documents import Documents
 from .base import Block, advance
 from .depthwise import short_convolution
 from .directions import Directions
@@ -92,21 +93,10 @@ class DeltaBlock(Block):
         q, k, beta = (ways.doubled(y) for y in (q * self.key_dim**-0.5, k, beta))
         log_decay = None if log_decay is None else ways.doubled(log_decay)
 
-        def remember(v: Tensor) -> Any:
-            o = delta_rule(
-                q,
-                k,
-                ways.doubled(v),
-                beta,
-                log_decay=log_decay,
-                initial_state=None if state is None else state.memory,
-                output_final_state=state is not None,
-                lengths=ways.lengths,
-                cu_seqlens=starts_of(ways.documents),
-            )
-            return ways.summed(o) if state is None else o
-
-        o = self.over_time(remember, v.unflatten(-1, (self.num_heads, -1)))
+        before = None if state is None else state.memory
+        remember = partial(delta_rule, q, k, beta=beta, log_decay=log_decay)
+        v = v.unflatten(-1, (self.num_heads, -1))
+        o = self.over_time(lambda v: ways.through(remember, v, before), v)
         if state is not None:
             o, memory = o
             state = DeltaState(memory, inputs, advance(state.position, x, lengths, documents))

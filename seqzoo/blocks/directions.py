@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.derivatives import by_hand
-from ..kernels.documents import Documents
+from ..kernels.documents import Documents, starts_of
 
 
 class Directions:
@@ -49,6 +50,21 @@ class Directions:
             return y
         forward, backward = y.chunk(2, self._dim)
         return forward + self._turn(backward)
+
+    def through(self, operation: Callable[..., Any], values: Tensor, memory: Tensor | None) -> Any:
+        """`operation` of v = `values` [B, T, ...] in each direction, summed.
+
+        Args:
+            operation: causal; takes `v`, `initial_state`, `output_final_state`, `lengths` and `cu_seqlens`, and has
+                been given all else as `doubled` gives it.
+            values: [B, T, ...].
+            memory: what is remembered ahead of the first step, if there is one direction; with it, what is remembered
+                after the last one is returned too.
+        """
+        kept = memory is not None
+        ends = {"lengths": self.lengths, "cu_seqlens": starts_of(self.documents)}
+        y = operation(v=self.doubled(values), initial_state=memory, output_final_state=kept, **ends)
+        return y if kept else self.summed(y)
 
     @property
     def _dim(self) -> int:

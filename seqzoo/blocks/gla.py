@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
-from ..kernels.documents import Documents, starts_of
+from ..kernels.documents import Documents
 from ..valid import Bias, Count, Positive
 from .base import Block, advance
 from .directions import Directions
@@ -95,21 +96,9 @@ class GLA(Block):
         ways = Directions(x, lengths, documents, both=not self.causal)
         q, k, log_decay = (ways.doubled(y) for y in (q, k, log_decay))
 
-        def remember(v: Tensor) -> Any:
-            o = linear_attention(
-                q,
-                k,
-                ways.doubled(v),
-                log_decay=log_decay,
-                causal=True,
-                initial_state=None if state is None else state.memory,
-                output_final_state=state is not None,
-                lengths=ways.lengths,
-                cu_seqlens=starts_of(ways.documents),
-            )
-            return ways.summed(o) if state is None else o
-
-        o = self.over_time(remember, v)
+        before = None if state is None else state.memory
+        remember = partial(linear_attention, q, k, log_decay=log_decay, causal=True)
+        o = self.over_time(lambda v: ways.through(remember, v, before), v)
         if state is not None:
             o, memory = o
             state = GatedState(memory, advance(state.position, x, lengths, documents))

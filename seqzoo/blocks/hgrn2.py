@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
-from ..kernels.documents import Documents, starts_of
+from ..kernels.documents import Documents
 from ..valid import BelowOne, Bias
 from .base import Block, advance, head_dim
 from .directions import Directions
@@ -83,26 +84,14 @@ class HGRN2(Block):
     ) -> tuple[Tensor, HGRN2State | None]:
         q, f, v = self.in_proj(x).chunk(3, -1)
         log_decay = self._log_decay(f)
-        k = log_decay.expm1().neg().to(x.dtype)
+        k = log_decay.expm1().neg().to(f.dtype)
         q, k, v, log_decay = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (F.silu(q), k, v, log_decay))
         ways = Directions(x, lengths, documents, both=not self.causal)
         q, k, log_decay = (ways.doubled(y) for y in (q, k, log_decay))
 
-        def remember(v: Tensor) -> Any:
-            o = linear_attention(
-                q,
-                k,
-                ways.doubled(v),
-                log_decay=log_decay,
-                causal=True,
-                initial_state=None if state is None else state.memory,
-                output_final_state=state is not None,
-                lengths=ways.lengths,
-                cu_seqlens=starts_of(ways.documents),
-            )
-            return ways.summed(o) if state is None else o
-
-        o = self.over_time(remember, v)
+        before = None if state is None else state.memory
+        remember = partial(linear_attention, q, k, log_decay=log_decay, causal=True)
+        o = self.over_time(lambda v: ways.through(remember, v, before), v)
         if state is not None:
             o, memory = o
             state = HGRN2State(memory, advance(state.position, x, lengths, documents))

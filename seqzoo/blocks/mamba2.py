@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
-from ..kernels.documents import Documents, starts_of
+from ..kernels.documents import Documents
 from ..valid import Count, Factor
 from .base import Block, advance
 from .depthwise import short_convolution
@@ -102,21 +103,9 @@ class Mamba2(Block):
         log_decay = ways.doubled(log_decay)
         k, q = ways.doubled(BC).unflatten(-1, (2, G, -1)).unbind(2)  # [B, T, G, N]
 
-        def scan(values: Tensor) -> Any:
-            y = linear_attention(
-                q,
-                k,
-                ways.doubled((values * dt[..., None]).to(values.dtype)),
-                log_decay=log_decay,
-                causal=True,
-                initial_state=None if state is None else state.memory,
-                output_final_state=state is not None,
-                lengths=ways.lengths,
-                cu_seqlens=starts_of(ways.documents),
-            )
-            return ways.summed(y) if state is None else y
-
-        y = self.over_time(scan, values)
+        before = None if state is None else state.memory
+        scan = partial(linear_attention, q, k, log_decay=log_decay, causal=True)
+        y = self.over_time(lambda v: ways.through(scan, (v * dt[..., None]).to(v.dtype), before), values)
         if state is not None:
             y, memory = y
             state = Mamba2State(memory, inputs, advance(state.position, x, lengths, documents))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention
+from ..kernels import diagonal_scan, linear_attention
 from ..kernels.common import accumulation_dtype, query_heads
 from ..kernels.documents import Documents, starts_of
 from ..valid import Count, Factor
@@ -111,7 +111,7 @@ class Mamba3(Block):
         k, q = self._of_heads(k, self.k_norm, self.k_bias), self._of_heads(q, self.q_norm, self.q_bias)
         own, carried, log_decay, turns = self.dynamics(*gates)
         memory, *before, _ = (None,) * 6 if state is None else state
-        phase = _phases(turns, before[0], ways.documents)
+        phase = _phases(turns, before[0], ways.lengths, ways.documents)
         turn = torch.polar(torch.ones_like(phase), phase)
         k, q = (turned(y, turn).to(values.dtype) for y in (k, q))  # [B, T, H, N]
         k_before, own_before = _previous(k, before[1], ways.documents), _previous(own, before[3], ways.documents)
@@ -169,20 +169,17 @@ class Mamba3Dynamics(Wide):
         return own, carried, -rate * dt, dt[..., None] * (math.pi * omega.tanh())[:, :, None]
 
 
-def _phases(turns: Tensor, before: Tensor | None, documents: Documents | None) -> Tensor:
-    """Sums of `turns` [B, T, H, R] up to each step, in [0, 2π).
-
-    Args:
-        before: [B, H, R], of documents [N, H, R], the phases that sequences begin with. Without, what those are is of
-            no consequence: queries meet keys of their own sequence only.
-    """
-    phase = turns.double().cumsum(1)
-    if before is not None and documents is None:
-        phase = phase + before[:, None]
-    elif before is not None and documents is not None:
-        ahead = F.pad(phase, (0, 0, 0, 0, 1, 0))[0, documents.starts[:-1]]
-        phase = phase + (before - ahead)[documents.of_steps()]
-    return phase.remainder(2 * math.pi).to(turns.dtype)
+def _phases(turns: Tensor, before: Tensor | None, lengths: Tensor | None, documents: Documents | None) -> Tensor:
+    """Sums of `turns` [B, T, H, R] up to each step of a sequence, from `before` [B, H, R] or 0 on; in [0, 2π)."""
+    lanes = turns.double().flatten(2)
+    phase = diagonal_scan(
+        lanes,
+        lanes.new_ones(lanes.shape[-1]),
+        initial_state=None if before is None else before.to(lanes.dtype).flatten(1),
+        lengths=lengths,
+        cu_seqlens=starts_of(documents),
+    )
+    return phase.remainder(2 * math.pi).to(turns.dtype).view_as(turns)
 
 
 def _previous(x: Tensor, before: Tensor | None, documents: Documents | None) -> Tensor:

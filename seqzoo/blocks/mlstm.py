@@ -84,9 +84,10 @@ class MLSTM(Block):
         self.in_proj = nn.Linear(d_model, 2 * E, bias=False)
         self.conv = short_convolution(E, conv_width, causal=causal, bias=True)
         self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, E // projection_width, bias=False) for _ in range(3))
-        self.gate_proj = nn.ModuleList(nn.Linear(E, 2 * num_heads, bias=False) for _ in range(3))  # of q, k and v
-        for layer in self.gate_proj:
+        gates = [nn.Linear(E, 2 * num_heads, bias=False) for _ in range(3)]  # of q, k and v
+        for layer in gates:
             nn.init.zeros_(layer.weight)
+        self.gate_proj = nn.ModuleList(gates)
         dtype = default_dtype()
         i, f = 0.1 * torch.randn(num_heads, dtype=dtype), torch.linspace(3, 6, num_heads, dtype=dtype)
         self.gate_bias = GateBias(torch.cat([i, f]))
@@ -125,9 +126,9 @@ class MLSTM(Block):
         h = self.over_time(remember, v)
         if state is not None:
             h, after = h
-            state = MLSTMState(*after, inputs, advance(state.position, x, lengths, documents))
-        h = F.layer_norm(h, h.shape[-1:], eps=NORM_EPS).flatten(2) * self.norm_weight
-        return self.out_proj((h + self.skip * u) * F.silu(z)), state
+            state = MLSTMState(after.memory, after.largest, inputs, advance(state.position, x, lengths, documents))
+        h = F.layer_norm(h, h.shape[-1:], eps=NORM_EPS).flatten(2)
+        return self.out_proj((h * self.norm_weight + self.skip * u) * F.silu(z)), state
 
 
 def mlstm(

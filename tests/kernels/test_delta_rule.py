@@ -355,6 +355,7 @@ def test_gradients_may_be_asked_for_and_given_in_part(decay):
 
 MEMORY = """
 import sys, torch
+from delta_cases import computed
 from seqzoo.kernels import delta_rule
 
 def peak(T, decay):
@@ -372,20 +373,48 @@ def peak(T, decay):
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
-peak(200, sys.argv[1])
-print(*(peak(int(T), sys.argv[1]) for T in sys.argv[2:]))
+with computed(sys.argv[1]):
+    peak(200, sys.argv[2])
+    print(*(peak(int(T), sys.argv[2]) for T in sys.argv[3:]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("decay", DECAYS)
-def test_memory_is_a_few_times_that_of_its_inputs(decay):
+def test_memory_is_a_few_times_that_of_its_inputs(decay, form):
     """In a process of its own, whose allocator has kept nothing from before."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEMORY, decay, "4096", "16384"]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEMORY, form, decay, "4096", "16384"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     taken = [float(times) for times in process.stdout.split()]
     assert max(taken) <= 6, taken
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_same_bits_whatever_the_threads(decay, monkeypatch):
+    monkeypatch.setattr(import_module("seqzoo.kernels.delta_rule.loop"), "MIN_WORK", 1)
+    inputs = make(3, 70, 4, 5, 3, G=2, decay=decay, dtype=torch.float32)
+    w, w_state = weights(inputs)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(run(inputs, w, w_state))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in results[0].items():
+        assert all(torch.equal(other[name], value) for other in results), name
+
+
+@pytest.mark.parametrize("form", ["reference", *FORMS])
+@pytest.mark.parametrize("shape", [(0, 5, 2, 3, 4), (2, 5, 0, 3, 4), (2, 5, 2, 0, 4), (2, 5, 2, 3, 0)])
+def test_there_may_be_nothing(shape, form):
+    inputs = make(*shape)
+    with computed(form):
+        values = run(inputs, *weights(inputs), backend="reference" if form == "reference" else "chunked")
+    assert not any(value.any() for name, value in values.items() if name != "dinitial_state")
 
 
 def test_errors():

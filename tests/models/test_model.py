@@ -40,7 +40,21 @@ def test_regression_gives_a_number_per_channel():
         build_model(config(), TOKENS, head="regress", causal=False)
 
 
-@pytest.mark.parametrize("block", ["softmax_attention", "linear_attention", "vq_attention", "lru", "s4d", "conv"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        "softmax_attention",
+        "linear_attention",
+        "vq_attention",
+        "lru",
+        "s4d",
+        "conv",
+        "mamba2",
+        "mlstm",
+        "hgrn2",
+        "rg_lru",
+    ],
+)
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_never_changes_a_score(block, causal):
     torch.manual_seed(0)

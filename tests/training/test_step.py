@@ -26,6 +26,16 @@ BLOCKS = {
     "lru": {},
     "s4d": {},
     "conv": {},
+    "retnet": {"num_heads": 2},
+    "mamba2": {"num_heads": 2, "state_dim": 4},
+    "mamba3": {"num_heads": 2, "state_dim": 4},
+    "mamba": {"state_dim": 4},
+    "gla": {"num_heads": 2},
+    "hgrn2": {"num_heads": 2},
+    "mlstm": {"num_heads": 2},
+    "rg_lru": {},
+    "min_gru": {},
+    "s5": {},
 }
 
 

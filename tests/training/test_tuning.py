@@ -31,6 +31,9 @@ BLOCKS = {
     "lru": {},
     "s4d": {"state_dim": 4},
     "conv": {},
+    "mamba2": {"num_heads": 2, "state_dim": 4},
+    "mlstm": {"num_heads": 2},
+    "rg_lru": {},
 }
 
 
