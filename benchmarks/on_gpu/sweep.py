@@ -20,7 +20,10 @@ MOST = 10  # configurations of a kernel, the table's own among them
 CHOICES = {"num_warps": (2, 4, 8), "num_stages": (2, 3, 4)}
 REPEATS = 3  # whose bits have to be the same
 LEAST_SIZE = 16  # of a matrix product's side
-FIXED = {"favor_attention": ("partners",)}  # sizes of launches that hardly occur
+FIXED = {  # sizes of launches that hardly occur, and what a kernel has no use for
+    ("favor_attention", "output"): ("partners",),
+    ("linear_attention", "channels"): ("num_stages",),
+}
 
 
 class Swept(NamedTuple):
@@ -38,6 +41,7 @@ class Swept(NamedTuple):
 HEADS = "B=32 T=1024 H=8 D=64"
 ATTENDED = ("D=64 causal", "D=32 both ways", "D=16 causal, odd lengths")
 PASSED = ("D=64 decay=none causal", "D=32 decay=none both ways", "D=16 decay=none causal, odd lengths")
+DECAYED = ("D=64 decay=channel causal", "D=32 decay=channel causal", "D=16 decay=channel causal, odd lengths")
 QUANTISED = ("D=128 Dv=256 S=128 L=64 both ways", "D=16 Dv=16 S=40 L=33 causal", "D=256 Dv=512 S=64 L=128 causal")
 ESTIMATED = ("D=64 M=100 causal", "D=32 M=24 both ways", "D=16 M=24 causal, steep")
 GATED = ("S=128 E=512 causal", "S=64 E=128 both ways", "S=16 E=40 causal, odd lengths")
@@ -47,6 +51,7 @@ SWEPT = (
     Swept("attention", "query", 64, True, f"{HEADS} causal", ATTENDED),
     Swept("attention", "key", 64, True, f"{HEADS} causal", ATTENDED),
     Swept("linear_attention", "pass", 64, True, f"{HEADS} causal", PASSED),
+    Swept("linear_attention", "channels", 64, True, f"{HEADS} causal, decays per channel", DECAYED),
     Swept("diagonal_scan", "scan", 0, True, "B=32 T=1024 D=512 up", SCANNED, "complex64"),
     Swept("vq_attention", "forward", 256, False, "B=32 T=1024 H=1 D=128 Dv=256 S=128 L=64 causal", QUANTISED),
     Swept("favor_attention", "output", 64, False, f"{HEADS} M=266 causal", ESTIMATED),
@@ -65,7 +70,7 @@ def plan(rehearse: bool) -> list[dict[str, Any]]:
         own = table(swept.operation)
         key = _row(swept)
         names, sizes = own.fields, list(own.rows[key])
-        candidates = neighbours(names, sizes, FIXED.get(swept.operation, ()))[: 2 if rehearse else MOST]
+        candidates = neighbours(names, sizes, FIXED.get((swept.operation, swept.kernel), ()))[: 2 if rehearse else MOST]
         for turn, candidate in enumerate(candidates):
             at = {"operation": swept.operation, "kernel": swept.kernel, "dtype": swept.dtype, "width": swept.width}
             row = {**at, "row": list(key), "names": list(names), "sizes": candidate, "own": candidate == sizes}
