@@ -30,14 +30,15 @@ class Sequences(NamedTuple):
     lengths: np.ndarray  # int64 [R]; behind them is padding, up to the next one
 
 
-def sequences(what: str, lengths: Tensor | None, starts: Tensor | None, B: int, T: int) -> Sequences:
-    """Those of a batch [B, T], or documents in a batch of 1.
+def sequences(what: str, x: Tensor, lengths: Tensor | None, starts: Tensor | None) -> Sequences:
+    """Those of x [B, T, ...], or documents in it, with B = 1.
 
     Raises:
         ValueError: `what` has lengths outside [0, T].
     """
     if starts is not None:
         return Sequences(array(starts), np.diff(array(starts)))
+    B, T = x.shape[:2]
     checked = check_lengths(what, lengths, B, T)
     return Sequences(np.arange(B + 1) * T, np.full(B, T) if checked is None else array(checked))
 

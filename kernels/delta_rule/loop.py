@@ -45,7 +45,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `chunks.outputs`."""
     (B, T), G, chunks = v.shape[:2], q.shape[2], Chunks.of(v.shape[1], starts)
-    of = sequences("delta_rule", B, T, lengths, starts)
+    of = sequences("delta_rule", v, lengths, starts)
     o, u, states = (first.new_empty(shape) for shape in (v.shape, v.shape, (chunks.room * B, *first.shape[1:])))
     last = first.clone(memory_format=torch.contiguous_format)
     o = o if lengths is None else o.zero_()
@@ -72,8 +72,8 @@ def backward(
     u: Tensor,
 ) -> tuple[Tensor, ...]:
     """As `chunks.gradients`."""
-    (B, T), G, C, dtype = v.shape[:2], q.shape[2], Chunks.of(v.shape[1], starts).C, last.dtype
-    of, given = sequences("delta_rule", B, T, lengths, starts), (q, k, v, beta, log_decay, erase)
+    T, G, C, dtype = v.shape[1], q.shape[2], Chunks.of(v.shape[1], starts).C, last.dtype
+    of, given = sequences("delta_rule", v, lengths, starts), (q, k, v, beta, log_decay, erase)
     found = [d_last.new_zeros(0) if x is None else x.new_zeros(x.shape, dtype=dtype) for x in given]
     dq, dk, dv, d_beta = (_row(y) for y in found[:4])
     dg = np.zeros_like(d_beta) if log_decay is None else _row(found[4])
