@@ -30,7 +30,7 @@ class Sequences(NamedTuple):
     lengths: np.ndarray  # int64 [R]; behind them is padding, up to the next one
 
 
-def sequences(what: str, lengths: Tensor | None, starts: Tensor | None, B: int, T: int) -> Sequences:
+def sequences(what: str, B: int, T: int, lengths: Tensor | None, starts: Tensor | None) -> Sequences:
     """Those of a batch [B, T], or documents in a batch of 1.
 
     Raises:

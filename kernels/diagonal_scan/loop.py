@@ -41,7 +41,7 @@ def scan(
             "number, as its gradient is made from what it multiplied"
         )
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    of = sequences("diagonal_scan", lengths, starts, *x.shape[:2])
+    of = sequences("diagonal_scan", x.shape[0], x.shape[1], lengths, starts)
     state = x.new_zeros(len(of.lengths), x.shape[2])
     if initial_state is not None:
         state.copy_(initial_state)
@@ -71,7 +71,8 @@ def scan_backward(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `doubling.scan_backward`."""
-    D, of = h.shape[2], sequences("diagonal_scan", lengths, starts, *h.shape[:2])
+    B, T, D = h.shape
+    of = sequences("diagonal_scan", B, T, lengths, starts)
     R = len(of.lengths)
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     constant = a.dim() == 1

@@ -47,7 +47,7 @@ def forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """The outputs [B, T, H, Dv] and the last states [R, H, Dk, Dv]."""
-    of = sequences("linear_attention", lengths, starts, *q.shape[:2])
+    of = sequences("linear_attention", q.shape[0], q.shape[1], lengths, starts)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     state = _states(first, q, v, of)
     _in_parallel(_forward_items, state, of, causal, *_rows(q, k, v, g.exp()), *of, *_rows(o), state.numpy())
@@ -67,7 +67,7 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g and the first states."""
-    of = sequences("linear_attention", lengths, starts, *q.shape[:2])
+    of = sequences("linear_attention", q.shape[0], q.shape[1], lengths, starts)
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]
     state, d_first = _states(first, q, v, of), d_state.clone(memory_format=torch.contiguous_format)
     given, made = _rows(q, k, v, g.exp(), do), _rows(*gradients)

@@ -42,7 +42,8 @@ def scan(
     Raises:
         ValueError: lengths outside [0, T].
     """
-    T, ends = v.shape[1], sequences("selective_scan", *v.shape[:2], lengths, starts)
+    B, T, _ = v.shape
+    ends = sequences("selective_scan", B, T, lengths, starts)
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     kept = pieces.marks(v, A, keep)
     state = v.new_zeros(len(ends.lengths), *A.shape)
@@ -74,7 +75,8 @@ def scan_backward(
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `pieces.scan_backward`."""
-    (B, T, D), N, ends = v.shape, A.shape[0], sequences("selective_scan", *v.shape[:2], lengths, starts)
+    (B, T, D), N = v.shape, A.shape[0]
+    ends = sequences("selective_scan", B, T, lengths, starts)
     R, blocks = len(ends.lengths), -(-D // WIDTH)
     dv, d_dt = (torch.empty_like(v, memory_format=torch.contiguous_format) for _ in range(2))
     dA = v.new_zeros(R, N, D)
