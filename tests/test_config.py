@@ -49,7 +49,7 @@ def test_causal_pretraining_makes_the_model_causal():
     [
         (
             "model=transformr",
-            r"no model 'transformr' \(did you mean 'transformer'\?\); valid: conv, flash, gla, hgrn2, linear_",
+            r"no model 'transformr' \(did you mean 'transformer'\?\); valid: conv, delta_net, flash",
         ),
         ("task=lra_txt", r"no task 'lra_txt' \(did you mean 'lra_text'\?\); valid: .*lra_image"),
         ("recipe=large", "no recipe 'large'; valid: laptop, paper, short, small, tiny"),
