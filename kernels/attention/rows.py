@@ -119,8 +119,7 @@ class _Attention(torch.autograd.Function):
         mask, *inputs = ctx.saved_tensors
 
         def written() -> tuple[Tensor | None, ...]:
-            gradients = pullback(lambda *x: (_sdpa(mask, ctx.causal, *x),), inputs, (dy,))
-            return tuple(None if x is None else x.detach() for x in gradients)
+            return pullback(lambda *x: (_sdpa(mask, ctx.causal, *x),), inputs, (dy,))
 
         def form(*inputs: Tensor) -> tuple[Tensor]:
             return (plain_attention(mask, ctx.causal, *inputs),)

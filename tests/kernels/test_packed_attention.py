@@ -106,3 +106,13 @@ def test_masked_where_ends_are_not_looked_at(causal, window, others):
     o = attention_masked(q, k, v, causal, window, ends[0], ends[1] if others else None)
     for actual, target in zip((o, *torch.autograd.grad(o, (q, k, v), w)), expected, strict=True):
         assert_close(actual, target, 1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_in_a_graph_too(causal):
+    """Where ends of documents cannot be looked at on a CPU."""
+    tensors = make(sum(LENGTHS), sum(LENGTHS), 4, 2, 8, 16)
+    expected = one_by_one(*tensors, LENGTHS, LENGTHS, causal=causal)[0]
+    torch._dynamo.reset()
+    graph = torch.compile(attention, fullgraph=True, backend="eager")
+    assert_close(graph(*tensors[:3], causal=causal, cu_seqlens=starts(LENGTHS)), expected, 1e-12)
