@@ -25,7 +25,13 @@ def forward_mode() -> bool:
 def by_hand() -> bool:
     """Whether an `autograd.Function` may stand in for operations here: not in forward mode or other transforms of
     functions, which it knows no rule of, nor in graphs, where compilers do what it would."""
-    return not (torch.compiler.is_compiling() or forward_mode() or torch._C._are_functorch_transforms_active())
+    return not (torch.compiler.is_compiling() or transformed())
+
+
+def transformed() -> bool:
+    """Whether a transform of functions is at work here, forward mode among them, outside of graphs: registered
+    operators know no rule of it."""
+    return forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
 
 
 def gradient(

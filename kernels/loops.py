@@ -53,9 +53,18 @@ def rows(x: Tensor) -> np.ndarray:
     return array(x).reshape(-1, x.shape[-1])
 
 
-def shared_out(items: Callable[..., None], count: int, cuts: list[int], *arguments: Any) -> None:
-    """Calls items(start, stop, *arguments) on the parts of `count` items between `cuts`, each in its own thread."""
-    parts = list(pairwise([0, *cuts, count]))
+def shared_out(items: Callable[..., None], of: Sequences, each: int, threads: int, *arguments: Any) -> None:
+    """Calls items(start, stop, *arguments) on as many parts of the items as there are threads, one in each.
+
+    There are `each` items of every sequence, one sequence's behind the other's, and they are cut where time is: parts
+    take about as long.
+    """
+    R, cuts = len(of.lengths), []
+    if threads > 1:
+        time = np.append(0, of.lengths.cumsum())
+        places = np.interp(np.arange(R * each), np.arange(R + 1) * each, time)
+        cuts = np.searchsorted(places, [time[-1] * i / threads for i in range(1, threads)]).tolist()
+    parts = list(pairwise([0, *cuts, R * each]))
     # A forked process has none of its parent's threads and needs a pool of its own.
     others = [_pool(os.getpid()).submit(items, *part, *arguments) for part in parts[1:]]
     items(*parts[0], *arguments)

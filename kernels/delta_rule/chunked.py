@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..common import accumulation_dtype
-from ..derivatives import by_hand, differentiable, pullback
+from ..derivatives import differentiable, pullback, transformed
 from ..documents import Documents, starts_of
 from .chunks import Chunks, gradients, outputs
 
@@ -29,7 +29,7 @@ def delta_rule_chunked(
     (B, _, H, Dv), dtype = v.shape, accumulation_dtype(v.dtype)
     shape = (B if documents is None else documents.N, H, q.shape[3], Dv)
     first = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    form: Any = _forward if torch.compiler.is_compiling() or by_hand() else outputs
+    form: Any = outputs if transformed() else _forward
     o, final_state, *_ = form(q, k, v, beta, log_decay, erase, first, lengths, starts_of(documents))
     return o, final_state if output_final_state else None
 

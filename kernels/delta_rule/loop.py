@@ -110,11 +110,8 @@ def _in_parallel(items: Callable[..., None], state: Tensor, G: int, of: Sequence
     R, H, Dk, Dv = state.shape
     if not R:
         return
-    steps = int(of.starts[-1])
-    threads = max(1, min(torch.get_num_threads(), R * G, steps * H * Dk * Dv // MIN_WORK))
-    places = np.interp(np.arange(R * G), np.arange(R + 1) * G, of.starts)  # of items, as if time were cut too
-    cuts = np.searchsorted(places, [steps * i / threads for i in range(1, threads)])
-    shared_out(items, R * G, cuts.tolist(), *arguments)
+    threads = max(1, min(torch.get_num_threads(), R * G, int(of.starts[-1]) * H * Dk * Dv // MIN_WORK))
+    shared_out(items, of, G, threads, *arguments)
 
 
 @compiled()

@@ -102,17 +102,13 @@ def scan_backward(
 def _in_parallel(items: Callable[..., None], D: int, of: Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, block, *arguments) on parts of the R * (blocks of channels) items there are."""
     starts = of.starts
-    steps, R = int(starts[-1]), len(of.lengths)
+    steps = int(starts[-1])
     threads = max(1, min(torch.get_num_threads(), steps * D // MIN_WORK))
-    block, count, shares = max(1, D), R if D else 0, []
+    block = max(1, D)
     if threads > 1:
         longest = int(np.diff(starts).max())
         block = -(-D // max(1, min(-(-threads * longest // steps), D // MIN_BLOCK)))
-        blocks = -(-D // block)
-        count = R * blocks
-        places = np.interp(np.arange(count), np.arange(R + 1) * blocks, starts)  # of items, as if time were cut too
-        shares = np.searchsorted(places, [steps * i / threads for i in range(1, threads)]).tolist()
-    shared_out(items, count, shares, block, *arguments)
+    shared_out(items, of, -(-D // block), threads, block, *arguments)
 
 
 # What is carried from step to step lies in a local array, which the compiler knows to overlap with nothing, so that

@@ -90,11 +90,8 @@ def _rows(*tensors: Tensor) -> list[np.ndarray]:
 def _in_parallel(items: Callable[..., None], state: Tensor, of: Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, *arguments) on parts of the R * H items there are."""
     R, H, Dk, Dv = state.shape
-    steps = int(of.starts[-1])
-    threads = max(1, min(torch.get_num_threads(), R * H, steps * H * Dk * Dv // MIN_WORK))
-    places = np.interp(np.arange(R * H), np.arange(R + 1) * H, of.starts)  # of items, as if time were cut too
-    cuts = np.searchsorted(places, [steps * i / threads for i in range(1, threads)])
-    shared_out(items, R * H, cuts.tolist(), *arguments)
+    threads = max(1, min(torch.get_num_threads(), R * H, int(of.starts[-1]) * H * Dk * Dv // MIN_WORK))
+    shared_out(items, of, H, threads, *arguments)
 
 
 @compiled()

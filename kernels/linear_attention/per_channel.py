@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
 from ..common import accumulation_dtype
-from ..derivatives import differentiable, forward_mode, pullback
+from ..derivatives import differentiable, pullback, transformed
 from ..documents import Documents, starts_of
 from .reference import divide_by_normalizer
 from .secondary import secondary_chunks
@@ -33,16 +32,11 @@ def linear_attention_per_channel(
     first = None if initial_state is None else initial_state.to(dtype)
     if normalize:
         v = F.pad(v, (0, 1), value=1.0)
-    form = _in_loop if q.device.type == "cpu" and not _transformed() else secondary_chunks
+    form = _in_loop if q.device.type == "cpu" and not transformed() else secondary_chunks
     o, state = form(q, k, v, g, first, lengths, starts_of(documents), causal)
     if normalize:
         o = divide_by_normalizer(o)
     return o.to(out_dtype), state if output_final_state else None
-
-
-def _transformed() -> bool:
-    """Whether a transform of functions, which operators know no rule of, is at work here."""
-    return forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
 
 
 def _loop(

@@ -96,11 +96,9 @@ def scan_backward(
 
 def _in_parallel(items: Callable[..., None], D: int, N: int, ends: Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, *arguments) on parts of the R * (blocks of channels) items there are."""
-    R, blocks = len(ends.lengths), -(-D // WIDTH)
-    work = np.repeat(ends.lengths, blocks).cumsum()
-    threads = max(1, min(torch.get_num_threads(), int(work[-1]) * N * WIDTH // MIN_WORK if R else 1))
-    shares = np.searchsorted(work, [work[-1] * i / threads for i in range(1, threads)]).tolist()
-    shared_out(items, R * blocks, shares, *arguments)
+    blocks = -(-D // WIDTH)
+    threads = max(1, min(torch.get_num_threads(), int(ends.lengths.sum()) * blocks * N * WIDTH // MIN_WORK))
+    shared_out(items, ends, blocks, threads, *arguments)
 
 
 def _declare_power(context, exponent):

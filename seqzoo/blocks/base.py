@@ -290,6 +290,18 @@ def advance(position: Tensor, x: Tensor, lengths: Tensor | None, documents: Docu
     return position + (x.shape[1] if lengths is None else lengths)
 
 
+def last_steps(x: Tensor, before: Tensor, lengths: Tensor | None, documents: Documents | None) -> Tensor:
+    """What the last step of each sequence, or document, has of `x` [B, T, ...], or `before` [B, ...] where there is
+    none, in the dtype of that."""
+    if documents is not None:
+        steps, last = documents.lengths, x[0, (documents.starts[1:] - 1).clamp(min=0)]
+    elif lengths is not None:
+        steps, last = lengths, x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)]
+    else:
+        return x[:, -1].to(before.dtype)
+    return torch.where((steps > 0).reshape(-1, *[1] * (before.dim() - 1)), last.to(before.dtype), before)
+
+
 def grow(cache: Tensor, new: Tensor, position: Tensor, documents: Documents | None = None) -> Tensor:
     """Writes `new` [B, T, ...] behind the first `position` entries of each sequence of `cache` [B, S, ...].
 

@@ -15,7 +15,6 @@ from ..kernels.documents import Documents
 from .base import Block, advance
 from .depthwise import short_convolution
 from .directions import Directions
-from .wide import Wide, default_dtype
 
 NORM_EPS = 1e-5
 
@@ -102,31 +101,6 @@ class DeltaBlock(Block):
             state = DeltaState(memory, inputs, advance(state.position, x, lengths, documents))
         o = self.norm(o).flatten(2)
         return self.out_proj(o if gate is None else o * gate), state
-
-
-class Decay(Wide):
-    """Logarithms of decays, -A softplus(x + b): a rate A for each head, a b for each decay.
-
-    Args:
-        rates: A at the start, [H], in `default_dtype()`.
-        bias: b at the start, [H n], of n decays a head.
-    """
-
-    def __init__(self, rates: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(rates.log())
-        self.dt_bias = nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, H n] -> [B, T, H, n], in single precision at least."""
-        wide = accumulation_dtype(x.dtype)
-        steps = F.softplus(x.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (len(self.A_log), -1))
-        return -self.A_log.to(wide).exp()[:, None] * steps
-
-
-def rates(H: int, low: float, high: float) -> Tensor:
-    """A of each head, uniform between `low` and `high`: [H]."""
-    return torch.empty(H, dtype=default_dtype()).uniform_(low, high)
 
 
 def unit(x: Tensor, *, eps: float = 1e-6) -> Tensor:

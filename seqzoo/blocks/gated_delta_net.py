@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..valid import Count, Factor
-from .delta import Decay, DeltaBlock, rates
+from .decays import Decay, rates
+from .delta import DeltaBlock
 from .timescales import step_bias
 
 
@@ -74,4 +75,5 @@ class GatedDeltaNet(DeltaBlock):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         decay, r = x.tensor_split((self.num_heads,), -1)
-        return self.decay(decay)[..., 0], F.silu(r)
+        _, log_decay = self.decay(decay)
+        return log_decay[..., 0], F.silu(r)

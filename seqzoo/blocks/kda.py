@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from ..valid import Count
 from .base import head_dim
-from .delta import Decay, DeltaBlock, rates
+from .decays import Decay, rates
+from .delta import DeltaBlock
 from .timescales import step_bias
 
 
@@ -63,4 +64,5 @@ class KDA(DeltaBlock):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         decay, gate = x.chunk(2, -1)
-        return self.decay(self.decay_proj(decay)), self.gate_proj(gate).sigmoid()
+        _, log_decay = self.decay(self.decay_proj(decay))
+        return log_decay, self.gate_proj(gate).sigmoid()

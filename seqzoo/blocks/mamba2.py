@@ -12,11 +12,11 @@ from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents
 from ..valid import Count, Factor
 from .base import Block, advance
+from .decays import Decay, rates
 from .depthwise import short_convolution
 from .directions import Directions
 from .gated_norm import GatedRMSNorm
 from .timescales import step_bias
-from .wide import Wide, default_dtype
 
 
 class Mamba2State(NamedTuple):
@@ -74,7 +74,8 @@ class Mamba2(Block):
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
         self.gate_proj = nn.Linear(d_model, E, bias=False)  # a layer of its own: z is kept for longer than the rest
         self.conv = short_convolution(self.widths[0], conv_width, causal=causal, bias=True)
-        self.dynamics = Mamba2Dynamics(step_bias("Mamba2", num_heads, dt_min, dt_max))
+        dt_bias = step_bias("Mamba2", num_heads, dt_min, dt_max)
+        self.dynamics = Decay(rates(num_heads, 1, 16), dt_bias)
         self.skip = nn.Parameter(torch.ones(num_heads))  # D
         self.norm = GatedRMSNorm(E, num_groups)
         self.out_proj = nn.Linear(E, d_model, bias=False)
@@ -98,7 +99,7 @@ class Mamba2(Block):
         xBC, inputs = self.conv(xBC, None if state is None else state.inputs, lengths, documents)
         values, BC = F.silu(xBC).tensor_split((-2 * G * self.state_dim,), -1)
         values = values.unflatten(-1, (H, -1))  # [B, T, H, P]
-        dt, log_decay = self.dynamics(delta)  # [B, T, H]
+        dt, log_decay = (y[..., 0] for y in self.dynamics(delta))  # [B, T, H]
         ways = Directions(x, lengths, documents, both=not self.causal)
         log_decay = ways.doubled(log_decay)
         k, q = ways.doubled(BC).unflatten(-1, (2, G, -1)).unbind(2)  # [B, T, G, N]
@@ -112,25 +113,6 @@ class Mamba2(Block):
         z = self.gate_proj(x)
         y = (y + self.skip[:, None] * values).flatten(2).to(z.dtype)
         return self.out_proj(self.norm(y, z)), state
-
-
-class Mamba2Dynamics(Wide):
-    """Steps and decays of H heads. A starts uniformly in [1, 16].
-
-    Args:
-        dt_bias: b, [H].
-    """
-
-    def __init__(self, dt_bias: Tensor) -> None:
-        super().__init__()
-        self.dt_bias = nn.Parameter(dt_bias)
-        self.A_log = nn.Parameter(torch.empty(len(dt_bias), dtype=default_dtype()).uniform_(1, 16).log())
-
-    def forward(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Δ and -A Δ, each [B, T, H], of δ [B, T, H]; in single precision at least."""
-        dtype = accumulation_dtype(delta.dtype)
-        dt = F.softplus(delta.to(dtype) + self.dt_bias.to(dtype))
-        return dt, -self.A_log.to(dtype).exp() * dt
 
 
 def inner_width(block: str, d_model: int, expand: float, num_heads: int, num_groups: int) -> int:

@@ -11,7 +11,7 @@ from ..kernels import diagonal_scan, linear_attention
 from ..kernels.common import accumulation_dtype, query_heads
 from ..kernels.documents import Documents, starts_of
 from ..valid import Count, Factor
-from .base import Block, advance
+from .base import Block, advance, last_steps
 from .directions import Directions
 from .mamba2 import inner_width
 from .rotary import turned
@@ -140,10 +140,10 @@ class Mamba3(Block):
             y, memory = y
             state = Mamba3State(
                 memory,
-                _last(phase, state.phase, lengths, documents),
-                _last(k, state.key, lengths, documents),
-                _last(values, state.value, lengths, documents),
-                _last(own, state.own, lengths, documents),
+                last_steps(phase, state.phase, lengths, documents),
+                last_steps(k, state.key, lengths, documents),
+                last_steps(values, state.value, lengths, documents),
+                last_steps(own, state.own, lengths, documents),
                 advance(state.position, x, lengths, documents),
             )
         y = (y + self.skip[:, None] * values).flatten(2) * F.silu(z)
@@ -198,14 +198,3 @@ def _previous(x: Tensor, before: Tensor | None, documents: Documents | None) -> 
     if before is None:
         return torch.where(begins, 0, moved)
     return torch.where(begins, before.to(x.dtype)[documents.of_steps()], moved)
-
-
-def _last(x: Tensor, before: Tensor, lengths: Tensor | None, documents: Documents | None) -> Tensor:
-    """What the last step of each sequence has of x [B, T, ...], or `before` [B, ...] where it has none."""
-    if documents is not None:
-        steps, last = documents.lengths, x[0, (documents.starts[1:] - 1).clamp(min=0)]
-    elif lengths is not None:
-        steps, last = lengths, x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)]
-    else:
-        return x[:, -1].to(before.dtype)
-    return torch.where((steps > 0).reshape(-1, *[1] * (before.dim() - 1)), last.to(before.dtype), before)

@@ -11,7 +11,7 @@ from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import Count, Factor
-from .base import Block, advance
+from .base import Block, advance, last_steps
 from .block_diagonal import BlockDiagonal
 from .depthwise import short_convolution
 from .directions import Directions
@@ -178,7 +178,7 @@ def mlstm(
     after = None
     if before is not None:
         o, memory = o
-        last = _last(m, start, lengths, documents)
+        last = last_steps(m, start, lengths, documents)
         largest = last.to(wide)
         after = Memory(memory * (last - largest).exp().to(wide)[..., None, None], largest)
     least = m.neg().exp().to(wide).clamp(min=torch.finfo(wide).tiny)  # 0 over 0 is 0
@@ -205,15 +205,3 @@ def _largest(i: Tensor, log_f: Tensor, start: Tensor, documents: Documents | Non
         decay = decay + torch.where(reaches, decay.roll(distance, 1), 0)
         distance *= 2
     return m, torch.where(first, start, m.roll(1, 1))
-
-
-def _last(m: Tensor, start: Tensor, lengths: Tensor | None, documents: Documents | None) -> Tensor:
-    """m after the last valid step, or `start` where there is none: [B, T, H] -> [B, H], of documents [N, H]."""
-    if documents is not None:
-        steps, last = documents.lengths, m[0, (documents.starts[1:] - 1).clamp(min=0)]
-    elif lengths is not None:
-        steps = lengths
-        last = m.gather(1, (steps - 1).clamp(min=0)[:, None, None].expand(-1, 1, m.shape[2]))[:, 0]
-    else:
-        return m[:, -1]
-    return torch.where((steps > 0)[:, None], last, start)

@@ -277,12 +277,12 @@ def delta_net(block, x, mask, lengths):
 
 def gated_delta_net(block, x, mask, lengths):
     matrix, a, _ = of_delta_rule(block, x, mask, block.num_heads, block.num_heads * block.value_dim)
-    return matrix(block.decay(a).exp())
+    return matrix(block.decay(a)[1].exp())
 
 
 def kda(block, x, mask, lengths):
     matrix, a, _ = of_delta_rule(block, x, mask, block.key_dim, block.key_dim)
-    return matrix(block.decay(block.decay_proj(a)).exp())
+    return matrix(block.decay(block.decay_proj(a))[1].exp())
 
 
 def rwkv7(block, x, mask, lengths):
