@@ -30,6 +30,7 @@ COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==
 SUMS = {"+": "-", "-": "+"}
 OF_ALL = ("tests/kernels/test_derivatives.py", "tests/kernels/test_inputs.py", "tests/kernels/test_resets.py")
 OF_BLOCKS = ["tests/blocks", "tests/parity", "tests/models", "tests/analysis"]
+NO_TESTS = 5  # the status of pytest where -k leaves none
 IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info")
 
 
@@ -149,14 +150,24 @@ def run(mutation: Mutation, copy: Path) -> dict[str, object]:
     source = path.read_text(encoding="utf-8")
     start = time.monotonic()
     path.write_text(mutation.apply(source), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests_of(mutation.file)]
+    tests = tests_of(mutation.file)
     try:
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+        noticed = first_failure(copy, [*tests, "-k", path.stem]) or first_failure(copy, tests)
     finally:
         path.write_text(source, encoding="utf-8")
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    noticed = failed[1] if failed else None if done.returncode == 0 else f"pytest: status {done.returncode}"
     return {**asdict(mutation), "noticed_by": noticed, "seconds": round(time.monotonic() - start)}
+
+
+def first_failure(copy: Path, tests: list[str]) -> str | None:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    try:
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, timeout=3600)
+    except subprocess.TimeoutExpired:
+        return "pytest: did not end within an hour"
+    if failed := re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE):
+        return failed[1]
+    return None if done.returncode in (0, NO_TESTS) else f"pytest: status {done.returncode}"
 
 
 def main() -> int:
