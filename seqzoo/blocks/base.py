@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,7 @@ from ..kernels.common import check_lengths, zero_padding
 from ..kernels.documents import Documents, check_documents
 from .learning import Learning
 from .masks import check_attn_mask, check_padding
-
-
-class State(Protocol):
-    """What a causal block remembers: a NamedTuple of tensors, batch first."""
-
-    @property
-    def position(self) -> Tensor:
-        """int64 [B], how many steps each sequence has taken."""
+from .states import State
 
 
 class Block(Learning, ABC):
@@ -93,7 +86,8 @@ class Block(Learning, ABC):
         attention_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool | None = None,
-    ) -> Tensor:
+        state: Any = None,
+    ) -> Any:
         """Mixes `x` over time.
 
         At most one of `lengths`, `cu_seqlens` and the masks of padding says which steps count. Outputs at all others
@@ -110,9 +104,10 @@ class Block(Learning, ABC):
             attention_mask: that of transformers, [B, T], 1 where a step counts and 0 where it is padding, likewise.
             attn_mask, is_causal: what PyTorch and timm give to any attention. They must say what the block is: no mask,
                 or the causal one.
+            state: what `extend` continues. It calls the module with it, so that hooks see its steps as they do others.
 
         Returns:
-            [B, T, d_model].
+            [B, T, d_model]; with a state, that and the state after it.
 
         Raises:
             ValueError: `x` is not [B, T, d_model]; more than one says which steps count, or in a way that is not valid;
@@ -120,8 +115,15 @@ class Block(Learning, ABC):
         """
         self._check(x)
         check_attn_mask(type(self).__name__, self.causal, attn_mask, is_causal, x.shape[1])
-        y, _ = self._run(x, None, lengths, cu_seqlens, key_padding_mask, attention_mask)
-        return y
+        if state is not None:
+            self._require_causal("a state")
+            if not isinstance(getattr(state, "position", None), Tensor):
+                raise ValueError(
+                    f"{type(self).__name__}: a state is what initial_state or extend gave, or None to begin, "
+                    f"got {type(state).__name__}"
+                )
+        y, after = self._run(x, state, lengths, cu_seqlens, key_padding_mask, attention_mask)
+        return y if state is None else (y, after)
 
     def extend(
         self,
@@ -136,19 +138,25 @@ class Block(Learning, ABC):
         """Mixes the next T steps of sequences that stand at `state`: outputs [B, T, d_model] and the new state.
 
         Where `state` is None, sequences begin. Each takes as many of the T steps as count, by `lengths`, `cu_seqlens`
-        or a mask as in `forward`. The documents of a row have a state of N sequences.
+        or a mask as in `forward`. The documents of a row have a state of N sequences. `state` stays what it was; but
+        caches of keys are written into, and copied where an older state, or a fork, is continued.
 
         Raises:
             ValueError: the block is bidirectional, the state is of another number of sequences, or as in `forward`.
         """
         self._require_causal("extend")
-        self._check(x)
-        if state is not None and not isinstance(getattr(state, "position", None), Tensor):
-            raise ValueError(
-                f"{type(self).__name__}: a state is what initial_state or extend gave, or None to begin, "
-                f"got {type(state).__name__}"
-            )
-        return self._run(x, state, lengths, cu_seqlens, key_padding_mask, attention_mask, keep=True)
+        if state is None:
+            self._check(x)
+            documents = check_documents(type(self).__name__, cu_seqlens, lengths, *x.shape[:2])
+            state = self.initial_state(x.shape[0] if documents is None else documents.N, device=x.device)
+        return self(
+            x,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            key_padding_mask=key_padding_mask,
+            attention_mask=attention_mask,
+            state=state,
+        )
 
     def _run(
         self,
@@ -158,10 +166,8 @@ class Block(Learning, ABC):
         cu_seqlens: Tensor | None,
         key_padding_mask: Tensor | None,
         attention_mask: Tensor | None,
-        *,
-        keep: bool = False,
     ) -> tuple[Tensor, Any]:
-        """`mix` of what was checked, with a state if it is to `keep` one."""
+        """`mix` of what was checked."""
         name, (B, T, _) = type(self).__name__, x.shape
         padding = check_padding(name, key_padding_mask, attention_mask, B, T)
         if padding is not None and not (lengths is None and cu_seqlens is None):
@@ -173,9 +179,7 @@ class Block(Learning, ABC):
                 "that takes documents"
             )
         sequences = B if documents is None else documents.N
-        if keep and state is None:
-            state = self.initial_state(sequences, device=x.device)
-        elif state is not None and len(state.position) != sequences:
+        if state is not None and len(state.position) != sequences:
             given = f"x of {sequences}" if documents is None else f"{sequences} documents"
             raise ValueError(
                 f"{name}: a state of {len(state.position)} sequences for {given}; "
@@ -239,9 +243,10 @@ class Block(Learning, ABC):
     def _state_options(
         self, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> tuple[torch.device | str | None, torch.dtype]:
-        """What `initial_state` was given, or else the device and dtype of the parameters."""
+        """What `initial_state` was given, or else as parameters are, those aside that stay in single precision."""
         self._require_causal("initial_state")
-        own = next((parameter for parameter in self.parameters() if parameter.is_floating_point()), None)
+        floating = (parameter for parameter in self.parameters() if parameter.is_floating_point())
+        own = min(floating, key=lambda parameter: parameter.dtype.itemsize, default=None)
         if own is None:  # layers are quantised
             return device, dtype or torch.get_default_dtype()
         return own.device if device is None else device, dtype or own.dtype
@@ -300,36 +305,3 @@ def last_steps(x: Tensor, before: Tensor, lengths: Tensor | None, documents: Doc
     else:
         return x[:, -1].to(before.dtype)
     return torch.where((steps > 0).reshape(-1, *[1] * (before.dim() - 1)), last.to(before.dtype), before)
-
-
-def grow(cache: Tensor, new: Tensor, position: Tensor, documents: Documents | None = None) -> Tensor:
-    """Writes `new` [B, T, ...] behind the first `position` entries of each sequence of `cache` [B, S, ...].
-
-    Returns [B, S + T, ...] in the cache's dtype; what lies behind the new entries has no meaning. Of `documents`, N in
-    place of B, there are as many new entries as the longest has steps: a GPU is waited for.
-    """
-    if documents is not None:
-        new = documents.padded(new)
-    slot = position[:, None] + torch.arange(new.shape[1], device=new.device)  # [B, T]
-    slot = slot.reshape(slot.shape + (1,) * (new.dim() - 2)).expand_as(new)
-    room = torch.zeros_like(new, dtype=cache.dtype)
-    return torch.cat([cache, room], 1).scatter(1, slot, new.to(cache.dtype))
-
-
-def in_a_row(caches: Iterable[Tensor], filled: Tensor, documents: Documents) -> tuple[list[Tensor], dict[str, Any]]:
-    """Caches of documents as `attention` takes them.
-
-    Args:
-        caches: [N, S, ...].
-        filled: int64 [N], how many entries of each there are, those of the present steps included.
-        documents: of the present steps.
-
-    Returns:
-        [1, N · S, ...] each, and `cu_seqlens` and `query_cu_seqlens`: entries that are not filled are documents of
-        their own, in between, of which nothing is asked.
-    """
-    rows = list(caches)
-    steps = documents.lengths
-    keys, queries = (filled, rows[0].shape[1] - filled), (steps, torch.zeros_like(steps))
-    keys_end, queries_end = (F.pad(torch.stack(pair, 1).flatten().cumsum(0), (1, 0)) for pair in (keys, queries))
-    return [row.flatten(0, 1)[None] for row in rows], {"cu_seqlens": keys_end, "query_cu_seqlens": queries_end}

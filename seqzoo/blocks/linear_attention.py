@@ -13,6 +13,7 @@ from ..kernels.derivatives import by_hand
 from ..kernels.documents import Documents, starts_of
 from .base import Block, advance, head_dim, places
 from .rotary import rotate
+from .states import state_of
 
 
 class _EluPlusOne(torch.autograd.Function):
@@ -37,6 +38,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": F.relu, "silu": F.silu}
 
 
+@state_of()
 class LinearAttentionState(NamedTuple):
     memory: Tensor  # [B, H, D, D], or [B, H, D, D + 1] with the normaliser's sum in the last column
     position: Tensor  # int64 [B]
