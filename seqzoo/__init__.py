@@ -5,9 +5,12 @@ What it lists is imported when it is asked for: a report needs no PyTorch.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from .failures import leave_while_importing
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -28,6 +31,11 @@ __all__ = [
     "load",
     "run",
 ]
+if sys.argv[:1] == ["-m"] and any(
+    flag.endswith("m") and name.split(".")[0] == __name__ for flag, name in pairwise(sys.orig_argv)
+):
+    leave_while_importing()  # Python is on its way to a command of this package
+
 PACKAGES = ("blocks", "kernels", "spec")  # that importing this one makes its attributes
 
 

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; rooms of one storey do not know each other either
-    ("draws", "files", "kernels", "messages", "records", "spec", "valid", "version"),
+    ("draws", "kernels", "messages", "spec", "valid", "version"),
+    ("failures", "records"),
+    ("files",),
     ("blocks", "groups", "precision", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),
     ("models", "tasks"),
@@ -17,6 +19,7 @@ STOREYS = (  # from the ground up; rooms of one storey do not know each other ei
     ("training",),
     ("runs",),
     ("analysis", "report"),
+    ("commands",),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 SOURCES = sorted(
