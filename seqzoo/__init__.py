@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from . import blocks as blocks
     from . import kernels as kernels
     from .blocks import BLOCKS, Block, after_step, attach, auxiliary_loss, build_block
+    from .interop import hf as hf
     from .spec import Batch, TaskSpec
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "run",
 ]
 PACKAGES = ("blocks", "kernels", "spec")  # that importing this one makes its attributes
+ELSEWHERE = {"hf": ".interop.hf"}  # modules by the names that users know them by
 
 
 def load(run_folder: Any) -> Any:
@@ -46,8 +48,8 @@ def run(config: Any, *, task: Any = None) -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in PACKAGES:
-        return import_module(f".{name}", __name__)
+    if name in PACKAGES or name in ELSEWHERE:
+        return import_module(ELSEWHERE.get(name, f".{name}"), __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(".spec" if name in ("Batch", "TaskSpec") else ".blocks", __name__), name)
@@ -56,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *PACKAGES})
+    return sorted({*globals(), *__all__, *PACKAGES, *ELSEWHERE})
