@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from . import kernels as kernels
     from .blocks import BLOCKS, Block, after_step, attach, auxiliary_loss, build_block
     from .interop import hf as hf
+    from .interop.replace import replace
+    from .interop.vit import timm_attention
     from .spec import Batch, TaskSpec
 
 __all__ = [
@@ -27,10 +29,18 @@ __all__ = [
     "auxiliary_loss",
     "build_block",
     "load",
+    "replace",
     "run",
+    "timm_attention",
 ]
 PACKAGES = ("blocks", "kernels", "spec")  # that importing this one makes its attributes
 ELSEWHERE = {"hf": ".interop.hf"}  # modules by the names that users know them by
+LIES_IN = {  # what else is listed lies in `blocks`
+    "Batch": ".spec",
+    "TaskSpec": ".spec",
+    "replace": ".interop.replace",
+    "timm_attention": ".interop.vit",
+}
 
 
 def load(run_folder: Any) -> Any:
@@ -52,7 +62,7 @@ def __getattr__(name: str) -> Any:
         return import_module(ELSEWHERE.get(name, f".{name}"), __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(".spec" if name in ("Batch", "TaskSpec") else ".blocks", __name__), name)
+    value = getattr(import_module(LIES_IN.get(name, ".blocks"), __name__), name)
     globals()[name] = value
     return value
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import favor, linear, softmax
+from .mixer import Mixer
 from .seen import seen_mask
 from .state_cache import StateCache, StateLayer
 
-__all__ = ["StateCache", "StateLayer", "register"]
+__all__ = ["Mixer", "StateCache", "StateLayer", "register"]
 
 
 def register(*, num_features: int | None = None, seed: int = 0) -> None:
