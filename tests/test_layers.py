@@ -18,7 +18,7 @@ STOREYS = (  # from the ground up; rooms of one storey do not know each other ei
     ("config", "objectives"),
     ("training",),
     ("runs",),
-    ("analysis", "report"),
+    ("analysis", "interop", "report"),
     ("commands",),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
