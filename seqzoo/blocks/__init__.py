@@ -80,6 +80,18 @@ def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any
     return BLOCKS[name](d_model, causal=causal, **options)
 
 
+def block_name(block: Block) -> str:
+    """The key of `BLOCKS` under which a block's class stands.
+
+    Raises:
+        ValueError: it stands under none.
+    """
+    for name, kind in BLOCKS.items():
+        if type(block) is kind:
+            return name
+    raise ValueError(f"{type(block).__name__} is not among BLOCKS; valid: blocks of {', '.join(BLOCKS)}")
+
+
 def check_block(name: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError where a block or one of its options does not exist, or is of the wrong type or out of range."""
     if name not in BLOCKS:
@@ -122,6 +134,7 @@ __all__ = [
     "after_step",
     "attach",
     "auxiliary_loss",
+    "block_name",
     "build_block",
     "check_block",
     "state_of",

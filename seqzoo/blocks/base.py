@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +43,40 @@ class Block(Learning, ABC):
     """An option that a model sets to l / L for layer l = 0, 1, ... of L, where it is not told otherwise."""
 
     _packs: ClassVar[bool]  # whether `mix` takes documents
+    _options: dict[str, Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls._packs = "documents" in inspect.signature(cls.mix).parameters
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        block = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(block, *arguments, **options)
+        except TypeError:  # a copy, which takes its options from the original; or a call that __init__ will refuse
+            return block
+        bound.apply_defaults()
+        _, *given = bound.signature.parameters.values()
+        block.__dict__["_options"] = recorded = {}
+        for parameter in given:
+            value = bound.arguments[parameter.name]
+            recorded |= value if parameter.kind is parameter.VAR_KEYWORD else {parameter.name: value}
+        return block
 
     def __init__(self, d_model: int, *, causal: bool) -> None:
         super().__init__()
         self.d_model = d_model
         self.causal = causal
         self._observer: Callable[..., None] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the block was built with, width, direction and defaults included: `build_block(name, **block.options)`
+        builds another of its kind."""
+        return dict(self._options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
 
     @abstractmethod
     def mix(

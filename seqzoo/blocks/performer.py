@@ -60,7 +60,7 @@ class Performer(Block):
         super().__init__(d_model, causal=causal)
         self.head_dim = head_dim("Performer", d_model, num_heads)
         if num_features is None:
-            num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
+            num_features = default_features(self.head_dim)
         if num_features < 1:
             raise ValueError(f"Performer: num_features={num_features}; valid: 1 or more")
         if redraw_every < 0:
@@ -125,6 +125,11 @@ class Performer(Block):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.steps = int(state)
+
+
+def default_features(D: int) -> int:
+    """D ln D, rounded down, for heads of D channels."""
+    return max(1, int(D * math.log(D)))
 
 
 def orthogonal_gaussian(H: int, M: int, D: int) -> Tensor:
