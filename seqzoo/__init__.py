@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import kernels as kernels
     from .blocks import BLOCKS, Block, after_step, attach, auxiliary_loss, build_block
     from .interop import hf as hf
+    from .interop.hub import from_pretrained, push_to_hub, save_pretrained
     from .interop.replace import replace
     from .interop.vit import timm_attention
     from .spec import Batch, TaskSpec
@@ -31,9 +32,12 @@ __all__ = [
     "attach",
     "auxiliary_loss",
     "build_block",
+    "from_pretrained",
     "load",
+    "push_to_hub",
     "replace",
     "run",
+    "save_pretrained",
     "timm_attention",
 ]
 if sys.argv[:1] == ["-m"] and any(
@@ -46,7 +50,10 @@ ELSEWHERE = {"hf": ".interop.hf"}  # modules by the names that users know them b
 LIES_IN = {  # what else is listed lies in `blocks`
     "Batch": ".spec",
     "TaskSpec": ".spec",
+    "from_pretrained": ".interop.hub",
+    "push_to_hub": ".interop.hub",
     "replace": ".interop.replace",
+    "save_pretrained": ".interop.hub",
     "timm_attention": ".interop.vit",
 }
 

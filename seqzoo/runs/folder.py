@@ -189,11 +189,22 @@ def read_spec(folder: Path) -> TaskSpec:
     """
     values = _read_task(folder)
     values.pop("data", None)
-    values |= {key: tuple(values[key]) for key in ("mean", "std")}
+    try:
+        return spec_of(values)
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'task.json'}: {error}") from None
+
+
+def spec_of(values: Mapping[str, Any]) -> TaskSpec:
+    """The description of a task in values of the shape `TASK`.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
     for key in SIZES:
         if not 1 <= (value := values.get(key, 1)) <= LARGEST_SIZE:
-            raise ConfigError(f"{folder / 'task.json'}: {key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
-    return TaskSpec(**values)
+            raise ValueError(f"{key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
+    return TaskSpec(**{**values, **{key: tuple(values[key]) for key in ("mean", "std")}})
 
 
 def _read_task(folder: Path) -> dict[str, Any]:
