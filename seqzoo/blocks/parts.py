@@ -249,7 +249,8 @@ def delta_rule(
 
     A part multiplies the memory by a matrix [Dk, Dk], the product over its steps. It is what becomes of the identity,
     as Dk more columns of the state to which no value is written; what queries read there is by what they read the
-    memory that reaches the part. To go through parts in their order would need none of it, and each would wait for all before.
+    memory that reaches the part. To go through parts in their order would need none of it, and each would wait for all
+    before.
     """
     if part is None:
         states = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}

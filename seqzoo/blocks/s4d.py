@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, autocast_dtype, product_dtype, valid_positions, without_autocast
-from ..kernels.derivatives import forward_mode
-from ..kernels.documents import Documents, Pieces
+from ..kernels.derivatives import transformed
+from ..kernels.documents import Documents, Pieces, starts_of
+from ..kernels.nodes import as_node, exporting
 from ..valid import BelowOne, Positive
 from .base import Block, advance
 from .lru import RecurrentState
@@ -100,8 +101,9 @@ class S4D(Block):
         before = None if state is None else torch.view_as_complex(state.hidden)
         values = x.to(autocast_dtype(x))
         with without_autocast(x.device):
+            form = _convolve_as_node if exporting() else partial(convolve, part=part)
             y, after = self.over_time(
-                lambda x: convolve(x, step, C, before, lengths, documents, part), values.to(product_dtype(values))
+                lambda x: form(x, step, C, before, lengths, documents), values.to(product_dtype(values))
             )
         if state is not None and after is not None:
             state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths, documents))
@@ -232,6 +234,30 @@ def convolve(
     return y, after
 
 
+def _convolve_as_node(
+    x: Tensor, step: Tensor, C: Tensor, before: Tensor | None, lengths: Tensor | None, documents: Documents | None
+) -> tuple[Tensor, Tensor | None]:
+    parts = (None if z is None else torch.view_as_real(z) for z in (step, C, before))
+    y, after = _node(x, *parts, lengths, starts_of(documents))
+    return y, None if before is None else torch.view_as_complex(after)
+
+
+def _run(
+    x: Tensor, step: Tensor, C: Tensor, before: Tensor | None, lengths: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    step, C, past = (None if z is None else torch.view_as_complex(z.contiguous()) for z in (step, C, before))
+    documents = None if starts is None else Documents(starts, x.shape[1])
+    y, after = convolve(x, step, C, past, lengths, documents)
+    return y.contiguous(), step.real.new_empty(0) if after is None else torch.view_as_real(after)
+
+
+def _empty(x, step, C, before, lengths, starts):
+    return x.new_empty(x.shape), step.new_empty(0) if before is None else before.new_empty(before.shape)
+
+
+_node = as_node("s4d_convolve", _run, _empty)
+
+
 def _carry(left: Tensor, back: list[Tensor], over_chunk: Tensor, before: Tensor | None) -> list[Tensor]:
     """h where each chunk begins, and where the last ends; and g where each ends, if there is what goes back.
 
@@ -306,7 +332,7 @@ def _carry_in_parts(
 
 
 def _transpose(x: Tensor) -> Tensor:
-    return x.t().contiguous() if forward_mode() else _Transpose.apply(x)
+    return x.t().contiguous() if transformed() else _Transpose.apply(x)
 
 
 class _Transpose(torch.autograd.Function):
