@@ -35,7 +35,7 @@ CHECKSUM = "xxh3_128"  # its key in the metadata
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """Writes a state dict as safetensors; `metadata` is kept as strings in its header."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     header = {key: str(value) for key, value in (metadata or {}).items()}
     header[CHECKSUM] = _checksum(tensors, header)
     with replacing_by_name(path) as temporary, _as_the_system_says(path):
