@@ -10,7 +10,9 @@ from torch import Tensor
 from ..backends import choose, fit
 from ..common import check_lengths, query_heads
 from ..documents import check_documents
+from ..nodes import exporting
 from .chunked import favor_attention_chunked
+from .node import favor_attention_node
 from .reference import favor_attention_reference
 from .state import FavorState
 
@@ -25,7 +27,11 @@ def _fused(*arguments: Any) -> tuple[Tensor, FavorState | None]:
     return favor_attention_fused(*arguments)
 
 
-FORMS = {"chunked": favor_attention_chunked, "reference": favor_attention_reference, "fused": _fused}
+def _chunked(*arguments: Any, **options: Any) -> Any:
+    return (favor_attention_node if exporting() else favor_attention_chunked)(*arguments, **options)
+
+
+FORMS = {"chunked": _chunked, "reference": favor_attention_reference, "fused": _fused}
 
 
 def favor_attention(

@@ -11,7 +11,9 @@ from torch import Tensor
 from ..backends import Fit, choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
+from ..nodes import exporting
 from .chunked import gated_attention_chunked
+from .node import gated_attention_node
 from .reference import gated_attention_reference
 from .state import GatedAttentionState
 
@@ -26,7 +28,11 @@ def _fused(*arguments: Any, **options: Any) -> tuple[Tensor, GatedAttentionState
     return gated_attention_fused(*arguments, **options)
 
 
-FORMS = {"chunked": gated_attention_chunked, "reference": gated_attention_reference, "fused": _fused}
+def _chunked(*arguments: Any, **options: Any) -> Any:
+    return (gated_attention_node if exporting() else gated_attention_chunked)(*arguments, **options)
+
+
+FORMS = {"chunked": _chunked, "reference": gated_attention_reference, "fused": _fused}
 
 
 def gated_attention(

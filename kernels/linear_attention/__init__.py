@@ -10,7 +10,9 @@ from torch import Tensor
 from ..backends import Fit, choose, fit
 from ..common import check_lengths, check_log_decay, query_heads
 from ..documents import check_documents
+from ..nodes import exporting
 from .chunked import linear_attention_chunked
+from .node import linear_attention_node
 from .reference import linear_attention_reference
 from .shared import linear_attention_shared
 
@@ -97,10 +99,13 @@ def linear_attention(
     check_log_decay("linear_attention", log_decay, lengths)
     _check_states([rows, H, q.shape[3], v.shape[3] + normalize], causal, normalize, initial_state, output_final_state)
     implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
-    if q.shape[2] < H and implementation is linear_attention_chunked:
+    chunked = implementation is linear_attention_chunked
+    if q.shape[2] < H and chunked:
         implementation = linear_attention_shared
     else:
         q, k, v = (query_heads(x, H) for x in (q, k, v))
+    if chunked and exporting():
+        implementation = linear_attention_node
     o, final_state = implementation(
         q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
     )

@@ -9,8 +9,10 @@ from torch import Tensor
 from ..backends import choose, fit
 from ..common import check_lengths
 from ..documents import check_documents
+from ..nodes import exporting
 from .chunked import vq_attention_chunked
 from .codes import CHANNELS, nearest_code
+from .node import vq_attention_node
 from .reference import vq_attention_reference
 from .state import VQState
 
@@ -23,7 +25,11 @@ def _fused(*arguments: Any, **options: Any) -> Any:
     return vq_attention_fused(*arguments, **options)
 
 
-FORMS = {"chunked": vq_attention_chunked, "reference": vq_attention_reference, "fused": _fused}
+def _chunked(*arguments: Any, **options: Any) -> Any:
+    return (vq_attention_node if exporting() else vq_attention_chunked)(*arguments, **options)
+
+
+FORMS = {"chunked": _chunked, "reference": vq_attention_reference, "fused": _fused}
 
 
 def vq_attention(

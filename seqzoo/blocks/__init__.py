@@ -8,7 +8,7 @@ from typing import Any
 
 from ..messages import unknown
 from ..valid import Range, check_options
-from .base import Block, State, upgraded
+from .base import Block, upgraded
 from .conv import Conv
 from .delta_net import DeltaNet
 from .gated_delta_net import GatedDeltaNet
@@ -32,6 +32,7 @@ from .s4d import S4D
 from .s5 import S5
 from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
+from .states import State, state_of
 from .vq_attention import VQAttention
 from .wide import Wide
 
@@ -136,5 +137,6 @@ __all__ = [
     "block_name",
     "build_block",
     "check_block",
+    "state_of",
     "upgraded",
 ]

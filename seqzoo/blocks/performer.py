@@ -11,8 +11,10 @@ from ..kernels import FavorState, favor_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from .base import Block, advance, head_dim
+from .states import state_of
 
 
+@state_of()
 class PerformerState(NamedTuple):
     sums: Tensor  # [B, H, M, D + 1], by feature, relative to exp(log_scale), the normaliser in the last column
     log_scale: Tensor  # [B, H, M]
