@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import accumulation_dtype, without_autocast
-from ..kernels.derivatives import transformed, gradient
+from ..kernels.derivatives import gradient, transformed
 from ..kernels.documents import Documents
 from ..valid import Count
 
