@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .blocks import check_block
+from .failures import Said
 from .groups import (
     JointConfig,
     LadderConfig,
@@ -61,8 +62,10 @@ PATHS = ("runs_dir", "data_dir", "cache_dir", "resume", "pretrain", "task.text")
 FREE = ("model.block.", "launcher.options.")
 
 
-class ConfigError(ValueError):
+class ConfigError(Said, ValueError):
     """A configuration that cannot be run; the message, one line, says which key, what was given and what is valid."""
+
+    status = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))

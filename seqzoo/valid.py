@@ -92,7 +92,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], *, d
             named = ("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
             raise ValueError(f"{name}={value!r}: valid: {' or '.join(named)}")
         valid = range_of(hints[name]) or default.get(kind)
-        if valid and not valid.holds(value):
+        if value is not None and valid and not valid.holds(value):
             raise ValueError(f"{name}={value}: valid: {valid}")
 
 

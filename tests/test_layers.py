@@ -9,14 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; rooms of one storey do not know each other either
-    ("draws", "files", "kernels", "messages", "records", "spec", "valid", "version"),
+    ("draws", "kernels", "messages", "spec", "valid", "version"),
+    ("failures", "records"),
+    ("files",),
     ("blocks", "groups", "precision", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),
     ("models", "tasks"),
     ("config", "objectives"),
     ("training",),
     ("runs",),
-    ("analysis", "report"),
+    ("analysis", "interop", "report"),
+    ("commands",),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 SOURCES = sorted(

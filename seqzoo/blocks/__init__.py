@@ -8,7 +8,7 @@ from typing import Any
 
 from ..messages import unknown
 from ..valid import Range, check_options
-from .base import Block, State, upgraded
+from .base import Block, upgraded
 from .conv import Conv
 from .delta_net import DeltaNet
 from .gated_delta_net import GatedDeltaNet
@@ -32,6 +32,7 @@ from .s4d import S4D
 from .s5 import S5
 from .self_attention import AsSelfAttention
 from .softmax_attention import SoftmaxAttention
+from .states import State, state_of
 from .vq_attention import VQAttention
 from .wide import Wide
 
@@ -79,6 +80,18 @@ def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any
     return BLOCKS[name](d_model, causal=causal, **options)
 
 
+def block_name(block: Block) -> str:
+    """The key of `BLOCKS` under which a block's class stands.
+
+    Raises:
+        ValueError: it stands under none.
+    """
+    for name, kind in BLOCKS.items():
+        if type(block) is kind:
+            return name
+    raise ValueError(f"{type(block).__name__} is not among BLOCKS; valid: blocks of {', '.join(BLOCKS)}")
+
+
 def check_block(name: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError where a block or one of its options does not exist, or is of the wrong type or out of range."""
     if name not in BLOCKS:
@@ -121,7 +134,9 @@ __all__ = [
     "after_step",
     "attach",
     "auxiliary_loss",
+    "block_name",
     "build_block",
     "check_block",
+    "state_of",
     "upgraded",
 ]

@@ -15,12 +15,14 @@ from .base import Block, advance, last_steps
 from .directions import Directions
 from .mamba2 import inner_width
 from .rotary import turned
+from .states import state_of
 from .timescales import step_bias
 from .wide import Wide
 
 SLOWEST = 1e-4  # decay of a unit of time, at least
 
 
+@state_of("key", "value")
 class Mamba3State(NamedTuple):
     memory: Tensor  # [B, H, N, P], of all steps but the last, as that leaves it
     phase: Tensor  # [B, H, N // 4], in [0, 2π)

@@ -11,11 +11,13 @@ from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import Factor, Range
 from .base import Block, advance
+from .states import state_of
 
 CELLS = ("gru", "lstm")
 Bias = Annotated[float, Range(-64, 64)]
 
 
+@state_of()
 class MinGRUState(NamedTuple):
     hidden: Tensor  # [B, E]
     position: Tensor  # int64 [B]

@@ -17,6 +17,7 @@ from .block_diagonal import BlockDiagonal
 from .depthwise import short_convolution
 from .directions import Directions
 from .gates import GateBias
+from .states import state_of
 from .wide import default_dtype
 
 NORM_EPS = 1e-5
@@ -29,6 +30,7 @@ class Memory(NamedTuple):
     largest: Tensor  # [B, H], m
 
 
+@state_of("inputs")
 class MLSTMState(NamedTuple):
     memory: Tensor  # as in Memory
     largest: Tensor

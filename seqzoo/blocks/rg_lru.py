@@ -15,12 +15,14 @@ from ..valid import Between, Count
 from .base import Block, advance, places
 from .block_diagonal import BlockDiagonal
 from .depthwise import short_convolution
+from .states import state_of
 from .wide import Wide, default_dtype
 
 RATE = 8.0
 STEEPEST = 1000.0  # slope of the root, at most
 
 
+@state_of("inputs")
 class RGLRUState(NamedTuple):
     hidden: Tensor  # [B, N]
     inputs: Tensor  # [B, conv_width - 1, N], the last ones of the convolution

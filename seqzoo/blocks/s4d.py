@@ -17,6 +17,7 @@ from ..kernels.nodes import as_node, exporting
 from ..valid import BelowOne, Positive
 from .base import Block, advance
 from .lru import RecurrentState
+from .parts import Part, carried
 from .timescales import log_steps
 from .wide import Wide, default_dtype
 
@@ -87,7 +88,12 @@ class S4D(Block):
         )
 
     def mix(
-        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: RecurrentState | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         wide = accumulation_dtype(x.dtype)
         A, step = self.dynamics(wide)  # [D, P]
@@ -95,7 +101,7 @@ class S4D(Block):
         before = None if state is None else torch.view_as_complex(state.hidden)
         values = x.to(autocast_dtype(x))
         with without_autocast(x.device):
-            form = _convolve_as_node if exporting() else convolve
+            form = _convolve_as_node if exporting() else partial(convolve, part=part)
             y, after = self.over_time(
                 lambda x: form(x, step, C, before, lengths, documents), values.to(product_dtype(values))
             )
@@ -138,6 +144,7 @@ def convolve(
     before: Tensor | None,
     lengths: Tensor | None,
     documents: Documents | None = None,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y_t = Re Σ_p C_0p h_tp with h_t = exp(step) h_{t-1} + x_t, by chunks.
 
@@ -150,6 +157,7 @@ def convolve(
         before: h before the first step, [B, D, P]; None is zero, and then no state is returned.
         lengths: int64 [B], at which step the returned state is taken; None is T.
         documents: in place of lengths, with B = 1; states have a row for each.
+        part: x is of this part of the time, and zero past lengths; then there are no states.
 
     Returns:
         y [B, T, D], and h after `lengths` steps [B, D, P].
@@ -179,6 +187,11 @@ def convolve(
         parts=2,
     )
     carry = _carry if pieces is None else partial(_carry_in_documents, pieces=pieces)
+    if part is not None:
+        rest = T - (N - 1) * L  # steps of the last chunk
+        last = x_c.view(D, B, N, L)[:, :, -1, :rest] @ leaving[:, : 2 * P, L - rest :].mT  # [D, B, 2P]
+        last = rearrange(last.to(step.real.dtype), "D B (P parts) -> B (D P) parts", parts=2).contiguous()
+        carry = partial(_carry_in_parts, last=torch.view_as_complex(last), step=step.flatten(), rest=rest, part=part)
     reached = carry(left, back, over_chunk, None if before is None else before.flatten(1, 2))
 
     C_re, C_im = torch.view_as_real(torch.stack([C[0] * step.exp(), *C[1:]]))[..., None, :].unbind(-1)
@@ -191,9 +204,12 @@ def convolve(
     reading = torch.cat([read[0], *(later.flip(-1) for later in read[1:])], 1).to(x.dtype)  # [D, ways 2P, L]
     parts = [
         rearrange(torch.view_as_real(h[:, :N]).to(x.dtype), "B N (D P) parts -> D (B N) (P parts)", D=D)
-        for h in reached
+        for h in reached[:ways]
     ]
     y = torch.baddbmm(torch.cat(parts, -1) @ reading, x_c, kernel.unfold(-1, L, 1).flip(1).to(x.dtype))  # [D, BN, L]
+    for following in reached[ways:]:  # of other parts, for the last chunk, which may be shorter than the rest
+        later = rearrange(torch.view_as_real(following).to(x.dtype), "B (D P) parts -> D B (P parts)", D=D)
+        y.view(D, B, N, L)[:, :, -1, :rest] += later @ read[1, ..., :rest].flip(-1).to(x.dtype)
     y = _transpose(y.view(D, -1)).view(B, N * L, D)
     y = y[:, :T] if pieces is None else pieces.take_up(y)
     if before is None:
@@ -207,9 +223,9 @@ def convolve(
         batch, chunk = torch.zeros_like(last), last.clamp(min=0)
         rest = pieces.steps[chunk]
     start = reached[0].unflatten(-1, (D, P))[batch, chunk]
-    part = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
+    within = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
     since = (rest[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
-    kept = torch.where(valid_positions(rest, L)[:, None], part, 0).to(step.dtype)
+    kept = torch.where(valid_positions(rest, L)[:, None], within, 0).to(step.dtype)
     after = start * torch.exp(step * rest[:, None, None]) + torch.einsum(
         "bdl,dpbl->bdp", kept, torch.complex(re, im)[..., since]
     )
@@ -280,6 +296,39 @@ def _carry_in_documents(
         following = F.pad(torch.where(begins, 0, leaving)[:, 1:], (0, 0, 0, 0, 0, 1))
         reached.append(diagonal_scan(torch.view_as_complex(following), over_chunk, reverse=True, cu_seqlens=ends))
     return reached
+
+
+def _carry_in_parts(
+    left: Tensor,
+    back: list[Tensor],
+    over_chunk: Tensor,
+    before: None,
+    *,
+    last: Tensor,
+    step: Tensor,
+    rest: int,
+    part: Part,
+) -> list[Tensor]:
+    """The same of a part of the time; and behind it g at the first step of the next part, complex [B, DP], which what
+    there is for the last chunk leaves out.
+
+    Args:
+        last: what the last chunk leaves at the end of its own steps, complex [B, DP].
+        step: complex [DP].
+        rest: steps of the last chunk.
+    """
+    over_rest = (step * rest).exp()
+    over_all = (step * (part.stop - part.start)).exp()
+    reached = _carry(left, back, over_chunk, None)
+    leaves = reached[0][:, -2] * over_rest + last
+    before = carried(part, leaves, lambda h: over_all * h + leaves)
+    following = []
+    for n, g in enumerate(reached[1:]):
+        own = torch.view_as_complex(back[n][:, 0]) + over_chunk * g[:, 0]
+        following.append(carried(part, own, lambda g, own=own: over_all * g + own, back=True))
+        beyond = torch.view_as_real(over_rest * following[n])
+        back[n] = torch.cat([back[n][:, :-1], back[n][:, -1:] + beyond[:, None]], 1)
+    return _carry(left, back, over_chunk, before) + following
 
 
 def _transpose(x: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
 from .base import Block, head_dim
 from .quantizers import FiniteScalarQuantizer, VectorQuantizer
+from .states import state_of
+
+state_of()(VQState)
 
 
 class VQAttention(Block):

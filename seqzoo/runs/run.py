@@ -34,6 +34,7 @@ from ..training.tuning import count_trained, tune
 from . import provenance
 from .feasible import check_stage
 from .folder import (
+    RESULT,
     cell_name,
     check_task,
     checked_task,
@@ -41,7 +42,8 @@ from .folder import (
     in_hand,
     pretraining_key,
     read_config,
-    read_json,
+    read_result,
+    read_summary,
     reusable_pretraining,
     run_name,
     shared_pretraining,
@@ -96,7 +98,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
             folder = finished_run(folder) or folder
     config = replace(config, data_dir=_absolute_data_dir(config))
     with _reaching(folder):
-        result = read_json(folder / "result.json")
+        result = read_result(folder, RESULT)
     if result is not None:
         again = "another runs_dir runs it again" if is_packed(folder) else "delete it to run again"
         print(printable(f"{folder} is finished; {again}"), file=sys.stderr)
@@ -123,6 +125,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
                 tracker.finish(None)
             raise
         if tracker:
+            tracker.require_folder()
             write_json(folder / "result.json", result)
             tracker.finish(result)
     fabric.barrier()
@@ -280,7 +283,7 @@ class _Run:
         source = self.pretraining_folder()
         if source != folder:
             check_task(source, self.task)
-        summary = read_json(source / "pretrain" / "summary.json")
+        summary = read_summary(source)
         if summary is None:
             self.fabric.barrier()  # all ranks have looked
             if self.fabric.is_global_zero:
