@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op, infer_schema
 
+NAMESPACE = "seqzoo_nodes"  # beside seqzoo::<name>, which those run
 Form = Callable[..., tuple[Tensor, ...]]
 
 
@@ -23,7 +24,7 @@ def exporting() -> bool:
 
 
 def as_node(name: str, form: Form, empty: Form) -> CustomOpDef:
-    """`form` as the operator seqzoo::<name>, with a first derivative, for which it runs again.
+    """`form` as the operator seqzoo_nodes::<name>, with a first derivative, for which it runs again.
 
     Args:
         form: of annotated tensors, None among them, and numbers, to tensors.
@@ -31,12 +32,12 @@ def as_node(name: str, form: Form, empty: Form) -> CustomOpDef:
     """
     schema = infer_schema(form, mutates_args=())
     forward = custom_op(
-        f"seqzoo::{name}", lambda *given: _by_themselves(form(*given), given), mutates_args=(), schema=schema
+        f"{NAMESPACE}::{name}", lambda *given: _by_themselves(form(*given), given), mutates_args=(), schema=schema
     )
     forward.register_fake(empty)
     arguments = schema.partition(" -> ")[0]
     backward = custom_op(
-        f"seqzoo::{name}_backward",
+        f"{NAMESPACE}::{name}_backward",
         lambda cotangents, *given: _gradients(form, cotangents, given),
         mutates_args=(),
         schema=f"(Tensor[] cotangents, {arguments[1:]} -> Tensor[]",

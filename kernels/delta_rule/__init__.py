@@ -10,14 +10,21 @@ from torch import Tensor
 from ..backends import choose, fit
 from ..common import check_lengths, check_log_decay
 from ..documents import check_documents
+from ..nodes import exporting
 from .chunked import delta_rule_chunked
+from .node import delta_rule_node
 from .reference import delta_rule_reference
 
 __all__ = ["delta_rule"]
 
 MAX_CHANNELS: dict[torch.dtype, int] = {}  # of a head, that a kernel takes
 
-FORMS = {"chunked": delta_rule_chunked, "reference": delta_rule_reference}
+
+def _chunked(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    return (delta_rule_node if exporting() else delta_rule_chunked)(*arguments)
+
+
+FORMS = {"chunked": _chunked, "reference": delta_rule_reference}
 
 
 def delta_rule(
