@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
 from .chunked import attention_chunked
@@ -40,7 +40,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     query_cu_seqlens: Tensor | None = None,
     window: int | tuple[int, int] | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, with grouped key/value heads.
 

@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,8 @@ class Block(Learning, ABC):
             return block
         bound.apply_defaults()
         _, *given = bound.signature.parameters.values()
-        block.__dict__["_options"] = recorded = {}
+        recorded: dict[str, Any] = {}
+        block.__dict__["_options"] = recorded
         for parameter in given:
             value = bound.arguments[parameter.name]
             recorded |= value if parameter.kind is parameter.VAR_KEYWORD else {parameter.name: value}
@@ -146,6 +147,9 @@ class Block(Learning, ABC):
         check_attn_mask(type(self).__name__, self.causal, attn_mask, is_causal, x.shape[1])
         y, _ = self._run(x, None, lengths, cu_seqlens, key_padding_mask, attention_mask)
         return y
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extend(
         self,
