@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; rooms of one storey do not know each other either
-    ("draws", "files", "kernels", "messages", "records", "spec", "valid", "version"),
+    ("draws", "extras", "files", "kernels", "messages", "records", "spec", "valid", "version"),
     ("blocks", "groups", "precision", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),
     ("models", "tasks"),

@@ -39,7 +39,7 @@ for name in seqzoo.BLOCKS:
 reveal_type(linear_attention(x, x, x))  # Tensor
 reveal_type(linear_attention(x, x, x, output_final_state=True))  # tuple[Tensor, Tensor]
 reveal_type(diagonal_scan(x, x, reverse="both"))  # tuple[Tensor, Tensor]
-attention(x, x, x, backend="flash")  # error
+attention(x, x, x, backend="flas")  # error
 linear_attention(x, x, x, backend="flash")  # error
 reveal_type(seqzoo.auxiliary_loss(block))  # Tensor
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     query_cu_seqlens: Tensor | None = None,
     window: int | tuple[int, int] | None = None,
-    backend: Backend = "auto",
+    backend: Backend | Literal["flash"] = "auto",
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, with grouped key/value heads.
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..extras import saying_what_is_missing
 from ..files import write_json
 from ..messages import printable_lines
 from ..study import is_packed
@@ -19,6 +20,7 @@ FAILED = 1
 HEADINGS = ("stage", "block", "entropy", "of uniform", "rank", "distance", "near")
 
 
+@saying_what_is_missing("python -m seqzoo.analysis")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, or 1 where a run cannot be analysed. Unusable arguments end the
     process with status 2, like argparse's own."""

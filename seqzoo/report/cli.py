@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..extras import saying_what_is_missing
 from ..files import LinkError, write_text
 from ..messages import printable, printable_lines
 from ..study import SUFFIX, is_packed, named_as_study, pack, read_study, unpack
@@ -21,6 +22,7 @@ from .time_to_accuracy import to_csv as times_csv
 CHECKPOINT = "checkpoint="
 
 
+@saying_what_is_missing("eval_lra.py")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, or 1 where there was nothing to show. Unusable arguments end
     the process with status 2, like argparse's own."""

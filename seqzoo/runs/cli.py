@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from ..config import GROUPS, ConfigError, available, check_keys, compose, to_dict
+from ..extras import saying_what_is_missing
 from .attempt import BUSY, MISUSED, UNFINISHED, attempt, fail
 from .campaign import expand, run_campaign, single
 
@@ -31,6 +32,7 @@ runs.
 """
 
 
+@saying_what_is_missing("train.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the arguments ask for; returns the exit status.
 

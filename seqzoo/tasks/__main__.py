@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ..config import Config, ConfigError, compose
+from ..extras import saying_what_is_missing
 from ..messages import printable, printable_lines, unknown
 from . import TASKS, DataError, MissingData, Split, Task, build_task
 from .checks import verify
@@ -34,6 +35,7 @@ Overrides are those of train.py; recipe=tiny prepares what that recipe trains on
 """
 
 
+@saying_what_is_missing("python -m seqzoo.tasks")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status.
 

@@ -93,9 +93,7 @@ def test_a_registered_block_is_built_by_its_name(registered):
             build_block("own2", 4, rate="a")
         with pytest.raises(ValueError, match=r"no option of own2 'rat' \(did you mean 'rate'\?\)"):
             build_block("own2", 4, rat=1.0)
-        with pytest.raises(
-            ValueError, match=r"register_block\('own2'\): valid: letters, digits and _, and no name"
-        ):
+        with pytest.raises(ValueError, match=r"register_block\('own2'\): valid: letters, digits and _, and no name"):
             register_block("own2")(Own)
     finally:
         BLOCKS.pop("own2"), OWN.pop("own2")
