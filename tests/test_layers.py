@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; rooms of one storey do not know each other either
-    ("draws", "extras", "files", "kernels", "messages", "records", "spec", "valid", "version"),
-    ("blocks", "groups", "precision", "study", "tasks.store"),
+    ("draws", "files", "kernels", "messages", "records", "spec", "valid", "version"),
+    ("blocks", "extras", "groups", "precision", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),
     ("models", "tasks"),
     ("config", "objectives"),
