@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ class Block(Learning, ABC):
             return block
         bound.apply_defaults()
         _, *given = bound.signature.parameters.values()
-        block.__dict__["_options"] = recorded = {}
+        recorded: dict[str, Any] = {}
+        block.__dict__["_options"] = recorded
         for parameter in given:
             value = bound.arguments[parameter.name]
             recorded |= value if parameter.kind is parameter.VAR_KEYWORD else {parameter.name: value}
@@ -165,6 +166,9 @@ class Block(Learning, ABC):
                 )
         y, after = self._run(x, state, lengths, cu_seqlens, key_padding_mask, attention_mask)
         return y if state is None else (y, after)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extend(
         self,

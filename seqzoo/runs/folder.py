@@ -19,6 +19,7 @@ from typing import Any
 
 from .. import records, study
 from ..config import Config, ConfigError, SearchConfig, from_dict, to_dict
+from ..extras import require
 from ..files import inside, lock, write_json, write_text
 from ..messages import say_once, unknown
 from ..records import NUMBER
@@ -172,6 +173,7 @@ def read_config(folder: Path) -> Config:
     Raises:
         ConfigError: `folder` is not a run folder, or its config.yaml is more than plain values, or not valid.
     """
+    require("a run folder", "omegaconf", "yaml")
     path = folder / "config.yaml"
     try:
         return from_dict(study.read(path))
