@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..messages import unknown
-from ..valid import Range, check_options
+from ..valid import Range, Width, check_options
 from .base import Block, State, upgraded
 from .conv import Conv
 from .delta_net import DeltaNet
@@ -63,7 +63,7 @@ BLOCKS: dict[str, type[Block]] = {
 NUMBERS = {int: Range(0, 1 << 20), float: Range(0, 1_000_000)}  # of options that say nothing narrower
 
 
-def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any) -> Block:
+def build_block(name: str, d_model: Width, *, causal: bool = False, **options: Any) -> Block:
     """A block of `BLOCKS` by name.
 
     Args:
@@ -73,8 +73,10 @@ def build_block(name: str, d_model: int, *, causal: bool = False, **options: Any
         **options: the keyword arguments of the block's class.
 
     Raises:
-        ValueError: as `check_block` does, or options that do not go together; the message says what is valid.
+        ValueError: a width out of range, or as `check_block` does, or options that do not go together; the message
+            says what is valid.
     """
+    check_options(build_block, {"d_model": d_model}, default=NUMBERS)
     check_block(name, options)
     return BLOCKS[name](d_model, causal=causal, **options)
 
