@@ -11,7 +11,25 @@ from pathlib import Path
 from typing import Any
 
 JUNK: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 2**63, 10**400, 0.5, -0.5, 1e308, float("nan"), float("inf"), "", "x", "1", "\x1b[31m"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2**63,
+        10**400,
+        0.5,
+        -0.5,
+        1e308,
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "1",
+        "\x1b[31m",
+    ),
     *("${oc.env:HOME}", "../..", "\ud800", [], [1], ["x"], [[[]]], {}, {"x": 1}, {"loss": None}),
 )
 
@@ -55,7 +73,11 @@ def cut_anywhere(content: bytes, draw: random.Random) -> bytes:
 
 def spliced(content: bytes, draw: random.Random) -> bytes:
     place = draw.randrange(len(content) + 1)
-    return content[:place] + draw.choice((b"\x00", b"\n", b"{", b"}", b'"', b": ", b"- ", b"&a *a", b"!!x ")) + content[place:]
+    return (
+        content[:place]
+        + draw.choice((b"\x00", b"\n", b"{", b"}", b'"', b": ", b"- ", b"&a *a", b"!!x "))
+        + content[place:]
+    )
 
 
 def other_field(content: bytes, draw: random.Random) -> bytes:
