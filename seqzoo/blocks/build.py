@@ -142,8 +142,8 @@ def build_block(
         ValueError: a width out of range, or as `check_block` does, or options that do not go together; the message
             says what is valid.
     """
-    check_options(build_block, {"d_model": d_model}, default=NUMBERS)
     check_block(name, options)
+    check_options(build_block, {"d_model": d_model}, default=NUMBERS)
     with nullcontext() if device is None else torch.device(device):
         block = BLOCKS[name](d_model, causal=causal, **options)
     return block if dtype is None else block.to(dtype)
