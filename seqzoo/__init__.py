@@ -16,24 +16,83 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from . import blocks as blocks
     from . import kernels as kernels
-    from .blocks import BLOCKS, Block, after_step, attach, auxiliary_loss, build_block
+    from .blocks import (
+        BLOCKS,
+        GAU,
+        GLA,
+        HGRN2,
+        KDA,
+        LRU,
+        MLSTM,
+        RGLRU,
+        RWKV7,
+        S4D,
+        S5,
+        AsSelfAttention,
+        Block,
+        Conv,
+        DeltaNet,
+        GatedDeltaNet,
+        LinearAttention,
+        Mamba,
+        Mamba2,
+        Mamba3,
+        MinGRU,
+        Performer,
+        RetNet,
+        SoftmaxAttention,
+        VQAttention,
+        after_step,
+        attach,
+        auxiliary_loss,
+        build_block,
+        register_block,
+    )
     from .interop import hf as hf
+    from .interop.hub import from_pretrained, push_to_hub, save_pretrained
     from .interop.replace import replace
     from .interop.vit import timm_attention
     from .spec import Batch, TaskSpec
 
 __all__ = [
     "BLOCKS",
+    "GAU",
+    "GLA",
+    "HGRN2",
+    "KDA",
+    "LRU",
+    "MLSTM",
+    "RGLRU",
+    "RWKV7",
+    "S4D",
+    "S5",
+    "AsSelfAttention",
     "Batch",
     "Block",
+    "Conv",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "LinearAttention",
+    "Mamba",
+    "Mamba2",
+    "Mamba3",
+    "MinGRU",
+    "Performer",
+    "RetNet",
+    "SoftmaxAttention",
     "TaskSpec",
+    "VQAttention",
     "after_step",
     "attach",
     "auxiliary_loss",
     "build_block",
+    "from_pretrained",
     "load",
+    "push_to_hub",
+    "register_block",
     "replace",
     "run",
+    "save_pretrained",
     "timm_attention",
 ]
 if sys.argv[:1] == ["-m"] and any(
@@ -46,7 +105,10 @@ ELSEWHERE = {"hf": ".interop.hf"}  # modules by the names that users know them b
 LIES_IN = {  # what else is listed lies in `blocks`
     "Batch": ".spec",
     "TaskSpec": ".spec",
+    "from_pretrained": ".interop.hub",
+    "push_to_hub": ".interop.hub",
     "replace": ".interop.replace",
+    "save_pretrained": ".interop.hub",
     "timm_attention": ".interop.vit",
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .blocks import check_block
+from .extras import require
 from .failures import Said
 from .groups import (
     JointConfig,
@@ -122,6 +123,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         ConfigError: an unknown group entry or key, or a value of the wrong type or out of its range; names the valid
             ones.
     """
+    require("a configuration", "hydra", "omegaconf")
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -156,6 +158,7 @@ def from_dict(plain: Any) -> Config:
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or one that is not among the valid ones.
     """
+    require("a configuration", "hydra", "omegaconf")
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

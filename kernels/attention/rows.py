@@ -121,7 +121,7 @@ def _kept(
 
 def _sdpa(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=bool(q.shape[1] != k.shape[1])
     )
 
 

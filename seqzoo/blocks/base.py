@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ..kernels.common import check_lengths, zero_padding
 from ..kernels.documents import Documents, check_documents
 from .learning import Learning
 from .masks import check_attn_mask, check_padding
+from .parts import Part
 from .states import State
 
 
@@ -43,11 +44,13 @@ class Block(Learning, ABC):
     """An option that a model sets to l / L for layer l = 0, 1, ... of L, where it is not told otherwise."""
 
     _packs: ClassVar[bool]  # whether `mix` takes documents
+    _parts: ClassVar[bool]  # whether it takes a part of the time
     _options: dict[str, Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._packs = "documents" in inspect.signature(cls.mix).parameters
+        taken = inspect.signature(cls.mix).parameters
+        cls._packs, cls._parts = "documents" in taken, "part" in taken
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         block = super().__new__(cls)
@@ -57,7 +60,8 @@ class Block(Learning, ABC):
             return block
         bound.apply_defaults()
         _, *given = bound.signature.parameters.values()
-        block.__dict__["_options"] = recorded = {}
+        recorded: dict[str, Any] = {}
+        block.__dict__["_options"] = recorded
         for parameter in given:
             value = bound.arguments[parameter.name]
             recorded |= value if parameter.kind is parameter.VAR_KEYWORD else {parameter.name: value}
@@ -80,12 +84,18 @@ class Block(Learning, ABC):
 
     @abstractmethod
     def mix(
-        self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: Any,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, Any]:
         """Outputs for `x` [B, T, d_model], zero past `lengths`, that follow `state`; and the state after them.
 
         With `documents`, B is 1 and there are no lengths: each document is a sequence of its own, and states have a row
-        for each. They are given only where there are any, so that a block may do without; it then refuses them.
+        for each. With `part`, `x` and `lengths` are those of this rank's part of the time, and there is no state. Both
+        are given only where there are any, so that a block may do without; it then refuses them.
 
         Without a state, the sequences begin, and what is returned for it has no meaning.
         """
@@ -111,6 +121,7 @@ class Block(Learning, ABC):
         attn_mask: Tensor | None = None,
         is_causal: bool | None = None,
         state: Any = None,
+        part: Part | None = None,
     ) -> Any:
         """Mixes `x` over time.
 
@@ -129,15 +140,22 @@ class Block(Learning, ABC):
             attn_mask, is_causal: what PyTorch and timm give to any attention. They must say what the block is: no mask,
                 or the causal one.
             state: what `extend` continues. It calls the module with it, so that hooks see its steps as they do others.
+            part: `x` and the outputs are of these steps of sequences, whose others are on other ranks that call this
+                too; `lengths` are those of whole sequences.
 
         Returns:
             [B, T, d_model]; with a state, that and the state after it.
 
         Raises:
             ValueError: `x` is not [B, T, d_model]; more than one says which steps count, or in a way that is not valid;
-                there is padding between steps that count, or another mask than the block's.
+                there is padding between steps that count, or another mask than the block's; or the block cannot be
+                given parts of the time.
         """
         self._check(x)
+        if part is not None:
+            self._check_part(part, x, cu_seqlens, key_padding_mask, attention_mask, attn_mask)
+            lengths = part.lengths(check_lengths(type(self).__name__, lengths, len(x), part.T))
+            return self._mix(x, None, lengths, None, part)[0]
         check_attn_mask(type(self).__name__, self.causal, attn_mask, is_causal, x.shape[1])
         if state is not None:
             self._require_causal("a state")
@@ -148,6 +166,9 @@ class Block(Learning, ABC):
                 )
         y, after = self._run(x, state, lengths, cu_seqlens, key_padding_mask, attention_mask)
         return y if state is None else (y, after)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extend(
         self,
@@ -214,16 +235,21 @@ class Block(Learning, ABC):
         y, state = self._mix(padding.moved_behind(x), state, check_lengths(name, padding.lengths, B, T), None)
         return padding.moved_back(y), state
 
-    def _mix(self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None) -> tuple[Tensor, Any]:
+    def _mix(
+        self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None, part: Part | None = None
+    ) -> tuple[Tensor, Any]:
         """`mix`, with zeros for padding before and after."""
         if documents is not None:
             return self.mix(x, state, None, documents)
+        if part is not None:
+            y, _ = self.mix(zero_padding(x, lengths), None, lengths, None, part)
+            return zero_padding(y, lengths), None
         if x.shape[0] == 0:  # operations reshape, and nothing has no shape: a sequence without a step stands in
             x = F.pad(x, (0, 0, 0, 0, 0, 1))
             lengths = torch.zeros(1, dtype=torch.int64, device=x.device)
-            state = None if state is None else type(state)(*(part.new_zeros(1, *part.shape[1:]) for part in state))
+            state = None if state is None else type(state)(*(x.new_zeros(1, *x.shape[1:]) for x in state))
             y, state = self._mix(x, state, lengths, None)
-            return y[:0], None if state is None else type(state)(*(part[:0] for part in state))
+            return y[:0], None if state is None else type(state)(*(x[:0] for x in state))
         y, state = self.mix(zero_padding(x, lengths), state, lengths)
         return zero_padding(y, lengths), state
 
@@ -275,6 +301,22 @@ class Block(Learning, ABC):
             return device, dtype or torch.get_default_dtype()
         return own.device if device is None else device, dtype or own.dtype
 
+    def _check_part(self, part: Part, x: Tensor, *others: Tensor | None) -> None:
+        name = type(self).__name__
+        if not self._parts:
+            raise ValueError(
+                f"{name} cannot be given parts of the time: its `mix` takes none; valid: whole sequences on each rank, "
+                "or a block whose memory is a recurrence, such as linear_attention, lru, s4d, retnet, mamba2 or "
+                "gated_delta_net"
+            )
+        if any(other is not None for other in others):
+            raise ValueError(f"{name}: got a part of the time, and a mask or cu_seqlens; valid with it: lengths")
+        if x.shape[1] != part.stop - part.start:
+            raise ValueError(
+                f"{name}: x has {x.shape[1]} steps; valid: part.own(x) of all {part.T}, which has the "
+                f"{part.stop - part.start} from {part.start} on"
+            )
+
     def _check(self, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
             raise ValueError(
@@ -303,12 +345,14 @@ def upgraded(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def places(x: Tensor, state: State | None, documents: Documents | None = None) -> Tensor:
+def places(x: Tensor, state: State | None, documents: Documents | None = None, part: Part | None = None) -> Tensor:
     """How many steps its sequence takes ahead of each step of `x` [B, T, ...]: int64 [T], or [B, T] with a state."""
     T, device = x.shape[1], x.device
     if T == 1 and documents is None and state is not None:
         return state.position[:, None]
     place = torch.arange(T, device=device) if documents is None else documents.positions()
+    if part is not None:
+        return place + part.start
     if state is None:
         return place
     return place + (state.position[:, None] if documents is None else state.position[documents.of_steps()][None])

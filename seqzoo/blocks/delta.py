@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import delta_rule
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents
 from .base import Block, advance
 from .depthwise import short_convolution
 from .directions import Directions
+from .parts import Part, delta_rule
 from .states import state_of
 
 NORM_EPS = 1e-5
@@ -82,10 +82,15 @@ class DeltaBlock(Block):
         )
 
     def mix(
-        self, x: Tensor, state: DeltaState | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: DeltaState | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, DeltaState | None]:
         qkv, beta, gates = self.in_proj(x).split(self.widths, -1)
-        qkv, inputs = self.conv(qkv, None if state is None else state.inputs, lengths, documents)
+        qkv, inputs = self.conv(qkv, None if state is None else state.inputs, lengths, documents, part)
         q, k, v = F.silu(qkv).split(self.qkv_widths, -1)
         q, k = (unit(y.unflatten(-1, (-1, self.key_dim))) for y in (q, k))
         beta = beta.to(accumulation_dtype(beta.dtype)).sigmoid() * (2 if self.negative_eigenvalues else 1)
@@ -95,7 +100,7 @@ class DeltaBlock(Block):
         log_decay = None if log_decay is None else ways.doubled(log_decay)
 
         before = None if state is None else state.memory
-        remember = partial(delta_rule, q, k, beta=beta, log_decay=log_decay)
+        remember = partial(delta_rule, part, q, k, beta=beta, log_decay=log_decay, turned=ways.both)
         v = v.unflatten(-1, (self.num_heads, -1))
         o = self.over_time(lambda v: ways.through(remember, v, before), v)
         if state is not None:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import accumulation_dtype, without_autocast
-from ..kernels.derivatives import forward_mode, gradient
+from ..kernels.derivatives import gradient, transformed
 from ..kernels.documents import Documents
 from ..valid import Count
+from .parts import Part, with_neighbours
 
 CHUNK = 32
 FEW = 8  # positions of a kernel, whose gradient is a sum of products for each
@@ -35,7 +36,12 @@ class Window(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, before: Tensor | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        before: Tensor | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """What `_over` makes of the inputs around each step.
 
@@ -45,6 +51,7 @@ class Window(nn.Module):
             lengths: int64 [B], after how many steps the returned inputs are the last; None is T.
             documents: N of them in the one row of x, in place of `lengths`: none sees another, and the inputs ahead of
                 each and the last ones are [N, W - 1, D].
+            part: x is of this part of the time, and other ranks have the inputs around it.
 
         Returns:
             y [B, T, D], and the last W - 1 inputs [B, W - 1, D] in the dtype of `before`.
@@ -52,6 +59,8 @@ class Window(nn.Module):
         T, W = x.shape[1], self.width
         if documents is not None:
             return self._of_documents(x, before, documents)
+        if part is not None:
+            return self._over(with_neighbours(part, x, self.past, W - 1 - self.past)), None
         if before is None:
             return self._over(F.pad(x, (0, 0, self.past, W - 1 - self.past))), None
         seen = torch.cat([before.to(x.dtype), x], 1)
@@ -108,7 +117,7 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     # In single precision at least: PyTorch's products in half precision can fail to end on a CPU.
     dtype = accumulation_dtype(x.dtype)
     with without_autocast(x.device):
-        convolution = _convolve if forward_mode() else _Convolution.apply
+        convolution = _convolve if transformed() else _Convolution.apply
         return convolution(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 

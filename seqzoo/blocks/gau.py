@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class GAU(Block):
         d_model: int,
         *,
         causal: bool = False,
-        attention: str = "flash",
+        attention: Literal["flash", "relu2_n2", "relu2_ns", "softmax"] = "flash",
         expand: Factor = 2.0,
         key_dim: int = 128,
         chunk_len: int = 256,

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents
 from ..valid import Count, Factor
@@ -16,6 +15,7 @@ from .decays import Decay, rates
 from .depthwise import short_convolution
 from .directions import Directions
 from .gated_norm import GatedRMSNorm
+from .parts import Part, linear_attention
 from .states import state_of
 from .timescales import step_bias
 
@@ -94,11 +94,16 @@ class Mamba2(Block):
         )
 
     def mix(
-        self, x: Tensor, state: Mamba2State | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: Mamba2State | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, Mamba2State | None]:
         H, G = self.num_heads, self.num_groups
         xBC, delta = self.in_proj(x).split(self.widths, -1)
-        xBC, inputs = self.conv(xBC, None if state is None else state.inputs, lengths, documents)
+        xBC, inputs = self.conv(xBC, None if state is None else state.inputs, lengths, documents, part)
         values, BC = F.silu(xBC).tensor_split((-2 * G * self.state_dim,), -1)
         values = values.unflatten(-1, (H, -1))  # [B, T, H, P]
         dt, log_decay = (y[..., 0] for y in self.dynamics(delta))  # [B, T, H]
@@ -107,7 +112,7 @@ class Mamba2(Block):
         k, q = ways.doubled(BC).unflatten(-1, (2, G, -1)).unbind(2)  # [B, T, G, N]
 
         before = None if state is None else state.memory
-        scan = partial(linear_attention, q, k, log_decay=log_decay, causal=True)
+        scan = partial(linear_attention, part, q, k, log_decay=log_decay, causal=True, turned=ways.both)
         y = self.over_time(lambda v: ways.through(scan, (v * dt[..., None]).to(v.dtype), before), values)
         if state is not None:
             y, memory = y

@@ -194,7 +194,7 @@ def _previous(x: Tensor, before: Tensor | None, documents: Documents | None) -> 
     """What the step ahead has of x [B, T, ...], and `before` [B, ...], or 0, of that of a sequence's first step."""
     if documents is None:
         first = torch.zeros_like(x[:, :1]) if before is None else before[:, None].to(x.dtype)
-        return torch.cat([first, x[:, :-1]], 1)
+        return torch.cat([first, x], 1)[:, :-1]
     begins = (documents.positions() == 0).reshape(-1, *[1] * (x.dim() - 2))
     moved = x.roll(1, 1)
     if before is None:

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
 from .base import Block, advance, head_dim, places
 from .linear_attention import decay_rates
+from .parts import Part, linear_attention
 from .rotary import rotate
 from .states import state_of
 
@@ -68,15 +68,21 @@ class RetNet(Block):
         )
 
     def mix(
-        self, x: Tensor, state: RetNetState | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: RetNetState | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, RetNetState | None]:
         *qkv, gate = self.in_proj(x).split(self.widths, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)  # [B, T, H, Dk or Dv]
-        place, pairs = places(x, state, documents), self.key_dim // 2
+        place, pairs = places(x, state, documents, part), self.key_dim // 2
         base = 10_000 ** (pairs / max(pairs - 1, 1))  # frequencies from 1 to 1 / 10,000, both included
         q, k = rotate(q, place, base=base), rotate(k * self.key_dim**-0.5, place, base=base)
         y = self.over_time(
             lambda v: linear_attention(
+                part,
                 q,
                 k,
                 v,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels.common import accumulation_dtype, valid_positions, zero_padding
@@ -76,7 +75,8 @@ class PairHead(nn.Module):
         self.scores = nn.Sequential(nn.Linear(4 * d_model, d_model), nn.GELU(), nn.Linear(d_model, num_classes))
 
     def forward(self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> Tensor:
-        a, b = rearrange(_pooled(x, lengths, documents, self.pooling), "(B pair) D -> pair B D", pair=2)
+        pooled = _pooled(x, lengths, documents, self.pooling)
+        a, b = pooled[::2], pooled[1::2]
         return self.scores(torch.cat([a, b, a - b, a * b], -1))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from .. import records, study
 from ..config import Config, ConfigError, SearchConfig, from_dict, to_dict
+from ..extras import require
 from ..files import inside, lock, write_json, write_text
 from ..messages import say_once, unknown
 from ..records import NUMBER
@@ -172,6 +173,7 @@ def read_config(folder: Path) -> Config:
     Raises:
         ConfigError: `folder` is not a run folder, or its config.yaml is more than plain values, or not valid.
     """
+    require("a run folder", "omegaconf", "yaml")
     path = folder / "config.yaml"
     try:
         return from_dict(study.read(path))
@@ -189,11 +191,22 @@ def read_spec(folder: Path) -> TaskSpec:
     """
     values = _read_task(folder)
     values.pop("data", None)
-    values |= {key: tuple(values[key]) for key in ("mean", "std")}
+    try:
+        return spec_of(values)
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'task.json'}: {error}") from None
+
+
+def spec_of(values: Mapping[str, Any]) -> TaskSpec:
+    """The description of a task in values of the shape `TASK`.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
     for key in SIZES:
         if not 1 <= (value := values.get(key, 1)) <= LARGEST_SIZE:
-            raise ConfigError(f"{folder / 'task.json'}: {key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
-    return TaskSpec(**values)
+            raise ValueError(f"{key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
+    return TaskSpec(**{**values, **{key: tuple(values[key]) for key in ("mean", "std")}})
 
 
 def _read_task(folder: Path) -> dict[str, Any]:
