@@ -348,6 +348,8 @@ def upgraded(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
 def places(x: Tensor, state: State | None, documents: Documents | None = None, part: Part | None = None) -> Tensor:
     """How many steps its sequence takes ahead of each step of `x` [B, T, ...]: int64 [T], or [B, T] with a state."""
     T, device = x.shape[1], x.device
+    if T == 1 and documents is None and state is not None:
+        return state.position[:, None]
     place = torch.arange(T, device=device) if documents is None else documents.positions()
     if part is not None:
         return place + part.start
