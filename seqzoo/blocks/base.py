@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,17 @@ from .learning import Learning
 from .masks import check_attn_mask, check_padding
 from .parts import Part
 from .states import State
+
+
+class Steps(TypedDict, total=False):
+    """Which steps count, for a type checker: see `Block.forward`."""
+
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    key_padding_mask: Tensor | None
+    attention_mask: Tensor | None
+    attn_mask: Tensor | None
+    is_causal: bool | None
 
 
 class Block(Learning, ABC):
@@ -168,7 +179,14 @@ class Block(Learning, ABC):
         return y if state is None else (y, after)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @overload
+        def __call__(
+            self, x: Tensor, *, state: None = None, part: Part | None = None, **steps: Unpack[Steps]
+        ) -> Tensor: ...
+        @overload
+        def __call__(self, x: Tensor, *, state: State, **steps: Unpack[Steps]) -> tuple[Tensor, Any]: ...
+        def __call__(self, x: Tensor, **steps: Any) -> Any: ...
 
     def extend(
         self,

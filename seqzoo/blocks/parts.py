@@ -253,8 +253,8 @@ def delta_rule(
     before.
     """
     if part is None:
-        states = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
-        return kernels.delta_rule(q, k, v, beta, **options, **states)
+        states: dict[str, Any] = {"initial_state": initial_state, "output_final_state": output_final_state}
+        return kernels.delta_rule(q, k, v, beta, **options, **states, cu_seqlens=cu_seqlens)
     (B, _, H, Dv), Dk, wide = v.shape, q.shape[-1], accumulation_dtype(v.dtype)
     first = F.pad(torch.eye(Dk, dtype=wide, device=v.device), (Dv, 0)).expand(B, H, -1, -1)
     o, last = kernels.delta_rule(q, k, F.pad(v, (0, Dk)), beta, initial_state=first, output_final_state=True, **options)
