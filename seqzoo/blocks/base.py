@@ -312,9 +312,7 @@ def upgraded(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def places(
-    x: Tensor, state: State | None, documents: Documents | None = None, part: Part | None = None
-) -> Tensor:
+def places(x: Tensor, state: State | None, documents: Documents | None = None, part: Part | None = None) -> Tensor:
     """How many steps its sequence takes ahead of each step of `x` [B, T, ...]: int64 [T], or [B, T] with a state."""
     T, device = x.shape[1], x.device
     place = torch.arange(T, device=device) if documents is None else documents.positions()
