@@ -54,12 +54,16 @@ class Block(Learning, ABC):
     by_depth: ClassVar[str | None] = None
     """An option that a model sets to l / L for layer l = 0, 1, ... of L, where it is not told otherwise."""
 
+    grows: ClassVar[bool]
+    """Whether its state can, so that `initial_state` takes a `max_length` to have room for."""
+
     _packs: ClassVar[bool]  # whether `mix` takes documents
     _parts: ClassVar[bool]  # whether it takes a part of the time
     _options: dict[str, Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls.grows = "max_length" in inspect.signature(cls.initial_state).parameters
         taken = inspect.signature(cls.mix).parameters
         cls._packs, cls._parts = "documents" in taken, "part" in taken
 
