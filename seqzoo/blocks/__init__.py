@@ -24,6 +24,7 @@ from .mamba2 import Mamba2
 from .mamba3 import Mamba3
 from .min_gru import MinGRU
 from .mlstm import MLSTM
+from .parts import Part
 from .performer import Performer
 from .retnet import RetNet
 from .rg_lru import RGLRU
@@ -112,6 +113,7 @@ __all__ = [
     "Mamba2",
     "Mamba3",
     "MinGRU",
+    "Part",
     "Performer",
     "RetNet",
     "SoftmaxAttention",

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks import Part
 from ..kernels.common import can_be_looked_at
 from ..kernels.documents import Documents
 from ..spec import TaskSpec
@@ -75,11 +76,13 @@ class Embedding(nn.Module):
         if position == "learned":
             self.learned = nn.Parameter(0.02 * torch.randn(spec.max_length, d_model))
 
-    def forward(self, inputs: Tensor, mask: Tensor | None, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, mask: Tensor | None, documents: Documents | None = None, part: Part | None = None
+    ) -> Tensor:
         x = self.inputs(inputs, mask)
         if self.position == "none":
             return x
-        T = inputs.shape[1]
+        T = inputs.shape[1] if part is None else part.T
         longest = T
         if documents is not None:
             longest = documents.longest if can_be_looked_at(documents.starts) else min(T, self.max_length)
@@ -89,6 +92,8 @@ class Embedding(nn.Module):
             table = self.learned[:longest]
         else:
             table = sinusoids(longest, x.shape[-1], device=x.device).to(next(self.parameters()).dtype)
+        if part is not None:
+            table = table[part.start : part.stop]
         return x + (table if documents is None else table[documents.positions()])
 
 

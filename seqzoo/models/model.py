@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import BLOCKS, build_block, check_block
+from ..blocks import BLOCKS, Part, build_block, check_block
 from ..kernels.documents import Documents, check_documents
 from ..spec import TaskSpec
 from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
@@ -74,10 +74,14 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.mixes = mixes
 
-    def forward(self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None = None, part: Part | None = None
+    ) -> Tensor:
         y = self.norm(x)
         if not self.mixes:
             y = self.branch(y)
+        elif part is not None:
+            y = self.branch(y, lengths=lengths, part=part)
         elif cu_seqlens is None:
             y = self.branch(y, lengths=lengths)
         else:
@@ -135,10 +139,13 @@ class Backbone(nn.Module):
         lengths: Tensor | None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        part: Part | None = None,
     ) -> Tensor:
-        x = self.embedding(inputs, mask, documents_of(inputs, cu_seqlens))
+        if part is not None:
+            inputs, mask = part.own(inputs), None if mask is None else part.own(mask)
+        x = self.embedding(inputs, mask, documents_of(inputs, cu_seqlens), part)
         for layer in self.layers:
-            x = layer(x, lengths, cu_seqlens)
+            x = layer(x, lengths, cu_seqlens, part)
         return self.norm(x)
 
     def layer_outputs(
@@ -176,6 +183,8 @@ class SequenceModel(nn.Module):
         mask: bool, shaped as the positions; true where the input is to be hidden.
         cu_seqlens: int32 or int64 [N + 1], in place of lengths (None), with inputs [1, T, ...]: where each of N
             documents begins that lie one behind the other in the row, and T. Of pairs, two follow each other.
+        part: the steps that are this rank's. Inputs, lengths and mask are whole all the same, classes are scored on
+            each rank, and scores for positions are of the part's.
 
     Returns: [B, classes], of documents [N, classes], or a score for every position (of 2B sequences, if pairs).
     """
@@ -192,15 +201,22 @@ class SequenceModel(nn.Module):
         lengths: Tensor | None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        part: Part | None = None,
     ) -> Tensor:
         inputs, lengths, mask = self._singly(inputs, lengths, mask)
-        return self.head(self.features(inputs, lengths, mask, cu_seqlens), lengths, documents_of(inputs, cu_seqlens))
+        documents = documents_of(inputs, cu_seqlens)
+        return self.head(self.features(inputs, lengths, mask, cu_seqlens, part), lengths, documents, part)
 
     def features(
-        self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        part: Part | None = None,
     ) -> Tensor:
         """What the head reads of sequences: [B, T, d_model]."""
-        return self.backbone(inputs, lengths, mask, cu_seqlens)
+        return self.backbone(inputs, lengths, mask, cu_seqlens, part)
 
     def _singly(
         self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None
@@ -233,25 +249,26 @@ class JointModel(SequenceModel):
         lengths: Tensor | None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        part: Part | None = None,
         *,
         whole: bool = False,
     ) -> Any:
         if mask is None:
-            return super().forward(inputs, lengths, mask, cu_seqlens)
+            return super().forward(inputs, lengths, mask, cu_seqlens, part)
         inputs, lengths, mask = self._singly(inputs, lengths, mask)
         assert mask is not None
         documents = documents_of(inputs, cu_seqlens)
         if not whole:
-            first = second = self.features(inputs, lengths, mask, cu_seqlens)
+            first = second = self.features(inputs, lengths, mask, cu_seqlens, part)
         elif documents is None:
             both = None if lengths is None else torch.cat((lengths, lengths))
             masks = torch.cat((torch.zeros_like(mask), mask))
-            first, second = self.features(torch.cat((inputs, inputs)), both, masks, None).chunk(2)
+            first, second = self.features(torch.cat((inputs, inputs)), both, masks, None, part).chunk(2)
         else:
             masks = torch.cat((torch.zeros_like(mask), mask), 1)
             ends = torch.cat((documents.starts, documents.T + documents.starts[1:]))
             first, second = self.features(torch.cat((inputs, inputs), 1), None, masks, ends).chunk(2, 1)
-        return self.head(first, lengths, documents), self.second(second, lengths, documents)
+        return self.head(first, lengths, documents, part), self.second(second, lengths, documents, part)
 
     def without_second(self) -> SequenceModel:
         """What answers the task: the same backbone and first head."""

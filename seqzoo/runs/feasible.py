@@ -11,6 +11,7 @@ from ..models import SequenceModel
 from ..tasks import Split
 from ..training.memory import held_by, needed_to_train
 from ..training.order import budget, room_for
+from ..training.ranks import place_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -48,10 +49,10 @@ def check_stage(
         passes: over a batch in a step.
         packing: batches have as many positions as their examples could, see `seqzoo.training.order`.
     """
-    if stage.batch_size % fabric.world_size:
-        raise ConfigError(
-            f"{name}.batch_size={stage.batch_size}: valid: a multiple of the {fabric.world_size} processes"
-        )
+    ranks = place_of(fabric).ranks
+    if stage.batch_size % ranks:
+        shared = "" if ranks == fabric.world_size else " that have examples of their own"
+        raise ConfigError(f"{name}.batch_size={stage.batch_size}: valid: a multiple of the {ranks} processes{shared}")
     tokens = passes * int(train.lengths.sum())
     if budget(stage, len(train), tokens)[0] < 1:
         raise ConfigError(f"{name}.epochs={stage.epochs}: of {tokens:,} tokens none; valid: 1 token or more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -23,11 +24,13 @@ from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..study import is_packed, read_metrics
 from ..tasks import AUGMENTATIONS, Task, nested
+from ..tasks.data import BUCKETS
 from ..training.cores import cpu_share
 from ..training.evaluation import evaluate, require_questions
 from ..training.forecast import forecast, training_rate
 from ..training.loop import Stage
 from ..training.memory import keep_freed_memory
+from ..training.ranks import require_parts
 from ..training.tracker import Tracker
 from ..training.transfer import transfer_backbone
 from ..training.tuning import count_trained, tune
@@ -158,6 +161,8 @@ class _Run:
         self.objective = finetuning_of(config, task.spec)
         self.config, self.task, self.folder, self.key = config, task, folder, key
         self.fabric, self.deadline = fabric, deadline
+        if config.sequence_parallel > 1:
+            self.check_parts()
         self.examples = task.train
         if config.train_fraction is not None:
             kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
@@ -191,6 +196,18 @@ class _Run:
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
         self.trained = count_trained(self.sized, task.spec, config)
         self.reused = reusable_pretraining(config, task) if isinstance(config.pretrain, str) else None
+
+    def check_parts(self) -> None:
+        """Raises ConfigError where ranks cannot have parts of the time."""
+        config, spec = self.config, self.task.spec
+        shortest = math.ceil(BUCKETS[0] * spec.max_length)
+        if config.sequence_parallel > shortest:
+            raise ConfigError(
+                f"sequence_parallel={config.sequence_parallel}: {spec.name} has batches of {shortest} steps; valid: up "
+                "to as many"
+            )
+        with blaming(f"sequence_parallel={config.sequence_parallel}"), torch.device("meta"):
+            require_parts(build_model(config.model, spec, head="classify", causal=config.causal))
 
     def on_meta(self, head: str) -> SequenceModel:
         """The model with `head`, of tensors without memory."""

@@ -30,6 +30,7 @@ from .optimizer import build_optimizer, restore, set_lr
 from .order import Order, budget, room_for
 from .peak import matmul_flops_per_second
 from .progress import Pace, ProgressBar
+from .ranks import place_of
 from .schedule import lr_factor
 from .tracker import STAGES, Tracker
 from .transfer import require_fit
@@ -129,7 +130,7 @@ class Stage:
         deadline: float | None = None,
     ):
         self.objective, self.config, self.name, self.seed = objective, stage, name, seed
-        self.folder, self.fabric, self.tracker = folder, fabric, tracker
+        self.folder, self.fabric, self.place, self.tracker = folder, fabric, place_of(fabric), tracker
         self.augmentation, self.packing = augmentation, packing
         self.flops_per_token, self.deadline = flops_per_token, deadline
         self.peak = None if flops_per_token is None else peak_flops(fabric)
@@ -281,7 +282,7 @@ class Stage:
 
     def micro_batches(self) -> list[MicroBatch]:
         """This rank's share of the coming step."""
-        rank, ranks, size = self.fabric.global_rank, self.fabric.world_size, self.config.batch_size
+        rank, ranks, size = self.place.rank, self.place.ranks, self.config.batch_size
         micros = []
         for number in range(self.config.accumulate):
             index = self.examples(number * size, size)[rank::ranks]
@@ -291,8 +292,9 @@ class Stage:
                 batch = self.augmentation(batch, self.train.spec, seed=derive_seed(seed, AUGMENTED))
             if self.packing:
                 batch = pack(batch, self.train.spec, self.train.lengths[index] if self.augmentation is None else None)
+            batch = batch._replace(part=self.place.part(batch.inputs.shape[self.train.spec.num_inputs]))
             micros.append(MicroBatch(index, batch, seed))
-        if len(micros) * ranks == 1:
+        if len(micros) * self.fabric.world_size == 1:
             return micros
         asked = self.shares([self.objective.count(micro.batch, seed=micro.seed) for micro in micros])
         positions: Iterable[Tensor | float]
@@ -316,7 +318,8 @@ class Stage:
 
     def forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The part of a step's loss that is `micro`'s, and the sums its metrics are made of."""
-        torch.manual_seed(micro.seed)
+        part = micro.batch.part
+        torch.manual_seed(micro.seed if part is None else derive_seed(micro.seed, part.rank))
         with self.fabric.autocast():
             loss, totals = self.objective.weighed(model, micro.batch, seed=micro.seed, shares=micro.asked)
             return loss + micro.positions * auxiliary_loss(self.model), totals
