@@ -5,30 +5,112 @@ What it lists is imported when it is asked for: a report needs no PyTorch.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from .failures import leave_while_importing
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import blocks as blocks
     from . import kernels as kernels
-    from .blocks import BLOCKS, Block, after_step, attach, auxiliary_loss, build_block
+    from .blocks import (
+        BLOCKS,
+        GAU,
+        GLA,
+        HGRN2,
+        KDA,
+        LRU,
+        MLSTM,
+        RGLRU,
+        RWKV7,
+        S4D,
+        S5,
+        AsSelfAttention,
+        Block,
+        Conv,
+        DeltaNet,
+        GatedDeltaNet,
+        LinearAttention,
+        Mamba,
+        Mamba2,
+        Mamba3,
+        MinGRU,
+        Performer,
+        RetNet,
+        SoftmaxAttention,
+        VQAttention,
+        after_step,
+        attach,
+        auxiliary_loss,
+        build_block,
+        register_block,
+    )
+    from .interop import hf as hf
+    from .interop.hub import from_pretrained, push_to_hub, save_pretrained
+    from .interop.replace import replace
+    from .interop.vit import timm_attention
     from .spec import Batch, TaskSpec
 
 __all__ = [
     "BLOCKS",
+    "GAU",
+    "GLA",
+    "HGRN2",
+    "KDA",
+    "LRU",
+    "MLSTM",
+    "RGLRU",
+    "RWKV7",
+    "S4D",
+    "S5",
+    "AsSelfAttention",
     "Batch",
     "Block",
+    "Conv",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "LinearAttention",
+    "Mamba",
+    "Mamba2",
+    "Mamba3",
+    "MinGRU",
+    "Performer",
+    "RetNet",
+    "SoftmaxAttention",
     "TaskSpec",
+    "VQAttention",
     "after_step",
     "attach",
     "auxiliary_loss",
     "build_block",
+    "from_pretrained",
     "load",
+    "push_to_hub",
+    "register_block",
+    "replace",
     "run",
+    "save_pretrained",
+    "timm_attention",
 ]
+if sys.argv[:1] == ["-m"] and any(
+    flag.endswith("m") and name.split(".")[0] == __name__ for flag, name in pairwise(sys.orig_argv)
+):
+    leave_while_importing()  # Python is on its way to a command of this package
+
 PACKAGES = ("blocks", "kernels", "spec")  # that importing this one makes its attributes
+ELSEWHERE = {"hf": ".interop.hf"}  # modules by the names that users know them by
+LIES_IN = {  # what else is listed lies in `blocks`
+    "Batch": ".spec",
+    "TaskSpec": ".spec",
+    "from_pretrained": ".interop.hub",
+    "push_to_hub": ".interop.hub",
+    "replace": ".interop.replace",
+    "save_pretrained": ".interop.hub",
+    "timm_attention": ".interop.vit",
+}
 
 
 def load(run_folder: Any) -> Any:
@@ -46,14 +128,14 @@ def run(config: Any, *, task: Any = None) -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in PACKAGES:
-        return import_module(f".{name}", __name__)
+    if name in PACKAGES or name in ELSEWHERE:
+        return import_module(ELSEWHERE.get(name, f".{name}"), __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(".spec" if name in ("Batch", "TaskSpec") else ".blocks", __name__), name)
+    value = getattr(import_module(LIES_IN.get(name, ".blocks"), __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *PACKAGES})
+    return sorted({*globals(), *__all__, *PACKAGES, *ELSEWHERE})

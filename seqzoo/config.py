@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .blocks import check_block
+from .extras import require
+from .failures import Said
 from .groups import (
     JointConfig,
     LadderConfig,
@@ -63,8 +65,10 @@ PATHS = ("runs_dir", "data_dir", "cache_dir", "resume", "pretrain", "task.text")
 FREE = ("model.block.", "launcher.options.")
 
 
-class ConfigError(ValueError):
+class ConfigError(Said, ValueError):
     """A configuration that cannot be run; the message, one line, says which key, what was given and what is valid."""
+
+    status = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -123,6 +127,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         ConfigError: an unknown group entry or key, or a value of the wrong type or out of its range; names the valid
             ones.
     """
+    require("a configuration", "hydra", "omegaconf")
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -157,6 +162,7 @@ def from_dict(plain: Any) -> Config:
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or one that is not among the valid ones.
     """
+    require("a configuration", "hydra", "omegaconf")
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,5 +1,7 @@
 """Blocks to hold to what every block promises, and inputs for them."""
 
+from itertools import compress
+
 import pytest
 import torch
 from torch import nn
@@ -68,8 +70,16 @@ CASES = [
     for n, options in enumerate(VARIANTS.get(name, [{}]))
     for causal in (True, False)
 ]
+IS_DEFAULT = ["-0-" in str(case.id) for case in CASES]
 every = pytest.mark.parametrize(("name", "options", "causal"), CASES)
-defaults = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if "-0-" in str(case.id)])
+defaults = pytest.mark.parametrize(("name", "options", "causal"), list(compress(CASES, IS_DEFAULT)))
+defaults_soon = pytest.mark.parametrize(  # the others with -m slow
+    ("name", "options", "causal"),
+    [
+        case if default else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+        for case, default in zip(CASES, IS_DEFAULT, strict=True)
+    ],
+)
 
 
 def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):

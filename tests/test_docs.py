@@ -78,10 +78,11 @@ def table(page: Path, first: str) -> list[list[str]]:
 
 
 def numbers_kept(block: Block, steps: int) -> int:
-    """In the state of one sequence after so many steps, `position` aside; what it begins with if it does not grow."""
+    """In the state of one sequence after so many steps, counts aside; what it begins with if it does not grow."""
     begun = block.initial_state(1)
     _, state = block.extend(torch.randn(1, steps, block.d_model), begun)
-    before, after = (sum(part.numel() for part in each) - len(each.position) for each in (begun, state))
+    kept = [name for name in begun._fields if name not in ("position", "written")]
+    before, after = (sum(getattr(each, name).numel() for name in kept) for each in (begun, state))
     assert before in (0, after)
     return after
 

@@ -21,7 +21,7 @@ PACKAGES = (
     "seqzoo.tasks",
 )
 SCRIPTS = ("train.py", "eval_lra.py")
-RUN_AS_MODULES = ("seqzoo.analysis", "seqzoo.tasks")
+RUN_AS_MODULES = ("seqzoo.analysis", "seqzoo.blocks", "seqzoo.doctor", "seqzoo.tasks")
 INSTALLED = ("seqzoo-eval", "seqzoo-train")
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, can_be_looked_at, without_autocast, zero_padding
-from ..derivatives import forward_mode, gradient
+from ..derivatives import gradient, transformed
 from ..documents import Documents, Pieces
-from .carry import carry
+from .carry import carried, carry
 from .packed import causal_of_documents
 from .per_channel import linear_attention_per_channel
 from .reference import divide_by_normalizer
@@ -62,7 +62,7 @@ def linear_attention_chunked(
     with without_autocast(q.device):
         first = q.new_zeros(B, H, Dk, Dv + normalize, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         if log_decay is None:
-            form = partial(_without_decay, causal) if forward_mode() else partial(_WithoutDecay.apply, causal)
+            form = partial(_without_decay, causal) if transformed() else partial(_WithoutDecay.apply, causal)
             o, final_state = form(None, split(q), split(k), split(v), first)
         else:
             # Rows past T hold q = k = 0, so the ones that fill v there with its ones column count for nothing.
@@ -122,7 +122,7 @@ def _both_ways(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Docu
 
     with without_autocast(q.device):
         nothing = q.new_zeros(1, H, Dk, Dv + normalize, dtype=dtype)
-        form = partial(_without_decay, False) if forward_mode() else partial(_WithoutDecay.apply, False)
+        form = partial(_without_decay, False) if transformed() else partial(_WithoutDecay.apply, False)
         o, _ = form(pieces, split(q), split(k), split(v), nothing)
         o = pieces.take_up(o.view(1, -1, H, C, Dv).transpose(2, 3).flatten(1, 2))
     return o.to(out_dtype).contiguous()
@@ -283,7 +283,12 @@ def _accumulate(state: Tensor, updates: Tensor, reverse: bool = False) -> Tensor
 
     State [B * H, ...] and updates [B * H * N, ...]; with `reverse`, the last chunk is the first that is reached.
     """
-    steps = updates.view(state.shape[0], -1, *state.shape[1:]).unbind(1)
+    chunks = updates.view(state.shape[0], -1, *state.shape[1:])
+    if torch.compiler.is_compiling():
+        reached, state = carried(chunks, None, state, 1, reverse)
+        chunks.copy_(reached)
+        return state
+    steps = chunks.unbind(1)
     for update in reversed(steps) if reverse else steps:
         state, _ = state + update, update.copy_(state)
     return state

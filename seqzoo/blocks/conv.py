@@ -10,8 +10,10 @@ from ..valid import BelowOne, Count
 from .base import Block, advance
 from .depthwise import Depthwise
 from .parts import Part
+from .states import state_of
 
 
+@state_of("inputs")
 class ConvState(NamedTuple):
     inputs: Tensor  # [B, width - 1, D], the last ones
     position: Tensor  # int64 [B]

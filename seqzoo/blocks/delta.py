@@ -15,10 +15,12 @@ from .base import Block, advance
 from .depthwise import short_convolution
 from .directions import Directions
 from .parts import Part, delta_rule
+from .states import state_of
 
 NORM_EPS = 1e-5
 
 
+@state_of("inputs")
 class DeltaState(NamedTuple):
     memory: Tensor  # [B, H, Dk, Dv]
     inputs: Tensor  # [B, conv_width - 1, 2 G Dk + H Dv], the convolution's last ones

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import accumulation_dtype, without_autocast
-from ..kernels.derivatives import forward_mode, gradient
+from ..kernels.derivatives import gradient, transformed
 from ..kernels.documents import Documents
 from ..valid import Count
 from .parts import Part, with_neighbours
@@ -117,7 +117,7 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     # In single precision at least: PyTorch's products in half precision can fail to end on a CPU.
     dtype = accumulation_dtype(x.dtype)
     with without_autocast(x.device):
-        convolution = _convolve if forward_mode() else _Convolution.apply
+        convolution = _convolve if transformed() else _Convolution.apply
         return convolution(x.to(dtype), weight.to(dtype)).to(x.dtype)
 
 

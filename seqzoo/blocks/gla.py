@@ -15,11 +15,13 @@ from ..valid import Bias, Count, Positive
 from .base import Block, advance
 from .directions import Directions
 from .gates import GateBias
+from .states import state_of
 from .wide import default_dtype
 
 NORM_EPS = 1e-5
 
 
+@state_of()
 class GatedState(NamedTuple):
     memory: Tensor  # [B, H, Dk, Dv]
     position: Tensor  # int64 [B]

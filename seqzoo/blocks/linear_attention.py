@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from ..kernels.documents import Documents, starts_of
 from .base import Block, advance, head_dim, places
 from .parts import Part, linear_attention
 from .rotary import rotate
+from .states import state_of
 
 
 class _EluPlusOne(torch.autograd.Function):
@@ -37,6 +38,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": F.relu, "silu": F.silu}
 
 
+@state_of()
 class LinearAttentionState(NamedTuple):
     memory: Tensor  # [B, H, D, D], or [B, H, D, D + 1] with the normaliser's sum in the last column
     position: Tensor  # int64 [B]
@@ -68,7 +70,7 @@ class LinearAttention(Block):
         *,
         causal: bool = False,
         num_heads: int = 4,
-        feature_map: str = "elu",
+        feature_map: Literal["elu", "relu", "silu"] = "elu",
         normalize: bool = True,
         decay: bool = False,
         rotary: bool = False,

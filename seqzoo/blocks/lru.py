@@ -12,9 +12,11 @@ from ..kernels.documents import Documents, starts_of
 from ..valid import BelowOne, Count
 from .base import Block, advance
 from .parts import Part, diagonal_scan
+from .states import state_of
 from .wide import Wide, default_dtype
 
 
+@state_of()
 class RecurrentState(NamedTuple):
     hidden: Tensor  # [B, ..., 2], real and imaginary parts
     position: Tensor  # int64 [B]

@@ -13,10 +13,12 @@ from ..kernels.selective_scan import selective_scan
 from ..valid import Count, Factor
 from .base import Block, advance
 from .depthwise import short_convolution
+from .states import state_of
 from .timescales import step_bias
 from .wide import Wide, default_dtype
 
 
+@state_of("inputs")
 class MambaState(NamedTuple):
     hidden: Tensor  # [B, E, N]
     inputs: Tensor  # [B, conv_width - 1, E], the last ones of the convolution

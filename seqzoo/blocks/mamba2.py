@@ -16,9 +16,11 @@ from .depthwise import short_convolution
 from .directions import Directions
 from .gated_norm import GatedRMSNorm
 from .parts import Part, linear_attention
+from .states import state_of
 from .timescales import step_bias
 
 
+@state_of("inputs")
 class Mamba2State(NamedTuple):
     memory: Tensor  # [B, H, N, P]
     inputs: Tensor  # [B, conv_width - 1, E + 2 G N], the convolution's last ones

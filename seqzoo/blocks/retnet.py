@@ -13,8 +13,10 @@ from .base import Block, advance, head_dim, places
 from .linear_attention import decay_rates
 from .parts import Part, linear_attention
 from .rotary import rotate
+from .states import state_of
 
 
+@state_of()
 class RetNetState(NamedTuple):
     memory: Tensor  # [B, H, Dk, Dv]
     position: Tensor  # int64 [B]

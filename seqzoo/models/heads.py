@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..blocks import Part
@@ -101,7 +100,8 @@ class PairHead(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None, part: Part | None = None
     ) -> Tensor:
-        a, b = rearrange(_pooled(x, lengths, documents, part, self.pooling), "(B pair) D -> pair B D", pair=2)
+        pooled = _pooled(x, lengths, documents, part, self.pooling)
+        a, b = pooled[::2], pooled[1::2]
         return self.scores(torch.cat([a, b, a - b, a * b], -1))
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -174,6 +174,16 @@ class Backbone(nn.Module):
         return super().train(mode and not self.frozen)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What `build_model` was given."""
+
+    config: ModelConfig
+    spec: TaskSpec
+    head: str
+    causal: bool
+
+
 class SequenceModel(nn.Module):
     """A backbone and a head.
 
@@ -188,6 +198,8 @@ class SequenceModel(nn.Module):
 
     Returns: [B, classes], of documents [N, classes], or a score for every position (of 2B sequences, if pairs).
     """
+
+    plan: Plan | None = None  # of a model that is as it was built
 
     def __init__(self, backbone: Backbone, head: nn.Module, *, num_inputs: int) -> None:
         super().__init__()
@@ -272,7 +284,9 @@ class JointModel(SequenceModel):
 
     def without_second(self) -> SequenceModel:
         """What answers the task: the same backbone and first head."""
-        return SequenceModel(self.backbone, self.head, num_inputs=self.num_inputs)
+        model = SequenceModel(self.backbone, self.head, num_inputs=self.num_inputs)
+        model.plan = None if self.plan is None else replace(self.plan, head=self.plan.head.split("+")[0])
+        return model
 
 
 def documents_of(inputs: Tensor, cu_seqlens: Tensor | None) -> Documents | None:
@@ -304,6 +318,7 @@ def build_model(config: ModelConfig, spec: TaskSpec, *, head: str, causal: bool)
     model = SequenceModel(backbone, _head(config, spec, first), num_inputs=spec.num_inputs)
     for second in others:
         model = JointModel(model, _head(config, spec, second))
+    model.plan = Plan(config, spec, head, causal)
     if config.init == "random":
         # Amos, Berant and Gupta 2024, section 3.3; norms too, as in the authors' code.
         for parameter in model.parameters():

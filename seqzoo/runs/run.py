@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -24,19 +23,18 @@ from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..study import is_packed, read_metrics
 from ..tasks import AUGMENTATIONS, Task, nested
-from ..tasks.data import BUCKETS
 from ..training.cores import cpu_share
 from ..training.evaluation import evaluate, require_questions
 from ..training.forecast import forecast, training_rate
 from ..training.loop import Stage
 from ..training.memory import keep_freed_memory
-from ..training.ranks import require_parts
 from ..training.tracker import Tracker
 from ..training.transfer import transfer_backbone
 from ..training.tuning import count_trained, tune
 from . import provenance
-from .feasible import check_stage
+from .feasible import check_parts, check_stage
 from .folder import (
+    RESULT,
     cell_name,
     check_task,
     checked_task,
@@ -44,7 +42,8 @@ from .folder import (
     in_hand,
     pretraining_key,
     read_config,
-    read_json,
+    read_result,
+    read_summary,
     reusable_pretraining,
     run_name,
     shared_pretraining,
@@ -99,7 +98,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
             folder = finished_run(folder) or folder
     config = replace(config, data_dir=_absolute_data_dir(config))
     with _reaching(folder):
-        result = read_json(folder / "result.json")
+        result = read_result(folder, RESULT)
     if result is not None:
         again = "another runs_dir runs it again" if is_packed(folder) else "delete it to run again"
         print(printable(f"{folder} is finished; {again}"), file=sys.stderr)
@@ -126,6 +125,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
                 tracker.finish(None)
             raise
         if tracker:
+            tracker.require_folder()
             write_json(folder / "result.json", result)
             tracker.finish(result)
     fabric.barrier()
@@ -161,8 +161,7 @@ class _Run:
         self.objective = finetuning_of(config, task.spec)
         self.config, self.task, self.folder, self.key = config, task, folder, key
         self.fabric, self.deadline = fabric, deadline
-        if config.sequence_parallel > 1:
-            self.check_parts()
+        check_parts(config, task.spec)
         self.examples = task.train
         if config.train_fraction is not None:
             kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
@@ -196,18 +195,6 @@ class _Run:
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
         self.trained = count_trained(self.sized, task.spec, config)
         self.reused = reusable_pretraining(config, task) if isinstance(config.pretrain, str) else None
-
-    def check_parts(self) -> None:
-        """Raises ConfigError where ranks cannot have parts of the time."""
-        config, spec = self.config, self.task.spec
-        shortest = math.ceil(BUCKETS[0] * spec.max_length)
-        if config.sequence_parallel > shortest:
-            raise ConfigError(
-                f"sequence_parallel={config.sequence_parallel}: {spec.name} has batches of {shortest} steps; valid: up "
-                "to as many"
-            )
-        with blaming(f"sequence_parallel={config.sequence_parallel}"), torch.device("meta"):
-            require_parts(build_model(config.model, spec, head="classify", causal=config.causal))
 
     def on_meta(self, head: str) -> SequenceModel:
         """The model with `head`, of tensors without memory."""
@@ -297,7 +284,7 @@ class _Run:
         source = self.pretraining_folder()
         if source != folder:
             check_task(source, self.task)
-        summary = read_json(source / "pretrain" / "summary.json")
+        summary = read_summary(source)
         if summary is None:
             self.fabric.barrier()  # all ranks have looked
             if self.fabric.is_global_zero:

@@ -13,17 +13,17 @@ a twentieth of writing the file: against failing disks and memory, not against f
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from xxhash import xxh3_128
 
+from ..extras import require
 from ..files import replacing_by_name
 from ..messages import say_once
 from .errors import TrainingError
@@ -33,10 +33,13 @@ CHECKSUM = "xxh3_128"  # its key in the metadata
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """Writes a state dict as safetensors; `metadata` is kept as strings in its header."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    require("a file of weights", "safetensors", "xxhash")
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     header = {key: str(value) for key, value in (metadata or {}).items()}
     header[CHECKSUM] = _checksum(tensors, header)
-    with replacing_by_name(path) as temporary:
+    with replacing_by_name(path) as temporary, _as_the_system_says(path):
         save_file(tensors, temporary, header)
 
 
@@ -85,7 +88,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     tensors, metadata = _load(path)
     weights: dict[str, Tensor] = {}
     optimizer: dict[int, dict[str, Tensor]] = {}
-    with _reading(path):
+    with reading(path):
         state = json.loads(metadata["state"])
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
@@ -102,7 +105,10 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     A file without a checksum, of an earlier version, is taken at its word, and that is said once.
     """
-    with _reading(path), safe_open(path, "pt") as file:
+    require("a file of weights", "safetensors", "xxhash")
+    from safetensors import safe_open
+
+    with reading(path), safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
         metadata = file.metadata() or {}
         expected = metadata.pop(CHECKSUM, None)
@@ -114,6 +120,8 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    from xxhash import xxh3_128
+
     named = sorted(tensors.items())
     described = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in named]
     digest = xxh3_128(json.dumps([sorted(metadata.items()), described]).encode())
@@ -126,13 +134,31 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Whatever does not go within it is damage of the checkpoint at `path`: a TrainingError that says what to do."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except FileNotFoundError:
         raise TrainingError(f"checkpoint {path} is missing; {_anew(path)}") from None
-    except (SafetensorError, KeyError, ValueError) as error:
+    except KeyError as error:
+        raise TrainingError(f"checkpoint {path} is damaged (it has no {error}); {_anew(path)}") from None
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TrainingError(f"checkpoint {path} is damaged ({error}); {_anew(path)}") from None
+
+
+@contextmanager
+def _as_the_system_says(path: Path) -> Iterator[None]:
+    """What the operating system refuses to safetensors, as the OSError that it would be in Python."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 def _anew(path: Path) -> str:

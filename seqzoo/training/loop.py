@@ -16,9 +16,10 @@ from ..blocks import after_step, auxiliary_loss
 from ..config import StageConfig
 from ..models import JointModel
 from ..objectives import Objective
+from ..records import check
 from ..spec import Batch
 from ..tasks import Augmentation, Split, pack
-from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
+from .checkpoint import Checkpoint, load_checkpoint, load_weights, reading, save_checkpoint, save_weights
 from .compilation import compile_model
 from .cores import Cores, cpu_share
 from .diagnosis import first_nonfinite
@@ -60,6 +61,9 @@ class State:
     best: dict[str, float] = field(default_factory=dict)  # the best validation
     window: dict[str, float] = field(default_factory=dict)  # `Stage.window`
     reports: dict[str, float] = field(default_factory=dict)  # of the modules, `Stage.reports`
+
+
+STATE = {f"{key}?": type(value) for key, value in asdict(State()).items()}  # as `check` reads it
 
 
 class MicroBatch(NamedTuple):
@@ -162,7 +166,9 @@ class Stage:
                 restore(optimizer, checkpoint.optimizer)
             except TrainingError as error:
                 raise TrainingError(f"{self.last}: {error}; delete {folder} to start the stage again") from None
-            self.state = State(**checkpoint.state)
+            with reading(self.last):
+                check(checkpoint.state, STATE)
+                self.state = State(**checkpoint.state)
             if fabric.is_global_zero:
                 for key, total in self.state.window.items():
                     self.window[key] = torch.tensor(total, dtype=torch.float64, device=fabric.device)
@@ -178,8 +184,7 @@ class Stage:
             Interrupted: by a signal or at the deadline, with everything saved.
         """
         state = self.state
-        if self.tracker:
-            self.tracker.rewind(self.name, state.step)
+        lines = self.tracker.rewind(self.name, state.step, state.evaluated) if self.tracker else 0
         self.started = self.saved = self.timed = time.monotonic()
         self.seconds_before = state.seconds
         self.logged = (state.tokens, state.training_seconds)
@@ -189,6 +194,8 @@ class Stage:
         with bar, interruption() as self.interrupted:
             if state.step > 0:
                 bar.say(f"{self.name} continues after step {state.step} of {self.total_steps}")
+                if self.tracker and not lines and state.step >= self.log_every:
+                    bar.say(f"{self.tracker.path} has lost its lines: the curve of {self.name} begins here")
             try:
                 while True:
                     if state.step in self.evaluations and state.evaluated < state.step:
@@ -351,6 +358,8 @@ class Stage:
         best = state.best.get(monitor, -math.inf if maximise else math.inf)
         if metrics[monitor] > best if maximise else metrics[monitor] < best:
             state.best = {**metrics, "step": state.step}
+            if self.tracker:
+                self.tracker.require_folder()
             if self.fabric.is_global_zero:
                 save_weights(self.folder / "best.safetensors", self.kept.state_dict(), state.best)
         if self.tracker:
@@ -414,6 +423,8 @@ class Stage:
         if self.fabric.is_global_zero:
             self.state.window = {key: total.item() for key, total in self.window.items()}
             self.reports()
+            if self.tracker:
+                self.tracker.require_folder()
             optimizer = self.optimizer.state_dict()["state"]
             save_checkpoint(self.last, Checkpoint(self.model.state_dict(), optimizer, asdict(self.state)))
         self.saved = self.timed = time.monotonic()

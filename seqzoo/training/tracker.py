@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..config import WandbConfig
-from ..files import append, write_text
-from ..messages import printable_lines
-from ..records import read_text
+from ..files import append, inside, write_text
+from ..messages import printable_lines, say_once
+from ..records import read_bytes, read_text
+from ..study import is_line, parse_line
+from .errors import TrainingError
 
 STAGES = ("pretrain", "finetune")
+EARLIER = "earlier"  # in W&B's folder in that of a run
 Mode = Literal["online", "offline", "disabled"]
 
 
@@ -29,37 +32,63 @@ class Tracker:
         group: the W&B group, shared by the seeds of a cell.
         wandb: mode, project and entity.
 
-    A failure of W&B is a warning, and the run goes on without it.
+    A failure of W&B is a warning, and the run goes on without it. Without network a process that continues a run begins
+    a W&B folder of its own, and an earlier one, if it was killed, has not written all: so the newest gets every line
+    again, and earlier ones are moved to `EARLIER`, where `wandb sync` does not look.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, group: str, wandb: WandbConfig):
-        self.path = folder / "metrics.jsonl"
+        self.folder, self.path = folder, folder / "metrics.jsonl"
+        self.held: int | None = os.open(folder, os.O_RDONLY)  # while it is open no other folder is taken for this one
         append(self.path, "")
         self.run: Any = None
+        self.sent = 0  # lines, from the first on, that the W&B run has
         mode = wandb_mode(wandb.mode)
         if mode != "disabled":
             self._guard(lambda: self._start_wandb(folder, config, group, wandb, mode))
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Forgets the lines that a run continuing after `step` steps of `stage` will write again."""
-        here = (STAGES.index(stage), step)
-        kept = []
-        for line in read_text(self.path).splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):  # the process died while writing it
-                break
-            if (STAGES.index(entry["stage"]), entry["step"]) <= here:
-                kept.append(line)
-        write_text(self.path, "".join(kept))
+    def require_folder(self) -> None:
+        """Raises TrainingError where the run's folder has been deleted or moved, instead of making another."""
+        try:
+            there = self.held is not None and os.path.samestat(os.fstat(self.held), os.stat(self.folder))
+        except OSError:
+            there = False
+        if not there:
+            raise TrainingError(
+                f"{self.folder} was deleted or moved while it was trained, so nothing of it is saved any longer; the "
+                "same command begins it anew"
+            )
+
+    def rewind(self, stage: str, step: int, evaluated: int) -> int:
+        """Forgets the lines that a run will write again which continues after `step` steps of `stage`, and the
+        validation after `evaluated`. Returns how many of the stage are left.
+
+        Raises:
+            TrainingError: as `require_folder` does.
+        """
+        self.require_folder()
+        *lines, last = read_bytes(self.path).decode(errors="replace").split("\n")
+        entries = [parse_line(line) for line in (*lines, last) if line]
+        kept = [entry for entry in entries if _known(entry) and not _ahead(entry, stage, step, evaluated)]
+        unreadable = sum(not _known(entry) for entry in entries[: len(entries) - bool(last)])
+        if unreadable:  # beside the last, which a process that died did not write to its end
+            say_once(f"{self.path}: {unreadable:,} lines cannot be read and are left out")
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        if self.run is not None:
+            self._guard(lambda: self._catch_up(kept))
+        return sum(entry["stage"] == stage for entry in kept)
 
     def log(self, stage: str, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Appends what is known after `step` steps of `stage`."""
+        """Appends what is known after `step` steps of `stage`.
+
+        Raises:
+            TrainingError: as `require_folder` does.
+        """
+        self.require_folder()
         entry = {"stage": stage, "step": step, "tokens": tokens, **metrics}
         append(self.path, json.dumps(entry) + "\n")
         if self.run is not None:
-            named = {f"{stage}/{key}": value for key, value in entry.items() if key != "stage"}
-            self._guard(lambda: self.run.log(named))
+            self._guard(lambda: self._send(entry))
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
         """Closes the run; `result` becomes its W&B summary, and None marks it as failed."""
@@ -67,6 +96,26 @@ class Tracker:
             self._guard(lambda: self.run.summary.update(dict(result)))
         if self.run is not None:
             self._guard(lambda: self.run.finish(exit_code=0 if result is not None else 1))
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
+
+    def _send(self, entry: Mapping[str, Any]) -> None:
+        self.run.log({f"{entry['stage']}/{key}": value for key, value in entry.items() if key != "stage"})
+        self.sent += 1
+
+    def _catch_up(self, entries: list[dict[str, Any]]) -> None:
+        """Sends the W&B run the lines that it does not have; a server has them from the process before."""
+        if self.run.settings.mode != "offline":
+            return
+        for entry in entries[self.sent :]:
+            self._send(entry)
+        current = Path(self.run.dir).parent
+        for earlier in current.parent.glob(f"offline-run-*-{self.run.id}"):
+            if earlier != current:
+                aside = inside(current.parent, EARLIER)
+                aside.mkdir(exist_ok=True)
+                earlier.rename(aside / earlier.name)
 
     def _start_wandb(self, folder: Path, config: Mapping[str, Any], group: str, wandb: WandbConfig, mode: Mode) -> None:
         import wandb as client
@@ -96,6 +145,20 @@ class Tracker:
             self.run = None
             said = f"W&B failed and is switched off for this run; {self.path} goes on: {error}"
             warnings.warn(printable_lines(said), stacklevel=3)
+
+
+def _known(entry: Any) -> bool:
+    return is_line(entry) and entry["stage"] in STAGES
+
+
+def _ahead(entry: Mapping[str, Any], stage: str, step: int, evaluated: int) -> bool:
+    """Whether a line is of what lies before a run that continues there.
+
+    A process may die between a validation's line and the checkpoint that knows of it.
+    """
+    validation = any(key.startswith("val/") for key in entry)
+    here = STAGES.index(stage), evaluated if validation else step
+    return (STAGES.index(entry["stage"]), entry["step"]) > here
 
 
 def wandb_mode(configured: str | None) -> Mode:

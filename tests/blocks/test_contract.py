@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 from agreement import assert_close
-from block_cases import CASES, D, defaults, every, make, parameter_gradients, sequences
+from block_cases import CASES, D, defaults, defaults_soon, every, make, parameter_gradients, sequences
 from torch import nn
 
 import seqzoo
@@ -251,7 +251,7 @@ def test_backends_agree(name, options, causal, monkeypatch):
             assert_close(a, e, 1e-4)
 
 
-@every
+@defaults_soon
 def test_compiles_whole(name, options, causal):
     block = make(name, options, causal, dtype=torch.float32, train=name == "vq_attention")
     x = sequences(2, 40, dtype=torch.float32)

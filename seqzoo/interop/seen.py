@@ -1,0 +1,152 @@
+"""Which keys each query sees, as seqzoo's operations take it, made where transformers makes its masks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils as masks
+
+from ..blocks.masks import Padding, check_padding
+from ..kernels.common import can_be_looked_at
+
+ALL_OF = masks.and_masks(masks.causal_mask_function).__code__
+CAUSAL_WINDOW = masks.sliding_window_overlay(1).__code__
+WINDOW = masks.sliding_window_bidirectional_overlay(1).__code__
+SAME_SEQUENCE = masks.packed_sequence_mask_function(torch.zeros(1, 1)).__code__
+REMAPPED = masks.remap_positions_for_packed_sequence(masks.causal_mask_function, torch.zeros(1, 1)).__code__
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What takes the place of a mask: query i stands at `position + i` and key j at j.
+
+    It has what transformers asks of a mask that is ready.
+    """
+
+    causal: bool
+    reach: tuple[int, int] | None = None  # how many keys ahead of a query's place and behind it; None: all
+    counts: Tensor | None = None  # bool [B, S], which keys are no padding; None: all
+    position: int | Tensor = 0
+    starts: Tensor | None = None  # int64 [N + 1], of the documents of all rows, one row behind the other
+
+    ndim = 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, 1, 1, 1) if self.counts is None else (self.counts.shape[0], 1, 1, self.counts.shape[1])
+
+    def contiguous(self) -> Seen:
+        """As of a tensor, for `generate`."""
+        return self
+
+    def to(self, device: Any, **options: Any) -> Seen:
+        """As of a tensor, for those who spread a model over devices."""
+        moved = {
+            name: value.to(device, **options)
+            for name in ("counts", "position", "starts")
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def new_steps(self, T: int) -> Tensor | None:
+        """Which of the T queries are no padding, bool [B, T]; None: all."""
+        if self.counts is None:
+            return None
+        new = self.counts[:, self.places(T, self.counts.device)]
+        return None if can_be_looked_at(new) and new.all() else new
+
+    def places(self, T: int, device: torch.device) -> Tensor:
+        """Where the T queries stand: int64 [T]."""
+        return self.position + torch.arange(T, device=device)
+
+    def padding(self, what: str) -> Padding | None:
+        """The padding of the keys; None where there is none.
+
+        Raises:
+            ValueError: there is padding between keys that count (looked at on a CPU only).
+        """
+        return None if self.counts is None else check_padding(what, None, self.counts, *self.counts.shape)
+
+
+def seen_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] = masks.causal_mask_function,
+    attention_mask: Any = None,
+    **_: Any,
+) -> Seen:
+    """The mask function of every implementation of seqzoo's, with the arguments that transformers gives to any.
+
+    Raises:
+        ValueError: the mask is none of causal, bidirectional, sliding windows of either, and packed sequences.
+    """
+    if isinstance(attention_mask, Seen):  # made ahead, for a graph
+        return attention_mask
+    causal, reach, sequence = False, None, None
+    for part in _parts(mask_function):
+        code, inside = part.__code__, inspect.getclosurevars(part).nonlocals
+        if part is masks.causal_mask_function:
+            causal = True
+        elif code is CAUSAL_WINDOW:
+            reach = (inside["sliding_window"] - 1, 0)
+        elif code is WINDOW:
+            reach = (inside["sliding_window"],) * 2
+        elif code is SAME_SEQUENCE:
+            sequence = inside["packed_sequence_mask"]
+        elif part is not masks.bidirectional_mask_function:
+            raise ValueError(
+                f"seqzoo's attention got a mask of transformers that it cannot keep, {part.__qualname__.split('.')[0]}"
+                "; valid: causal, bidirectional, a sliding window, packed sequences; for this model, "
+                "attn_implementation='sdpa' or 'eager'"
+            )
+    if causal and reach is not None:
+        reach = (reach[0], 0)
+    if sequence is not None:
+        return Seen(causal, reach, starts=_starts(sequence, batch_size))
+    position = q_offset - kv_offset
+    if attention_mask is None:
+        return Seen(causal, reach, position=position)
+    counts = masks.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    counts = counts[:, kv_offset + torch.arange(kv_length, device=counts.device)]
+    within = counts[:, : position + q_length] if causal and isinstance(position, int) else counts
+    if can_be_looked_at(within) and within.all():
+        return Seen(causal, reach, position=position)
+    return Seen(causal, reach, counts, position)
+
+
+def _parts(mask_function: Callable[..., Any]) -> Iterator[Any]:
+    """The masks that hold at once, as transformers builds them from each other."""
+    code = getattr(mask_function, "__code__", None)
+    if code is ALL_OF:
+        for part in inspect.getclosurevars(mask_function).nonlocals["mask_functions"]:
+            yield from _parts(part)
+    elif code is REMAPPED:  # counts from the begin of each sequence, as documents do
+        yield from _parts(inspect.getclosurevars(mask_function).nonlocals["mask_function"])
+    else:
+        yield mask_function
+
+
+def _starts(sequence: Tensor, rows: int) -> Tensor:
+    """Where documents begin in all rows behind each other, and the end, from which sequence of its row each step is of.
+
+    Raises:
+        ValueError: in a graph, whose shapes are not to depend on that.
+    """
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "seqzoo's attention cannot look for packed sequences in a compiled graph; valid: an attention_mask, of "
+            "ones where nothing is padded, so that transformers does not look for them either"
+        )
+    sequence = sequence.expand(rows, -1)
+    begins = torch.ones_like(sequence, dtype=torch.bool)
+    begins[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
+    end = torch.tensor([sequence.numel()], device=sequence.device)
+    return torch.cat([begins.flatten().nonzero()[:, 0], end])

@@ -1,0 +1,95 @@
+"""Caches of transformers that hold a state of constant size for a layer, in place of its keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+LAYER = "_seqzoo_state_layer"
+
+
+class StateLayer(CacheLayerMixin):
+    """What one layer remembers: `state`, a tensor or a NamedTuple of tensors, batch first, and of how many steps."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.state: Any = None
+        self.steps = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing to allocate: whoever makes the state knows how large it is."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values alone; the keys lead attention functions to this layer."""
+        self.steps += key_states.shape[-2]
+        key_states = key_states.view_as(key_states)
+        setattr(key_states, LAYER, self)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.steps + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.steps
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.steps = None, 0
+
+    def offload(self) -> None:
+        """A state is small: it stays where it is."""
+
+    def prefetch(self) -> None:
+        """It never left."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                "a state cannot forget its last steps, as assisted generation asks; valid: the stock cache, or "
+                "generation without an assistant"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda part: part.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda part: part[indices])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        if isinstance(self.state, Tensor):
+            self.state = change(self.state)
+        elif self.state is not None:
+            self.state = type(self.state)(*map(change, self.state))
+
+
+class StateCache(Cache):
+    """A state for each layer, for `generate` with attn_implementation="seqzoo_linear" or "seqzoo_favor".
+
+        model.generate(ids, past_key_values=seqzoo.hf.StateCache(model.config))
+
+    A step then takes the time and memory of one step, however many came before.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(layers=[StateLayer() for _ in range(layers)])
+
+
+def layer_of(keys: Tensor) -> StateLayer | None:
+    """The layer that gave these keys out, if they are without those before."""
+    return getattr(keys, LAYER, None)
