@@ -335,6 +335,10 @@ def _validate(config: Config) -> None:
             "packing=true compile=true: the model is compiled for each shape of a batch, and packed ones are all of "
             "another; valid: one of the two"
         )
+    if config.strategy == "fsdp" and config.compile:
+        raise ConfigError(
+            "strategy=fsdp compile=true: shards are of models that are not compiled; valid: one of the two"
+        )
     if config.sequence_parallel > 1:
         _check_parts(config)
     if config.train_fraction == 1:  # the same run as without it, in the same folder

@@ -17,7 +17,7 @@ from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..tasks import Split, Task, build_task, stratified
 from ..training.evaluation import derive_seed
-from ..training.ranks import share_time
+from ..training.ranks import arrange
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -55,8 +55,7 @@ def build_fabric(config: Config) -> Fabric:
         precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
     )
     fabric.launch()
-    if config.sequence_parallel > 1:
-        share_time(fabric, config.sequence_parallel)
+    arrange(fabric, parts=config.sequence_parallel, sharded=config.strategy == "fsdp" and world_size > 1)
     return fabric
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ..blocks import Block, Part
 
@@ -20,6 +23,7 @@ class Place(NamedTuple):
     rank: int  # among those whose examples are others
     ranks: int
     group: Any = None  # of torch.distributed, those that have the same; None: no other has
+    sharded: bool = False  # whether each has a shard of the model
 
     def part(self, T: int) -> Part | None:
         """Of T steps, those of this rank; None: all of them."""
@@ -34,13 +38,30 @@ def place_of(fabric: Fabric) -> Place:
     return _places.get(fabric, Place(fabric.global_rank, fabric.world_size))
 
 
-def share_time(fabric: Fabric, ranks: int) -> None:
-    """From now on every `ranks` that follow each other have the same examples, and each a part of their time."""
-    groups = [
-        torch.distributed.new_group(list(range(first, first + ranks))) for first in range(0, fabric.world_size, ranks)
-    ]
-    rank = fabric.global_rank // ranks
-    _places[fabric] = Place(rank, fabric.world_size // ranks, groups[rank])
+def arrange(fabric: Fabric, *, parts: int, sharded: bool) -> None:
+    """From now on every `parts` ranks that follow each other have the same examples, and each a part of their time;
+    and, if `sharded`, each of all a shard of the model."""
+    ranks, rank = fabric.world_size // parts, fabric.global_rank // parts
+    group = None
+    if parts > 1:
+        group = [torch.distributed.new_group(list(range(n * parts, (n + 1) * parts))) for n in range(ranks)][rank]
+    _places[fabric] = Place(rank, ranks, group, sharded)
+
+
+def set_up(fabric: Fabric, model: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
+    """Both, such that passes and steps are those of all ranks. Of a model in shards they are anyway."""
+    return (model, optimizer) if place_of(fabric).sharded else fabric.setup(model, optimizer)
+
+
+@contextmanager
+def without_sync(fabric: Fabric, model: Any, enabled: bool) -> Iterator[None]:
+    """Where gradients stay those of a rank, if that is `enabled`."""
+    if place_of(fabric).sharded:
+        model.set_requires_gradient_sync(not enabled)
+        yield
+        return
+    with fabric.no_backward_sync(model, enabled=enabled):
+        yield
 
 
 def require_parts(model: nn.Module) -> None:
