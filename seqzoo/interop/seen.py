@@ -131,8 +131,8 @@ def _read(mask_function: Callable[..., Any], rows: int) -> Seen:
 
 _outside_of_graphs = torch.compiler.disable(
     _read,
-    reason="seqzoo reads masks that transformers has put together outside of compiled graphs; valid: fullgraph=False, or "
-    "an attention_mask, of ones where nothing is padded, so that transformers does not look for packed sequences",
+    reason="seqzoo reads masks that transformers has put together outside of compiled graphs; valid: fullgraph=False, "
+    "or an attention_mask, of ones where nothing is padded, so that transformers does not look for packed sequences",
 )
 
 
