@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import choose, fit
 from ..common import check_lengths, check_log_decay
 from ..documents import check_documents
-from ..nodes import exporting
+from ..nodes import as_one
 from .chunked import delta_rule_chunked
 from .node import delta_rule_node
 from .reference import delta_rule_reference
@@ -21,7 +21,7 @@ MAX_CHANNELS: dict[torch.dtype, int] = {}  # of a head, that a kernel takes
 
 
 def _chunked(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return (delta_rule_node if exporting() else delta_rule_chunked)(*arguments)
+    return (delta_rule_node if as_one() else delta_rule_chunked)(*arguments)
 
 
 FORMS = {"chunked": _chunked, "reference": delta_rule_reference}

@@ -57,7 +57,7 @@ def vq_attention(
 ) -> list[Value]:
     """A key counts as the code nearest to it, and what a state holds by code as that code, as often as it was seen."""
     without_documents(starts)
-    valid, like, (H, S, D), Dv = n.valid(lengths, q), v, codebook.shape, v.shape[3]
+    valid, like, (H, S, _), Dv = n.valid(lengths, q), v, codebook.shape, v.shape[3]
     q, v, codebook = n.wide(q, v, codebook)
     v = n.kept(valid, v, 4)
     given_codes, given = codes, v
@@ -128,10 +128,7 @@ def _by_offset(n: Nodes, bias: Value, H: int, offset: Value, causal: bool, score
     """What each key's offset from its query has of `bias`, [H, n] or [B, T, H, n]; 0 further away: as the scores."""
     entries = bias.shape[-1]
     reach = entries - 1 if causal else entries // 2
-    if len(bias.shape) == 2:
-        bias = n.Unsqueeze(bias, [0, 2])  # [1, H, 1, n]
-    else:
-        bias = n.by_head(bias)[0]  # [B, H, T, n]
+    bias = n.Unsqueeze(bias, [0, 2]) if len(bias.shape) == 2 else n.by_head(bias)[0]  # [1 or B, H, 1 or T, n]
     place = n.Add(offset, reach)
     within = n.And(n.GreaterOrEqual(place, 0), n.Less(place, entries))
     place = n.Where(within, place, 0)
