@@ -51,6 +51,8 @@ COUNTERPARTS = {  # of ours, what stands beside it: others', or another of ours 
     ("block", "s4d"): ("S4D standalone",),
     ("block", "mamba"): ("Mamba of transformers", "Mamba of mambapy"),
     ("block", "mamba2"): ("Mamba-2 of transformers",),
+    ("block", "gated_delta_net"): ("Gated DeltaNet of transformers",),
+    ("block", "kda"): ("KDA of transformers",),
     ("block", "rg_lru"): ("RG-LRU of transformers", "lru"),
     ("block", "mlstm"): ("mLSTM of xlstm",),
     ("block", "min_gru"): ("lru",),

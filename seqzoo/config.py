@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .blocks import check_block
+from .extras import require
 from .failures import Said
 from .groups import (
     JointConfig,
@@ -33,6 +34,7 @@ from .valid import (
     Fraction,
     Limit,
     Number,
+    Range,
     Text,
     check_ranges,
     hints_of,
@@ -49,6 +51,7 @@ CHOICES = {
     "tuning": ("full", "head", "lora", "ladder"),
     "precision": ("fp32", "bf16", "auto"),
     "device": ("auto", "cpu", "cuda"),
+    "strategy": ("auto", "ddp", "fsdp"),
     "optimizer": (None, "adamw", "muon"),
     "pretraining.optimizer": ("adamw", "muon"),
     "finetuning.optimizer": ("adamw", "muon"),
@@ -104,6 +107,8 @@ class Config:
     precision: str = "fp32"
     device: str = "auto"
     compile: bool = False
+    strategy: str = "auto"
+    sequence_parallel: Annotated[int, Range(1, 1024)] = 1
     data_dir: Text | None = None
     cache_dir: Text | None = None
     runs_dir: Text = "runs"
@@ -122,6 +127,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         ConfigError: an unknown group entry or key, or a value of the wrong type or out of its range; names the valid
             ones.
     """
+    require("a configuration", "hydra", "omegaconf")
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -156,6 +162,7 @@ def from_dict(plain: Any) -> Config:
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or one that is not among the valid ones.
     """
+    require("a configuration", "hydra", "omegaconf")
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -328,6 +335,12 @@ def _validate(config: Config) -> None:
             "packing=true compile=true: the model is compiled for each shape of a batch, and packed ones are all of "
             "another; valid: one of the two"
         )
+    if config.strategy == "fsdp" and config.compile:
+        raise ConfigError(
+            "strategy=fsdp compile=true: shards are of models that are not compiled; valid: one of the two"
+        )
+    if config.sequence_parallel > 1:
+        _check_parts(config)
     if config.train_fraction == 1:  # the same run as without it, in the same folder
         config.train_fraction = None
     for name in ("pretraining", "finetuning"):
@@ -349,6 +362,19 @@ def _validate(config: Config) -> None:
         check_block(**block)
     if config.objective == "causal" and config.pretrain:
         config.causal = True
+
+
+def _check_parts(config: Config) -> None:
+    chosen = {
+        "packing=true": config.packing,
+        "compile=true": config.compile,
+        "tuning=ladder": config.tuning == "ladder",
+    }
+    for choice in (choice for choice, made in chosen.items() if made):
+        raise ConfigError(
+            f"sequence_parallel={config.sequence_parallel} {choice}: parts of the time are of padded batches, in "
+            "models of layers as they are, not compiled; valid: one of the two"
+        )
 
 
 def _check_joint(config: Config) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths, check_log_decay
 from ..documents import check_documents
 from ..nodes import as_one
@@ -27,6 +27,30 @@ def _chunked(*arguments: Any) -> tuple[Tensor, Tensor | None]:
 FORMS = {"chunked": _chunked, "reference": delta_rule_reference}
 
 
+class Options(Sequences, total=False):
+    log_decay: Tensor | None
+    erase: Tensor | None
+    initial_state: Tensor | None
+
+
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    output_final_state: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, output_final_state: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, output_final_state: bool, **options: Unpack[Options]
+) -> Any: ...
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -39,7 +63,7 @@ def delta_rule(
     output_final_state: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """The delta rule with an optional decay, per head or per channel of k, in time and memory linear in T. Causal.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
 from ..nodes import as_one
@@ -49,6 +49,32 @@ FORMS = {"chunked": _chunked, "reference": diagonal_scan_reference, "fused": _fu
 BOTH = {name: _fused_both if name == "fused" else _one_by_one(form) for name, form in FORMS.items()}
 
 
+class Options(Sequences, total=False):
+    factor: Tensor | None
+    initial_state: Tensor | None
+
+
+@overload
+def diagonal_scan(
+    x: Tensor,
+    a: Tensor,
+    *,
+    output_final_state: Literal[False] = False,
+    reverse: bool = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def diagonal_scan(
+    x: Tensor, a: Tensor, *, output_final_state: Literal[True], reverse: bool = False, **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def diagonal_scan(
+    x: Tensor, a: Tensor, *, output_final_state: bool, reverse: bool = False, **options: Unpack[Options]
+) -> Any: ...
+@overload
+def diagonal_scan(
+    x: Tensor, a: Tensor, *, reverse: Literal["both"], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
 def diagonal_scan(
     x: Tensor,
     a: Tensor,
@@ -56,10 +82,10 @@ def diagonal_scan(
     factor: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    reverse: bool | str = False,
+    reverse: bool | Literal["both"] = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """The linear recurrence with diagonal coefficients, real or complex,
 

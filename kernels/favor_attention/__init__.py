@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths, query_heads
 from ..documents import check_documents
 from ..nodes import as_one
@@ -34,6 +34,35 @@ def _chunked(*arguments: Any, **options: Any) -> Any:
 FORMS = {"chunked": _chunked, "reference": favor_attention_reference, "fused": _fused}
 
 
+class Options(Sequences, total=False):
+    causal: bool
+    initial_state: FavorState | None
+
+
+@overload
+def favor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    output_final_state: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def favor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    output_final_state: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, FavorState]: ...
+@overload
+def favor_attention(
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, output_final_state: bool, **options: Unpack[Options]
+) -> Any: ...
 def favor_attention(
     q: Tensor,
     k: Tensor,
@@ -45,7 +74,7 @@ def favor_attention(
     output_final_state: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """Softmax attention with exp(q·k) estimated from M positive random features, in time and memory linear in T.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, choose, fit
 from ..common import check_lengths
 from ..documents import check_documents
 from ..nodes import as_one
@@ -36,7 +36,7 @@ def selective_scan(
     reverse: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """N states in each of D channels, that decay, are written and read as the step says,
 

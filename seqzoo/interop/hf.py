@@ -6,10 +6,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import favor, linear, softmax
 from .mixer import Mixer
+from .quantize import Quantized, quantize_keys, quantized, set_codebooks
 from .seen import seen_mask
 from .state_cache import StateCache, StateLayer
 
-__all__ = ["Mixer", "StateCache", "StateLayer", "register"]
+__all__ = ["Mixer", "Quantized", "StateCache", "StateLayer", "quantize_keys", "register", "set_codebooks"]
 
 
 def register(*, num_features: int | None = None, seed: int = 0) -> None:
@@ -26,7 +27,12 @@ def register(*, num_features: int | None = None, seed: int = 0) -> None:
         num_features: of "seqzoo_favor", for each head; None: D ln D of heads with D channels.
         seed: from which its features are drawn, layer by layer: the same in every process.
     """
-    functions = {"seqzoo_softmax": softmax, "seqzoo_linear": linear, "seqzoo_favor": favor(num_features, seed)}
+    functions = {
+        "seqzoo_softmax": softmax,
+        "seqzoo_linear": linear,
+        "seqzoo_favor": favor(num_features, seed),
+        "seqzoo_vq": quantized,
+    }
     for name, function in functions.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, seen_mask)

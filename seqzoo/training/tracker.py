@@ -43,9 +43,9 @@ class Tracker:
         append(self.path, "")
         self.run: Any = None
         self.sent = 0  # lines, from the first on, that the W&B run has
-        mode = wandb_mode(wandb.mode)
-        if mode != "disabled":
-            self._guard(lambda: self._start_wandb(folder, config, group, wandb, mode))
+        self.mode = wandb_mode(wandb.mode)
+        if self.mode != "disabled":
+            self._guard(lambda: self._start_wandb(folder, config, group, wandb, self.mode))
 
     def require_folder(self) -> None:
         """Raises TrainingError where the run's folder has been deleted or moved, instead of making another."""
@@ -106,7 +106,7 @@ class Tracker:
 
     def _catch_up(self, entries: list[dict[str, Any]]) -> None:
         """Sends the W&B run the lines that it does not have; a server has them from the process before."""
-        if self.run.settings.mode != "offline":
+        if self.mode != "offline":
             return
         for entry in entries[self.sent :]:
             self._send(entry)
