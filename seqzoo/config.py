@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .blocks import check_block
+from .blocks.registry import OWN as OWN_BLOCKS
 from .extras import require
 from .failures import Said
 from .groups import (
@@ -26,7 +27,9 @@ from .groups import (
 from .messages import printable, shortened, unknown
 from .models import ModelConfig
 from .models.size import parse_size
+from .plugins import KEY, import_plugins
 from .precision import native_precision
+from .tasks import OWN as OWN_TASKS
 from .tasks import TaskConfig
 from .valid import (
     AS_IT_STANDS,
@@ -59,8 +62,9 @@ CHOICES = {
     "wandb.mode": (None, "online", "offline", "disabled"),
 }
 PATHS = ("runs_dir", "data_dir", "cache_dir", "resume", "pretrain", "task.text")
-# A block's options are its class's and a launcher's are submitit's: any may be given, and they name the valid ones.
-FREE = ("model.block.", "launcher.options.")
+# A block's options are its class's, a launcher's submitit's, and a task of one's own has its own: any may be given, and
+# they name the valid ones.
+FREE = ("model.block.", "launcher.options.", "task.options.")
 
 
 class ConfigError(Said, ValueError):
@@ -109,6 +113,8 @@ class Config:
     cache_dir: Text | None = None
     runs_dir: Text = "runs"
     resume: Text | None = None
+    plugins: list[str] = field(default_factory=list)  # as the command line named them; nothing here imports any
+    logger: str = "wandb"
     budget: str | None = None
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -132,10 +138,16 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     check_keys(overrides)
-    ConfigStore.instance().store(name="schema", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group in GROUPS:
+        for name, keys in _own(group).items():
+            store.store(group=group, name=name, node=keys)
     texts = [override for override in overrides if is_text(override)]
     others = [
-        f"++{override}" if override.startswith(FREE) else override for override in overrides if override not in texts
+        f"++{override}" if override.startswith(FREE) else _listed(override)
+        for override in overrides
+        if override not in texts
     ]
     try:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
@@ -194,12 +206,34 @@ def seconds(duration: str) -> float:
 
 
 def available(group: str) -> list[str]:
-    """The entries of a configuration group, e.g. `available("model")`."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    """The entries of a configuration group, e.g. `available("model")`; last those that were registered."""
+    return [*sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")), *_own(group)]
+
+
+def _own(group: str) -> dict[str, dict[str, Any]]:
+    """What was registered, as entries of a group."""
+    if group == "task":
+        return OWN_TASKS
+    if group != "model":
+        return {}
+    shared = {"d_model": 128, "num_layers": 4, "mlp_ratio": 0, "position": "none"}
+    return {
+        name: {"name": name, **shared, **keys, "block": {"name": name, **keys.get("block", {})}}
+        for name, keys in OWN_BLOCKS.items()
+    }
+
+
+def _listed(override: str) -> str:
+    """`plugins=a` as `plugins=[a]`."""
+    return f"{KEY}[{override.removeprefix(KEY).strip('[]')}]" if override.startswith(KEY) else override
 
 
 def check_keys(overrides: Sequence[str]) -> None:
-    """Raises ConfigError where an override names a key or a group's entry that does not exist; says which do."""
+    """Raises ConfigError where an override names a key or a group's entry that does not exist; says which do.
+
+    What `plugins=` among them names is imported first.
+    """
+    import_plugins(overrides)
     for override in overrides:
         shown, (key, equals, value) = shortened(override), override.partition("=")
         if not (key and equals):

@@ -29,7 +29,7 @@ from .guard import Guard
 from .interrupt import interruption
 from .optimizer import build_optimizer, restore, set_lr
 from .order import Order, budget, room_for
-from .peak import matmul_flops_per_second
+from .peak import peak_flops
 from .progress import Pace, ProgressBar
 from .schedule import lr_factor
 from .tracker import STAGES, Tracker
@@ -362,7 +362,7 @@ class Stage:
         if self.tracker:
             named = {f"val/{key}": value for key, value in metrics.items()} | self.reports()
             named |= {"training_seconds": state.training_seconds} | self.share_of_cores()
-            self.tracker.log(self.name, state.step, state.tokens, named)
+            self.tracker.log(self.name, state.step, state.tokens, named, self.model)
         self.timed = time.monotonic()
         return metrics
 
@@ -390,7 +390,9 @@ class Stage:
         if self.tracker:
             named = {f"train/{key}": value for key, value in metrics.items()}
             named["train/lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-            self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores())
+            self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores(), self.model)
+            if self.tracker.callbacks:  # their time is none of training's
+                self.timed = time.monotonic()
         return metrics
 
     def share_of_cores(self) -> dict[str, float]:
@@ -442,10 +444,3 @@ class Stage:
             + (f"The last good checkpoint is {self.last}. " if self.last.exists() else "There is no checkpoint yet. ")
             + "A smaller learning rate, a longer warmup, a clip or precision=fp32 may help"
         )
-
-
-def peak_flops(fabric: Fabric) -> float:
-    """Operations per second of matrix products on all devices, in the precision they train in."""
-    with fabric.autocast():
-        precision = "bf16" if torch.is_autocast_enabled(fabric.device.type) else "fp32"
-    return fabric.world_size * matmul_flops_per_second(fabric.device, precision)

@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from torch import nn
 
-from seqzoo.config import WandbConfig
-from seqzoo.training.tracker import Tracker, wandb_mode
+from seqzoo.training.loggers import wandb_mode
+from seqzoo.training.tracker import Tracker
 
 
 def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch):
@@ -16,8 +17,8 @@ def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", fail)
     with pytest.warns(UserWarning, match="no route to host"):
-        tracker = Tracker(tmp_path, {}, group="", wandb=WandbConfig(mode="offline"))
-    tracker.log("finetune", 1, 10, {"train/loss": 0.5})
+        tracker = Tracker(tmp_path, {"wandb": {"mode": "offline"}}, group="")
+    tracker.log("finetune", 1, 10, {"train/loss": 0.5}, nn.Identity())
     tracker.finish({})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         "stage": "finetune",
