@@ -19,7 +19,7 @@ STOREYS = (  # from the ground up; rooms of one storey do not know each other ei
     ("training",),
     ("runs",),
     ("analysis", "interop", "report"),
-    ("commands",),
+    ("commands", "doctor", "generate"),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 SOURCES = sorted(
@@ -81,7 +81,8 @@ def test_kernels_import_nothing_else_of_the_project():
 
 def test_every_module_is_in_a_room():
     above = {name for name in MODULES if room(name) is None}
-    assert above == {"seqzoo", *(f"seqzoo.{command}.__main__" for command in ("analysis", "blocks", "tasks"))}
+    commands = ("analysis", "blocks", "doctor", "tasks")
+    assert above == {"seqzoo", *(f"seqzoo.{command}.__main__" for command in commands)}
     assert {room(name) for name in MODULES.keys() - above} == FLOORS.keys()
 
 

@@ -155,7 +155,7 @@ except MissingPackages as error:
 """
     needed = f"{', '.join(TRAIN)}: pip install 'seqzoo[train]'"
     said = run(sys.executable, "-c", WITHOUT_THE_EXTRA + program, cwd=tmp_path).splitlines()
-    commands = ("train.py", "eval_lra.py", "python -m seqzoo.analysis", "python -m seqzoo.tasks")
+    commands = ("train.py", "eval_lra.py", "seqzoo.analysis", "seqzoo.tasks")
     assert [line.split(":")[0] for line in said[1:]] == [*commands]
     assert all(line.endswith(needed) for line in said)
     assert said[0].startswith("a run folder needs ")

@@ -54,12 +54,16 @@ class Block(Learning, ABC):
     by_depth: ClassVar[str | None] = None
     """An option that a model sets to l / L for layer l = 0, 1, ... of L, where it is not told otherwise."""
 
+    grows: ClassVar[bool]
+    """Whether its state can, so that `initial_state` takes a `max_length` to have room for."""
+
     _packs: ClassVar[bool]  # whether `mix` takes documents
     _parts: ClassVar[bool]  # whether it takes a part of the time
     _options: dict[str, Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls.grows = "max_length" in inspect.signature(cls.initial_state).parameters
         taken = inspect.signature(cls.mix).parameters
         cls._packs, cls._parts = "documents" in taken, "part" in taken
 
@@ -366,6 +370,8 @@ def upgraded(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
 def places(x: Tensor, state: State | None, documents: Documents | None = None, part: Part | None = None) -> Tensor:
     """How many steps its sequence takes ahead of each step of `x` [B, T, ...]: int64 [T], or [B, T] with a state."""
     T, device = x.shape[1], x.device
+    if T == 1 and documents is None and state is not None:
+        return state.position[:, None]
     place = torch.arange(T, device=device) if documents is None else documents.positions()
     if part is not None:
         return place + part.start

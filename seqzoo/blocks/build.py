@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack, overload
 
 import torch
 
+from ..valid import Width, check_options
 from .base import Block
 from .conv import Conv
 from .delta_net import DeltaNet
@@ -47,7 +48,7 @@ from .options import (
     VQAttentionOptions,
 )
 from .performer import Performer
-from .registry import BLOCKS, check_block
+from .registry import BLOCKS, NUMBERS, check_block
 from .retnet import RetNet
 from .rg_lru import RGLRU
 from .rwkv7 import RWKV7
@@ -118,7 +119,7 @@ def build_block(
 ) -> Block: ...
 def build_block(
     name: str,
-    d_model: int,
+    d_model: Width,
     *,
     causal: bool = False,
     device: torch.device | str | None = None,
@@ -138,9 +139,11 @@ def build_block(
         **options: the keyword arguments of the block's class.
 
     Raises:
-        ValueError: as `check_block` does, or options that do not go together; the message says what is valid.
+        ValueError: a width out of range, or as `check_block` does, or options that do not go together; the message
+            says what is valid.
     """
     check_block(name, options)
+    check_options(build_block, {"d_model": d_model}, default=NUMBERS)
     with nullcontext() if device is None else torch.device(device):
         block = BLOCKS[name](d_model, causal=causal, **options)
     return block if dtype is None else block.to(dtype)

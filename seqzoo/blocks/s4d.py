@@ -312,17 +312,23 @@ def _carry_in_parts(
         step: complex [DP].
         rest: steps of the last chunk.
     """
-    over_rest = (step * rest).exp()
-    over_all = (step * (part.stop - part.start)).exp()
-    reached = _carry(left, back, over_chunk, None)
-    leaves = reached[0][:, -2] * over_rest + last
-    before = carried(part, leaves, lambda h: over_all * h + leaves)
-    following = []
-    for n, g in enumerate(reached[1:]):
-        own = torch.view_as_complex(back[n][:, 0]) + over_chunk * g[:, 0]
-        following.append(carried(part, own, lambda g, own=own: over_all * g + own, back=True))
-        beyond = torch.view_as_real(over_rest * following[n])
-        back[n] = torch.cat([back[n][:, :-1], back[n][:, -1:] + beyond[:, None]], 1)
+    over_rest, over_all = (step * rest).exp(), (step * (part.stop - part.start)).exp()
+    state = last.shape, last.dtype
+
+    def behind(h: Tensor) -> Tensor:
+        first = torch.view_as_complex(F.pad(left[:, :-1], (0, 0, 0, 0, 1, 0)))  # there may be one chunk alone
+        ahead_of_last = diagonal_scan(first, over_chunk, output_final_state=True)[1]
+        return over_all * h + over_rest * ahead_of_last + last
+
+    def ahead(g: Tensor, leaving: Tensor) -> Tensor:
+        own = diagonal_scan(torch.view_as_complex(leaving), over_chunk, reverse=True, output_final_state=True)[1]
+        return over_all * g + own
+
+    before = carried(part, left, *state, behind)
+    following = [carried(part, left, *state, partial(ahead, leaving=leaving), back=True) for leaving in back]
+    for n, g in enumerate(following):
+        beyond = torch.view_as_real(over_rest * g)[:, None]
+        back[n] = torch.cat([back[n][:, :-1], back[n][:, -1:] + beyond], 1)
     return _carry(left, back, over_chunk, before) + following
 
 

@@ -245,9 +245,14 @@ def favor(num_features: int | None, seed: int) -> Callable[..., Any]:
     return favor
 
 
-@cache
+@torch.compiler.assume_constant_result
 def features(seed: int, layer: int, H: int, M: int, D: int) -> Tensor:
     """`orthogonal_gaussian`, the same in every process; the state of torch's generator stays as it is."""
+    return _drawn(seed, layer, H, M, D)
+
+
+@cache
+def _drawn(seed: int, layer: int, H: int, M: int, D: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + layer)
         return orthogonal_gaussian(H, M, D)

@@ -137,7 +137,8 @@ def _copy(old: nn.Module, block: Block) -> tuple[set[str], str]:
     heads, groups = _heads(old)
     if found is None or heads is None:
         return set(), "no queries, keys and values were recognised"
-    own_heads, own_groups = block.num_heads, getattr(block, "num_kv_heads", block.num_heads)
+    own_heads: Any = block.num_heads
+    own_groups: Any = getattr(block, "num_kv_heads", own_heads)
     if (heads, groups) != (own_heads, own_groups):
         return set(), f"{heads} heads and {groups} of keys there, {own_heads} and {own_groups} here"
     qkv, out = found

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ..config import Config, ConfigError, compose
-from ..failures import ends
+from ..failures import ends, told
 from ..messages import printable, printable_lines, unknown
 from ..plugins import import_plugins
 from . import TASKS, DataError, MissingData, Split, Task, build_task
@@ -86,8 +86,10 @@ def _attempt(config: Config, every: bool, use: Callable[[Task], int]) -> int:
         return use(build_task(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir))
     except MissingData as error:
         return _fail(f"{name} is left out: {error}" if every else str(error), 0 if every else FAILED)
-    except DataError as error:
-        return _fail(str(error), FAILED)
+    except (DataError, OSError) as error:
+        failure = told(error)
+        assert failure is not None
+        return _fail(*failure)
     except ValueError as error:
         return _fail(f"{name} is left out: {error}" if every else f"task={name}: {error}", 0 if every else MISUSED)
 

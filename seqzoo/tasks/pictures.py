@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 
 from ..spec import TaskSpec
 from .config import TaskConfig
@@ -106,6 +105,8 @@ def _arranged(pictures: Pictures, side: int, permuted: bool | None) -> Pictures:
 
 def shrink(pixels: np.ndarray, side: int) -> np.ndarray:
     """Means of squares, halves rounded up: uint8 [N, T, ...] -> uint8 [N, side * side, ...]."""
+    from einops import rearrange
+
     factor = math.isqrt(pixels.shape[1]) // side
     sizes = {"row": side, "column": side, "down": factor, "right": factor}
     squares = rearrange(pixels, "n (row down column right) ... -> n (row column) (down right) ...", **sizes)

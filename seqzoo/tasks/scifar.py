@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from einops import rearrange
 
 from . import cifar10
 from .config import TaskConfig
@@ -30,4 +29,6 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
 
 def colours(planes: np.ndarray) -> np.ndarray:
     """Pixels, uint8 [N, T, 3], of red, green and blue planes one after another, uint8 [N, 3 * T]."""
+    from einops import rearrange
+
     return rearrange(planes, "n (channel pixel) -> n pixel channel", channel=3)

@@ -50,7 +50,7 @@ class WandbLogger(Logger):
         identity = folder / "wandb_id"
         if identity.is_symlink() or not identity.exists():
             write_text(identity, uuid.uuid4().hex[:16])
-        self.sent = 0  # lines, from the first on, that the W&B run has
+        self.mode, self.sent = mode, 0  # lines, from the first on, that the W&B run has
         self.run: Any = client.init(
             project=wandb.project,
             entity=wandb.entity,
@@ -72,7 +72,7 @@ class WandbLogger(Logger):
 
     def rewind(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Sends the W&B run the lines that it does not have; a server has them from the process before."""
-        if self.run.settings.mode != "offline":
+        if self.mode != "offline":
             return
         for entry in entries[self.sent :]:
             self.log(entry)

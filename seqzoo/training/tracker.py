@@ -73,7 +73,7 @@ class Tracker:
         self._tell(lambda logger: logger.rewind(kept))
         return sum(entry["stage"] == stage for entry in kept)
 
-    def log(self, stage: str, step: int, tokens: int, metrics: Mapping[str, float], model: nn.Module) -> None:
+    def log(self, stage: str, step: int, tokens: int, metrics: Mapping[str, float], model: Any = None) -> None:
         """Appends what is known after `step` steps of `stage`, which have made `model`.
 
         Raises:

@@ -196,11 +196,29 @@ def test_other_refusals(build, ids):
 
 
 def test_features_are_those_of_their_seed(transformers):
-    from seqzoo.interop.attention import features
+    from seqzoo.interop.attention import _drawn, features
 
     before = torch.random.get_rng_state()
     drawn = features(3, 1, 2, 5, 4)
     assert torch.equal(before, torch.random.get_rng_state())
-    features.cache_clear()
+    _drawn.cache_clear()
     assert torch.equal(drawn, features(3, 1, 2, 5, 4))
     assert not torch.equal(drawn, features(3, 2, 2, 5, 4))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_in_one_graph_with_a_mask(build, ids, both_sides, kind):
+    model = build("Llama", f"seqzoo_{kind}", use_cache=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for mask in (torch.ones_like(both_sides), both_sides):
+        y = compiled(ids, attention_mask=mask).logits[mask.bool()]
+        torch.testing.assert_close(y, model(ids, attention_mask=mask).logits[mask.bool()], atol=1e-4, rtol=1e-4)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="valid: fullgraph=False, or an attention_mask, of ones"):
+        compiled(ids)
+    compiled = torch.compile(model, backend="aot_eager")
+    for places in (None, torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)):
+        y = compiled(ids, position_ids=places).logits
+        torch.testing.assert_close(y, model(ids, position_ids=places).logits, atol=1e-4, rtol=1e-4)

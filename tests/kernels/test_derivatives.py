@@ -71,6 +71,10 @@ def attentions() -> dict[str, Case]:
             cases[f"attention {causal} {groups}"] = Case(
                 lambda *x, c=causal, **to: attention(*x, causal=c, lengths=LENGTHS, **to), inputs
             )
+    inputs = [randn(B, T, H, D), randn(B, T, 1, D), randn(B, T, 1, DV)]
+    for causal, window in ((True, 3), (False, (2, 1))):
+        options = {"causal": causal, "window": window, "lengths": LENGTHS}
+        cases[f"attention window {causal}"] = Case(lambda *x, o=options, **to: attention(*x, **o, **to), inputs)
     behind = {"causal": True, "position": torch.tensor([2, 0]), "lengths": torch.tensor([5, 2])}
     inputs = [randn(B, 3, H, D), randn(B, T, H, D), randn(B, T, H, DV)]
     cases["attention behind a cache"] = Case(lambda *x, **to: attention(*x, **behind, **to), inputs)
