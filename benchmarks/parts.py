@@ -28,6 +28,7 @@ from seqzoo.blocks import build_block
 from seqzoo.blocks.parts import Part
 from seqzoo.files import write_json
 from seqzoo.runs import provenance
+from seqzoo.training.memory import keep_freed_memory
 
 BLOCKS = "linear_attention,lru,s4d,retnet,mamba2,gated_delta_net"
 LENGTHS = (256, 509, 1024, 2048)
@@ -89,6 +90,7 @@ def counted(name: str, causal: bool, steps: int) -> dict[str, Any]:
 
 def work(rank: int, ranks: int, port: int, arguments: argparse.Namespace, file: str) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     found = json.loads(Path(file).read_text()) if rank == 0 and Path(file).exists() else {"times": [], "bytes": []}

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 from typing import Annotated, Any
 
 from .blocks import check_block
-from .blocks.registry import OWN as OWN_BLOCKS
+from .entries import CONFIGS, GROUPS, available, registered
 from .extras import require
 from .failures import Said
 from .groups import (
@@ -29,7 +28,6 @@ from .models import ModelConfig
 from .models.size import parse_size
 from .plugins import KEY, import_plugins
 from .precision import native_precision
-from .tasks import OWN as OWN_TASKS
 from .tasks import TaskConfig
 from .valid import (
     AS_IT_STANDS,
@@ -37,6 +35,7 @@ from .valid import (
     Fraction,
     Limit,
     Number,
+    Range,
     Text,
     check_ranges,
     hints_of,
@@ -44,8 +43,6 @@ from .valid import (
     marks_of,
 )
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
-GROUPS = ("model", "task", "recipe", "launcher")
 CHOICES = {
     "objective": ("masked", "causal", "joint"),
     "pixel_loss": ("cross_entropy", "l1"),
@@ -53,6 +50,7 @@ CHOICES = {
     "tuning": ("full", "head", "lora", "ladder"),
     "precision": ("fp32", "bf16", "auto"),
     "device": ("auto", "cpu", "cuda"),
+    "strategy": ("auto", "ddp", "fsdp"),
     "optimizer": (None, "adamw", "muon"),
     "pretraining.optimizer": ("adamw", "muon"),
     "finetuning.optimizer": ("adamw", "muon"),
@@ -109,6 +107,8 @@ class Config:
     precision: str = "fp32"
     device: str = "auto"
     compile: bool = False
+    strategy: str = "auto"
+    sequence_parallel: Annotated[int, Range(1, 1024)] = 1
     data_dir: Text | None = None
     cache_dir: Text | None = None
     runs_dir: Text = "runs"
@@ -141,7 +141,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group in GROUPS:
-        for name, keys in _own(group).items():
+        for name, keys in registered(group).items():
             store.store(group=group, name=name, node=keys)
     texts = [override for override in overrides if is_text(override)]
     others = [
@@ -203,24 +203,6 @@ def seconds(duration: str) -> float:
     if not found or float(found[1]) == 0:
         raise ConfigError(f"budget={duration}: valid: a number above 0 and s, m, h or d, such as 9m")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-def available(group: str) -> list[str]:
-    """The entries of a configuration group, e.g. `available("model")`; last those that were registered."""
-    return [*sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")), *_own(group)]
-
-
-def _own(group: str) -> dict[str, dict[str, Any]]:
-    """What was registered, as entries of a group."""
-    if group == "task":
-        return OWN_TASKS
-    if group != "model":
-        return {}
-    shared = {"d_model": 128, "num_layers": 4, "mlp_ratio": 0, "position": "none"}
-    return {
-        name: {"name": name, **shared, **keys, "block": {"name": name, **keys.get("block", {})}}
-        for name, keys in OWN_BLOCKS.items()
-    }
 
 
 def _listed(override: str) -> str:
@@ -365,6 +347,12 @@ def _validate(config: Config) -> None:
             "packing=true compile=true: the model is compiled for each shape of a batch, and packed ones are all of "
             "another; valid: one of the two"
         )
+    if config.strategy == "fsdp" and config.compile:
+        raise ConfigError(
+            "strategy=fsdp compile=true: shards are of models that are not compiled; valid: one of the two"
+        )
+    if config.sequence_parallel > 1:
+        _check_parts(config)
     if config.train_fraction == 1:  # the same run as without it, in the same folder
         config.train_fraction = None
     for name in ("pretraining", "finetuning"):
@@ -386,6 +374,19 @@ def _validate(config: Config) -> None:
         check_block(**block)
     if config.objective == "causal" and config.pretrain:
         config.causal = True
+
+
+def _check_parts(config: Config) -> None:
+    chosen = {
+        "packing=true": config.packing,
+        "compile=true": config.compile,
+        "tuning=ladder": config.tuning == "ladder",
+    }
+    for choice in (choice for choice, made in chosen.items() if made):
+        raise ConfigError(
+            f"sequence_parallel={config.sequence_parallel} {choice}: parts of the time are of padded batches, in "
+            "models of layers as they are, not compiled; valid: one of the two"
+        )
 
 
 def _check_joint(config: Config) -> None:

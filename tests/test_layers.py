@@ -15,6 +15,7 @@ STOREYS = (  # from the ground up; rooms of one storey do not know each other ei
     ("blocks", "groups", "precision", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),
     ("models", "tasks"),
+    ("entries",),
     ("config", "objectives"),
     ("training",),
     ("runs",),

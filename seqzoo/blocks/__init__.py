@@ -19,6 +19,7 @@ from .mamba2 import Mamba2
 from .mamba3 import Mamba3
 from .min_gru import MinGRU
 from .mlstm import MLSTM
+from .parts import Part
 from .performer import Performer
 from .registry import BLOCKS, block_name, check_block, register_block
 from .retnet import RetNet
@@ -54,6 +55,7 @@ __all__ = [
     "Mamba2",
     "Mamba3",
     "MinGRU",
+    "Part",
     "Performer",
     "RetNet",
     "SoftmaxAttention",

@@ -323,14 +323,18 @@ class Block(Learning, ABC):
             return device, dtype or torch.get_default_dtype()
         return own.device if device is None else device, dtype or own.dtype
 
-    def _check_part(self, part: Part, x: Tensor, *others: Tensor | None) -> None:
-        name = type(self).__name__
+    def require_parts(self) -> None:
+        """Raises ValueError where the block cannot be given parts of the time."""
         if not self._parts:
             raise ValueError(
-                f"{name} cannot be given parts of the time: its `mix` takes none; valid: whole sequences on each rank, "
-                "or a block whose memory is a recurrence, such as linear_attention, lru, s4d, retnet, mamba2 or "
-                "gated_delta_net"
+                f"{type(self).__name__} cannot be given parts of the time, as its `mix` takes none; valid: whole "
+                "sequences on each rank, or a block whose memory is a recurrence, such as linear_attention, lru, s4d, "
+                "retnet, mamba2 or gated_delta_net"
             )
+
+    def _check_part(self, part: Part, x: Tensor, *others: Tensor | None) -> None:
+        self.require_parts()
+        name = type(self).__name__
         if any(other is not None for other in others):
             raise ValueError(f"{name}: got a part of the time, and a mask or cu_seqlens; valid with it: lengths")
         if x.shape[1] != part.stop - part.start:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks import Part
 from ..kernels.common import can_be_looked_at
 from ..kernels.documents import Documents
 from ..spec import TaskSpec
@@ -83,6 +84,7 @@ class Embedding(nn.Module):
         documents: Documents | None = None,
         position: Tensor | None = None,
         lengths: Tensor | None = None,
+        part: Part | None = None,
     ) -> Tensor:
         """What the first layer reads, [B, T, d_model].
 
@@ -91,6 +93,7 @@ class Embedding(nn.Module):
             documents: where each begins anew, in a row.
             position: int64 [B], how many steps of each sequence are ahead of these; None: none.
             lengths: of sequences with a position, so that padding may lie past the last one that there is.
+            part: what inputs and mask are of.
 
         Raises:
             ValueError: a sequence is longer than absolute positions are valid.
@@ -100,12 +103,14 @@ class Embedding(nn.Module):
             return x
         if position is not None:
             return x + self._from(position, inputs.shape[1], lengths)
-        T = inputs.shape[1]
+        T = inputs.shape[1] if part is None else part.T
         longest = T
         if documents is not None:
             longest = documents.longest if can_be_looked_at(documents.starts) else min(T, self.max_length)
         self.check_length(longest)
         table = self._table(longest, x.device)
+        if part is not None:
+            table = table[part.start : part.stop]
         return x + (table if documents is None else table[documents.positions()])
 
     def check_length(self, steps: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import BLOCKS, build_block, check_block
+from ..blocks import BLOCKS, Part, build_block, check_block
 from ..blocks.base import advance
 from ..kernels.documents import Documents, check_documents
 from ..spec import TaskSpec
@@ -76,7 +76,14 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.mixes = mixes
 
-    def forward(self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None = None, state: Any = None) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        state: Any = None,
+        part: Part | None = None,
+    ) -> Any:
         """[B, T, d_model]; where the branch has a state, that and the state after it."""
         y = self.norm(x)
         if not self.mixes:
@@ -84,6 +91,8 @@ class Residual(nn.Module):
         elif state is not None:
             y, state = self.branch(y, lengths=lengths, state=state)
             return x + self.dropout(y), state
+        elif part is not None:
+            y = self.branch(y, lengths=lengths, part=part)
         elif cu_seqlens is None:
             y = self.branch(y, lengths=lengths)
         else:
@@ -143,13 +152,16 @@ class Backbone(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
+        part: Part | None = None,
     ) -> Any:
         if state is not None:
             outputs, state = self.layer_outputs(inputs, lengths, mask, cu_seqlens, state)
             return self.norm(outputs[-1]), state
-        x = self.embedding(inputs, mask, documents_of(inputs, cu_seqlens))
+        if part is not None:
+            inputs, mask = part.own(inputs), None if mask is None else part.own(mask)
+        x = self.embedding(inputs, mask, documents_of(inputs, cu_seqlens), part=part)
         for layer in self.layers:
-            x = layer(x, lengths, cu_seqlens)
+            x = layer(x, lengths, cu_seqlens, part=part)
         return self.norm(x)
 
     def layer_outputs(
@@ -211,6 +223,8 @@ class SequenceModel(Streaming):
         cu_seqlens: int32 or int64 [N + 1], in place of lengths (None), with inputs [1, T, ...]: where each of N
             documents begins that lie one behind the other in the row, and T. Of pairs, two follow each other.
         state, last: as of `extend`, which calls the model with them, so that hooks see its steps too.
+        part: the steps that are this rank's. Inputs, lengths and mask are whole all the same, classes are scored on
+            each rank, and scores for positions are of the part's.
 
     Returns: [B, classes], of documents [N, classes], or a score for every position (of 2B sequences, if pairs).
     """
@@ -231,11 +245,12 @@ class SequenceModel(Streaming):
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
         last: bool = False,
+        part: Part | None = None,
     ) -> Any:
         inputs, lengths, mask = self._singly(inputs, lengths, mask)
         if state is None:
-            x = self.features(inputs, lengths, mask, cu_seqlens)
-            return self.head(x, lengths, documents_of(inputs, cu_seqlens))
+            x = self.features(inputs, lengths, mask, cu_seqlens, part=part)
+            return self.head(x, lengths, documents_of(inputs, cu_seqlens), part)
         x, state = self.features(inputs, lengths, mask, cu_seqlens, state)
         if last:
             x = x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1][:, None]
@@ -248,9 +263,10 @@ class SequenceModel(Streaming):
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         state: ModelState | None = None,
+        part: Part | None = None,
     ) -> Any:
         """What the head reads of sequences: [B, T, d_model]; with a state, that and the state after it."""
-        return self.backbone(inputs, lengths, mask, cu_seqlens, state)
+        return self.backbone(inputs, lengths, mask, cu_seqlens, state, part)
 
     def _singly(
         self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None
@@ -285,25 +301,26 @@ class JointModel(SequenceModel):
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
         last: bool = False,
+        part: Part | None = None,
         *,
         whole: bool = False,
     ) -> Any:
         if mask is None:
-            return super().forward(inputs, lengths, mask, cu_seqlens, state, last)
+            return super().forward(inputs, lengths, mask, cu_seqlens, state, last, part)
         inputs, lengths, mask = self._singly(inputs, lengths, mask)
         assert mask is not None
         documents = documents_of(inputs, cu_seqlens)
         if not whole:
-            first = second = self.features(inputs, lengths, mask, cu_seqlens)
+            first = second = self.features(inputs, lengths, mask, cu_seqlens, part=part)
         elif documents is None:
             both = None if lengths is None else torch.cat((lengths, lengths))
             masks = torch.cat((torch.zeros_like(mask), mask))
-            first, second = self.features(torch.cat((inputs, inputs)), both, masks, None).chunk(2)
+            first, second = self.features(torch.cat((inputs, inputs)), both, masks, None, part=part).chunk(2)
         else:
             masks = torch.cat((torch.zeros_like(mask), mask), 1)
             ends = torch.cat((documents.starts, documents.T + documents.starts[1:]))
             first, second = self.features(torch.cat((inputs, inputs), 1), None, masks, ends).chunk(2, 1)
-        return self.head(first, lengths, documents), self.second(second, lengths, documents)
+        return self.head(first, lengths, documents, part), self.second(second, lengths, documents, part)
 
     def without_second(self) -> SequenceModel:
         """What answers the task: the same backbone and first head."""

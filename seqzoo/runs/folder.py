@@ -53,7 +53,7 @@ FOLDERS = ("pretrain", "finetune", "wandb", ".wandb", "tensorboard")  # that a r
 # Where a run reads, writes and computes, which is not what it computes.
 WITHOUT_EFFECT = (
     *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),
-    *("budget", "launcher", "logger", "plugins"),
+    *("budget", "launcher", "logger", "plugins", "strategy", "sequence_parallel"),
 )
 OF_PRETRAINING = ("objective", "pixel_loss", "pretraining")
 OF_FINE_TUNING = (

@@ -17,6 +17,7 @@ from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..tasks import Split, Task, build_task, stratified
 from ..training.evaluation import derive_seed
+from ..training.ranks import arrange
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -25,10 +26,10 @@ SUBSET_SEED = 0  # of the examples that n_val, n_test and train_fraction keep: t
 
 
 def build_fabric(config: Config) -> Fabric:
-    """Device, precision and, under `torchrun`, data parallelism, ready to use.
+    """Device, precision and, under `torchrun`, ranks and what they share, ready to use.
 
     Raises:
-        ConfigError: `config.device` is unknown or absent.
+        ConfigError: `config.device` is unknown or absent, or `config.sequence_parallel` does not divide the processes.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
@@ -39,6 +40,11 @@ def build_fabric(config: Config) -> Fabric:
     world_size, local_size = 1, 1
     if torch.distributed.is_torchelastic_launched():
         world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if world_size % config.sequence_parallel:
+        raise ConfigError(
+            f"sequence_parallel={config.sequence_parallel}: {world_size} processes; valid: a multiple of it, under "
+            f"torchrun --nproc-per-node {config.sequence_parallel}"
+        )
     fabric = Fabric(
         accelerator=found if config.device == "auto" else config.device,
         devices=local_size,
@@ -49,6 +55,7 @@ def build_fabric(config: Config) -> Fabric:
         precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
     )
     fabric.launch()
+    arrange(fabric, parts=config.sequence_parallel, sharded=config.strategy == "fsdp" and world_size > 1)
     return fabric
 
 

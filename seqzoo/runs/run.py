@@ -32,7 +32,7 @@ from ..training.tracker import Callback, Tracker
 from ..training.transfer import transfer_backbone
 from ..training.tuning import count_trained, tune
 from . import provenance
-from .feasible import check_stage
+from .feasible import check_parts, check_stage
 from .folder import (
     RESULT,
     cell_name,
@@ -171,6 +171,7 @@ class _Run:
         self.objective = finetuning_of(config, task.spec)
         self.config, self.task, self.folder, self.key = config, task, folder, key
         self.fabric, self.deadline = fabric, deadline
+        check_parts(config, task.spec)
         self.examples = task.train
         if config.train_fraction is not None:
             kept = nested(task.train.labels, config.train_fraction, SUBSET_SEED)
