@@ -367,7 +367,7 @@ class Stage:
         if self.tracker:
             named = {f"val/{key}": value for key, value in metrics.items()} | self.reports()
             named |= {"training_seconds": state.training_seconds} | self.share_of_cores()
-            self.tracker.log(self.name, state.step, state.tokens, named)
+            self.tracker.log(self.name, state.step, state.tokens, named, self.model)
         self.timed = time.monotonic()
         return metrics
 
@@ -389,13 +389,13 @@ class Stage:
         tokens, seconds = self.logged
         self.logged = (state.tokens, state.training_seconds)
         metrics["tokens_per_second"] = (state.tokens - tokens) / (state.training_seconds - seconds)
-        mfu = self.utilisation(metrics["tokens_per_second"])
-        if mfu is not None:
+        if (mfu := self.utilisation(metrics["tokens_per_second"])) is not None:
             metrics["mfu"] = mfu
         if self.tracker:
             named = {f"train/{key}": value for key, value in metrics.items()}
             named["train/lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-            self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores())
+            self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores(), self.model)
+            self.timed = time.monotonic() if self.tracker.callbacks else self.timed  # theirs is none of training's
         return metrics
 
     def share_of_cores(self) -> dict[str, float]:

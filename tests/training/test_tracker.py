@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from seqzoo.config import WandbConfig
 from seqzoo.training import TrainingError
-from seqzoo.training.tracker import Tracker, wandb_mode
+from seqzoo.training.loggers import wandb_mode
+from seqzoo.training.tracker import Tracker
 
 
 def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch):
@@ -20,7 +20,7 @@ def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", fail)
     with pytest.warns(UserWarning, match="no route to host"):
-        tracker = Tracker(tmp_path, {}, group="", wandb=WandbConfig(mode="offline"))
+        tracker = Tracker(tmp_path, {"wandb": {"mode": "offline"}}, group="")
     tracker.log("finetune", 1, 10, {"train/loss": 0.5})
     tracker.finish({})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
@@ -69,7 +69,7 @@ class Client:
 def tracked(folder, monkeypatch, mode="offline"):
     client = Client()
     monkeypatch.setitem(sys.modules, "wandb", client)
-    return Tracker(folder, {}, group="", wandb=WandbConfig(mode=mode)), client
+    return Tracker(folder, {"wandb": {"mode": mode}}, group=""), client
 
 
 def steps_of(lines, stage="pretrain"):
@@ -108,7 +108,7 @@ def metrics(folder):
 
 
 def test_a_validation_that_no_checkpoint_knows_of_is_forgotten(tmp_path):
-    tracker = Tracker(tmp_path, {}, group="", wandb=WandbConfig(mode="disabled"))
+    tracker = Tracker(tmp_path, {"logger": "none"}, group="")
     tracker.log("finetune", 4, 40, {"val/loss": 0.5})
     tracker.log("finetune", 8, 80, {"train/loss": 0.4})
     tracker.log("finetune", 8, 80, {"val/loss": 0.3})
@@ -117,7 +117,7 @@ def test_a_validation_that_no_checkpoint_knows_of_is_forgotten(tmp_path):
 
 
 def test_lines_that_cannot_be_read_are_left_out_and_that_is_said(tmp_path, capsys):
-    tracker = Tracker(tmp_path, {}, group="", wandb=WandbConfig(mode="disabled"))
+    tracker = Tracker(tmp_path, {"logger": "none"}, group="")
     for step in (1, 2):
         tracker.log("finetune", step, 10, {"train/loss": 0.5})
     first, second = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -132,7 +132,7 @@ def test_lines_that_cannot_be_read_are_left_out_and_that_is_said(tmp_path, capsy
 def test_a_folder_that_went_is_not_made_anew(tmp_path, how):
     folder = tmp_path / "run"
     folder.mkdir()
-    tracker = Tracker(folder, {}, group="", wandb=WandbConfig(mode="disabled"))
+    tracker = Tracker(folder, {"logger": "none"}, group="")
     shutil.rmtree(folder) if how == "deleted" else folder.rename(tmp_path / "other")
     if how == "another":
         folder.mkdir()
