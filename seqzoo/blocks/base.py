@@ -17,7 +17,7 @@ from ..kernels.documents import Documents, check_documents
 from .learning import Learning
 from .masks import check_attn_mask, check_padding
 from .parts import Part
-from .states import State
+from .states import Held, State
 
 
 class Steps(TypedDict, total=False):
@@ -165,6 +165,7 @@ class Block(Learning, ABC):
             lengths = part.lengths(check_lengths(type(self).__name__, lengths, len(x), part.T))
             return self._mix(x, None, lengths, None, part)[0]
         check_attn_mask(type(self).__name__, self.causal, attn_mask, is_causal, x.shape[1])
+        state = Held.of(state)
         if state is not None:
             self._require_causal("a state")
             if not isinstance(getattr(state, "position", None), Tensor):
@@ -215,7 +216,7 @@ class Block(Learning, ABC):
             cu_seqlens=cu_seqlens,
             key_padding_mask=key_padding_mask,
             attention_mask=attention_mask,
-            state=state,
+            state=Held(state),
         )
 
     def _run(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..blocks.states import State, state_of
+from ..blocks.states import Held, State, state_of
 from ..kernels.common import check_lengths
 from .embedding import TokenEmbedding
 from .generation import Sampling, as_prompts, as_seeds, generated
@@ -87,7 +87,7 @@ class Streaming(nn.Module):
                 "or None to begin"
             )
         lengths = check_lengths("model", lengths, *inputs.shape[:2])
-        return self(inputs, lengths, state=state, last=last)
+        return self(inputs, lengths, state=Held(state), last=last)
 
     def generate(
         self,
