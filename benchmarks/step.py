@@ -166,7 +166,7 @@ def measure(config: Config, task: Task, name: str, form: str, steps: int) -> dic
             seed=config.seed,
             folder=Path(folder),
             fabric=build_fabric(config),
-            tracker=Tracker(Path(folder), to_dict(config), group="", wandb=config.wandb),
+            tracker=Tracker(Path(folder), to_dict(config), group=""),
             flops_per_token=flops_per_token(config.model, task.spec, causal=config.causal, head=objective.head),
         )
         trainer.run()

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from .extras import missing
 from .messages import printable_lines
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 ROOM = "make room there, and the same command goes on"
 WRITABLE = "valid: a place that you may read and write"
 ADVICE = {
@@ -58,6 +59,8 @@ def told(error: BaseException) -> Told | None:
     """What to say of an error; None: it is a bug."""
     if isinstance(error, Said):
         return Told(str(error), error.status)
+    if what := missing(error):
+        return Told(what, MISUSED)
     if isinstance(error, OSError):
         return Told(_of_system(error), FAILED)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter PyTorch's

@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,17 @@ from .learning import Learning
 from .masks import check_attn_mask, check_padding
 from .parts import Part
 from .states import State
+
+
+class Steps(TypedDict, total=False):
+    """Which steps count, for a type checker: see `Block.forward`."""
+
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    key_padding_mask: Tensor | None
+    attention_mask: Tensor | None
+    attn_mask: Tensor | None
+    is_causal: bool | None
 
 
 class Block(Learning, ABC):
@@ -43,12 +54,16 @@ class Block(Learning, ABC):
     by_depth: ClassVar[str | None] = None
     """An option that a model sets to l / L for layer l = 0, 1, ... of L, where it is not told otherwise."""
 
+    grows: ClassVar[bool]
+    """Whether its state can, so that `initial_state` takes a `max_length` to have room for."""
+
     _packs: ClassVar[bool]  # whether `mix` takes documents
     _parts: ClassVar[bool]  # whether it takes a part of the time
     _options: dict[str, Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls.grows = "max_length" in inspect.signature(cls.initial_state).parameters
         taken = inspect.signature(cls.mix).parameters
         cls._packs, cls._parts = "documents" in taken, "part" in taken
 
@@ -60,7 +75,8 @@ class Block(Learning, ABC):
             return block
         bound.apply_defaults()
         _, *given = bound.signature.parameters.values()
-        block.__dict__["_options"] = recorded = {}
+        recorded: dict[str, Any] = {}
+        block.__dict__["_options"] = recorded
         for parameter in given:
             value = bound.arguments[parameter.name]
             recorded |= value if parameter.kind is parameter.VAR_KEYWORD else {parameter.name: value}
@@ -165,6 +181,16 @@ class Block(Learning, ABC):
                 )
         y, after = self._run(x, state, lengths, cu_seqlens, key_padding_mask, attention_mask)
         return y if state is None else (y, after)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self, x: Tensor, *, state: None = None, part: Part | None = None, **steps: Unpack[Steps]
+        ) -> Tensor: ...
+        @overload
+        def __call__(self, x: Tensor, *, state: State, **steps: Unpack[Steps]) -> tuple[Tensor, Any]: ...
+        def __call__(self, x: Tensor, **steps: Any) -> Any: ...
 
     def extend(
         self,
@@ -297,14 +323,18 @@ class Block(Learning, ABC):
             return device, dtype or torch.get_default_dtype()
         return own.device if device is None else device, dtype or own.dtype
 
-    def _check_part(self, part: Part, x: Tensor, *others: Tensor | None) -> None:
-        name = type(self).__name__
+    def require_parts(self) -> None:
+        """Raises ValueError where the block cannot be given parts of the time."""
         if not self._parts:
             raise ValueError(
-                f"{name} cannot be given parts of the time: its `mix` takes none; valid: whole sequences on each rank, "
-                "or a block whose memory is a recurrence, such as linear_attention, lru, s4d, retnet, mamba2 or "
-                "gated_delta_net"
+                f"{type(self).__name__} cannot be given parts of the time, as its `mix` takes none; valid: whole "
+                "sequences on each rank, or a block whose memory is a recurrence, such as linear_attention, lru, s4d, "
+                "retnet, mamba2 or gated_delta_net"
             )
+
+    def _check_part(self, part: Part, x: Tensor, *others: Tensor | None) -> None:
+        self.require_parts()
+        name = type(self).__name__
         if any(other is not None for other in others):
             raise ValueError(f"{name}: got a part of the time, and a mask or cu_seqlens; valid with it: lengths")
         if x.shape[1] != part.stop - part.start:
@@ -344,6 +374,8 @@ def upgraded(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
 def places(x: Tensor, state: State | None, documents: Documents | None = None, part: Part | None = None) -> Tensor:
     """How many steps its sequence takes ahead of each step of `x` [B, T, ...]: int64 [T], or [B, T] with a state."""
     T, device = x.shape[1], x.device
+    if T == 1 and documents is None and state is not None:
+        return state.position[:, None]
     place = torch.arange(T, device=device) if documents is None else documents.positions()
     if part is not None:
         return place + part.start

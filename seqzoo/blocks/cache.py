@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.common import valid_positions
 from ..kernels.derivatives import by_hand
 from ..kernels.documents import Documents
+from .base import advance
 from .states import state_of
 
 
@@ -44,38 +45,51 @@ class KeyValueCache(NamedTuple):
         return cls(*buffers, position, written)
 
     def append(
-        self, k: Tensor, v: Tensor, end: Tensor, lengths: Tensor | None, documents: Documents | None
-    ) -> tuple[Tensor, Tensor, KeyValueCache]:
-        """Keys and values of all steps so far, and the state then.
+        self, k: Tensor, v: Tensor, lengths: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, KeyValueCache]:
+        """Keys and values of all steps so far, how many those are, and the state then.
 
         Args:
             k, v: of the present steps, [B, T, ...], or in a row [1, T, ...] those of documents.
-            end: int64 [B], where sequences stand after them.
             lengths, documents: as in `Block.mix`.
 
         Returns:
-            [B, S, ...] each in the dtype of k and v, with S no more than the longest has, and the state. A GPU is
-            waited for. In graphs, in transforms of functions and where there is to be a gradient, buffers are made
-            anew, with room for T more, and S is all of it.
+            [B, S, ...] each in the dtype of k and v, with S no more than the longest has; int64 [B], or None for S; and
+            the state. A GPU is waited for. In graphs, in transforms of functions and where there is to be a gradient,
+            buffers are made anew, with room for T more, and S is all of it.
         """
-        if not _can_write(k, v, self.keys, self.values):
-            keys, values = (grow(*pair, self.position, documents) for pair in ((self.keys, k), (self.values, v)))
-            return keys.to(k.dtype), values.to(v.dtype), KeyValueCache(keys, values, end, torch.full_like(end, -1))
-        S = int(end.max())
-        cache = self if self._mine(S) else self._moved(S)
-        _write(((cache.keys, k), (cache.values, v)), self.position, lengths, documents)
-        cache.written.copy_(end)
-        return cache.keys[:, :S].to(k.dtype), cache.values[:, :S].to(v.dtype), cache._replace(position=end)
+        keys, values, position, written = self
+        end = advance(position, k, lengths, documents)
+        if not _can_write(k, v, keys, values):
+            keys, values = grow(keys, k, position, documents), grow(values, v, position, documents)
+            cache = KeyValueCache(keys, values, end, torch.full_like(end, -1))
+            return keys.to(k.dtype), values.to(v.dtype), end, cache
+        places = position.tolist()
+        first = places[0] if lengths is None and documents is None and places.count(places[0]) == len(places) else None
+        S = int(end.max()) if first is None else first + k.shape[1]
+        if not self._mine(S, places):
+            keys, values, _, written = self._moved(S, max(places))
+        held_keys, held_values = keys[:, :S], values[:, :S]
+        if first is None:
+            where = _where(k.shape[1], position, lengths, documents)
+            _scatter(k, held_keys, *where)
+            _scatter(v, held_values, *where)
+        else:
+            held_keys[:, first:] = k
+            held_values[:, first:] = v
+        written.copy_(end)
+        cache = KeyValueCache(keys, values, end, written)
+        return held_keys.to(k.dtype), held_values.to(v.dtype), end if first is None else None, cache
 
-    def _mine(self, S: int) -> bool:
+    def _mine(self, S: int, places: list[int]) -> bool:
         """Whether this state may write into its buffers, and they have room for S entries."""
-        parts = self.keys, self.values, self.written
-        frozen = not torch.is_inference_mode_enabled() and any(part.is_inference() for part in parts)
-        return self.keys.shape[1] >= S and not frozen and torch.equal(self.position, self.written)
+        if self.keys.shape[1] < S or self.written.tolist() != places:
+            return False
+        return torch.is_inference_mode_enabled() or not (self.keys.is_inference() or self.written.is_inference())
 
-    def _moved(self, S: int) -> KeyValueCache:
+    def _moved(self, S: int, used: int) -> KeyValueCache:
         """The same in buffers of its own, twice as large if there is not room for S entries."""
-        room, used = self.keys.shape[1], int(self.position.max())
+        room = self.keys.shape[1]
         room = room if room >= S else max(S, 2 * room)
         buffers = []
         for old in (self.keys, self.values):
@@ -112,24 +126,22 @@ def _zeros(B: int, room: int, entry: Iterable[int], *, device: torch.device | st
     return torch.zeros(B, *heads, room, channels, device=device, dtype=dtype).transpose(1, -2)
 
 
-def _write(
-    pairs: Iterable[tuple[Tensor, Tensor]], position: Tensor, lengths: Tensor | None, documents: Documents | None
-) -> None:
-    """Writes what is new [B, T, ...], or [1, T, ...] of documents, into buffers [N, S, ...] behind `position`."""
+def _where(
+    T: int, position: Tensor, lengths: Tensor | None, documents: Documents | None
+) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
+    """Which of T steps of each sequence count, by row and step, and by row and entry where they belong in a buffer. Of
+    documents, all steps of the one row do: None."""
     if documents is not None:
-        row, step = documents.of_steps(), documents.positions()
-        for buffer, new in pairs:
-            buffer[row, position[row] + step] = new[0].to(buffer.dtype)
-        return
-    first, last = (int(end) for end in torch.aminmax(position))
-    for buffer, new in pairs:
-        T = new.shape[1]
-        if lengths is None and first == last:
-            buffer[:, first : first + T] = new
-            continue
-        counts = valid_positions(torch.full_like(position, T) if lengths is None else lengths, T)
-        row, step = counts.nonzero(as_tuple=True)
-        buffer[row, position[row] + step] = new[row, step].to(buffer.dtype)
+        row = documents.of_steps()
+        return None, (row, position[row] + documents.positions())
+    counts = valid_positions(torch.full_like(position, T) if lengths is None else lengths, T)
+    row, step = counts.nonzero(as_tuple=True)
+    return (row, step), (row, position[row] + step)
+
+
+def _scatter(new: Tensor, buffer: Tensor, taken: tuple[Tensor, Tensor] | None, put: tuple[Tensor, Tensor]) -> None:
+    """Puts what `_where` says of `new` [B, T, ...] into `buffer` [B, S, ...]."""
+    buffer[put] = (new[0] if taken is None else new[taken]).to(buffer.dtype)
 
 
 def grow(cache: Tensor, new: Tensor, position: Tensor, documents: Documents | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from ..kernels import GatedAttentionState, attention, gated_attention
 from ..kernels.common import accumulation_dtype, without_autocast, zero_padding
 from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
-from .base import Block, advance, places
+from .base import Block, places
 from .cache import KeyValueCache, check_room, in_a_row
 from .offset_scale import offset_scale
 from .states import state_of
@@ -64,7 +64,7 @@ class GAU(Block):
         d_model: int,
         *,
         causal: bool = False,
-        attention: str = "flash",
+        attention: Literal["flash", "relu2_n2", "relu2_ns", "softmax"] = "flash",
         expand: Factor = 2.0,
         key_dim: int = 128,
         chunk_len: int = 256,
@@ -172,9 +172,7 @@ class GAU(Block):
         n = n.to(accumulation_dtype(q.dtype))
         start = None if state is None else state.position
         if state is not None:
-            end = advance(state.position, k, lengths, documents)
-            k, v, state = state.append(k, v, end, lengths, documents)
-            lengths = end
+            k, v, lengths, state = state.append(k, v, lengths, documents)
 
         if self.attention == "softmax":
             scale = n.clamp(min=16).log() / (math.log(512) * math.sqrt(self.key_dim))

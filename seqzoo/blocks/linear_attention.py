@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ class LinearAttention(Block):
         *,
         causal: bool = False,
         num_heads: int = 4,
-        feature_map: str = "elu",
+        feature_map: Literal["elu", "relu", "silu"] = "elu",
         normalize: bool = True,
         decay: bool = False,
         rotary: bool = False,

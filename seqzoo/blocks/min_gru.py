@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class MinGRU(Block):
         d_model: int,
         *,
         causal: bool = False,
-        cell: str = "gru",
+        cell: Literal["gru", "lstm"] = "gru",
         expand: Factor = 1.0,
         gate_bias: Bias | None = None,
     ) -> None:

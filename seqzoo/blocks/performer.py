@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import FavorState, favor_attention
@@ -142,4 +141,4 @@ def orthogonal_gaussian(H: int, M: int, D: int) -> Tensor:
     # QR leaves the sign of each direction to the algorithm; with these it is the uniform distribution's.
     Q = Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
     norms = torch.randn(H, M, D, dtype=torch.float32, device="cpu").norm(dim=-1, keepdim=True)
-    return rearrange(Q, "H block D row -> H (block row) D")[:, :M] * norms
+    return Q.mT.flatten(1, 2)[:, :M] * norms

@@ -2,18 +2,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, autocast_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import transformed
 from ..kernels.documents import Documents, Pieces, starts_of
-from ..kernels.nodes import as_node, exporting
+from ..kernels.nodes import as_node, as_one
 from ..valid import BelowOne, Positive
 from .base import Block, advance
 from .lru import RecurrentState
@@ -64,7 +63,7 @@ class S4D(Block):
         state_dim: int = 64,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        init: str = "lin",
+        init: Literal["lin", "ft", "dfout"] = "lin",
         frequency_scale: Positive = 3.0,
         dropout: BelowOne = 0.0,
     ) -> None:
@@ -101,7 +100,7 @@ class S4D(Block):
         before = None if state is None else torch.view_as_complex(state.hidden)
         values = x.to(autocast_dtype(x))
         with without_autocast(x.device):
-            form = _convolve_as_node if exporting() else partial(convolve, part=part)
+            form = _convolve_as_node if as_one() else partial(convolve, part=part)
             y, after = self.over_time(
                 lambda x: form(x, step, C, before, lengths, documents), values.to(product_dtype(values))
             )
@@ -179,18 +178,14 @@ def convolve(
     # What each chunk leaves behind, for what follows and for what comes before, is carried over the chunks.
     rising = torch.stack([re, im], 2).flatten(1, 2)  # [D, 2P, L]
     leaving = torch.cat([rising.flip(-1), rising][:ways], 1).to(x.dtype)
-    left, *back = rearrange(
-        (x_c @ leaving.mT).to(step.real.dtype),
-        "D (B N) (ways P parts) -> ways B N (D P) parts",
-        B=B,
-        ways=ways,
-        parts=2,
-    )
+    left_in = (x_c @ leaving.mT).to(step.real.dtype)
+    left_in = left_in.unflatten(1, (B, N)).unflatten(-1, (ways, -1, 2))  # [D, B, N, ways, P, 2]
+    left, *back = left_in.permute(3, 1, 2, 0, 4, 5).flatten(3, 4)  # [B, N, DP, 2] each
     carry = _carry if pieces is None else partial(_carry_in_documents, pieces=pieces)
     if part is not None:
         rest = T - (N - 1) * L  # steps of the last chunk
         last = x_c.view(D, B, N, L)[:, :, -1, :rest] @ leaving[:, : 2 * P, L - rest :].mT  # [D, B, 2P]
-        last = rearrange(last.to(step.real.dtype), "D B (P parts) -> B (D P) parts", parts=2).contiguous()
+        last = last.to(step.real.dtype).unflatten(-1, (-1, 2)).transpose(0, 1).flatten(1, 2).contiguous()  # [B, DP, 2]
         carry = partial(_carry_in_parts, last=torch.view_as_complex(last), step=step.flatten(), rest=rest, part=part)
     reached = carry(left, back, over_chunk, None if before is None else before.flatten(1, 2))
 
@@ -203,12 +198,12 @@ def convolve(
     kernel = torch.cat([earlier, now, taps[0, :, :-1]], -1)  # [D, 2L - 1], of lags 1 - L to L - 1
     reading = torch.cat([read[0], *(later.flip(-1) for later in read[1:])], 1).to(x.dtype)  # [D, ways 2P, L]
     parts = [
-        rearrange(torch.view_as_real(h[:, :N]).to(x.dtype), "B N (D P) parts -> D (B N) (P parts)", D=D)
+        torch.view_as_real(h[:, :N]).to(x.dtype).unflatten(2, (D, -1)).permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)
         for h in reached[:ways]
-    ]
+    ]  # [D, BN, 2P]
     y = torch.baddbmm(torch.cat(parts, -1) @ reading, x_c, kernel.unfold(-1, L, 1).flip(1).to(x.dtype))  # [D, BN, L]
     for following in reached[ways:]:  # of other parts, for the last chunk, which may be shorter than the rest
-        later = rearrange(torch.view_as_real(following).to(x.dtype), "B (D P) parts -> D B (P parts)", D=D)
+        later = torch.view_as_real(following).to(x.dtype).unflatten(1, (D, -1)).transpose(0, 1).flatten(2)  # [D, B, 2P]
         y.view(D, B, N, L)[:, :, -1, :rest] += later @ read[1, ..., :rest].flip(-1).to(x.dtype)
     y = _transpose(y.view(D, -1)).view(B, N * L, D)
     y = y[:, :T] if pieces is None else pieces.take_up(y)
@@ -255,7 +250,7 @@ def _empty(x, step, C, before, lengths, starts):
     return x.new_empty(x.shape), step.new_empty(0) if before is None else before.new_empty(before.shape)
 
 
-_node = as_node("s4d_convolve", _run, _empty)
+_node = as_node("s4d_convolve", _run, _empty, shared={"step": 3, "C": 4})
 
 
 def _carry(left: Tensor, back: list[Tensor], over_chunk: Tensor, before: Tensor | None) -> list[Tensor]:
@@ -317,17 +312,23 @@ def _carry_in_parts(
         step: complex [DP].
         rest: steps of the last chunk.
     """
-    over_rest = (step * rest).exp()
-    over_all = (step * (part.stop - part.start)).exp()
-    reached = _carry(left, back, over_chunk, None)
-    leaves = reached[0][:, -2] * over_rest + last
-    before = carried(part, leaves, lambda h: over_all * h + leaves)
-    following = []
-    for n, g in enumerate(reached[1:]):
-        own = torch.view_as_complex(back[n][:, 0]) + over_chunk * g[:, 0]
-        following.append(carried(part, own, lambda g, own=own: over_all * g + own, back=True))
-        beyond = torch.view_as_real(over_rest * following[n])
-        back[n] = torch.cat([back[n][:, :-1], back[n][:, -1:] + beyond[:, None]], 1)
+    over_rest, over_all = (step * rest).exp(), (step * (part.stop - part.start)).exp()
+    state = last.shape, last.dtype
+
+    def behind(h: Tensor) -> Tensor:
+        first = torch.view_as_complex(F.pad(left[:, :-1], (0, 0, 0, 0, 1, 0)))  # there may be one chunk alone
+        ahead_of_last = diagonal_scan(first, over_chunk, output_final_state=True)[1]
+        return over_all * h + over_rest * ahead_of_last + last
+
+    def ahead(g: Tensor, leaving: Tensor) -> Tensor:
+        own = diagonal_scan(torch.view_as_complex(leaving), over_chunk, reverse=True, output_final_state=True)[1]
+        return over_all * g + own
+
+    before = carried(part, left, *state, behind)
+    following = [carried(part, left, *state, partial(ahead, leaving=leaving), back=True) for leaving in back]
+    for n, g in enumerate(following):
+        beyond = torch.view_as_real(over_rest * g)[:, None]
+        back[n] = torch.cat([back[n][:, :-1], back[n][:, -1:] + beyond], 1)
     return _carry(left, back, over_chunk, before) + following
 
 

@@ -11,7 +11,7 @@ from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents
 from .base import Block, advance, head_dim, places
 from .cache import KeyValueCache, check_room, grow, in_a_row
-from .rotary import rotate
+from .rotary import turned, turns
 
 
 class SoftmaxAttention(Block):
@@ -70,10 +70,15 @@ class SoftmaxAttention(Block):
         self, x: Tensor, state: KeyValueCache | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, KeyValueCache | None]:
         H, G = self.num_heads, self.num_kv_heads
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split((H, G, G), dim=2)  # [B, T, H or G, D]
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 G, D]
+        qk, v = qkv.narrow(2, 0, H + G), qkv.narrow(2, H + G, G)
         place = places(x, state, documents)
-        if self.rotary:
-            q, k = rotate(q, place), rotate(k, place)
+        turn = turns(place, self.head_dim, torch.promote_types(qkv.dtype, torch.float32)) if self.rotary else None
+        if turn is not None and x.shape[1] == 1:
+            qk, turn = turned(qk, turn), None
+        q, k = qk.narrow(2, 0, H), qk.narrow(2, H, G)
+        if turn is not None:  # of many steps, each by itself in memory
+            q, k = turned(q, turn), turned(k, turn)
         scale = self._scale(place, lengths, documents, x)
         extent: dict[str, Any] = {"lengths": lengths} if documents is None else {"cu_seqlens": documents.starts}
         if state is not None:
@@ -86,18 +91,18 @@ class SoftmaxAttention(Block):
         self, k: Tensor, v: Tensor, state: KeyValueCache, lengths: Tensor | None, documents: Documents | None
     ) -> tuple[Tensor, Tensor, dict[str, Any], KeyValueCache]:
         """Keys and values behind those of the state, what `attention` is told of them, and the state after them."""
-        position = advance(state.position, k, lengths, documents)
         if self.window is None:
-            held, filled = state.position, position
-            k, v, state = state.append(k, v, position, lengths, documents)
+            held = state.position
+            k, v, filled, state = state.append(k, v, lengths, documents)
         else:
             held = state.position.clamp(max=self.window - 1)
-            filled = advance(held, k, lengths, documents)
+            filled, position = (advance(place, k, lengths, documents) for place in (held, state.position))
             keys, values = grow(state.keys, k, held, documents), grow(state.values, v, held, documents)
             k, v = keys.to(k.dtype), values.to(v.dtype)
             state = KeyValueCache(*self._last(keys, values, filled), position, torch.full_like(position, -1))
         if documents is None:
             return k, v, {"lengths": filled, "position": held}, state
+        assert filled is not None
         (k, v), extent = in_a_row((k, v), filled, documents)
         return k, v, extent, state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def evaluate_run(
     config, spec = read_config(folder), read_spec(folder)
     if data_dir is not None:
         config.data_dir = str(data_dir)
-    fabric = build_fabric(config)
+    fabric = build_fabric(replace(config, strategy="auto", sequence_parallel=1))
     task = checked_task(folder, config, task, lambda: task_of(config, fabric, read=True))
     test = part_of(task.test, config.n_test)
     metrics = evaluate(

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from ..config import Config, ConfigError, compose
-from ..failures import ends
+from ..failures import ends, told
 from ..messages import printable, printable_lines, unknown
+from ..plugins import import_plugins
 from . import TASKS, DataError, MissingData, Split, Task, build_task
 from .checks import verify
 from .samples import as_text, pick, save_sheet
@@ -50,6 +51,7 @@ def _main(argv: Sequence[str] | None) -> int:
     names = [argument for argument in given.arguments if "=" not in argument]
     every = names == ["all"]
     overrides = [argument for argument in given.arguments if "=" in argument]
+    import_plugins(overrides)
     if not names:
         parser.error("name a task, or all")
     if given.command == "show" and (every or len(names) != 1):
@@ -84,8 +86,10 @@ def _attempt(config: Config, every: bool, use: Callable[[Task], int]) -> int:
         return use(build_task(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir))
     except MissingData as error:
         return _fail(f"{name} is left out: {error}" if every else str(error), 0 if every else FAILED)
-    except DataError as error:
-        return _fail(str(error), FAILED)
+    except (DataError, OSError) as error:
+        failure = told(error)
+        assert failure is not None
+        return _fail(*failure)
     except ValueError as error:
         return _fail(f"{name} is left out: {error}" if every else f"task={name}: {error}", 0 if every else MISUSED)
 

@@ -7,10 +7,14 @@ import pickle
 
 import pytest
 import torch
+import yaml
 from block_cases import CASES, D, every
 
-from seqzoo import BLOCKS, build_block
+from seqzoo import BLOCKS, build_block, register_block
 from seqzoo.blocks import Block, block_name
+from seqzoo.blocks.__main__ import main
+from seqzoo.blocks.registry import OF_MODELS, OWN
+from seqzoo.config import CONFIGS
 
 
 @every
@@ -61,5 +65,85 @@ def test_a_block_of_one_s_own_says_them_without_doing_anything():
     assert Own(4, decay=0.5, kind="a").options == {"d_model": 4, "causal": False, "decay": 0.5, "kind": "a"}
     with pytest.raises(TypeError, match="d_model"):
         Own()
-    with pytest.raises(ValueError, match="Own is not among BLOCKS"):
+    with pytest.raises(ValueError, match=r"Own has no name; valid: seqzoo\.register_block, or"):
         block_name(Own(4))
+
+
+@pytest.fixture
+def registered():
+    yield
+    BLOCKS.pop("own", None)
+    OWN.pop("own", None)
+
+
+def test_a_registered_block_is_built_by_its_name(registered):
+    assert register_block("own")(Own) is Own
+    block = build_block("own", 4, decay=0.5, kind="a")
+    assert build_block(block_name(block), **block.options).options == block.options
+    register_block("own")(Own)  # read again, as notebooks do
+
+    @register_block("own2")
+    class Typed(Own):
+        def __init__(self, d_model, *, causal=False, rate: float = 1.0, widths: list[int] | None = None):
+            super().__init__(d_model, causal=causal)
+
+    try:
+        assert build_block("own2", 4, widths=[1, 2]).options["widths"] == [1, 2]
+        with pytest.raises(ValueError, match=r"rate='a': valid: float"):
+            build_block("own2", 4, rate="a")
+        with pytest.raises(ValueError, match=r"no option of own2 'rat' \(did you mean 'rate'\?\)"):
+            build_block("own2", 4, rat=1.0)
+        with pytest.raises(ValueError, match=r"register_block\('own2'\): valid: letters, digits and _, and no name"):
+            register_block("own2")(Own)
+    finally:
+        BLOCKS.pop("own2"), OWN.pop("own2")
+
+
+def test_what_cannot_be_a_block_is_not_registered(registered):
+    with pytest.raises(ValueError, match=r"valid: a subclass of seqzoo\.Block"):
+        register_block("own")(torch.nn.Linear)
+    for name in ("lru", "flash", "a/b"):
+        with pytest.raises(ValueError, match="no name that there is: softmax_attention"):
+            register_block(name)(Own)
+
+    class Plain(Own):
+        def __init__(self, width):
+            super().__init__(width)
+
+    with pytest.raises(ValueError, match=r"Plain takes no d_model and no causal; valid: def __init__\(self, d_model"):
+        register_block("own")(Plain)
+    assert "own" not in BLOCKS
+
+
+def test_names_of_models_lead_to_their_blocks():
+    models = {path.stem: yaml.safe_load(path.read_text())["block"]["name"] for path in (CONFIGS / "model").iterdir()}
+    assert {name: block for name, block in models.items() if name != block} == OF_MODELS
+    with pytest.raises(ValueError, match="no block 'flash': in the model of that name it is 'gau'; valid: softmax"):
+        build_block("flash", D)
+    with pytest.raises(ValueError, match=r"build_block\('lru', 64\), got 64"):
+        build_block(64, "lru")
+
+
+def test_is_built_where_and_as_it_is_asked_for():
+    block = build_block("lru", D, device="meta", dtype=torch.bfloat16)
+    assert {parameter.device.type for parameter in block.parameters()} == {"meta"}
+    assert block.out_proj.weight.dtype == torch.bfloat16
+    assert {part.dtype for part in block.dynamics.parameters()} == {torch.float32}
+    torch.manual_seed(0)
+    block = build_block("gau", D, dtype=torch.float64)
+    torch.manual_seed(0)
+    assert torch.equal(block.uvz_proj.weight, build_block("gau", D).double().uvz_proj.weight)
+
+
+def test_the_command_lists_blocks(capsys):
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line.split()[0] for line in lines[1:] if not line.startswith(" ")]
+    assert listed == list(BLOCKS)
+    assert "conv                    8,640       256  width=5 dropout=0.0" in lines
+    assert lines[1].split()[2:4] == ["128", "T"]
+    assert main(["gla", "--d-model=32"]) == 0
+    assert "  gate_rank=16\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["lruu"])
+    assert "did you mean 'lru'?" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from tiny_runs import tiny_config
 from torch import nn
 
 from seqzoo import after_step, build_block
-from seqzoo.config import StageConfig, WandbConfig
+from seqzoo.config import StageConfig
 from seqzoo.models import build_model
 from seqzoo.objectives import Objective, build_objective
 from seqzoo.runs.parts import build_fabric
@@ -55,7 +55,7 @@ def build_stage(
         seed=seed,
         folder=folder / "finetune",
         fabric=build_fabric(config),
-        tracker=Tracker(folder, {}, group="", wandb=WandbConfig(mode="disabled")) if tracked else None,
+        tracker=Tracker(folder, {"logger": "none"}, group="") if tracked else None,
         **(options or {}),
     )
 
@@ -307,7 +307,7 @@ def test_checkpoints_are_as_frequent_as_they_are_cheap(task, tmp_path, monkeypat
 
 
 def test_utilisation_is_the_share_of_the_measured_peak(task, tmp_path, monkeypatch):
-    monkeypatch.setattr("seqzoo.training.loop.matmul_flops_per_second", lambda device, precision: 1e9)
+    monkeypatch.setattr("seqzoo.training.peak.matmul_flops_per_second", lambda device, precision: 1e9)
     stage = build_stage(task, tmp_path, tracked=True, options={"flops_per_token": 1e3})
     stage.run()
     trained = [line for line in lines(tmp_path) if "train/loss" in line]
