@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
-from ..nodes import exporting
+from ..nodes import as_one
 from .chunked import diagonal_scan_chunked
 from .node import diagonal_scan_node
 from .reference import diagonal_scan_reference
@@ -33,7 +33,7 @@ def _fused_both(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _chunked(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return (diagonal_scan_node if exporting() else diagonal_scan_chunked)(*arguments)
+    return (diagonal_scan_node if as_one() else diagonal_scan_chunked)(*arguments)
 
 
 def _one_by_one(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -51,4 +51,4 @@ def _empty(x, a, initial_state, lengths, factor, starts, reverse, pairs):
     return x.new_empty(x.shape), x.new_empty(R, *x.shape[2:], dtype=accumulation_dtype(x.dtype))
 
 
-_node = as_node("diagonal_scan", _run, _empty)
+_node = as_node("diagonal_scan", _run, _empty, shared={"a": 2, "factor": 1})

@@ -91,4 +91,4 @@ def _empty(u, q_quad, k_quad, q_lin, k_lin, v, bias, *others):
     return v.new_empty(v.shape), *_state(v, q_quad, *((R, chunk_len) if output_final_state else (0, 0)))
 
 
-_node = as_node("gated_attention", _run, _empty)
+_node = as_node("gated_attention", _run, _empty, shared={"bias": 1})

@@ -89,4 +89,4 @@ def _empty(q, k, v, codebook, codes, bias, *others):
     return v.new_empty(v.shape), *state
 
 
-_node = as_node("vq_attention", _run, _empty)
+_node = as_node("vq_attention", _run, _empty, shared={"codebook": 3, "bias": 2})

@@ -12,7 +12,7 @@ from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, autocast_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import transformed
 from ..kernels.documents import Documents, Pieces, starts_of
-from ..kernels.nodes import as_node, exporting
+from ..kernels.nodes import as_node, as_one
 from ..valid import BelowOne, Positive
 from .base import Block, advance
 from .lru import RecurrentState
@@ -100,7 +100,7 @@ class S4D(Block):
         before = None if state is None else torch.view_as_complex(state.hidden)
         values = x.to(autocast_dtype(x))
         with without_autocast(x.device):
-            form = _convolve_as_node if exporting() else partial(convolve, part=part)
+            form = _convolve_as_node if as_one() else partial(convolve, part=part)
             y, after = self.over_time(
                 lambda x: form(x, step, C, before, lengths, documents), values.to(product_dtype(values))
             )
@@ -250,7 +250,7 @@ def _empty(x, step, C, before, lengths, starts):
     return x.new_empty(x.shape), step.new_empty(0) if before is None else before.new_empty(before.shape)
 
 
-_node = as_node("s4d_convolve", _run, _empty)
+_node = as_node("s4d_convolve", _run, _empty, shared={"step": 3, "C": 4})
 
 
 def _carry(left: Tensor, back: list[Tensor], over_chunk: Tensor, before: Tensor | None) -> list[Tensor]:

@@ -157,9 +157,7 @@ class Backbone(nn.Module):
         if state is not None:
             outputs, state = self.layer_outputs(inputs, lengths, mask, cu_seqlens, state)
             return self.norm(outputs[-1]), state
-        if part is not None:
-            inputs, mask = part.own(inputs), None if mask is None else part.own(mask)
-        x = self.embedding(inputs, mask, documents_of(inputs, cu_seqlens), part=part)
+        x = self._embedded(inputs, mask, cu_seqlens, part)
         for layer in self.layers:
             x = layer(x, lengths, cu_seqlens, part=part)
         return self.norm(x)
@@ -171,13 +169,14 @@ class Backbone(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
+        part: Part | None = None,
     ) -> Any:
         """What the embedding and then each layer puts out, [B, T, d_model] each, before the last norm; with a state,
         that and the state after it."""
         if state is None:
-            outputs = [self.embedding(inputs, mask, documents_of(inputs, cu_seqlens))]
+            outputs = [self._embedded(inputs, mask, cu_seqlens, part)]
             for layer in self.layers:
-                outputs.append(layer(outputs[-1], lengths, cu_seqlens))
+                outputs.append(layer(outputs[-1], lengths, cu_seqlens, part=part))
             return outputs
         outputs = [self.embedding(inputs, mask, None, state.position, lengths)]
         before, after = iter(state.layers), []
@@ -189,6 +188,11 @@ class Backbone(nn.Module):
                 x = layer(outputs[-1], lengths)
             outputs.append(x)
         return outputs, ModelState(tuple(after), advance(state.position, inputs, lengths))
+
+    def _embedded(self, inputs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, part: Part | None) -> Tensor:
+        if part is not None:
+            inputs, mask = part.own(inputs), None if mask is None else part.own(mask)
+        return self.embedding(inputs, mask, documents_of(inputs, cu_seqlens), part=part)
 
     def freeze(self) -> None:
         """From now on nothing in here moves: no parameter, no codebook or feature (it stays in eval mode), no dropout.
