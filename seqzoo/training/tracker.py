@@ -59,9 +59,9 @@ class Tracker:
                 "same command begins it anew"
             )
 
-    def rewind(self, stage: str, step: int, evaluated: int) -> int:
+    def rewind(self, stage: str, step: int, evaluated: int, *, expected: bool = False) -> None:
         """Forgets the lines that a run will write again which continues after `step` steps of `stage`, and the
-        validation after `evaluated`. Returns how many of the stage are left.
+        validation after `evaluated`; `expected`: some of the stage should be left. Lines that were lost are said.
 
         Raises:
             TrainingError: as `require_folder` does.
@@ -76,7 +76,8 @@ class Tracker:
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         if self.run is not None:
             self._guard(lambda: self._catch_up(kept))
-        return sum(entry["stage"] == stage for entry in kept)
+        if expected and not any(entry["stage"] == stage for entry in kept):
+            say_once(f"{self.path} has lost its lines: the curve of {stage} begins after step {step}")
 
     def log(self, stage: str, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Appends what is known after `step` steps of `stage`.
