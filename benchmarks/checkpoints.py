@@ -116,8 +116,8 @@ def main() -> None:
             for stage, number in stages.items()
         ),
         "",
-        "Checkpoints between validations wait until all that was saved is 1 % of the time; what validations save is the",
-        "rest. So they are written where training waits for them: in another thread they would save less than that.",
+        "Checkpoints between validations wait until all that was saved is 1 % of the time; what validations save is",
+        "the rest. So they are written where training waits for them: another thread would save less than that.",
         "",
     ]
     RESULT.write_text("\n".join(lines))
