@@ -217,7 +217,7 @@ class Stage:
                         bar.train(self.log_training())
                     if stopping:
                         raise Interrupted(self.folder.parent)
-                    if time.monotonic() - self.saved > self.save_after:
+                    if self.save_is_due:
                         self.save()
             except Interrupted:
                 self.save()
@@ -263,16 +263,17 @@ class Stage:
         return loss
 
     def wait(self) -> bool:
-        """Waits until the device has taken all steps. Returns whether any rank must stop.
+        """Waits until the device has taken all steps. Returns whether any rank must stop; all save when the first would.
 
         Raises:
             TrainingError: a step failed.
         """
         state = self.state
-        going = torch.full_like(self.guard.failed, 0.0 if self.must_stop() else 1.0)
-        earliest = self.fabric.all_reduce(torch.stack((self.guard.failed, going)), reduce_op="min")
-        failed, all_going = cast(Tensor, earliest).tolist()
-        now = time.monotonic()
+        due = self.fabric.is_global_zero and time.monotonic() - self.saved > self.save_after
+        going, early = (torch.full_like(self.guard.failed, float(not it)) for it in (self.must_stop(), due))
+        earliest = self.fabric.all_reduce(torch.stack((self.guard.failed, going, early)), reduce_op="min")
+        failed, all_going, all_early = cast(Tensor, earliest).tolist()
+        self.save_is_due, now = not all_early, time.monotonic()
         state.training_seconds += now - self.timed
         self.timed = now
         if math.isfinite(failed):
@@ -427,9 +428,8 @@ class Stage:
         if self.tracker:
             self.tracker.require_folder()
         if self.fabric.is_global_zero or self.place.sharded:
-            optimizer = self.optimizer.state_dict()["state"]
-            checkpoint = Checkpoint(self.model.state_dict(), optimizer, asdict(self.state))
-            save_checkpoint(self.last, checkpoint, self.fabric if self.place.sharded else None)
+            kept = self.model.state_dict(), self.optimizer.state_dict()["state"], asdict(self.state)
+            save_checkpoint(self.last, Checkpoint(*kept), self.fabric if self.place.sharded else None)
         self.saved = self.timed = time.monotonic()
         self.save_after = min((self.saved - started) / SAVE_SHARE, SAVE_SECONDS)
 
