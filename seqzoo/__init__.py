@@ -6,6 +6,7 @@ What it lists is imported when it is asked for: a report needs no PyTorch.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from . import blocks as blocks
     from . import kernels as kernels
+    from .analysis.cost import flops
     from .blocks import (
         BLOCKS,
         GAU,
@@ -52,7 +54,10 @@ if TYPE_CHECKING:
     from .interop.hub import from_pretrained, push_to_hub, save_pretrained
     from .interop.replace import replace
     from .interop.vit import timm_attention
+    from .metrics import register_metric
     from .spec import Batch, TaskSpec
+    from .tasks import register_task
+    from .training.loggers import register_logger
 
 __all__ = [
     "BLOCKS",
@@ -86,10 +91,14 @@ __all__ = [
     "attach",
     "auxiliary_loss",
     "build_block",
+    "flops",
     "from_pretrained",
     "load",
     "push_to_hub",
     "register_block",
+    "register_logger",
+    "register_metric",
+    "register_task",
     "replace",
     "run",
     "save_pretrained",
@@ -105,8 +114,12 @@ ELSEWHERE = {"hf": ".interop.hf"}  # modules by the names that users know them b
 LIES_IN = {  # what else is listed lies in `blocks`
     "Batch": ".spec",
     "TaskSpec": ".spec",
+    "flops": ".analysis.cost",
     "from_pretrained": ".interop.hub",
     "push_to_hub": ".interop.hub",
+    "register_logger": ".training.loggers",
+    "register_metric": ".metrics",
+    "register_task": ".tasks",
     "replace": ".interop.replace",
     "save_pretrained": ".interop.hub",
     "timm_attention": ".interop.vit",
@@ -120,11 +133,11 @@ def load(run_folder: Any) -> Any:
     return load_run(run_folder)
 
 
-def run(config: Any, *, task: Any = None) -> dict[str, Any]:
+def run(config: Any, *, task: Any = None, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Trains what a configuration asks for and returns its result. See `seqzoo.runs.run`."""
     from .runs import run as run_config
 
-    return run_config(config, task=task)
+    return run_config(config, task=task, callbacks=callbacks)
 
 
 def __getattr__(name: str) -> Any:

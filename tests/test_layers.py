@@ -9,12 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; rooms of one storey do not know each other either
-    ("draws", "extras", "kernels", "messages", "spec", "valid", "version"),
+    ("draws", "extras", "kernels", "messages", "metrics", "spec", "valid", "version"),
     ("failures", "records"),
-    ("files",),
+    ("files", "plugins"),
     ("blocks", "groups", "precision", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),
     ("models", "tasks"),
+    ("entries",),
     ("config", "objectives"),
     ("training",),
     ("runs",),

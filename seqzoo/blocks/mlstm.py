@@ -85,7 +85,7 @@ class MLSTM(Block):
         self.num_heads = num_heads
         self.head_dim = E // num_heads
         self.in_proj = nn.Linear(d_model, 2 * E, bias=False)
-        self.conv = short_convolution(E, conv_width, causal=causal, bias=True)
+        self.conv = short_convolution(E, conv_width, causal=causal, bias=True, silu=True)
         self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, E // projection_width, bias=False) for _ in range(3))
         gates = [nn.Linear(E, 2 * num_heads, bias=False) for _ in range(3)]  # of q, k and v
         for layer in gates:
@@ -113,7 +113,6 @@ class MLSTM(Block):
     ) -> tuple[Tensor, MLSTMState | None]:
         x, z = self.in_proj(x).chunk(2, -1)  # [B, T, E]
         u, inputs = self.conv(x, None if state is None else state.inputs, lengths, documents)
-        u = F.silu(u)
         q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(x)
         gates = self.gate_bias(sum(layer(y) for layer, y in zip(self.gate_proj, (q, k, v), strict=True)))
         ways = Directions(x, lengths, documents, both=not self.causal)

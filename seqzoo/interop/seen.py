@@ -71,6 +71,26 @@ class Seen:
         return None if self.counts is None else check_padding(what, None, self.counts, *self.counts.shape)
 
 
+def check_packed(what: str, position_ids: Any, seen: Seen, T: int) -> None:
+    """That positions begin anew in the documents of `seen` only; they are looked at on a CPU, outside of graphs.
+
+    transformers looks for packed sequences where there is neither a cache nor an attention_mask, and only there.
+
+    Raises:
+        ValueError: a row has several sequences, of which `seen` does not know.
+    """
+    if seen.starts is not None or not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+        return
+    if position_ids.shape[1] != T or not can_be_looked_at(position_ids):
+        return
+    back, counts = position_ids[:, 1:] <= position_ids[:, :-1], seen.new_steps(T)
+    if (back if counts is None else back & counts[:, 1:] & counts[:, :-1]).any():
+        raise ValueError(
+            f"{what}: position_ids begin anew within a row, as of packed sequences, which transformers tells no mask "
+            "where there is a cache or an attention_mask; valid: use_cache=False, and no attention_mask"
+        )
+
+
 def seen_mask(
     batch_size: int,
     q_length: int,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Part
 from .model import Residual, SequenceModel, mlp
 from .streaming import ModelState
 
@@ -67,6 +68,7 @@ class LadderModel(SequenceModel):
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         state: ModelState | None = None,
+        part: Part | None = None,
     ) -> Any:
-        found = self.backbone.layer_outputs(inputs, lengths, mask, cu_seqlens, state)
+        found = self.backbone.layer_outputs(inputs, lengths, mask, cu_seqlens, state, part)
         return self.ladder(found) if state is None else (self.ladder(found[0]), found[1])

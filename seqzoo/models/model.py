@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks import BLOCKS, Part, build_block, check_block
 from ..blocks.base import advance
+from ..blocks.states import Held
 from ..kernels.documents import Documents, check_documents
 from ..spec import TaskSpec
 from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
@@ -69,6 +70,8 @@ class ModelConfig:
 class Residual(nn.Module):
     """x + dropout(branch(norm(x))), the branch a block or an MLP."""
 
+    branch: Any  # a `Block` if it mixes
+
     def __init__(self, branch: nn.Module, d_model: int, dropout: float, *, mixes: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
@@ -89,7 +92,7 @@ class Residual(nn.Module):
         if not self.mixes:
             y = self.branch(y)
         elif state is not None:
-            y, state = self.branch(y, lengths=lengths, state=state)
+            y, state = self.branch.extend(y, Held.of(state), lengths=lengths)
             return x + self.dropout(y), state
         elif part is not None:
             y = self.branch(y, lengths=lengths, part=part)
@@ -154,12 +157,10 @@ class Backbone(nn.Module):
         state: ModelState | None = None,
         part: Part | None = None,
     ) -> Any:
-        if state is not None:
+        if (state := Held.of(state)) is not None:
             outputs, state = self.layer_outputs(inputs, lengths, mask, cu_seqlens, state)
             return self.norm(outputs[-1]), state
-        if part is not None:
-            inputs, mask = part.own(inputs), None if mask is None else part.own(mask)
-        x = self.embedding(inputs, mask, documents_of(inputs, cu_seqlens), part=part)
+        x = self._embedded(inputs, mask, cu_seqlens, part)
         for layer in self.layers:
             x = layer(x, lengths, cu_seqlens, part=part)
         return self.norm(x)
@@ -171,24 +172,30 @@ class Backbone(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: ModelState | None = None,
+        part: Part | None = None,
     ) -> Any:
         """What the embedding and then each layer puts out, [B, T, d_model] each, before the last norm; with a state,
         that and the state after it."""
         if state is None:
-            outputs = [self.embedding(inputs, mask, documents_of(inputs, cu_seqlens))]
+            outputs = [self._embedded(inputs, mask, cu_seqlens, part)]
             for layer in self.layers:
-                outputs.append(layer(outputs[-1], lengths, cu_seqlens))
+                outputs.append(layer(outputs[-1], lengths, cu_seqlens, part=part))
             return outputs
         outputs = [self.embedding(inputs, mask, None, state.position, lengths)]
         before, after = iter(state.layers), []
         for layer in self.layers:
             if layer.mixes:
-                x, reached = layer(outputs[-1], lengths, state=next(before))
+                x, reached = layer(outputs[-1], lengths, state=Held(next(before)))
                 after.append(reached)
             else:
                 x = layer(outputs[-1], lengths)
             outputs.append(x)
         return outputs, ModelState(tuple(after), advance(state.position, inputs, lengths))
+
+    def _embedded(self, inputs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, part: Part | None) -> Tensor:
+        if part is not None:
+            inputs, mask = part.own(inputs), None if mask is None else part.own(mask)
+        return self.embedding(inputs, mask, documents_of(inputs, cu_seqlens), part=part)
 
     def freeze(self) -> None:
         """From now on nothing in here moves: no parameter, no codebook or feature (it stays in eval mode), no dropout.
@@ -248,6 +255,7 @@ class SequenceModel(Streaming):
         part: Part | None = None,
     ) -> Any:
         inputs, lengths, mask = self._singly(inputs, lengths, mask)
+        state = Held.of(state)
         if state is None:
             x = self.features(inputs, lengths, mask, cu_seqlens, part=part)
             return self.head(x, lengths, documents_of(inputs, cu_seqlens), part)
@@ -266,7 +274,7 @@ class SequenceModel(Streaming):
         part: Part | None = None,
     ) -> Any:
         """What the head reads of sequences: [B, T, d_model]; with a state, that and the state after it."""
-        return self.backbone(inputs, lengths, mask, cu_seqlens, state, part)
+        return self.backbone(inputs, lengths, mask, cu_seqlens, None if state is None else Held(state), part)
 
     def _singly(
         self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None

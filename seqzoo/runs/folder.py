@@ -49,11 +49,11 @@ RESULT = {  # what is said of a finished run
     **{"model": str, "task": str, "task_note": str, "n_test": int, "majority": NUMBER},
     "test": {"accuracy": NUMBER, "bits_per_character?": NUMBER},
 }
-FOLDERS = ("pretrain", "finetune", "wandb", ".wandb")  # that a run, or W&B, makes in its own
+FOLDERS = ("pretrain", "finetune", "wandb", ".wandb", "tensorboard")  # that a run, or W&B, makes in its own
 # Where a run reads, writes and computes, which is not what it computes.
 WITHOUT_EFFECT = (
     *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),
-    *("budget", "launcher", "strategy", "sequence_parallel"),
+    *("budget", "launcher", "logger", "plugins", "strategy", "sequence_parallel"),
 )
 OF_PRETRAINING = ("objective", "pixel_loss", "pretraining")
 OF_FINE_TUNING = (

@@ -189,6 +189,10 @@ def test_other_refusals(build, ids):
         model(ids, attention_mask=holes)
     with pytest.raises(ValueError, match="a StateCache does not keep"):
         model(ids, past_key_values=seqzoo.hf.StateCache(model.config))
+    packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)
+    for options in ({}, {"use_cache": False, "attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match="position_ids begin anew within a row"):
+            model(ids, position_ids=packed, **options)
     from transformers.masking_utils import create_causal_mask
 
     with pytest.raises(ValueError, match="a mask of transformers that it cannot keep"):

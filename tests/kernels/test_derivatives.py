@@ -40,7 +40,7 @@ def hessian_product(case: Case, inputs: list[Tensor], backend: str) -> list[Tens
 OFTEN = (
     *("diagonal_scan complex True False", "diagonal_scan complex True both", "diagonal_scan real False True"),
     *("attention True 1", "linear_attention False True", "linear_attention state True", "linear_attention decay 3"),
-    "linear_attention decay 4 state",
+    *("linear_attention decay 4 state", "delta_rule state"),
     *("favor_attention False", "favor_attention state", "vq_attention False 4", "gated_attention state"),
 )
 
@@ -51,7 +51,6 @@ OFTEN = (
         pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
         for name in CASES
         if "projection" not in name  # to kernels it is a constant
-        and "delta_rule" not in name  # there is no kernel
     ],
 )
 def test_second_derivatives_of_kernels(name):
