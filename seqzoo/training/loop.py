@@ -263,7 +263,7 @@ class Stage:
         return loss
 
     def wait(self) -> bool:
-        """Waits until the device has taken all steps. Returns whether any rank must stop; all save when the first would.
+        """Waits until the device has taken all steps. Returns whether any rank must stop; all save when one does.
 
         Raises:
             TrainingError: a step failed.
