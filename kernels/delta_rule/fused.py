@@ -108,9 +108,8 @@ class Call(NamedTuple):
     @property
     def blocks_of_channels(self) -> int:
         """Of how many programs `outer` makes the gradients of a chunk."""
-        return triton.cdiv(
-            self.q.shape[3], BLOCKS.of(self.outer, self.q.device, self.q.dtype, width_class(self.q.shape[3])).size
-        )
+        Dk = self.q.shape[3]
+        return triton.cdiv(Dk, BLOCKS.of(self.outer, self.q.device, self.q.dtype, width_class(Dk)).size)
 
     @property
     def kept(self) -> torch.dtype:
@@ -190,6 +189,29 @@ def outputs(call: Call, initial: Tensor | None, *, keep: bool, want_last: bool) 
     return o, last, states
 
 
+class _Within(NamedTuple):
+    """What the backward pass knows of each chunk, behind its way through the states."""
+
+    d_states: Tensor  # [slots, H, Dk, Dv], of those behind each chunk
+    dw: Tensor  # [B, T, H, Dv], float32, of what each step would write by itself
+    u: Tensor  # [B, T, H, Dv], what it writes
+    d_reading: Tensor  # [slots, H, C, C], of the pairs of queries and keys
+    d_erasing: Tensor  # of what erases and keys
+
+
+def _within(call: Call, do: Tensor, d_last: Tensor | None, states: Tensor, d_initial: Tensor | None) -> _Within:
+    by = _prepared(call)
+    q, k, v, beta, g, erase, _ = decayed = call.decayed(by)
+    dw, d_states = beta.new_empty(v.shape), call.states()
+    given = (q, k, beta, erase, by.through, by.after, by.total, by.pairs, by.inverse, do, d_last)
+    decayed.launch(_backward_kernel, "backward", *given, dw, d_states, d_initial)
+    u, d_reading, d_erasing = torch.empty_like(v), by.pairs, torch.empty_like(by.pairs)
+    of_head = None if call.per_channel else g
+    given = (k, v, beta, erase, of_head, by.through, by.inverse, states, do, dw)
+    decayed.launch(_inner_kernel, "inner", *given, u, d_reading, d_erasing)
+    return _Within(d_states, dw, u, d_reading, d_erasing)
+
+
 def gradients(
     call: Call, do: Tensor, d_last: Tensor | None, states: Tensor, *, of_initial: bool
 ) -> tuple[Tensor | None, ...]:
@@ -197,30 +219,18 @@ def gradients(
     q, k, v, beta, g, erase, chunks = call
     (G, Dk), (B, T, H, Dv) = q.shape[2:], v.shape
     do, d_last = contiguous(do, d_last)
-    by = _prepared(call)
-    decayed = call.decayed(by)
-    dw, d_states = beta.new_empty(v.shape), call.states()
     d_initial = beta.new_empty(chunks.R, H, Dk, Dv) if of_initial else None
-    given = (decayed.q, decayed.k, beta, decayed.erase, by.through, by.after, by.total, by.pairs, by.inverse)
-    decayed.launch(_backward_kernel, "backward", *given, do, d_last, dw, d_states, d_initial)
+    within = _within(call, do, d_last, states, d_initial)
 
-    u, d_reading, d_erasing = torch.empty_like(v, dtype=call.kept), by.pairs, torch.empty_like(by.pairs)
-    of_head = None if call.per_channel else g
-    kept = (decayed.k, v, beta, decayed.erase, of_head, by.through, by.inverse, states, do, dw)
-    decayed.launch(_inner_kernel, "inner", *kept, u, d_reading, d_erasing)
-    del by, decayed
-
-    dtype = q.dtype if G == H else torch.float32
-    dq, dk = (q.new_empty(B, T, H, Dk, dtype=dtype) for _ in range(2))
+    dq, dk = (q.new_empty(B, T, H, Dk, dtype=q.dtype if G == H else call.kept) for _ in range(2))
     dv, dr = torch.empty_like(v), None if erase is None else torch.empty_like(erase)
-    blocks = call.blocks_of_channels
-    d_beta, dg = beta.new_empty(B, T, H, blocks), None
+    d_beta, dg = beta.new_empty(B, T, H, call.blocks_of_channels), None
     if g is not None:
         dg = torch.empty_like(g) if call.per_channel else torch.empty_like(d_beta)
-    made = (q, k, v, beta, erase, g, states, d_states, do, dw, u, d_reading, d_erasing)
-    call.launch(_outer_kernel, call.outer, *made, dq, dk, dv, d_beta, dr, dg)
+    given = (q, k, v, beta, erase, g, states, within.d_states, do, *within[1:])
+    call.launch(_outer_kernel, call.outer, *given, dq, dk, dv, d_beta, dr, dg)
     if G != H:
-        dq, dk = (x.unflatten(2, (G, H // G)).sum(3).to(q.dtype) for x in (dq, dk))
+        dq, dk = (x.unflatten(2, (G, H // G)).sum(3, dtype=torch.float32).to(q.dtype) for x in (dq, dk))
     if dg is not None and not call.per_channel:
         dg = dg.sum(-1)
     return dq, dk, dv, d_beta.sum(-1), dg, dr, d_initial

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import weakref
+from itertools import product
 
 import pytest
 import torch
 from agreement import assert_close
-from delta_cases import TIMED, make, run, unit, weights, wide
+from delta_cases import DECAYS, TIMED, make, run, unit, weights, wide
 from fused_cases import DEVICE, awkward, poisoned
+from passes import meta
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqzoo.kernels import delta_rule, linear_attention
-from seqzoo.kernels.delta_rule import fused
+from seqzoo.kernels import backends, delta_rule, linear_attention
+from seqzoo.kernels.delta_rule import fused, operator
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 CASES = [  # B, T, H, G, Dk, Dv, decay, erase, state, lengths, dtype
@@ -164,6 +168,42 @@ def test_no_state_is_kept_where_no_gradient_is_asked_for():
         o = delta_rule(**inputs, backend="fused")
         kept = [] if o.grad_fn is None else [x for x in o.grad_fn.saved_tensors if x is not None and x.dim() == 4]
         assert sum(x.shape == (3, 1, 4, 3) for x in kept) == asked
+
+
+class _Held(TorchDispatchMode):
+    """How many bytes tensors made inside have at most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, op, types, arguments=(), keywords=None):
+        made = op(*arguments, **(keywords or {}))
+        if not made._is_view() and all(made is not x for x in arguments):
+            self.now += made.nbytes
+            self.most = max(self.most, self.now)
+            weakref.finalize(made, self.freed, made.nbytes)
+        return made
+
+    def freed(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_memory_is_a_few_times_that_of_its_inputs(architecture, monkeypatch):
+    """Of both passes, outputs and gradients included, in what q, k, v and o take."""
+    monkeypatch.setattr(backends, "architecture", lambda device: architecture)
+    monkeypatch.setattr(fused, "launch", lambda *_, **__: None)
+    for (dtype, D), decay in product(
+        [(torch.bfloat16, 16), (torch.bfloat16, 128), (torch.float32, 16), (torch.float32, 64)], DECAYS
+    ):
+        q, k, v = (meta(2, 1024, 4, D, dtype=dtype) for _ in range(3))
+        g = {"none": None, "head": meta(2, 1024, 4), "channel": meta(2, 1024, 4, D)}[decay]
+        inputs = (q, k, v, meta(2, 1024, 4), g, None, None, None, None)
+        with _Held() as held:
+            o, _, states = operator._delta_rule._init_fn(*inputs, False, True)
+            operator._delta_rule_backward._init_fn(o, None, *inputs, states, False)
+        assert held.most <= 6 * 4 * q.nbytes, (dtype, D, decay, held.most / (4 * q.nbytes))
 
 
 def test_what_no_kernel_takes_runs_without_one(caplog):
