@@ -18,7 +18,7 @@ from .per_channel import linear_attention_per_channel
 from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
-NARROW = 160  # channels
+SMALL = 32 * 33  # numbers of a head's state, the column of a normaliser included
 MIN_PIECE = 16  # steps, where documents are shorter than a chunk
 
 
@@ -84,8 +84,8 @@ def linear_attention_chunked(
 
 
 def _by_step(q: Tensor, v: Tensor) -> bool:
-    """Whether one decay of all channels is best taken to a CPU's loop: narrow heads make products too small for it."""
-    return q.device.type == "cpu" and by_hand() and max(q.shape[3], v.shape[3]) <= NARROW
+    """Whether one decay of all channels is best taken to a CPU's loop: products of narrow heads are too small."""
+    return q.device.type == "cpu" and by_hand() and q.shape[3] * v.shape[3] <= SMALL
 
 
 def _between_resets(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Documents) -> Tensor:

@@ -49,9 +49,9 @@ def forward(
     """The outputs [B, T, H, Dv] and the last states [R, H, Dk, Dv]."""
     of = sequences("linear_attention", q, lengths, starts)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    state = _states(first, q, v, of)
+    state = _states(first, q, v, g, of)
     _in_parallel(_forward_items, state, of, causal, *_rows(q, k, v, g.exp()), *of, *_rows(o), state.numpy())
-    return o, state
+    return o, state.to(v.dtype)
 
 
 def backward(
@@ -69,18 +69,21 @@ def backward(
     """The gradients of q, k, v, g and the first states."""
     of = sequences("linear_attention", q, lengths, starts)
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]
-    state, d_first = _states(first, q, v, of), d_state.clone(memory_format=torch.contiguous_format)
+    state, d_first = _states(first, q, v, g, of), _states(d_state, q, v, g, of)
     given, made = _rows(q, k, v, g.exp(), do), _rows(*gradients)
     of_head = np.zeros(made[3].shape[:2] if g.shape[3] == 1 else (0, 0))  # what many channels sum up to is small
     _in_parallel(_backward_items, state, of, causal, *given, *of, state.numpy(), *made, of_head, d_first.numpy())
     dq, dk, dv, dg = gradients
-    return dq, dk, dv, dg, d_first
+    return dq, dk, dv, dg, d_first.to(v.dtype)
 
 
-def _states(first: Tensor | None, q: Tensor, v: Tensor, of: Sequences) -> Tensor:
+def _states(first: Tensor | None, q: Tensor, v: Tensor, g: Tensor, of: Sequences) -> Tensor:
+    """A copy, or zeros. One decay of a head leaves less of each step's rounding to the next where it is in double
+    precision, as that of chunks is less."""
+    dtype = v.dtype if g.shape[3] > 1 else torch.float64
     if first is not None:
-        return first.clone(memory_format=torch.contiguous_format)
-    return q.new_zeros(len(of.lengths), *q.shape[2:], v.shape[3])
+        return first.clone(memory_format=torch.contiguous_format).to(dtype)
+    return q.new_zeros(len(of.lengths), *q.shape[2:], v.shape[3], dtype=dtype)
 
 
 def _rows(*tensors: Tensor) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ NAMES = ("q", "k", "v", "log_decay", "initial_state")
 @pytest.fixture(autouse=True)
 def in_chunks(monkeypatch):
     """As on other devices, where one decay of a head is not taken step by step."""
-    monkeypatch.setattr(chunked, "NARROW", 0)
+    monkeypatch.setattr(chunked, "SMALL", 0)
 
 
 def make(B, T, H, Dk, Dv, *, decay="none", state=False, normalize=False, dtype=torch.float64, seed=0):

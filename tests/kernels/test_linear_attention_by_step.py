@@ -63,7 +63,7 @@ def test_agrees_with_chunks(monkeypatch):
     tensors = make(2, 150, 2, 5, 6, "step", 2)
     tensors[3][:, 67] = -torch.inf
     value = run(tensors, False, causal=True)
-    monkeypatch.setattr(chunked, "NARROW", 0)
+    monkeypatch.setattr(chunked, "SMALL", 0)
     for name, x, y in zip(NAMES, value, run(tensors, False, causal=True), strict=True):
         assert_close(x, y, 1e-12, name)
     assert (value[4][:, 67] == 0).all()

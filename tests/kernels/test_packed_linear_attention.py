@@ -23,7 +23,7 @@ FORMS = [(decay, causal) for causal in (True, False) for decay in ("none", "head
 @pytest.fixture(autouse=True)
 def in_chunks(monkeypatch):
     """As on other devices, where one decay of a head is not taken step by step."""
-    monkeypatch.setattr(chunked, "NARROW", 0)
+    monkeypatch.setattr(chunked, "SMALL", 0)
 
 
 def starts_of(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
