@@ -17,6 +17,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from . import blocks as blocks
     from . import kernels as kernels
+    from .analysis.cost import flops
     from .blocks import (
         BLOCKS,
         GAU,
@@ -90,6 +91,7 @@ __all__ = [
     "attach",
     "auxiliary_loss",
     "build_block",
+    "flops",
     "from_pretrained",
     "load",
     "push_to_hub",
@@ -112,6 +114,7 @@ ELSEWHERE = {"hf": ".interop.hf"}  # modules by the names that users know them b
 LIES_IN = {  # what else is listed lies in `blocks`
     "Batch": ".spec",
     "TaskSpec": ".spec",
+    "flops": ".analysis.cost",
     "from_pretrained": ".interop.hub",
     "push_to_hub": ".interop.hub",
     "register_logger": ".training.loggers",

@@ -221,8 +221,8 @@ def linear_attention(
     def leaves(S: Tensor, rows: slice, *, turned: bool = False) -> Tensor:
         """The memory behind the part or, of a decay that is constant, ahead of it, for what comes from the other."""
         of_rows = None if lengths is None else lengths[rows]
-        constant = log_decay is None or log_decay.dim() == 1
-        way, whole = _decays(log_decay if constant else log_decay[rows], T, of_rows, wide)
+        of_steps = None if log_decay is None or log_decay.dim() == 1 else log_decay[rows]
+        way, whole = _decays(log_decay if of_steps is None else of_steps, T, of_rows, wide)
         way = way.flip(0) if turned and way is not None else way
         return whole * S + _Products.apply(k[rows], v[rows], way, normalize)
 
@@ -237,6 +237,7 @@ def linear_attention(
         memory = earlier + later + _Products.apply(k, v, None, normalize)
         o = _Read.apply(q.new_zeros(*q.shape[:3], state[3], dtype=wide), q, None, memory)
     else:
+        behind: Any
         once, (behind, _) = log_decay.to(wide).exp(), _decays(log_decay, T, None, wide)
         ways = torch.stack((behind.flip(0), behind)) * once
         values = F.pad(v, (0, 1), value=1.0) if normalize else v
@@ -268,8 +269,8 @@ def delta_rule(
     memory that reaches the part. Parts taken in their order would need none of it, and each would wait for all before.
     """
     if part is None:
-        states = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
-        return kernels.delta_rule(q, k, v, beta, **options, **states)
+        options |= {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+        return kernels.delta_rule(q, k, v, beta, **options)
     (B, _, H, Dv), Dk, wide = v.shape, q.shape[-1], accumulation_dtype(v.dtype)
     first = F.pad(torch.eye(Dk, dtype=wide, device=v.device), (Dv, 0)).expand(B, H, -1, -1)
     o, last = kernels.delta_rule(q, k, F.pad(v, (0, Dk)), beta, initial_state=first, output_final_state=True, **options)
@@ -286,7 +287,7 @@ def diagonal_scan(
     *,
     factor: Tensor | None = None,
     lengths: Tensor | None,
-    reverse: bool | str,
+    reverse: Any,
     **options: Any,
 ) -> Any:
     """`seqzoo.kernels.diagonal_scan` over parts, of coefficients that are constant in time: a [D]."""
@@ -337,7 +338,7 @@ def _passed(
     source: Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    leaves: Callable[[Tensor, slice], Tensor],
+    leaves: Callable[..., Tensor],
     *,
     turned: bool,
 ) -> Tensor:

@@ -243,7 +243,8 @@ def _of_later(n: Nodes, H: int, q: Value, k: Value, v: Value, g: Value, rank: in
         zeros = n.CastLike(n.ConstantOfShape(n.Shape(n.Slice(x, [0], [1], [1]))), x)
         return n.Concat(zeros, n.Slice(x, [0], [-1], [1]), axis=1)
 
-    o, _ = _recurrence(n, "gated", H, from_end(q, ahead=False), *map(from_end, (k, v)), None, from_end(g))
+    read, (written, values, decay) = from_end(q, ahead=False), [from_end(x) for x in (k, v, g)]
+    o, _ = _recurrence(n, "gated", H, read, written, values, None, decay)
     return from_end(o, ahead=False)
 
 

@@ -70,6 +70,8 @@ class ModelConfig:
 class Residual(nn.Module):
     """x + dropout(branch(norm(x))), the branch a block or an MLP."""
 
+    branch: Any  # a `Block` if it mixes
+
     def __init__(self, branch: nn.Module, d_model: int, dropout: float, *, mixes: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)

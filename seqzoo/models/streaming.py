@@ -119,7 +119,7 @@ class Streaming(nn.Module):
             ValueError: the model is bidirectional, classifies, reads pixels, or is in training mode; a prompt is empty,
                 or with `max_new` longer than absolute positions are valid; or an option is out of its range.
         """
-        options = {"lengths": lengths, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options: dict[str, Any] = {"lengths": lengths, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         found: list[list[int]] = []
         for symbols in self.stream(prompts, max_new, **options, stop=stop, seed=seed):
             found = found or [[] for _ in symbols]
