@@ -193,6 +193,13 @@ def mlstm_largest(n: Nodes, i, log_f, start, starts) -> list[Value]:
     return found
 
 
+def expm1(n: Nodes, x) -> list[Value]:
+    """To as many digits near 0 as elsewhere, which Exp less 1 is not: 2 t / (1 - t) with t = tanh(x / 2)."""
+    one = n.constant(1.0, x)
+    t = n.Tanh(n.Div(n.Min(x, one), n.constant(2.0, x)))
+    return [n.Where(n.Greater(x, one), n.Sub(n.Exp(x), one), n.Div(n.Add(t, t), n.Sub(one, t)))]
+
+
 LOWEST = -3.0e38  # stands for the logarithm of nothing, where -inf would meet itself
 
 
