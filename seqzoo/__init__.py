@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import blocks as blocks
     from . import hf as hf
     from . import kernels as kernels
+    from .analysis.cost import flops
     from .blocks import (
         BLOCKS,
         GAU,
@@ -90,6 +91,7 @@ __all__ = [
     "attach",
     "auxiliary_loss",
     "build_block",
+    "flops",
     "from_pretrained",
     "load",
     "push_to_hub",
@@ -111,6 +113,7 @@ PACKAGES = ("blocks", "hf", "kernels", "spec")  # that importing this one makes 
 LIES_IN = {  # what else is listed lies in `blocks`
     "Batch": ".spec",
     "TaskSpec": ".spec",
+    "flops": ".analysis.cost",
     "from_pretrained": ".interop.hub",
     "push_to_hub": ".interop.hub",
     "register_logger": ".training.loggers",

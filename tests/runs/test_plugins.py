@@ -8,19 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from registries import forgotten_afterwards
 from tiny_runs import tiny_config
 
 import seqzoo
-from seqzoo import BLOCKS
-from seqzoo.blocks import registry
 from seqzoo.config import ConfigError, available, compose, from_dict
-from seqzoo.metrics import METRICS
 from seqzoo.plugins import PluginError
 from seqzoo.report.cli import main as report
 from seqzoo.runs.cli import main
 from seqzoo.runs.folder import run_name
-from seqzoo.tasks import OWN, TASKS
-from seqzoo.training.loggers import LOGGERS
 
 PLUGIN = """
 import numpy as np
@@ -85,15 +81,12 @@ ASKED = [
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """The present folder, with a plug-in in it; afterwards nothing of it is known."""
-    kept = [(known, dict(known)) for known in (BLOCKS, registry.OWN, TASKS, OWN, METRICS, LOGGERS)]
     (tmp_path / "own_plugin.py").write_text(PLUGIN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    yield tmp_path
+    with forgotten_afterwards():
+        yield tmp_path
     sys.modules.pop("own_plugin", None)
-    for known, before in kept:
-        known.clear()
-        known.update(before)
 
 
 def test_train_runs_what_a_plugin_brings(plugin, capsys):
