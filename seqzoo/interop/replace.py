@@ -98,7 +98,7 @@ def _new(name: str, old: nn.Module, new: nn.Module | None) -> tuple[nn.Module | 
     """What is put in place of `old`, with its weights."""
     if new is None:
         return None, Replaced(name, _name(old), None, (), (), "build gave None")
-    own = next(old.parameters(), None)
+    own = next((parameter for parameter in old.parameters() if parameter.is_floating_point()), None)
     if own is not None and not any(parameter.is_meta for parameter in new.parameters()):
         new = new.to(own.device, own.dtype)
     copied, why = _copy(old, new) if isinstance(new, Block) else (set(), "not a block of seqzoo")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from stock_models import DECODER, SIZES
 
 import seqzoo
 
@@ -124,6 +125,39 @@ def test_sliding_windows(build, plainly, ids, both_sides, in_front, cache):
     torch.testing.assert_close(y, z, atol=1e-4, rtol=1e-4)
     options = {"attention_mask": in_front, "max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
     assert torch.equal(model.generate(ids, **options), expected.generate(ids, **options))
+
+
+OTHERS = {  # windows in some layers, of both directions, and queries of another sequence with a cache
+    "Qwen2ForCausalLM": {**DECODER, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "Gemma3ForCausalLM": {**DECODER, "head_dim": 8, "sliding_window": 5},
+    "ModernBertModel": {**SIZES, "local_attention": 6, "pad_token_id": 0},
+    "BartForConditionalGeneration": {
+        **{"vocab_size": 97, "d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+        **{"encoder_layers": 2, "decoder_layers": 2, "pad_token_id": 0, "decoder_start_token_id": 1},
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_stock_models(transformers, ids, both_sides, in_front, name):
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**OTHERS[name])).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(4)
+    mask, answers = in_front if "CausalLM" in name else both_sides, []
+    for attention in ("sdpa", "seqzoo_softmax"):
+        model.set_attn_implementation(attention)
+        if name == "ModernBertModel":
+            answers.append([model(ids, attention_mask=mask).last_hidden_state[mask.bool()]])
+            continue
+        options = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 2}
+        caches = CACHES if "CausalLM" in name else (None,)
+        answers.append([model.generate(ids, cache_implementation=cache, **options) for cache in caches])
+    for theirs, ours in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["linear", "favor"])
