@@ -44,7 +44,7 @@ def export(
 
     Raises:
         ImportError: onnx or onnxscript is not installed; `pip install "seqzoo[onnx]"`.
-        ValueError: the module is in training.
+        ValueError: the module is in training, or has documents in one row.
     """
     if module.training:
         raise ValueError(f"{type(module).__name__} is in training; valid: module.eval(), what is exported is inference")
@@ -77,6 +77,7 @@ def _without_complex_parameters(
     program = torch.export.export(module, inputs, dict(keywords or {}), dynamic_shapes=any_size)
     graph = program.module()
     assert isinstance(graph, fx.GraphModule)
+    _check_no_documents(graph)
     known: dict[fx.Node, Any] = {}
     complex_: set[fx.Node] = set()
     for node in graph.graph.nodes:
@@ -101,6 +102,16 @@ def _without_complex_parameters(
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _check_no_documents(module: fx.GraphModule) -> None:
+    graphs = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)):
+        names = [argument.name for argument in node.target._schema.arguments]
+        if "starts" in names and dict(zip(names, node.args, strict=False)).get("starts") is not None:
+            raise ValueError(
+                "ONNX has no translation of documents in one row; valid: lengths or a mask in place of cu_seqlens"
+            )
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -17,7 +17,6 @@ Operation = Callable[..., list[Value]]
 def linear_attention(
     n: Nodes, q, k, v, log_decay, initial_state, lengths, starts, causal, normalize, output_final_state
 ) -> list[Value]:
-    without_documents(starts)
     valid, like, G, (H, Dv) = n.valid(lengths, q), v, q.shape[2], v.shape[2:]
     q, k = (n.kept(valid, of_heads(n, x, G, H), 4) for x in n.wide(q, k))
     v, g, state = n.wide(v, log_decay, initial_state)
@@ -44,7 +43,6 @@ def linear_attention(
 def delta_rule(
     n: Nodes, q, k, v, beta, log_decay, erase, initial_state, lengths, starts, output_final_state
 ) -> list[Value]:
-    without_documents(starts)
     valid, like, (H, Dv), (G, Dk) = n.valid(lengths, q), v, v.shape[2:], q.shape[2:]
     q, k = (of_heads(n, x, G, H) for x in n.wide(q, k))
     v, beta, g, r, state = n.wide(v, beta, log_decay, erase, initial_state)
@@ -73,7 +71,6 @@ def delta_rule(
 
 
 def diagonal_scan(n: Nodes, x, a, initial_state, lengths, factor, starts, reverse, pairs) -> list[Value]:
-    without_documents(starts)
     valid, rank, constant = n.valid(lengths, x), 4 if pairs else 3, len(a.shape) == 1 + pairs
     x = n.kept(valid, x, rank)
     if factor is not None:
@@ -95,7 +92,6 @@ def diagonal_scan(n: Nodes, x, a, initial_state, lengths, factor, starts, revers
 
 
 def selective_scan(n: Nodes, v, dt, A, write, read, initial_state, lengths, starts, reverse) -> list[Value]:
-    without_documents(starts)
     valid, like, (D, N) = n.valid(lengths, v), v, A.shape
     v, dt, A, write, read, state = n.wide(v, dt, A, write, read, initial_state)
     v, dt = n.kept(valid, v, 3), n.kept(valid, dt, 3)
@@ -112,7 +108,6 @@ def selective_scan(n: Nodes, v, dt, A, write, read, initial_state, lengths, star
 
 
 def favor_attention(n: Nodes, q, k, v, projection, sums, log_scale, lengths, starts, causal) -> list[Value]:
-    without_documents(starts)
     valid, like, H, Dv, M = n.valid(lengths, q), v, v.shape[2], v.shape[3], projection.shape[1]
     q, k, v, W, sums, log_scale = n.wide(q, k, v, projection, sums, log_scale)
     q, k, v = (n.kept(valid, x, 4) for x in (q, k, v))
@@ -149,7 +144,6 @@ def favor_attention(n: Nodes, q, k, v, projection, sums, log_scale, lengths, sta
 
 
 def s4d_convolve(n: Nodes, x, step, C, before, lengths, starts) -> list[Value]:
-    without_documents(starts)
     like, (D, P, _), ways = x, step.shape, C.shape[0]
     valid = n.valid(lengths, x)
     (x,) = n.wide(x)
@@ -183,7 +177,6 @@ def s4d_convolve(n: Nodes, x, step, C, before, lengths, starts) -> list[Value]:
 
 
 def mlstm_largest(n: Nodes, i, log_f, start, starts) -> list[Value]:
-    without_documents(starts)
 
     def step(n: Nodes, states: list[Value], given: list[Value]) -> tuple[list[Value], list[Value]]:
         (m,), (i, log_f) = states, given
@@ -201,13 +194,6 @@ def expm1(n: Nodes, x) -> list[Value]:
 
 
 LOWEST = -3.0e38  # stands for the logarithm of nothing, where -inf would meet itself
-
-
-def without_documents(starts: Value | None) -> None:
-    if starts is not None:
-        raise NotImplementedError(
-            "ONNX has no translation of documents in one row; valid: lengths in place of cu_seqlens"
-        )
 
 
 def of_heads(n: Nodes, x: Value, G: int, H: int) -> Value:

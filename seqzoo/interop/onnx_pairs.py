@@ -6,13 +6,11 @@ Time and memory are then quadratic in the number of steps, as they are not in `s
 from __future__ import annotations
 
 from .onnx_nodes import Nodes, Value
-from .onnx_operations import LOWEST, nothing, of_heads, without_documents
+from .onnx_operations import LOWEST, nothing, of_heads
 
 
 def attention(n: Nodes, q, k, v, lengths, position, starts, query_starts, left, right) -> list[Value]:
     """Within a window. q is scaled."""
-    without_documents(starts)
-    without_documents(query_starts)
     like, H, G = v, q.shape[2], k.shape[2]
     q, k, v = n.wide(q, k, v)
     k, v = (of_heads(n, x, G, H) for x in (k, v))
@@ -56,7 +54,6 @@ def vq_attention(
     output_final_state,
 ) -> list[Value]:
     """A key counts as the code nearest to it, and what a state holds by code as that code, as often as it was seen."""
-    without_documents(starts)
     valid, like, (H, S, _), Dv = n.valid(lengths, q), v, codebook.shape, v.shape[3]
     q, v, codebook = n.wide(q, v, codebook)
     v = n.kept(valid, v, 4)
@@ -159,7 +156,6 @@ def gated_attention(
     scale,
     output_final_state,
 ) -> list[Value]:
-    without_documents(starts)
     like, C = v, chunk_len
     valid = n.valid(lengths, v)
     offsets = 0 if bias is None else bias.shape[0]
