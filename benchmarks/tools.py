@@ -70,8 +70,9 @@ def extended(block: nn.Module) -> float | None:
     if not block.causal:
         return None
     prefix, x = torch.randn(2, 6, D), torch.randn(2, 20, D)
-    shapes = ({1: Dim("T")}, (None,) * len(block.extend(prefix, None)[1]))
-    program = torch.export.export(Extend(block), (prefix, block.extend(prefix, None)[1]), dynamic_shapes=shapes)
+    _, state = block.extend(prefix, None)
+    shapes = ({1: Dim("T")}, type(state)(*(None,) * len(state)))
+    program = torch.export.export(Extend(block), (prefix, state), dynamic_shapes=shapes)
     y, _ = program.module()(x, block.extend(prefix, None)[1])
     expected, _ = block.extend(x, block.extend(prefix, None)[1])
     return float((y - expected).abs().max() / expected.abs().max())

@@ -25,8 +25,8 @@ def forward_mode() -> bool:
 
 def by_hand() -> bool:
     """Whether an `autograd.Function` may stand in for operations here: not in forward mode or other transforms of
-    functions, which it knows no rule of, nor in graphs, where compilers do what it would."""
-    return not (torch.compiler.is_compiling() or transformed())
+    functions, which it knows no rule of, nor in graphs, where compilers do what it would, or in a trace."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed())
 
 
 def transformed() -> bool:

@@ -16,6 +16,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import blocks as blocks
+    from . import hf as hf
     from . import kernels as kernels
     from .analysis.cost import flops
     from .blocks import (
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
         build_block,
         register_block,
     )
-    from .interop import hf as hf
     from .interop.hub import from_pretrained, push_to_hub, save_pretrained
     from .interop.replace import replace
     from .interop.vit import timm_attention
@@ -109,8 +109,7 @@ if sys.argv[:1] == ["-m"] and any(
 ):
     leave_while_importing()  # Python is on its way to a command of this package
 
-PACKAGES = ("blocks", "kernels", "spec")  # that importing this one makes its attributes
-ELSEWHERE = {"hf": ".interop.hf"}  # modules by the names that users know them by
+PACKAGES = ("blocks", "hf", "kernels", "spec")  # that importing this one makes its attributes
 LIES_IN = {  # what else is listed lies in `blocks`
     "Batch": ".spec",
     "TaskSpec": ".spec",
@@ -141,8 +140,8 @@ def run(config: Any, *, task: Any = None, callbacks: Sequence[Any] = ()) -> dict
 
 
 def __getattr__(name: str) -> Any:
-    if name in PACKAGES or name in ELSEWHERE:
-        return import_module(ELSEWHERE.get(name, f".{name}"), __name__)
+    if name in PACKAGES:
+        return import_module(f".{name}", __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(LIES_IN.get(name, ".blocks"), __name__), name)
@@ -151,4 +150,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *PACKAGES, *ELSEWHERE})
+    return sorted({*globals(), *__all__, *PACKAGES})

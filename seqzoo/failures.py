@@ -65,8 +65,8 @@ def told(error: BaseException) -> Told | None:
         return Told(_of_system(error), FAILED)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter PyTorch's
         return Told(NO_MEMORY, FAILED)
-    if os.environ.get("RANK", "0") != "0" and ("gloo" in str(error) or type(error).__name__.startswith("Dist")):
-        return Told(f"rank {os.environ['RANK']}: another rank has ended; what it says is why", FAILED)
+    if "RANK" in os.environ and ("gloo" in str(error) or type(error).__name__.startswith("Dist")):
+        return Told(f"rank {os.environ['RANK']}: another rank has ended; what it says, if anything, is why", FAILED)
     return None
 
 
@@ -89,11 +89,10 @@ def ends(command: str, work: Callable[[], int], *, stopped: str = "stopped") -> 
         except KeyboardInterrupt:
             said: Told | None = Told(stopped, INTERRUPTED)
         except Exception as error:
-            said = told(error)
-            if said is None and arrived.is_set():
-                said = Told(stopped, INTERRUPTED)
+            said = told(error) or (Told(stopped, INTERRUPTED) if arrived.is_set() else None)
             if said is None:
                 raise
+    assert said is not None
     print(printable_lines(f"{command}: {said.message}"), file=sys.stderr)
     return said.status
 

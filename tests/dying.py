@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from seqzoo import files
-from seqzoo.training import checkpoint, loop, tracker
+from seqzoo.training import checkpoint, loop, saves, tracker
 from seqzoo.training.checkpoint import load_checkpoint
 
 MEASURED = ("tokens_per_second", "mfu", "seconds", "cpu_share", "hardware", "commit", "versions")  # not computed
@@ -102,8 +102,7 @@ def dying_at(
                 "append",
                 around(append, "line", "logged", lambda path, text: append(path, text[: len(text) // 2])),
             ),
-            (loop, "FIRST_SAVE_SECONDS", 0.0),  # a checkpoint after every step
-            (loop, "SAVE_SECONDS", 0.0),
+            (saves.Saves, "due", lambda _: True),  # a checkpoint after every step
         ):
             patches.enter_context(patch.object(owner, name, function))
         yield

@@ -53,10 +53,10 @@ def scan_calls(size: Size) -> Calls:
 
 def delta_calls(size: Size) -> Calls:
     B, T, H, D, dtype = size
-    for decay, erase in (("none", True), ("head", False), ("channel", True), ("channel", False)):
-        call = partial(passes.delta_rule, B, T, H, 1, D, D, dtype, decay, erase, state=True)
-        yield partial(call, padded=True)
-        yield partial(call, packed=True)
+    call = partial(passes.delta_rule, B, T, H, 1, D, D, dtype, state=True)
+    yield partial(call, "none", erase=True, padded=True)
+    yield partial(call, "head", packed=True)
+    yield partial(call, "channel", padded=True)
 
 
 def favor_calls(size: Size) -> Calls:

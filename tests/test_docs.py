@@ -166,3 +166,21 @@ def evaluate(formula: str, **names: object) -> int:
 def test_the_table_of_operations_holds():
     operations = [name for name in kernels.__all__ if name.islower() and name != "nearest_code"]
     assert sorted(row[0].strip("`") for row in table(README, "operation")) == sorted(operations)
+
+
+def test_promises_name_tests_that_there_are():
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    defined = {name for source in sources for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)}
+    slow = {
+        name
+        for source in sources
+        for marks, name in re.findall(r"((?:^@.*\n(?:^[ \])].*\n)*)+)^def (test_\w+)", source, re.MULTILINE)
+        if "@pytest.mark.slow\n" in marks
+    }
+    page = (ROOT / "docs" / "promises.md").read_text()
+    named = re.findall(r"(\*?)`(test_\w+)`", page)
+    assert {name for _, name in named} <= defined
+    assert {name for italic, name in named if italic} == {name for _, name in named if name in slow}
+    rows = [row for row in re.findall(r"^\| .*", page, re.MULTILINE) if "shown by" not in row]
+    assert len(rows) > 20
+    assert all("`test_" in row for row in rows)

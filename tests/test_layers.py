@@ -20,7 +20,7 @@ STOREYS = (  # from the ground up; rooms of one storey do not know each other ei
     ("training",),
     ("runs",),
     ("analysis", "interop", "report"),
-    ("commands", "doctor", "generate"),
+    ("commands", "doctor", "generate", "hf"),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 SOURCES = sorted(

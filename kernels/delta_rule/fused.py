@@ -60,7 +60,8 @@ class Chunks(NamedTuple):
     def of(cls, v: Tensor, steps: int, lengths: Tensor | None, starts: Tensor | None) -> Chunks:
         B, T = v.shape[:2]
         if starts is None:
-            return cls(steps, B * triton.cdiv(T, steps), B, *contiguous(lengths), None, None, None)
+            (lengths,) = contiguous(lengths)
+            return cls(steps, B * triton.cdiv(T, steps), B, lengths, None, None, None)
         pieces = Documents(starts, T).pieces(steps)
         of_documents = contiguous(starts, pieces.before, pieces.table())
         return cls(steps, len(pieces.document), len(starts) - 1, None, *of_documents)
@@ -136,16 +137,21 @@ class Call(NamedTuple):
     def launch(self, kernel: Any, name: str, *tensors: Tensor | None) -> None:
         (T, G, Dk), (H, Dv), chunks = self.q.shape[1:], self.v.shape[2:], self.chunks
         config = BLOCKS.of(name, self.q.device, self.q.dtype, width_class(Dk))
-        meta = {"DK": width_class(Dk), "DV": min(width_class(Dv), config.size), "STAGES": config.num_stages}
-        programs, sizes, places = chunks.slots * H, (T, H, G, Dk, Dv), (chunks.table,)
+        meta: dict[str, Any] = {
+            "DK": width_class(Dk),
+            "DV": min(width_class(Dv), config.size),
+            "STAGES": config.num_stages,
+        }
+        programs, sizes = chunks.slots * H, [T, H, G, Dk, Dv]
+        places = [chunks.table]
         precision, exact = PRECISIONS[self.q.dtype]
         if kernel in (_forward_kernel, _backward_kernel):
-            programs, places = chunks.R * H * triton.cdiv(Dv, meta["DV"]), (chunks.starts, chunks.before)
+            programs, places = chunks.R * H * triton.cdiv(Dv, meta["DV"]), [chunks.starts, chunks.before]
         elif kernel is _outer_kernel:
             meta |= {"DK": min(width_class(Dk), config.size), "DV": min(width_class(Dv), VALUES)}
             programs *= triton.cdiv(Dk, meta["DK"])
         elif kernel is _pairs_kernel:
-            sizes, exact = (T, H, G, Dk), "tf32x3"
+            sizes, exact = [T, H, G, Dk], "tf32x3"
             meta = {"DK": width_class(Dk), "CHANNELS": min(width_class(Dk), CHANNELS)}
         meta |= {"PER_CHANNEL": self.per_channel, "PRECISION": precision, "EXACT": exact, "STEPS": chunks.steps}
         launch(kernel, programs, *tensors, chunks.lengths, *places, *sizes, **meta, num_warps=config.num_warps)
@@ -200,8 +206,8 @@ def gradients(
 
     u, d_reading, d_erasing = torch.empty_like(v, dtype=call.kept), by.pairs, torch.empty_like(by.pairs)
     of_head = None if call.per_channel else g
-    given = (decayed.k, v, beta, decayed.erase, of_head, by.through, by.inverse, states, do, dw)
-    decayed.launch(_inner_kernel, "inner", *given, u, d_reading, d_erasing)
+    kept = (decayed.k, v, beta, decayed.erase, of_head, by.through, by.inverse, states, do, dw)
+    decayed.launch(_inner_kernel, "inner", *kept, u, d_reading, d_erasing)
     del by, decayed
 
     dtype = q.dtype if G == H else torch.float32
@@ -211,8 +217,8 @@ def gradients(
     d_beta, dg = beta.new_empty(B, T, H, blocks), None
     if g is not None:
         dg = torch.empty_like(g) if call.per_channel else torch.empty_like(d_beta)
-    given = (q, k, v, beta, erase, g, states, d_states, do, dw, u, d_reading, d_erasing)
-    call.launch(_outer_kernel, call.outer, *given, dq, dk, dv, d_beta, dr, dg)
+    made = (q, k, v, beta, erase, g, states, d_states, do, dw, u, d_reading, d_erasing)
+    call.launch(_outer_kernel, call.outer, *made, dq, dk, dv, d_beta, dr, dg)
     if G != H:
         dq, dk = (x.unflatten(2, (G, H // G)).sum(3).to(q.dtype) for x in (dq, dk))
     if dg is not None and not call.per_channel:

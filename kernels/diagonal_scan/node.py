@@ -20,9 +20,9 @@ def diagonal_scan_node(
     factor: Tensor | None,  # [D], real
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
-    pairs, given = x.is_complex(), (x, a, initial_state)
+    pairs, given = x.is_complex(), [x, a, initial_state]
     if pairs:
-        given = tuple(None if z is None else torch.view_as_real(z) for z in given)
+        given = [None if z is None else torch.view_as_real(z) for z in given]
     h, state = _node(*given, lengths, factor, starts_of(documents), reverse, pairs)
     return (torch.view_as_complex(h), torch.view_as_complex(state)) if pairs else (h, state)
 

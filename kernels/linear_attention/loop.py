@@ -182,12 +182,12 @@ def _back(S, begin, end, taken, a, h, low, high, kept, known, dg, of_head):
     x, y, u, w, partner, columns, rows = taken
     segments, each = -(-(end - begin) // SEGMENT), a.shape[2] > 1
     for d in range(len(S)):
-        known[segments, d * each] += _dot(kept[segments, d], S[d])
+        known[segments, d * each] += _exact_dot(kept[segments, d], S[d])
     for i in range(segments - 1, -1, -1):
         here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
         _sweep(S, beyond - 1, here - 1, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg, of_head)
         for d in range(len(S)):
-            known[i, d * each] += a[here, h, d * each] * _dot(kept[i, d], S[d])
+            known[i, d * each] += a[here, h, d * each] * _exact_dot(kept[i, d], S[d])
 
 
 @compiled(fastmath={"contract", "reassoc"})

@@ -15,7 +15,8 @@ from .base import Block, advance
 from .depthwise import short_convolution
 from .directions import Directions
 from .gated_norm import NormThenGate
-from .parts import Part, delta_rule
+from .over_parts import delta_rule
+from .parts import Part
 from .states import state_of
 
 NORM_EPS = 1e-5

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +159,8 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, bias, zeros, silu):
         ctx.save_for_backward(x, weight, bias)
         ctx.options = zeros, silu
-        return _convolve(*_wide(x, weight, bias), zeros, silu).to(x.dtype)
+        x_wide, weight, bias = _wide(x, weight, bias)
+        return _convolve(x_wide, weight, bias, zeros, silu).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
@@ -166,11 +168,13 @@ class _Convolution(torch.autograd.Function):
 
         def form(x, weight, bias):
             with without_autocast(dy.device):
-                return (_convolve(*_wide(x, weight, bias), zeros, silu).to(x.dtype),)
+                x_wide, weight, bias = _wide(x, weight, bias)
+                return (_convolve(x_wide, weight, bias, zeros, silu).to(x.dtype),)
 
         def written():
             x, weight, bias = inputs
-            (D, W), found = weight.shape, [None if y is None else torch.empty_like(y) for y in inputs]
+            (D, W), dx, d_weight = weight.shape, torch.empty_like(x), torch.empty_like(weight)
+            d_bias = None if bias is None else torch.empty_like(bias)
             with without_autocast(dy.device):  # whatever `backward` is called under
                 for at in in_cache(-(-D // CHANNELS), 4 * CHANNELS * x.shape[0] * x.shape[1], x):
                     c = slice(at.start * CHANNELS, at.stop * CHANNELS)
@@ -179,16 +183,16 @@ class _Convolution(torch.autograd.Function):
                     if silu:
                         d = torch.ops.aten.silu_backward(d, _convolve(x_c, weight_c, bias_c, (0, 0), False))
                     beyond = W - 1 - zeros[0], W - 1 - zeros[1]
-                    found[0][..., c] = _convolve(d, weight_c.flip(1), None, beyond, False)
-                    found[1][c] = _kernel_gradient(x_c, d, W)
-                    if bias is not None:
-                        found[2][c] = d.sum((0, 1))
-            return tuple(found)
+                    dx[..., c] = _convolve(d, weight_c.flip(1), None, beyond, False)
+                    d_weight[c] = _kernel_gradient(x_c, d, W)
+                    if d_bias is not None:
+                        d_bias[c] = d.sum((0, 1))
+            return dx, d_weight, d_bias
 
         return *gradient(written, form, inputs, (dy,)), None, None
 
 
-def _wide(x, *others):
+def _wide(x: Tensor, *others: Tensor | None) -> Any:
     dtype = accumulation_dtype(x.dtype)
     return [None if y is None else y.to(dtype) for y in (x, *others)]
 

@@ -88,13 +88,13 @@ class _NormThenGate(torch.autograd.Function):
                 inverse, opened = _inverse_rms(y_t, eps), GATES[gate](z_t)
                 normed = y_t * inverse
                 d_normed = (d_t * opened).view_as(normed)
-                if d_weight is not None:
+                if d_weight is not None and scale is not None:
                     d_weight += (d_normed * normed).sum((0, 1, 2))
                     d_normed.mul_(scale)
                 dy[:, t] = (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True)).mul_(inverse)
                 d_opened = (normed if scale is None else normed.mul_(scale)).flatten(-2).mul_(d_t)
                 dz[:, t] = SLOPES[gate](d_opened, z_t, opened)
-            return dy, dz, None if d_weight is None else d_weight.to(weight.dtype)
+            return dy, dz, None if weight is None or d_weight is None else d_weight.to(weight.dtype)
 
         return *gradient(written, form, (y, z, weight), (d,)), None, None
 

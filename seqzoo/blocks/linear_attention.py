@@ -11,7 +11,8 @@ from ..kernels.common import accumulation_dtype
 from ..kernels.derivatives import by_hand
 from ..kernels.documents import Documents, starts_of
 from .base import Block, advance, head_dim, places
-from .parts import Part, linear_attention
+from .over_parts import linear_attention
+from .parts import Part
 from .rotary import rotate
 from .states import state_of
 

@@ -11,7 +11,8 @@ from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import BelowOne, Count
 from .base import Block, advance
-from .parts import Part, diagonal_scan
+from .over_parts import diagonal_scan
+from .parts import Part
 from .states import state_of
 from .wide import Wide, default_dtype
 

@@ -14,7 +14,8 @@ from .decays import Decay, rates
 from .depthwise import short_convolution
 from .directions import Directions
 from .gated_norm import GatedRMSNorm
-from .parts import Part, linear_attention
+from .over_parts import linear_attention
+from .parts import Part
 from .states import state_of
 from .timescales import step_bias
 

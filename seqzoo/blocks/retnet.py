@@ -11,7 +11,8 @@ from ..valid import Factor
 from .base import Block, advance, head_dim, places
 from .gated_norm import NormThenGate
 from .linear_attention import decay_rates
-from .parts import Part, linear_attention
+from .over_parts import linear_attention
+from .parts import Part
 from .rotary import rotate
 from .states import state_of
 

@@ -212,16 +212,16 @@ def convolve(
 
     if pieces is None:
         end = torch.full((B,), T, device=x.device) if lengths is None else lengths
-        batch, chunk, rest = torch.arange(B, device=x.device), end // L, end % L
+        batch, chunk, steps = torch.arange(B, device=x.device), end // L, end % L
     else:
         last = pieces.before[1:] - 1  # of each document, or, if that has none, of another
         batch, chunk = torch.zeros_like(last), last.clamp(min=0)
-        rest = pieces.steps[chunk]
+        steps = pieces.steps[chunk]
     start = reached[0].unflatten(-1, (D, P))[batch, chunk]
     within = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
-    since = (rest[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
-    kept = torch.where(valid_positions(rest, L)[:, None], within, 0).to(step.dtype)
-    after = start * torch.exp(step * rest[:, None, None]) + torch.einsum(
+    since = (steps[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
+    kept = torch.where(valid_positions(steps, L)[:, None], within, 0).to(step.dtype)
+    after = start * torch.exp(step * steps[:, None, None]) + torch.einsum(
         "bdl,dpbl->bdp", kept, torch.complex(re, im)[..., since]
     )
     if documents is not None:
@@ -240,7 +240,8 @@ def _convolve_as_node(
 def _run(
     x: Tensor, step: Tensor, C: Tensor, before: Tensor | None, lengths: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    step, C, past = (None if z is None else torch.view_as_complex(z.contiguous()) for z in (step, C, before))
+    step, C = (torch.view_as_complex(z.contiguous()) for z in (step, C))
+    past = None if before is None else torch.view_as_complex(before.contiguous())
     documents = None if starts is None else Documents(starts, x.shape[1])
     y, after = convolve(x, step, C, past, lengths, documents)
     return y.contiguous(), step.real.new_empty(0) if after is None else torch.view_as_real(after)
@@ -324,12 +325,12 @@ def _carry_in_parts(
         own = diagonal_scan(torch.view_as_complex(leaving), over_chunk, reverse=True, output_final_state=True)[1]
         return over_all * g + own
 
-    before = carried(part, left, *state, behind)
+    reached = carried(part, left, *state, behind)
     following = [carried(part, left, *state, partial(ahead, leaving=leaving), back=True) for leaving in back]
     for n, g in enumerate(following):
         beyond = torch.view_as_real(over_rest * g)[:, None]
         back[n] = torch.cat([back[n][:, :-1], back[n][:, -1:] + beyond], 1)
-    return _carry(left, back, over_chunk, before) + following
+    return _carry(left, back, over_chunk, reached) + following
 
 
 def _transpose(x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     _show(findings)
     options = [f"--{name}={path}" for name, path in (("data-dir", given.data_dir), ("cache-dir", cache)) if path]
     lines, ended = _ask("examination", options, until)
-    plan = next((line for line in lines if isinstance(line, dict)), {"device": "cpu", "operations": []})
+    plan: dict[str, Any] = next((line for line in lines if isinstance(line, dict)), {"device": "cpu", "operations": []})
     found = [Finding(*line) for line in lines if isinstance(line, list)]
     operations = [finding for finding in found if finding.what in plan["operations"]]
     later = [finding for finding in found if finding not in operations]

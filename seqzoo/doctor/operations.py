@@ -22,7 +22,7 @@ Tensors = dict[str, Tensor]
 class Operation(NamedTuple):
     name: str
     shapes: dict[str, tuple[int, ...]]  # of what is drawn
-    call: Callable[[Tensors, str], Any]  # of the tensors and the form
+    call: Callable[[Tensors, Any], Any]  # of the tensors and the form
     constant: tuple[str, ...] = ()  # have no gradient
     dtype: torch.dtype = torch.float32
     fused: bool = True
@@ -41,7 +41,7 @@ def _inside(a: Tensor) -> Tensor:
     return 0.9 * a / (1 + a.abs())
 
 
-HEADS = {"q": (B, T, H, D), "k": (B, T, H, D), "v": (B, T, H, D)}
+HEADS: dict[str, tuple[int, ...]] = {"q": (B, T, H, D), "k": (B, T, H, D), "v": (B, T, H, D)}
 OPERATIONS = (
     Operation("attention", HEADS, lambda x, form: kernels.attention(x["q"], x["k"], x["v"], causal=True, backend=form)),
     Operation(
@@ -57,7 +57,6 @@ OPERATIONS = (
         lambda x, form: kernels.delta_rule(
             _unit(x["q"]), _unit(x["k"]), x["v"], x["beta"].sigmoid(), log_decay=_decay(x["g"]), backend=form
         ),
-        fused=False,
     ),
     Operation(
         "favor_attention",

@@ -123,8 +123,9 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return translation
 
     nodes, operators = torch.ops.seqzoo_nodes, torch.ops.seqzoo
-    found = {
+    found: dict[Any, Callable[..., Any]] = {
         operators.attention_blockwise: onnx_pairs.attention,
+        torch.ops.aten.expm1: onnx_operations.expm1,
         nodes.vq_attention: onnx_pairs.vq_attention,
         nodes.gated_attention: onnx_pairs.gated_attention,
     }

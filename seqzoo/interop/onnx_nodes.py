@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from onnxscript import ir
 
-Value = ir.Value
+Value: TypeAlias = ir.Value
 Step = Callable[["Nodes", list[Value], list[Value]], tuple[list[Value], list[Value]]]
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -24,7 +24,7 @@ class Nodes:
         return lambda *inputs, outputs=1, **attributes: self.add(operation, inputs, outputs, attributes)
 
     def add(self, operation: str, inputs: Sequence[Any], outputs: int, attributes: dict[str, Any]) -> Any:
-        values = [x if x is None or isinstance(x, Value) else self.constant(x) for x in inputs]
+        values = [x if x is None or isinstance(x, ir.Value) else self.constant(x) for x in inputs]
         node = ir.node(operation, values, attributes=attributes, num_outputs=outputs)
         self.made.append(node)
         return node.outputs[0] if outputs == 1 else list(node.outputs)

@@ -193,6 +193,13 @@ def mlstm_largest(n: Nodes, i, log_f, start, starts) -> list[Value]:
     return found
 
 
+def expm1(n: Nodes, x) -> list[Value]:
+    """To as many digits near 0 as elsewhere, which Exp less 1 is not: 2 t / (1 - t) with t = tanh(x / 2)."""
+    one = n.constant(1.0, x)
+    t = n.Tanh(n.Div(n.Min(x, one), n.constant(2.0, x)))
+    return [n.Where(n.Greater(x, one), n.Sub(n.Exp(x), one), n.Div(n.Add(t, t), n.Sub(one, t)))]
+
+
 LOWEST = -3.0e38  # stands for the logarithm of nothing, where -inf would meet itself
 
 
@@ -243,7 +250,8 @@ def _of_later(n: Nodes, H: int, q: Value, k: Value, v: Value, g: Value, rank: in
         zeros = n.CastLike(n.ConstantOfShape(n.Shape(n.Slice(x, [0], [1], [1]))), x)
         return n.Concat(zeros, n.Slice(x, [0], [-1], [1]), axis=1)
 
-    o, _ = _recurrence(n, "gated", H, from_end(q, ahead=False), *map(from_end, (k, v)), None, from_end(g))
+    read, (written, values, decay) = from_end(q, ahead=False), [from_end(x) for x in (k, v, g)]
+    o, _ = _recurrence(n, "gated", H, read, written, values, None, decay)
     return from_end(o, ahead=False)
 
 

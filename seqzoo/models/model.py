@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks import BLOCKS, Part, build_block, check_block
 from ..blocks.base import advance
+from ..blocks.states import Held
 from ..kernels.documents import Documents, check_documents
 from ..spec import TaskSpec
 from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
@@ -69,6 +70,8 @@ class ModelConfig:
 class Residual(nn.Module):
     """x + dropout(branch(norm(x))), the branch a block or an MLP."""
 
+    branch: Any  # a `Block` if it mixes
+
     def __init__(self, branch: nn.Module, d_model: int, dropout: float, *, mixes: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
@@ -89,7 +92,7 @@ class Residual(nn.Module):
         if not self.mixes:
             y = self.branch(y)
         elif state is not None:
-            y, state = self.branch(y, lengths=lengths, state=state)
+            y, state = self.branch.extend(y, Held.of(state), lengths=lengths)
             return x + self.dropout(y), state
         elif part is not None:
             y = self.branch(y, lengths=lengths, part=part)
@@ -154,7 +157,7 @@ class Backbone(nn.Module):
         state: ModelState | None = None,
         part: Part | None = None,
     ) -> Any:
-        if state is not None:
+        if (state := Held.of(state)) is not None:
             outputs, state = self.layer_outputs(inputs, lengths, mask, cu_seqlens, state)
             return self.norm(outputs[-1]), state
         x = self._embedded(inputs, mask, cu_seqlens, part)
@@ -182,7 +185,7 @@ class Backbone(nn.Module):
         before, after = iter(state.layers), []
         for layer in self.layers:
             if layer.mixes:
-                x, reached = layer(outputs[-1], lengths, state=next(before))
+                x, reached = layer(outputs[-1], lengths, state=Held(next(before)))
                 after.append(reached)
             else:
                 x = layer(outputs[-1], lengths)
@@ -252,6 +255,7 @@ class SequenceModel(Streaming):
         part: Part | None = None,
     ) -> Any:
         inputs, lengths, mask = self._singly(inputs, lengths, mask)
+        state = Held.of(state)
         if state is None:
             x = self.features(inputs, lengths, mask, cu_seqlens, part=part)
             return self.head(x, lengths, documents_of(inputs, cu_seqlens), part)
@@ -270,7 +274,7 @@ class SequenceModel(Streaming):
         part: Part | None = None,
     ) -> Any:
         """What the head reads of sequences: [B, T, d_model]; with a state, that and the state after it."""
-        return self.backbone(inputs, lengths, mask, cu_seqlens, state, part)
+        return self.backbone(inputs, lengths, mask, cu_seqlens, None if state is None else Held(state), part)
 
     def _singly(
         self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None

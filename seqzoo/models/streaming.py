@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..blocks.states import State, state_of
+from ..blocks.states import Held, State, state_of
 from ..kernels.common import check_lengths
 from .embedding import TokenEmbedding
 from .generation import Sampling, as_prompts, as_seeds, generated
@@ -87,7 +87,7 @@ class Streaming(nn.Module):
                 "or None to begin"
             )
         lengths = check_lengths("model", lengths, *inputs.shape[:2])
-        return self(inputs, lengths, state=state, last=last)
+        return self(inputs, lengths, state=Held(state), last=last)
 
     def generate(
         self,
@@ -119,7 +119,7 @@ class Streaming(nn.Module):
             ValueError: the model is bidirectional, classifies, reads pixels, or is in training mode; a prompt is empty,
                 or with `max_new` longer than absolute positions are valid; or an option is out of its range.
         """
-        options = {"lengths": lengths, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options: dict[str, Any] = {"lengths": lengths, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         found: list[list[int]] = []
         for symbols in self.stream(prompts, max_new, **options, stop=stop, seed=seed):
             found = found or [[] for _ in symbols]

@@ -54,9 +54,24 @@ def build_fabric(config: Config) -> Fabric:
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if world_size > 1 else "auto",
         precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
     )
+    if world_size > 1:
+        _meet("nccl" if fabric.device.type == "cuda" else "gloo")
     fabric.launch()
     arrange(fabric, parts=config.sequence_parallel, sharded=config.strategy == "fsdp" and world_size > 1)
     return fabric
+
+
+def _meet(backend: str) -> None:
+    """Joins the processes of torchrun, as Fabric would; but those of an attempt meet each other alone.
+
+    Where torchrun starts them anew, the addresses of the attempt before are still in its store: a process that is early
+    would call one that has ended.
+    """
+    if torch.distributed.is_initialized():
+        return
+    store, rank, ranks = next(torch.distributed.rendezvous("env://"))
+    attempt = torch.distributed.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    torch.distributed.init_process_group(backend, store=attempt, rank=rank, world_size=ranks)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,9 +95,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, fabric: Fabric | None = 
         fabric.barrier()
     if fabric is None or fabric.is_global_zero:
         save_weights(path, tensors, metadata)
-        for old in path.parent.glob(f"{path.stem}-*of*.safetensors"):
+        for old in path.parent.glob(f"{path.stem}-*of*.safetensors*"):  # half-written ones are folders
             if old.name not in names:
-                old.unlink()
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     if fabric is not None:
         fabric.barrier()
 

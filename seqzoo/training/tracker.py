@@ -55,9 +55,9 @@ class Tracker:
                 "same command begins it anew"
             )
 
-    def rewind(self, stage: str, step: int, evaluated: int) -> int:
+    def rewind(self, stage: str, step: int, evaluated: int, *, expected: bool = False) -> None:
         """Forgets the lines that a run will write again which continues after `step` steps of `stage`, and the
-        validation after `evaluated`. Returns how many of the stage are left.
+        validation after `evaluated`; `expected`: some of the stage should be left. Lines that were lost are said.
 
         Raises:
             TrainingError: as `require_folder` does.
@@ -71,7 +71,8 @@ class Tracker:
             say_once(f"{self.path}: {unreadable:,} lines cannot be read and are left out")
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._tell(lambda logger: logger.rewind(kept))
-        return sum(entry["stage"] == stage for entry in kept)
+        if expected and not any(entry["stage"] == stage for entry in kept):
+            say_once(f"{self.path} has lost its lines: the curve of {stage} begins after step {step}")
 
     def log(self, stage: str, step: int, tokens: int, metrics: Mapping[str, float], model: Any = None) -> None:
         """Appends what is known after `step` steps of `stage`, which have made `model`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 from dying import Moment, assert_equal, dying_at, in_child, what_is_left
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config, wait_for_training
 
 from seqzoo.runs import run
 from seqzoo.runs.cli import main
@@ -70,7 +71,8 @@ def whole(task, tmp_path_factory):
     "moments",
     [
         [Moment("half checkpoint", 3), Moment("half checkpoint", 1)],  # twice in the writing of one checkpoint
-        [Moment("rename", 6), Moment("half line", 1)],  # a file that is whole, but for its name
+        # a file that is whole, but for its name
+        pytest.param([Moment("rename", 6), Moment("half line", 1)], marks=pytest.mark.slow),
         [Moment("logged", 3), Moment("validated", 1)],  # a validation's line is there, the checkpoint after it not
     ],
     ids=lambda moments: ", ".join(f"{what} {number}" for what, number in moments),
@@ -109,6 +111,7 @@ def test_killed_in_a_search_for_a_rate_a_run_ends_the_same(task, tmp_path):
     assert_equal(ended(tmp_path / "cut"), ended(undisturbed))
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_changes_nothing(whole, task, tmp_path):
     expected, _ = whole("transformer")
     assert killed(tmp_path, task, Moment("saved", 4)) == -signal.SIGKILL
@@ -143,12 +146,11 @@ def command(task, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("signals", "status"),
     [
-        ([signal.SIGTERM], 130),
-        ([signal.SIGINT], 130),
-        ([signal.SIGHUP], -signal.SIGHUP),
-        ([signal.SIGINT, signal.SIGINT], 130),
+        pytest.param([signal.SIGTERM], 130, id="SIGTERM"),
+        pytest.param([signal.SIGINT], 130, id="SIGINT", marks=pytest.mark.slow),
+        pytest.param([signal.SIGHUP], -signal.SIGHUP, id="SIGHUP", marks=pytest.mark.slow),
+        pytest.param([signal.SIGINT, signal.SIGINT], 130, id="SIGINT twice", marks=pytest.mark.slow),
     ],
-    ids=["SIGTERM", "SIGINT", "SIGHUP", "SIGINT twice"],
 )
 def test_a_signal_ends_a_run_that_goes_on_the_same(signals, status, whole, command, tmp_path):
     expected, _ = whole("transformer")
@@ -157,6 +159,7 @@ def test_a_signal_ends_a_run_that_goes_on_the_same(signals, status, whole, comma
     assert_equal(ended(tmp_path), expected)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_continued_is_the_same(whole, task, tmp_path):
     expected, _ = whole("transformer")
     child = os.fork()
@@ -176,3 +179,34 @@ def test_a_run_that_is_stopped_and_continued_is_the_same(whole, task, tmp_path):
     os.kill(child, signal.SIGCONT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert_equal(ended(tmp_path), expected)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_the_run_goes_on_the_same(tmp_path):
+    """Two processes under torchrun, the second killed while both train."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from tiny_runs import tiny_config, toy_task\n"
+        "from seqzoo.runs import run\n"
+        "run(tiny_config(sys.argv[1], finetuning={'tokens': 60_000}), task=toy_task())\n"
+    )
+    tests = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        return subprocess.Popen([*launcher, str(script), str(folder)], env=environment, stderr=subprocess.DEVNULL)
+
+    def ranks(process: subprocess.Popen[bytes]) -> list[int]:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [int(child) for child in children]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole).wait(timeout=600) == 0
+    process = start(cut)
+    wait_for_training(process, cut)
+    os.kill(ranks(process)[1], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert start(cut).wait(timeout=600) == 0
+    assert_equal(ended(cut), ended(whole))

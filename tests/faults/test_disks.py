@@ -86,7 +86,8 @@ def command(folder: Path, task, monkeypatch, limit: int | None, said: Path) -> i
     return in_child(work)
 
 
-@pytest.mark.parametrize("limit", [600, 9000])  # neither config.yaml nor a checkpoint; all but a checkpoint
+# Neither config.yaml nor a checkpoint; all but a checkpoint.
+@pytest.mark.parametrize("limit", [pytest.param(600, marks=pytest.mark.slow), 9000])
 def test_a_run_that_finds_no_room_goes_on_with_room(limit, task, tmp_path, monkeypatch):
     said = tmp_path / "said"
     assert command(tmp_path / "cut", task, monkeypatch, limit, said) == 1

@@ -78,15 +78,15 @@ def steps_of(lines, stage="pretrain"):
 
 def test_the_newest_offline_folder_has_every_line_and_the_others_are_set_aside(tmp_path, monkeypatch):
     tracker, client = tracked(tmp_path, monkeypatch)
-    assert tracker.rewind("pretrain", 0, 0) == 0
+    tracker.rewind("pretrain", 0, 0)
     for step in (1, 2, 3):
         tracker.log("pretrain", step, 10 * step, {"train/loss": 1 / step})
     tracker, client = tracked(tmp_path, monkeypatch)
     assert client.logged == []
-    assert tracker.rewind("pretrain", 2, 0) == 2
+    tracker.rewind("pretrain", 2, 0)
     assert steps_of(client.logged) == [1, 2]
     tracker.log("pretrain", 3, 30, {"train/loss": 0.3})
-    assert tracker.rewind("finetune", 0, 0) == 0
+    tracker.rewind("finetune", 0, 0)
     tracker.log("finetune", 1, 10, {"train/loss": 0.7})
     assert steps_of(client.logged) == [1, 2, 3]
     assert steps_of(client.logged, "finetune") == [1]
@@ -112,7 +112,7 @@ def test_a_validation_that_no_checkpoint_knows_of_is_forgotten(tmp_path):
     tracker.log("finetune", 4, 40, {"val/loss": 0.5})
     tracker.log("finetune", 8, 80, {"train/loss": 0.4})
     tracker.log("finetune", 8, 80, {"val/loss": 0.3})
-    assert tracker.rewind("finetune", 8, 4) == 2
+    tracker.rewind("finetune", 8, 4)
     assert [list(line)[-1] for line in metrics(tmp_path)] == ["val/loss", "train/loss"]
 
 
@@ -123,9 +123,12 @@ def test_lines_that_cannot_be_read_are_left_out_and_that_is_said(tmp_path, capsy
     first, second = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     damaged = b"\xff\xfe\n" + b"[" * 100_000 + b'\n{"stage": "finetune"}\n{"stage": "x", "step": 1, "tokens": 2}\n'
     (tmp_path / "metrics.jsonl").write_bytes(first + damaged + second + second[:9])
-    assert tracker.rewind("finetune", 2, 2) == 2
+    tracker.rewind("finetune", 2, 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == first + second
     assert f"{tmp_path / 'metrics.jsonl'}: 4 lines cannot be read and are left out" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    tracker.rewind("finetune", 2, 2, expected=True)
+    assert "has lost its lines: the curve of finetune begins after step 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["deleted", "moved", "another"])
