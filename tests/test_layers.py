@@ -14,7 +14,7 @@ STOREYS = (  # from the ground up; rooms of one storey do not know each other ei
     ("files", "plugins"),
     ("blocks", "groups", "precision", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),
-    ("models", "tasks"),
+    ("models", "tasks", "testing"),
     ("entries",),
     ("config", "objectives"),
     ("training",),

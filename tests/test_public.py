@@ -19,6 +19,7 @@ PACKAGES = (
     "seqzoo.kernels",
     "seqzoo.models",
     "seqzoo.tasks",
+    "seqzoo.testing",
 )
 SCRIPTS = ("train.py", "eval_lra.py")
 RUN_AS_MODULES = ("seqzoo.analysis", "seqzoo.blocks", "seqzoo.doctor", "seqzoo.generate", "seqzoo.tasks")

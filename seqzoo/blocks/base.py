@@ -115,8 +115,10 @@ class Block(Learning, ABC):
 
         Raises:
             ValueError: the block is bidirectional.
+            NotImplementedError: the class has none.
         """
-        raise NotImplementedError
+        self._require_causal("initial_state")
+        raise NotImplementedError(f"{type(self).__name__} has no initial_state, so it cannot be continued; write one")
 
     def forward(
         self,
