@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import safetensors.torch as written
 import torch
 
 from seqzoo import files
-from seqzoo.training import checkpoint, loop, saves, tracker
+from seqzoo.training import loop, saves, tracker
 from seqzoo.training.checkpoint import load_checkpoint
 
 MEASURED = ("tokens_per_second", "mfu", "seconds", "cpu_share", "hardware", "commit", "versions")  # not computed
@@ -91,11 +92,11 @@ def dying_at(
         save_file(tensors, path, metadata)
         os.truncate(path, os.path.getsize(path) // 2)
 
-    save_file, append = checkpoint.save_file, tracker.append
+    save_file, append = written.save_file, tracker.append
     with ExitStack() as patches:
         for owner, name, function in (
             (loop.Stage, "validate", around(loop.Stage.validate, "validation", "validated")),
-            (checkpoint, "save_file", around(save_file, "checkpoint", "saved", half_a_checkpoint)),
+            (written, "save_file", around(save_file, "checkpoint", "saved", half_a_checkpoint)),
             (files.os, "replace", around(os.replace, "rename", "renamed")),
             (
                 tracker,

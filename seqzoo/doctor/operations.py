@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.agreement import relative_error
+from ..kernels.real_gated_scan import real_gated_scan
 from ..kernels.selective_scan import selective_scan
 
 B, T, H, D = 2, 37, 2, 32  # heads of 32 channels: narrow tiles are what reports of wrong code have in common
@@ -86,6 +87,12 @@ OPERATIONS = (
         {"x": (B, T, 64), "a": (64,)},
         lambda x, form: kernels.diagonal_scan(x["x"], _inside(x["a"]), backend=form),
         dtype=torch.complex64,
+    ),
+    Operation(
+        "real_gated_scan",
+        {**dict.fromkeys(("v", "recurrence_gate", "input_gate"), (B, T, 64)), "rate": (64,)},
+        lambda x, form: real_gated_scan(x["v"], x["recurrence_gate"], x["input_gate"], x["rate"].exp(), backend=form),
+        fused=False,
     ),
     Operation(
         "selective_scan",
