@@ -118,8 +118,8 @@ def diagonal_scan(
     a: Tensor,
     *,
     factor: Tensor | None = None,
-    lengths: Tensor | None,
-    reverse: bool | str,
+    lengths: Tensor | None = None,
+    reverse: bool | str = False,
     **options: Any,
 ) -> Any:
     """`seqzoo.kernels.diagonal_scan` over parts, of coefficients that are constant in time: a [D]."""
