@@ -124,8 +124,8 @@ def main() -> None:
     found = json.loads(file.read_text())
     file.unlink()
     if arguments.out:
-        load = {"load_average": os.getloadavg()}
-        write_json(arguments.out / "parts.json", {**found, **load, **provenance.made_with(torch.device("cpu"), 2)})
+        setting = {"batch": B, "width": D, "rounds": arguments.rounds, "load_average": os.getloadavg()}
+        write_json(arguments.out / "parts.json", {**provenance.of_benchmark(setting), **found})
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class ComplexRecurrence(Block):
             h, g = scan(reverse="both")
             return self.out_proj(_parts(h, x.dtype)) + self.out_proj_reverse(_parts(g, x.dtype)), None
         if state is None:
-            h = scan(reverse=False)
+            h = scan()
         else:
             h, last = scan(reverse=False, initial_state=torch.view_as_complex(state.hidden), output_final_state=True)
             state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths, documents))

@@ -119,8 +119,8 @@ def diagonal_scan(
     a: Tensor,
     *,
     factor: Tensor | None = None,
-    lengths: Tensor | None,
-    reverse: Any,
+    lengths: Tensor | None = None,
+    reverse: Any = False,
     **options: Any,
 ) -> Any:
     """`seqzoo.kernels.diagonal_scan` over parts, of coefficients that are constant in time: a [D]."""

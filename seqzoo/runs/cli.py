@@ -27,6 +27,7 @@ every other key is a dotted override; --cfg shows them all:
   python train.py pretrain=runs/<folder> finetuning.lr=1e-4     reuse that run's pretraining
   python train.py resume=runs/<folder>                          continue an interrupted run
   torchrun --nproc-per-node 2 train.py model=lru                one run on two GPUs
+  torchrun --nproc-per-node 2 train.py model=lru sequence_parallel=2    half of each sequence's time on either
 
 The same command again continues what is unfinished and skips what is finished; in a second terminal it takes other
 runs.

@@ -1,11 +1,12 @@
-"""Sequences whose steps several ranks share."""
+"""What several ranks share: the steps of sequences, and the model."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from parts_cases import CASES, SHAPES, everything
+from parts_cases import CASES, SHAPES
 from ranks import on_ranks
+from shard_cases import everything
 
 from seqzoo.blocks import BLOCKS, Part, build_block
 
@@ -39,12 +40,14 @@ def expected_bytes(name: str, causal: bool, rank: int, ranks: int, *, d: int = 1
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return on_ranks(everything, 2, tmp_path_factory.mktemp("two"), EACH_KIND, SHAPES[1:2])
+    folder = tmp_path_factory.mktemp("two")
+    return on_ranks(everything, 2, folder, EACH_KIND, SHAPES[1:2], folder)
 
 
 def check(found, ranks):
     for rank, errors in enumerate(found):
-        for what, bound in (("blocks", 1e-10), ("models", 1e-6)):  # losses are in single precision
+        # Losses, and all of what is in shards, are in single precision.
+        for what, bound in (("blocks", 1e-10), ("models", 1e-6), ("shards", 1e-5)):
             for case, error in errors[what].items():
                 assert error < bound, (rank, case)
         for (name, causal, T), sent in errors["bytes"].items():
@@ -52,14 +55,15 @@ def check(found, ranks):
 
 
 def test_two_ranks_compute_what_one_does(two):
-    """Values and gradients, of blocks and of models; and what they send does not grow with the steps."""
+    """Of parts of the time values and gradients, of blocks and of models, and what they send does not grow with the
+    steps. Of shards weights, moments, checkpoints and what goes on from them, and what blocks extend to."""
     check(two, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_any_ranks_compute_what_one_does(ranks, tmp_path):
-    check(on_ranks(everything, ranks, tmp_path, CASES, SHAPES), ranks)
+    check(on_ranks(everything, ranks, tmp_path, CASES, SHAPES, tmp_path), ranks)
 
 
 def test_a_block_without_a_recurrence_refuses(one_rank):
