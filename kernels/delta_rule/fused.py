@@ -207,8 +207,8 @@ def _within(call: Call, do: Tensor, d_last: Tensor | None, states: Tensor, d_ini
     decayed.launch(_backward_kernel, "backward", *given, dw, d_states, d_initial)
     u, d_reading, d_erasing = torch.empty_like(v), by.pairs, torch.empty_like(by.pairs)
     of_head = None if call.per_channel else g
-    given = (k, v, beta, erase, of_head, by.through, by.inverse, states, do, dw)
-    decayed.launch(_inner_kernel, "inner", *given, u, d_reading, d_erasing)
+    kept = (k, v, beta, erase, of_head, by.through, by.inverse, states, do, dw)
+    decayed.launch(_inner_kernel, "inner", *kept, u, d_reading, d_erasing)
     return _Within(d_states, dw, u, d_reading, d_erasing)
 
 
