@@ -1,6 +1,8 @@
 """Compare runs: `python eval_lra.py runs/`, or evaluate one: `python eval_lra.py checkpoint=<run folder>`."""
 
-from seqzoo.report.cli import main
+import sys
+
+from seqzoo.commands import evaluate
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(evaluate())

@@ -7,6 +7,6 @@ import sys
 # After so many turns, some tens of microseconds, they sleep. This is read when PyTorch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from seqzoo.runs.cli import main
+from seqzoo.commands import train
 
-sys.exit(main())
+sys.exit(train())

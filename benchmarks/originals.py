@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -124,6 +126,69 @@ def rg_lru_weights(module: Any) -> dict[str, Tensor]:
     }
 
 
+def in_pytorch(name: str) -> Any:
+    """A module of transformers without the kernels of fla, which it takes where they are installed: they need a GPU."""
+    module = import_module(f"transformers.models.{name}.modeling_{name}")
+    for member, function in inspect.getmembers(module, inspect.isfunction):
+        setattr(module, member, inspect.unwrap(function))
+    return module
+
+
+def gated_delta_net(D: int) -> nn.Module:
+    config = import_module("transformers").Qwen3NextConfig(
+        hidden_size=D,
+        num_hidden_layers=1,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=3 * D // 16,
+        linear_value_head_dim=3 * D // 8,
+        rms_norm_eps=1e-5,
+        layer_types=["linear_attention"],
+    )
+    return in_pytorch("qwen3_next").Qwen3NextGatedDeltaNet(config, 0)
+
+
+def gated_delta_net_weights(layer: Any) -> dict[str, Tensor]:
+    H, Dk, Dv = layer.num_k_heads, layer.head_k_dim, layer.head_v_dim
+    of_heads = layer.in_proj_qkvz.weight.unflatten(0, (H, -1)).split((Dk, Dk, Dv, Dv), 1)
+    q, k, v, gate = (part.flatten(0, 1) for part in of_heads)
+    beta, decay = (part.flatten(0, 1) for part in layer.in_proj_ba.weight.unflatten(0, (H, -1)).chunk(2, 1))
+    return {
+        "in_proj.weight": torch.cat([q, k, v, beta, decay, gate]),
+        "conv.weight": layer.conv1d.weight[:, 0],
+        "decay.A_log": layer.A_log,
+        "decay.dt_bias": layer.dt_bias,
+        "norm.weight": layer.norm.weight,
+        "out_proj.weight": layer.out_proj.weight,
+    }
+
+
+def kda(D: int) -> nn.Module:
+    config = import_module("transformers").KimiLinearConfig(
+        hidden_size=D, num_hidden_layers=1, linear_num_heads=4, linear_head_dim=D // 4, layer_types=["linear_attention"]
+    )
+    layer = in_pytorch("kimi_linear").KimiLinearDeltaAttention(config, 0)
+    with torch.no_grad():  # the layer leaves these as memory had them, its model starts them so
+        layer.forget_gate.A_log.uniform_(1, 16).log_()
+        layer.forget_gate.dt_bias.uniform_(math.log(1e-3), math.log(1e-1))
+    return layer
+
+
+def kda_weights(layer: Any) -> dict[str, Tensor]:
+    gate = layer.forget_gate
+    first = (layer.q_proj, layer.k_proj, layer.v_proj, layer.b_proj, gate.f_a_proj, layer.g_a_proj)
+    return {
+        "in_proj.weight": torch.cat([each.weight for each in first]),
+        "conv.weight": layer.conv1d.weight[:, 0],
+        "decay_proj.weight": gate.f_b_proj.weight,
+        "gate_proj.weight": layer.g_b_proj.weight,
+        "decay.A_log": gate.A_log.flatten(),
+        "decay.dt_bias": gate.dt_bias,
+        "norm.weight": layer.o_norm.weight,
+        "out_proj.weight": layer.o_proj.weight,
+    }
+
+
 def mlstm(D: int) -> nn.Module:
     package = import_module("xlstm.blocks.mlstm.layer")
     layer = package.mLSTMLayer(package.mLSTMLayerConfig(embedding_dim=D, num_heads=4, context_length=1))
@@ -152,5 +217,7 @@ ORIGINALS = (
     Original("Mamba", "mambapy", "mamba", mamba_of_mambapy, mamba_weights),
     Original("Mamba-2", "transformers", "mamba2", mamba2, mamba2_weights),
     Original("RG-LRU", "transformers", "rg_lru", rg_lru, rg_lru_weights),
+    Original("Gated DeltaNet", "transformers", "gated_delta_net", gated_delta_net, gated_delta_net_weights),
+    Original("KDA", "transformers", "kda", kda, kda_weights),
     Original("mLSTM", "xlstm", "mlstm", mlstm, mlstm_weights),
 )

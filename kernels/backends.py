@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import cache, reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from . import measured
 from .common import dtype_name
 from .derivatives import forward_mode
 
+Backend = Literal["auto", "fused", "chunked", "reference"]
 DEFAULT = os.environ.get("SEQZOO_BACKEND", "auto")
-if DEFAULT not in ("auto", "fused", "chunked", "reference"):
-    raise ValueError(f"SEQZOO_BACKEND={DEFAULT!r}; valid: auto, fused, chunked, reference")
+if DEFAULT not in get_args(Backend):
+    raise ValueError(f"SEQZOO_BACKEND={DEFAULT!r}; valid: {', '.join(get_args(Backend))}")
 OLDEST_ARCHITECTURE = 80  # sm_80, Ampere
 # Heads of up to 32 channels with at most two warps: more of them are what reports of illegal accesses with Triton 3.6
 # to 3.7.1 on Hopper have in common. 0 or 1; where only few warps passed their checks, they are taken anyway.
@@ -33,6 +34,14 @@ FEW_WARPS = _FEW_WARPS == "1"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None and (torch.version.cuda is not None or INTERPRETED)
+
+
+class Sequences(TypedDict, total=False):
+    """What every operation takes beside what it computes with, for a type checker."""
+
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    backend: Backend
 
 
 class Fit(NamedTuple):

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 from typing import Annotated, Any
 
 from .blocks import check_block
+from .entries import CONFIGS, GROUPS, available, registered
+from .extras import require
+from .failures import Said
 from .groups import (
     JointConfig,
     LadderConfig,
@@ -24,6 +26,7 @@ from .groups import (
 from .messages import printable, shortened, unknown
 from .models import ModelConfig
 from .models.size import parse_size
+from .plugins import KEY, import_plugins
 from .precision import native_precision
 from .tasks import TaskConfig
 from .valid import (
@@ -32,6 +35,7 @@ from .valid import (
     Fraction,
     Limit,
     Number,
+    Range,
     Text,
     check_ranges,
     hints_of,
@@ -39,8 +43,6 @@ from .valid import (
     marks_of,
 )
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
-GROUPS = ("model", "task", "recipe", "launcher")
 CHOICES = {
     "objective": ("masked", "causal", "joint"),
     "pixel_loss": ("cross_entropy", "l1"),
@@ -48,6 +50,7 @@ CHOICES = {
     "tuning": ("full", "head", "lora", "ladder"),
     "precision": ("fp32", "bf16", "auto"),
     "device": ("auto", "cpu", "cuda"),
+    "strategy": ("auto", "ddp", "fsdp"),
     "optimizer": (None, "adamw", "muon"),
     "pretraining.optimizer": ("adamw", "muon"),
     "finetuning.optimizer": ("adamw", "muon"),
@@ -57,12 +60,15 @@ CHOICES = {
     "wandb.mode": (None, "online", "offline", "disabled"),
 }
 PATHS = ("runs_dir", "data_dir", "cache_dir", "resume", "pretrain", "task.text")
-# A block's options are its class's and a launcher's are submitit's: any may be given, and they name the valid ones.
-FREE = ("model.block.", "launcher.options.")
+# A block's options are its class's, a launcher's submitit's, and a task of one's own has its own: any may be given, and
+# they name the valid ones.
+FREE = ("model.block.", "launcher.options.", "task.options.")
 
 
-class ConfigError(ValueError):
+class ConfigError(Said, ValueError):
     """A configuration that cannot be run; the message, one line, says which key, what was given and what is valid."""
+
+    status = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -101,10 +107,14 @@ class Config:
     precision: str = "fp32"
     device: str = "auto"
     compile: bool = False
+    strategy: str = "auto"
+    sequence_parallel: Annotated[int, Range(1, 1024)] = 1
     data_dir: Text | None = None
     cache_dir: Text | None = None
     runs_dir: Text = "runs"
     resume: Text | None = None
+    plugins: list[str] = field(default_factory=list)  # as the command line named them; nothing here imports any
+    logger: str = "wandb"
     budget: str | None = None
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -119,6 +129,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         ConfigError: an unknown group entry or key, or a value of the wrong type or out of its range; names the valid
             ones.
     """
+    require("a configuration", "hydra", "omegaconf")
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -127,10 +138,16 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     check_keys(overrides)
-    ConfigStore.instance().store(name="schema", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group in GROUPS:
+        for name, keys in registered(group).items():
+            store.store(group=group, name=name, node=keys)
     texts = [override for override in overrides if is_text(override)]
     others = [
-        f"++{override}" if override.startswith(FREE) else override for override in overrides if override not in texts
+        f"++{override}" if override.startswith(FREE) else _listed(override)
+        for override in overrides
+        if override not in texts
     ]
     try:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
@@ -153,6 +170,7 @@ def from_dict(plain: Any) -> Config:
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or one that is not among the valid ones.
     """
+    require("a configuration", "hydra", "omegaconf")
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -187,13 +205,17 @@ def seconds(duration: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def available(group: str) -> list[str]:
-    """The entries of a configuration group, e.g. `available("model")`."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+def _listed(override: str) -> str:
+    """`plugins=a` as `plugins=[a]`."""
+    return f"{KEY}[{override.removeprefix(KEY).strip('[]')}]" if override.startswith(KEY) else override
 
 
 def check_keys(overrides: Sequence[str]) -> None:
-    """Raises ConfigError where an override names a key or a group's entry that does not exist; says which do."""
+    """Raises ConfigError where an override names a key or a group's entry that does not exist; says which do.
+
+    What `plugins=` among them names is imported first.
+    """
+    import_plugins(overrides)
     for override in overrides:
         shown, (key, equals, value) = shortened(override), override.partition("=")
         if not (key and equals):
@@ -325,6 +347,12 @@ def _validate(config: Config) -> None:
             "packing=true compile=true: the model is compiled for each shape of a batch, and packed ones are all of "
             "another; valid: one of the two"
         )
+    if config.strategy == "fsdp" and config.compile:
+        raise ConfigError(
+            "strategy=fsdp compile=true: shards are of models that are not compiled; valid: one of the two"
+        )
+    if config.sequence_parallel > 1:
+        _check_parts(config)
     if config.train_fraction == 1:  # the same run as without it, in the same folder
         config.train_fraction = None
     for name in ("pretraining", "finetuning"):
@@ -346,6 +374,19 @@ def _validate(config: Config) -> None:
         check_block(**block)
     if config.objective == "causal" and config.pretrain:
         config.causal = True
+
+
+def _check_parts(config: Config) -> None:
+    chosen = {
+        "packing=true": config.packing,
+        "compile=true": config.compile,
+        "tuning=ladder": config.tuning == "ladder",
+    }
+    for choice in (choice for choice, made in chosen.items() if made):
+        raise ConfigError(
+            f"sequence_parallel={config.sequence_parallel} {choice}: parts of the time are of padded batches, in "
+            "models of layers as they are, not compiled; valid: one of the two"
+        )
 
 
 def _check_joint(config: Config) -> None:

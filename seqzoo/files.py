@@ -7,6 +7,7 @@ last part of a path is looked at when it is written, and folders when they are e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,8 +17,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from .failures import Said
 
-class LinkError(OSError):
+
+class LinkError(Said, OSError):
     """A symbolic link, or something else that is no file, where this project writes a file or folder of its own."""
 
     def __init__(self, path: Path) -> None:
@@ -68,6 +71,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
 
 
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Files of which all are replaced or, where one of them cannot be written, none: they are renamed once all are
+    whole."""
+    with ExitStack() as stack:
+        temporaries = {path: stack.enter_context(_beside(path)) for path in contents}
+        for path, temporary in temporaries.items():
+            with naming(path), temporary.open("xb") as file:
+                file.write(contents[path])
+                flush(file)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+
+
 @contextmanager
 def replacing_by_name(path: Path) -> Iterator[Path]:
     """`replacing` for a library that opens files itself: a name to give it, in a folder `<path>.tmp` made for that.
@@ -99,7 +115,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON file that is there as a whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_bytes(path, to_json(values))
+
+
+def to_json(values: Mapping[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def append(path: Path, text: str) -> None:
@@ -108,7 +129,7 @@ def append(path: Path, text: str) -> None:
     Raises:
         LinkError: `path` is a symbolic link.
     """
-    with open(path, "ab", opener=_not_a_link) as file:
+    with naming(path), open(path, "ab", opener=_not_a_link) as file:
         file.write(text.encode())
 
 
@@ -142,13 +163,27 @@ def flush(file: IO[Any]) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the operating system refuses within it names `path`: of a disk that is full, it names nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """The one temporary name for `path`, under which there is nothing before and after."""
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     _remove(temporary)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
     finally:
         _remove(temporary)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .draws import uniform
 from .kernels.common import valid_positions
 from .messages import unknown
+from .metrics import METRICS, sums_of
 from .spec import IGNORED, Batch, TaskSpec
 
 
@@ -46,8 +47,8 @@ class Objective(Protocol):
         ...
 
     def count(self, batch: Batch, *, seed: int) -> Tensor:
-        """int64, how many answers a step asks for; [n] where its loss is a sum of n means."""
-        return self.asked(batch, seed=seed).sum()
+        """int64, how many answers a step asks for, of this rank; [n] where its loss is a sum of n means."""
+        return _own(batch, self.asked(batch, seed=seed)).sum()
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         """What is measured."""
@@ -75,7 +76,8 @@ class Classification(Objective):
 
     def measure(self, scores: Tensor, batch: Batch) -> Measure:
         """Scores [B, classes] against the labels."""
-        return _cross_entropy(scores, batch.labels)
+        scores, labels = _own_examples(batch, scores), _own(batch, batch.labels)
+        return _with_own_metrics(_cross_entropy(scores, labels), scores, labels)
 
 
 class Positions(Objective):
@@ -96,7 +98,8 @@ class Positions(Objective):
     def measure(self, scores: Tensor, batch: Batch) -> Measure:
         """Scores [B, T, vocabulary] against the targets."""
         assert batch.targets is not None
-        return _cross_entropy(scores, batch.targets, self.asked(batch, seed=0))
+        targets, asked = _own(batch, batch.targets), _own(batch, self.asked(batch, seed=0))
+        return _with_own_metrics(_cross_entropy(scores, targets, asked), scores, targets)
 
 
 class SelfPretraining(Objective):
@@ -138,7 +141,7 @@ class Masked(SelfPretraining):
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
         mask = self.asked(batch, seed=seed)
-        return self.measure(_told(model, batch, inputs, lengths, mask), inputs, mask)
+        return self.measure(_told(model, batch, inputs, lengths, mask), _own(batch, inputs), _own(batch, mask))
 
 
 class Causal(SelfPretraining):
@@ -155,8 +158,11 @@ class Causal(SelfPretraining):
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
-        asked = self.asked(batch, seed=seed)[:, :-1]
-        return self.measure(_told(model, batch, inputs, lengths)[:, :-1], inputs[:, 1:], asked)
+        asked = self.asked(batch, seed=seed)
+        if batch.part is not None:  # the next position may be another rank's
+            following = torch.cat((inputs[:, 1:], inputs[:, :1]), 1)
+            return self.measure(_told(model, batch, inputs, lengths), _own(batch, following), _own(batch, asked))
+        return self.measure(_told(model, batch, inputs, lengths)[:, :-1], inputs[:, 1:], asked[:, :-1])
 
 
 class LanguageModelling(Causal):
@@ -189,7 +195,7 @@ class Joint(Objective):
         return self.task.asked(batch, seed=seed)
 
     def count(self, batch: Batch, *, seed: int) -> Tensor:
-        return torch.stack([part.asked(batch, seed=seed).sum() for part in (self.task, self.masked)])
+        return torch.stack([part.count(batch, seed=seed) for part in (self.task, self.masked)])
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         return self.task(model, batch, seed=seed)
@@ -198,7 +204,8 @@ class Joint(Objective):
         inputs, lengths = _sequences(batch, self.masked.spec)
         mask = self.masked.asked(batch, seed=seed)
         answers, filled = _told(model, batch, inputs, lengths, mask, whole=self.passes == 2)
-        task, masked = self.task.measure(answers, batch), self.masked.measure(filled, inputs, mask)
+        task = self.task.measure(answers, batch)
+        masked = self.masked.measure(filled, _own(batch, inputs), _own(batch, mask))
         losses = torch.stack((task.loss, self.weight * masked.loss))
         totals = {**task.totals, **{f"masked/{name}": total for name, total in masked.totals.items()}}
         return Measure((shares * losses).sum(), totals)
@@ -261,10 +268,24 @@ def _sequences(batch: Batch, spec: TaskSpec) -> tuple[Tensor, Tensor]:
     return batch.inputs, batch.lengths
 
 
+def _own(batch: Batch, x: Tensor) -> Tensor:
+    """What this rank answers for, where ranks have parts of the time: of [B, T, ...] its part, of [B] every so many
+    examples, which all of them score."""
+    if batch.part is None:
+        return x
+    return x[batch.part.rank :: batch.part.ranks] if x.dim() == 1 else batch.part.own(x)
+
+
+def _own_examples(batch: Batch, scores: Tensor) -> Tensor:
+    return scores if batch.part is None else scores[batch.part.rank :: batch.part.ranks]
+
+
 def _told(
     model: nn.Module, batch: Batch, inputs: Tensor, lengths: Tensor, mask: Tensor | None = None, **options: Any
 ) -> Any:
     """What the model says of `batch`, given its inputs as its objective reads them."""
+    if batch.part is not None:
+        options["part"] = batch.part
     if batch.cu_seqlens is not None:
         return model(inputs, None, mask, batch.cu_seqlens, **options)
     return model(inputs, lengths, **options) if mask is None else model(inputs, lengths, mask, **options)
@@ -281,6 +302,14 @@ def _cross_entropy(scores: Tensor, targets: Tensor, asked: Tensor | None = None)
     total = F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
     correct = (scores.argmax(-1) == targets).sum().double()
     return _mean(total, (targets != IGNORED).sum(), correct=correct)
+
+
+def _with_own_metrics(measure: Measure, scores: Tensor, answers: Tensor) -> Measure:
+    """What is measured of `scores` [..., classes] with sums of the metrics that were registered, in evaluation."""
+    if not METRICS or torch.is_grad_enabled():
+        return measure
+    asked = answers != IGNORED
+    return measure._replace(totals={**measure.totals, **sums_of(scores[asked].float(), answers[asked].long())})
 
 
 def _absolute_error(values: Tensor, targets: Tensor, asked: Tensor, spec: TaskSpec) -> Measure:

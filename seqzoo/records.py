@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import stat
 from pathlib import Path
+from types import NoneType
 from typing import Any
+
+from .messages import shortened
 
 LARGEST = 1 << 24  # bytes
 LARGEST_YAML = 1 << 17  # bytes: it is slow to read
 DEEPEST = 16  # levels of YAML
+NUMBER = (int, float)  # in a shape
 
 
 def read_json(path: Path) -> Any:
@@ -53,6 +59,57 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"it is no YAML: {' '.join(str(error).split())}") from None
 
 
+def check(value: Any, shape: Any, name: str = "it") -> None:
+    """Holds a value that was read against what it should be.
+
+    Args:
+        shape: a type; `[shape]`, a list of such; a dictionary of shapes, in which keys that may be missing end in "?"
+            and others may be there; or a tuple of types and a dictionary, any of which will do. Types are exact, `true`
+            is no integer, and numbers are finite.
+        name: of the value, for the message.
+
+    Raises:
+        ValueError: it is something else; says what and where.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {_shown(value)}, not keys and values")
+        for key, inner in shape.items():
+            known, place = key.rstrip("?"), key.rstrip("?") if name == "it" else f"{name}.{key.rstrip('?')}"
+            if known in value:
+                check(value[known], inner, place)
+            elif key == known:
+                raise ValueError(f"it has no {place}")
+    elif isinstance(shape, list):
+        if type(value) is not list:
+            raise ValueError(f"{name} is {_shown(value)}, not a list")
+        for number, part in enumerate(value):
+            check(part, shape[0], f"{name}[{number}]")
+    else:
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        if isinstance(value, dict) and (inner := next((kind for kind in kinds if isinstance(kind, dict)), None)):
+            check(value, inner, name)
+        elif type(value) not in kinds or not is_finite(value):
+            named = " or ".join(_named(kind) for kind in kinds)
+            raise ValueError(f"{name} is {_shown(value)}, not {named}")
+
+
+def is_finite(value: Any) -> bool:
+    """False for a number that is none, or that no float holds."""
+    try:
+        return not isinstance(value, int | float) or math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _named(kind: Any) -> str:
+    return "keys and values" if isinstance(kind, dict) else "null" if kind is NoneType else kind.__name__
+
+
+def _shown(value: Any) -> str:
+    return shortened(repr(value) if is_finite(value) else "no finite number")
+
+
 def is_name(value: Any) -> bool:
     """Whether a value that was read is a plain name, which leads from no folder to another but one in it."""
     return isinstance(value, str) and value not in ("", ".", "..") and not {"/", "\\", "\0"} & {*value}
@@ -85,13 +142,19 @@ def read_bytes(path: Path, largest: int | None = None) -> bytes:
     """What is in a file, of `largest` bytes at most.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is larger, or a folder, a device or a pipe, which could be waited for without end.
+        FileNotFoundError: there is none, or no folder that it could be in.
+        ValueError: it is larger, or a folder, a device or a pipe, which could be waited for without end; or the
+            operating system refuses it.
     """
-    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no regular file")
-        content = file.read(-1 if largest is None else largest + 1)
+    try:
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("it is no regular file")
+            content = file.read(-1 if largest is None else largest + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from None
     if largest is not None and len(content) > largest:
         raise ValueError(f"it is larger than {largest:,} bytes")
     return content

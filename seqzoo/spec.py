@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,3 +62,4 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # int64 [B], positions in the split
     targets: Tensor | None = None  # of answer "positions": int64 [B, T], IGNORED where nothing is asked
     cu_seqlens: Tensor | None = None  # of a packed batch: int64 [N + 1], where each sequence begins, and T
+    part: Any = None  # `seqzoo.blocks.Part` of the T steps, where the model is given that; the batch is whole

@@ -16,7 +16,7 @@ A line has at most `LARGEST_LINE` bytes, for which these are left out:
   validation are all there, and exact, even where they alone are too long;
 - of mixing.json what a report does not read, all but `MIXING` of a layer; its picture is `mixing/<name>.png` beside the
   study;
-- weights: what needs them says so.
+- weights: what needs them says so; and the symbols of task.json, which serve to read what those write.
 """
 
 from __future__ import annotations
@@ -139,25 +139,36 @@ def picture_of(run: Path) -> Path:
 
 
 def read_metrics(run: Path, key: str = "") -> Iterator[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl` that have `key`, in order; none where it has no such file.
+    """The lines of a run's `metrics.jsonl` that have a number for `key`, in order; none where it has no such file.
 
-    Reading ends at a line that was cut off while it was written.
+    Left out is what is no line of metrics, such as one that was cut off while it was written.
     """
     try:
         if is_packed(run):
-            yield from _lines(read_study(run.parent).runs.get(run.name, {}).get("metrics"), key)
-            return
-        text = records.read_text(run / CURVE)
+            lines = _lines(read_study(run.parent).runs.get(run.name, {}).get("metrics"), key)
+        else:
+            lines = map(parse_line, filter(lambda line: key in line, records.read_text(run / CURVE).split("\n")))
+        yield from (line for line in lines if is_line(line) and (not key or _is_number(line.get(key))))
     except (OSError, ValueError):
         return
-    for line in text.splitlines():
-        if key in line or not line.endswith("}"):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                return
-            if isinstance(entry, dict) and (not key or key in entry):
-                yield entry
+
+
+def parse_line(text: str) -> Any:
+    """The value of a line of JSON, or None: it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_line(value: Any) -> bool:
+    """Whether a value is a line of metrics: of a stage, after some steps and tokens."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("stage"), str)
+        and type(value.get("step")) is int
+        and _is_number(value.get("tokens"))
+    )
 
 
 def pack(runs: Iterable[Path], into: Path) -> tuple[int, list[tuple[Path, str]]]:
@@ -254,6 +265,8 @@ def line_of(run: Path) -> bytes:
             raise ValueError(f"{name} cannot be read: {error}") from None
     if fault := _fault(record):
         raise ValueError(fault)
+    if "task" in record:
+        record["task"] = {key: value for key, value in record["task"].items() if key != "symbols"}
     if "mixing" in record:
         record["mixing"] = _what_is_read(record["mixing"])
     lines = list(read_metrics(run))
@@ -264,6 +277,10 @@ def line_of(run: Path) -> bytes:
     if len(line) > LARGEST_READ:
         raise ValueError(f"its validation lines take {len(line):,} bytes; valid: {LARGEST_READ:,}")
     return line
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in records.NUMBER and records.is_finite(value)
 
 
 def _place(path: Path) -> tuple[Path, str, str] | None:

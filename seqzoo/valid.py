@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 
 class Range(NamedTuple):
@@ -32,6 +32,7 @@ class Range(NamedTuple):
 
 
 LARGEST = 2**63 - 1  # int64
+PLAIN = frozenset((bool, int, float, str, types.NoneType))
 
 Count = Annotated[int, Range(1, 1 << 20)]  # of what memory holds
 Width = Annotated[int, Range(1, 1 << 16)]  # of a layer, or a batch
@@ -81,18 +82,20 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], *, d
     """Raises ValueError where an argument for `function` is not of the type it is annotated with, or out of its range.
 
     Args:
-        options: the arguments by name, all of which it has.
+        options: the arguments by name. One that is not annotated, or with more than plain types, may be anything.
         default: the range of numbers for which the function gives none.
     """
     hints = hints_of(function)
     for name, value in options.items():
-        kinds = kinds_of(hints[name])
+        kinds = kinds_of(hints.get(name))
+        if not PLAIN.issuperset(kinds):
+            continue
         kind = float if type(value) is int and int not in kinds else type(value)
         if kind not in kinds:
             named = ("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
             raise ValueError(f"{name}={value!r}: valid: {' or '.join(named)}")
         valid = range_of(hints[name]) or default.get(kind)
-        if valid and not valid.holds(value):
+        if value is not None and valid and not valid.holds(value):
             raise ValueError(f"{name}={value}: valid: {valid}")
 
 
@@ -103,8 +106,8 @@ def hints_of(declared: Any) -> dict[str, Any]:
 
 
 def kinds_of(hint: Any) -> tuple[type, ...]:
-    """The types that a hint allows: `Count | None` -> (int, NoneType)."""
-    return tuple(get_args(part)[0] if get_origin(part) is Annotated else part for part in _parts(hint))
+    """The types that a hint allows: `Count | None` -> (int, NoneType), and of `Literal["a", "b"]` (str,)."""
+    return tuple(_kind_of(part) for part in _parts(hint))
 
 
 def range_of(hint: Any) -> Range | None:
@@ -115,6 +118,12 @@ def range_of(hint: Any) -> Range | None:
 def marks_of(hint: Any) -> list[Any]:
     """What `Annotated` says in a hint beside the types: `Text | None` -> [AS_IT_STANDS]."""
     return [mark for part in _parts(hint) if get_origin(part) is Annotated for mark in part.__metadata__]
+
+
+def _kind_of(part: Any) -> type:
+    if get_origin(part) is Literal:
+        return type(get_args(part)[0])
+    return get_args(part)[0] if get_origin(part) is Annotated else part
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:

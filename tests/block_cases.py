@@ -1,10 +1,15 @@
 """Blocks to hold to what every block promises, and inputs for them."""
 
+from functools import partial
+from itertools import compress
+
 import pytest
 import torch
 from torch import nn
 
 from seqzoo import BLOCKS, build_block
+from seqzoo.testing import parameter_gradients as parameter_gradients
+from seqzoo.testing import sequences as sequences
 
 VARIANTS = {  # the default options of each block, and those that take another way through it
     "softmax_attention": [
@@ -68,8 +73,16 @@ CASES = [
     for n, options in enumerate(VARIANTS.get(name, [{}]))
     for causal in (True, False)
 ]
+IS_DEFAULT = ["-0-" in str(case.id) for case in CASES]
 every = pytest.mark.parametrize(("name", "options", "causal"), CASES)
-defaults = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if "-0-" in str(case.id)])
+defaults = pytest.mark.parametrize(("name", "options", "causal"), list(compress(CASES, IS_DEFAULT)))
+defaults_soon = pytest.mark.parametrize(  # the others with -m slow
+    ("name", "options", "causal"),
+    [
+        case if default else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+        for case, default in zip(CASES, IS_DEFAULT, strict=True)
+    ],
+)
 
 
 def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):
@@ -81,11 +94,6 @@ def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):
     return block.to(dtype).train(train)
 
 
-def sequences(B, T, *, d_model=D, dtype=torch.float64, seed=1):
-    return torch.randn(B, T, d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def parameter_gradients(block, y, seed=2):
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
-    parameters = [p for p in block.parameters() if p.requires_grad]
-    return torch.autograd.grad((y * weight).sum(), parameters, allow_unused=True)
+def builder(name, options, causal):
+    """What the checks of `seqzoo.testing` take."""
+    return partial(make, name, options, causal)

@@ -8,12 +8,15 @@ import sys
 import tomllib
 import venv
 import zipfile
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import seqzoo
+from seqzoo.extras import TRAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("numba", "wandb", "hydra", "matplotlib", "pooch", "rich", "lightning_fabric", "lightning", "triton")
@@ -109,6 +112,93 @@ print(sorted(command.name for command in distribution("seqzoo").entry_points if 
 """
     assert run(environment, "-I", "-c", program, cwd=tmp_path).strip() == "['seqzoo-eval', 'seqzoo-train']"
     assert run(environment.parent / "seqzoo-eval", cwd=tmp_path, status=2).startswith("usage: seqzoo-eval FOLDER")
+
+
+WITHOUT_THE_EXTRA = f"""
+import sys
+for name in {[*TRAIN, "triton", "einops"]}:
+    sys.modules[name] = None
+sys.path.insert(0, {str(ROOT)!r})
+import torch, seqzoo, seqzoo.models
+from seqzoo.analysis import mixing_matrix
+from seqzoo.extras import MissingPackages
+"""
+
+
+def test_blocks_need_torch_numpy_and_numba_alone(tmp_path):
+    program = """
+for name in seqzoo.BLOCKS:
+    for causal in (True, False):
+        block = seqzoo.build_block(name, 16, causal=causal)
+        x = torch.randn(1, 5, 16, requires_grad=True)
+        block(x).sum().backward()
+        assert x.grad.isfinite().all()
+mixing_matrix(seqzoo.build_block("gla", 16), x)
+print("done")
+"""
+    assert run(sys.executable, "-c", WITHOUT_THE_EXTRA + program, cwd=tmp_path).endswith("done\n")
+
+
+def test_commands_say_what_to_install(tmp_path):
+    program = """
+from seqzoo.analysis.__main__ import main as analyse
+from seqzoo.report.cli import main as report
+from seqzoo.runs.cli import main as train
+from seqzoo.tasks.__main__ import main as tasks
+commands = (train, ["seed=1"]), (report, ["checkpoint=."]), (analyse, ["."]), (tasks, ["prepare", "lra_listops"])
+for main, arguments in commands:
+    assert main(arguments) == 2, main
+try:
+    seqzoo.load(".")
+except MissingPackages as error:
+    print(error)
+"""
+    needed = f"{', '.join(TRAIN)}: pip install 'seqzoo[train]'"
+    said = run(sys.executable, "-c", WITHOUT_THE_EXTRA + program, cwd=tmp_path).splitlines()
+    commands = ("train.py", "eval_lra.py", "seqzoo.analysis", "seqzoo.tasks")
+    assert [line.split(":")[0] for line in said[1:]] == [*commands]
+    assert all(line.endswith(needed) for line in said)
+    assert said[0].startswith("a run folder needs ")
+
+
+def test_the_extra_is_what_is_looked_for():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {Requirement(line).name.lower() for line in extras["train"]}
+    assert named == {packages_distributions()[package][0].lower() for package in TRAIN}
+    for other in ("dev", "lora", "slurm"):
+        assert any("seqzoo" in line and "train" in line for line in extras[other])
+
+
+@pytest.mark.slow
+def test_a_block_adds_little_to_an_installed_torch(wheel, tmp_path):
+    """What pip brings along where PyTorch alone is installed, with a network or pip's own cache."""
+    site = tmp_path / "torch"
+    site.mkdir()
+    wanted, linked = ["torch"], set()
+    while wanted:
+        name = wanted.pop()
+        if name not in linked:
+            linked.add(name)
+            found = distribution(name)
+            for top in {file.parts[0] for file in found.files or () if file.parts[0] != ".."} - {"__pycache__"}:
+                (site / top).symlink_to(found.locate_file(top))
+            needed = [Requirement(line) for line in found.requires or ()]
+            wanted += [each.name for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+    venv.create(tmp_path / "environment", with_pip=True)
+    python = tmp_path / "environment" / "bin" / "python"
+    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    (packages / "torch.pth").write_text(str(site))
+
+    def size() -> float:
+        return sum(file.lstat().st_size for file in packages.rglob("*") if file.is_file()) / 1e6
+
+    before = size()
+    run(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel, cwd=tmp_path)
+    added = size() - before
+    program = "import torch, seqzoo; print(seqzoo.build_block('mamba', 16)(torch.randn(1, 100, 16)).shape)"
+    assert "[1, 100, 16]" in run(python, "-c", program, cwd=tmp_path)
+    assert added < 350, f"{added:.0f} MB"
+    print(f"{added:.0f} MB: {sorted(path.name for path in packages.iterdir() if path.suffix == '.dist-info')}")
 
 
 def test_import_brings_nothing_heavy(tmp_path):

@@ -1,34 +1,14 @@
-"""The product of a transposed accumulator, which Triton 3.4 to 3.7.0 compiles wrongly for Hopper at some sizes.
-
-No kernel of the package contains one. Some versions' answer is an illegal access: nothing else may run beside it.
-"""
+"""What Triton makes of the product of a transposed accumulator, at each size: see `seqzoo.doctor.canary`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
-from seqzoo.kernels.agreement import relative_error
+from seqzoo.doctor import canary
 
 from . import timing
-
-
-@triton.jit
-def _canary_kernel(q, k, do, v, out, T: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
-    """dk = (q kᵀ ∘ do vᵀ)ᵀ q."""
-    j, d = tl.arange(0, BLOCK), tl.arange(0, D)
-    k_t = tl.load(k + j[:, None] * D + d[None, :])
-    v_t = tl.load(v + j[:, None] * D + d[None, :])
-    sums = tl.zeros([BLOCK, D], tl.float32)
-    for start in range(0, T, BLOCK):
-        q_t = tl.load(q + (start + j)[:, None] * D + d[None, :])
-        do_t = tl.load(do + (start + j)[:, None] * D + d[None, :])
-        ds = (tl.dot(q_t, tl.trans(k_t)) * tl.dot(do_t, tl.trans(v_t))).to(q_t.dtype)
-        sums += tl.dot(tl.trans(ds), q_t)
-    tl.store(out + j[:, None] * D + d[None, :], sums)
 
 
 def plan(rehearse: bool) -> list[dict[str, Any]]:
@@ -37,14 +17,6 @@ def plan(rehearse: bool) -> list[dict[str, Any]]:
 
 
 def sing(block: int, num_warps: int, rehearse: bool) -> dict[str, Any]:
-    """How wrong it is: some 0.002 if it is not. On a CPU in float16, which its interpreter multiplies rightly."""
-    T, D = 256, 64
+    """How wrong it is. On a CPU in float16, which its interpreter multiplies rightly."""
     dtype = torch.float16 if rehearse else torch.bfloat16
-    torch.manual_seed(0)
-    q, do = (torch.randn(T, D, device=timing.DEVICE).to(dtype) for _ in range(2))
-    k, v = (torch.randn(block, D, device=timing.DEVICE).to(dtype) for _ in range(2))
-    out = torch.empty(block, D, device=timing.DEVICE)
-    _canary_kernel[(1,)](q, k, do, v, out, T, block, D, num_warps=num_warps)
-    wide = [x.double() for x in (q, k, do, v)]
-    expected = ((wide[0] @ wide[1].T) * (wide[2] @ wide[3].T)).T @ wide[0]
-    return {"whole": relative_error(out, expected)[0]}
+    return {"whole": canary.sing(block, num_warps, timing.DEVICE, dtype)}

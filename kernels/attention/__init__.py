@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
 from .chunked import attention_chunked
@@ -40,7 +40,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     query_cu_seqlens: Tensor | None = None,
     window: int | tuple[int, int] | None = None,
-    backend: str = "auto",
+    backend: Backend | Literal["flash"] = "auto",
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, with grouped key/value heads.
 

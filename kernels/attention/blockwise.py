@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..common import accumulation_dtype, product_dtype, without_autocast
-from ..derivatives import differentiable, forward_mode, pullback
+from ..derivatives import differentiable, pullback, transformed
 from ..documents import Documents
 from .reference import padded
 from .rows import attention_of_rows
@@ -48,7 +48,7 @@ def attention_blockwise(
     right: int,
 ) -> Tensor:
     arguments = (q, k, v, *ends, left, right)
-    return _plain(*arguments) if forward_mode() else _attention(*arguments)
+    return _plain(*arguments) if transformed() else _attention(*arguments)
 
 
 @custom_op("seqzoo::attention_blockwise", mutates_args=())

@@ -16,6 +16,7 @@ from torch.library import custom_op
 
 from ..common import future, product_dtype, valid_positions, without_autocast, zero_padding
 from ..derivatives import by_hand, differentiable, pullback
+from ..nodes import exporting
 from .plain import plain_attention
 
 MOST_WEIGHTS = 1 << 26  # of a call, kept until its gradient: 128 MiB in half precision
@@ -25,10 +26,11 @@ BLOCK = 1 << 20  # weights made at a time
 
 def keeps(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention_kept` can run on q [B, T, H, D], k and v, and is the faster form."""
-    B, T, H, _ = q.shape
-    few = T == k.shape[1] <= MOST_KEYS and B * H * T * T <= MOST_WEIGHTS
     half = q.dtype == k.dtype == v.dtype == torch.bfloat16 == product_dtype(q)
-    return few and half and q.device.type == "cpu" and (torch.compiler.is_compiling() or by_hand())
+    if not half or q.device.type != "cpu" or exporting() or not (torch.compiler.is_compiling() or by_hand()):
+        return False
+    B, T, H, _ = q.shape
+    return T == k.shape[1] <= MOST_KEYS and B * H * T * T <= MOST_WEIGHTS
 
 
 @custom_op("seqzoo::attention_kept", mutates_args=())

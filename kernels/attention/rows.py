@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import groupby, repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import zero_padding
+from ..common import can_be_looked_at, zero_padding
 from ..derivatives import forward_mode, gradient, pullback
 from .kept import attention_kept, keeps
 from .plain import plain_attention
@@ -28,6 +29,8 @@ def attention_of_rows(
     B, T, S = *q.shape[:2], k.shape[1]
     if position is None and window is None and keeps(q, k, v):
         return _kept(q, k, v, causal, lengths, scale)
+    if causal and T == 1 and window is None and position is not None and can_be_looked_at(position):
+        return attention_of_one(q, k, v, lengths, scale, position)
     if position is None and window is not None:
         position = torch.zeros(B, dtype=torch.int64, device=q.device)
     # Padding stands last, so that no valid causal query ever sees it: the causal kernel then needs no mask of keys.
@@ -53,6 +56,33 @@ def attention_of_rows(
     if lengths is None and position is None:
         return y
     return torch.where(live[..., None, None], y, 0)
+
+
+def attention_of_one(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | Tensor, position: Tensor
+) -> Tensor:  # [B, 1, H, Dv]
+    """The same of a single causal query in each sequence, which reads no more of a cache than it sees, and copies none.
+
+    Queries that share keys take the place of queries one behind the other.
+    """
+    S, shared = k.shape[1], q.shape[2] // k.shape[2]
+    ends = repeat(S) if lengths is None else lengths.tolist()
+    seen = [max(0, here + 1) if here < end else 0 for here, end in zip(position.tolist(), ends, strict=False)]
+    q = (q * scale).to(q.dtype)
+    if shared > 1:
+        q = q[:, 0].unflatten(1, (-1, shared)).transpose(1, 2)  # [B, H / G, G, D]
+    if seen.count(S) == len(seen):
+        y = attend(q, k, v, None, False)
+    else:
+        parts, first = [], 0
+        for keys, equal in groupby(seen):
+            row = slice(first, first := first + len(list(equal)))
+            if keys:
+                parts.append(attend(q[row], k[row, :keys], v[row, :keys], None, False))
+            else:
+                parts.append(v.new_zeros(row.stop - row.start, *q.shape[1:3], v.shape[-1]))
+        y = torch.cat(parts)
+    return y if shared == 1 else y.transpose(1, 2).flatten(1, 2)[:, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -91,7 +121,7 @@ def _kept(
 
 def _sdpa(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=bool(q.shape[1] != k.shape[1])
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths, check_log_decay
 from ..documents import check_documents
+from ..nodes import as_one
 from .chunked import delta_rule_chunked
+from .node import delta_rule_node
 from .reference import delta_rule_reference
 
 __all__ = ["delta_rule"]
@@ -19,15 +21,43 @@ __all__ = ["delta_rule"]
 MAX_CHANNELS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 
 
+def _chunked(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    return (delta_rule_node if as_one() else delta_rule_chunked)(*arguments)
+
+
 def _fused(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     from .operator import delta_rule_fused  # imports Triton
 
     return delta_rule_fused(*arguments)
 
 
-FORMS = {"chunked": delta_rule_chunked, "reference": delta_rule_reference, "fused": _fused}
+FORMS = {"chunked": _chunked, "reference": delta_rule_reference, "fused": _fused}
 
 
+class Options(Sequences, total=False):
+    log_decay: Tensor | None
+    erase: Tensor | None
+    initial_state: Tensor | None
+
+
+@overload
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    output_final_state: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, output_final_state: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, output_final_state: bool, **options: Unpack[Options]
+) -> Any: ...
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -40,7 +70,7 @@ def delta_rule(
     output_final_state: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """The delta rule with an optional decay, per head or per channel of k, in time and memory linear in T. Causal.
 

@@ -11,7 +11,7 @@ from torch.library import custom_op
 from ..common import accumulation_dtype
 from ..derivatives import differentiable, pullback, transformed
 from ..documents import Documents, starts_of
-from .chunks import Chunks, gradients, outputs
+from .chunks import CHUNK, Chunks, gradients, outputs
 
 
 def delta_rule_chunked(
@@ -55,7 +55,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *_, first, _, starts = others
-    states = first.new_empty(Chunks.of(v.shape[1], starts).room * len(v), *first.shape[1:])
+    # Sequences shorter than a chunk have one: nothing is asked of a length that may be any.
+    room = -(-v.shape[1] // CHUNK) if starts is None else Chunks.of(v.shape[1], starts).room
+    states = first.new_empty(room * v.shape[0], *first.shape[1:])
     return v.new_empty(v.shape), first.new_empty(first.shape), states, first.new_empty(v.shape)
 
 

@@ -45,7 +45,7 @@ def scan(
     state = x.new_zeros(len(of.lengths), x.shape[2])
     if initial_state is not None:
         state.copy_(initial_state)
-    _in_parallel(
+    in_parallel(
         _scan_items,
         *(x.shape[2], of),
         rows(x),
@@ -79,7 +79,7 @@ def scan_backward(
     d_factor = h.new_empty(0, dtype=h.dtype.to_real()) if factor is None else factor.new_zeros(R, D)
     d_initial = d_state.clone(memory_format=torch.contiguous_format)
     initial = h.new_zeros(R, D) if initial_state is None else initial_state
-    _in_parallel(
+    in_parallel(
         _constant_backward_items if constant else _varying_backward_items,
         *(D, of),
         rows(dh),
@@ -99,7 +99,7 @@ def scan_backward(
     return dx, da.sum(0) if constant else da, d_initial, d_factor
 
 
-def _in_parallel(items: Callable[..., None], D: int, of: Sequences, *arguments: Any) -> None:
+def in_parallel(items: Callable[..., None], D: int, of: Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, block, *arguments) on parts of the R * (blocks of channels) items there are."""
     starts = of.starts
     steps = int(starts[-1])

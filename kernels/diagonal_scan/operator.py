@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
 from ..common import accumulation_dtype
-from ..derivatives import differentiable, forward_mode
+from ..derivatives import differentiable, transformed
 from . import doubling
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -28,7 +28,7 @@ def register(name: str, scan: Scan, scan_backward: Callable[..., Any]) -> tuple[
     backward = custom_op(f"seqzoo::{name}_backward", scan_backward, mutates_args=())
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return doubling.scan(*arguments) if forward_mode() else forward(*arguments)
+        return doubling.scan(*arguments) if transformed() else forward(*arguments)
 
     written = differentiable(backward, partial(doubling.gradients, run))
 
@@ -57,7 +57,7 @@ def _fake(
     factor: Tensor | None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    sequences = len(x) if starts is None else len(starts) - 1
+    sequences = x.shape[0] if starts is None else starts.shape[0] - 1
     return x.new_empty(x.shape), x.new_empty(sequences, x.shape[-1], dtype=accumulation_dtype(x.dtype))
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths, query_heads
 from ..documents import check_documents
+from ..nodes import as_one
 from .chunked import favor_attention_chunked
+from .node import favor_attention_node
 from .reference import favor_attention_reference
 from .state import FavorState
 
@@ -25,9 +27,42 @@ def _fused(*arguments: Any) -> tuple[Tensor, FavorState | None]:
     return favor_attention_fused(*arguments)
 
 
-FORMS = {"chunked": favor_attention_chunked, "reference": favor_attention_reference, "fused": _fused}
+def _chunked(*arguments: Any, **options: Any) -> Any:
+    return (favor_attention_node if as_one() else favor_attention_chunked)(*arguments, **options)
 
 
+FORMS = {"chunked": _chunked, "reference": favor_attention_reference, "fused": _fused}
+
+
+class Options(Sequences, total=False):
+    causal: bool
+    initial_state: FavorState | None
+
+
+@overload
+def favor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    output_final_state: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def favor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    output_final_state: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, FavorState]: ...
+@overload
+def favor_attention(
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, output_final_state: bool, **options: Unpack[Options]
+) -> Any: ...
 def favor_attention(
     q: Tensor,
     k: Tensor,
@@ -39,7 +74,7 @@ def favor_attention(
     output_final_state: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """Softmax attention with exp(q·k) estimated from M positive random features, in time and memory linear in T.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import without_autocast
-from ..derivatives import forward_mode, gradient
+from ..derivatives import gradient, transformed
 from ..documents import Pieces
 from .features import exp_, finite, log_features, on_cache_lines, with_ones
 
@@ -22,7 +22,7 @@ def bidirectional(
     narrow: torch.dtype,  # of features and their products; exponents are as the inputs
     pieces: Pieces | None = None,  # of documents, where rows are these: queries see the keys of all of their document
 ) -> Tensor:  # [B, H, T, Dv]
-    if forward_mode():
+    if transformed():
         return _bidirectional(q, k, v, directions, hidden, pieces)
     return _Bidirectional.apply(q, k, v, directions, hidden, narrow, pieces)
 

@@ -104,7 +104,7 @@ def favor_attention_fused(
 ) -> tuple[Tensor, FavorState | None]:
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     Dv = v.shape[-1]
-    q, k, w, directions = (pad_channels(x.to(dtype)) for x in (q, k, v, projection.detach()))
+    q, k, w, directions = (pad_channels(x.to(dtype)) for x in (q, k, v, projection))
     sums = norm = log_scale = None
     if initial_state is not None:
         sums = pad_channels(initial_state.sums[..., :-1].float())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, Required, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from ..backends import Fit, choose, fit
+from ..backends import Backend, Fit, Sequences, choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
+from ..nodes import as_one
 from .chunked import gated_attention_chunked
+from .node import gated_attention_node
 from .reference import gated_attention_reference
 from .state import GatedAttentionState
 
@@ -26,9 +28,57 @@ def _fused(*arguments: Any, **options: Any) -> tuple[Tensor, GatedAttentionState
     return gated_attention_fused(*arguments, **options)
 
 
-FORMS = {"chunked": gated_attention_chunked, "reference": gated_attention_reference, "fused": _fused}
+def _chunked(*arguments: Any, **options: Any) -> Any:
+    return (gated_attention_node if as_one() else gated_attention_chunked)(*arguments, **options)
 
 
+FORMS = {"chunked": _chunked, "reference": gated_attention_reference, "fused": _fused}
+
+
+class Options(Sequences, total=False):
+    chunk_len: Required[int]
+    bias: Tensor | None
+    causal: bool
+    scale: float | None
+    initial_state: GatedAttentionState | None
+
+
+@overload
+def gated_attention(
+    u: Tensor,
+    q_quad: Tensor,
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,
+    *,
+    output_final_state: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def gated_attention(
+    u: Tensor,
+    q_quad: Tensor,
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,
+    *,
+    output_final_state: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, GatedAttentionState]: ...
+@overload
+def gated_attention(
+    u: Tensor,
+    q_quad: Tensor,
+    k_quad: Tensor,
+    q_lin: Tensor,
+    k_lin: Tensor,
+    v: Tensor,
+    *,
+    output_final_state: bool,
+    **options: Unpack[Options],
+) -> Any: ...
 def gated_attention(
     u: Tensor,
     q_quad: Tensor,
@@ -45,7 +95,7 @@ def gated_attention(
     output_final_state: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """FLASH's mixture of quadratic attention inside chunks and linear attention over all of them, gated by u.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, in_cache, product_dtype, without_autocast, zero_padding
-from ..derivatives import Outline, forward_mode, gradient
+from ..derivatives import Outline, gradient, transformed
 from ..diagonal_scan import diagonal_scan
 from ..documents import Documents
 from .packed import over_documents
@@ -239,7 +239,7 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def _relu_squared(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
-    if forward_mode():
+    if transformed():
         scores = _scores(q, k, bias, scale)
         return (scores.tril() if causal else scores).relu().square() @ v
     values, outline = (None, None) if bias is None else (bias.detach(), Outline.apply(bias))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from ..backends import Fit, choose, fit
+from ..backends import Backend, Fit, Sequences, choose, fit
 from ..common import check_lengths, check_log_decay, query_heads
 from ..documents import check_documents
+from ..nodes import as_one
 from .chunked import linear_attention_chunked
+from .node import linear_attention_node
 from .reference import linear_attention_reference
 from .shared import linear_attention_shared
 
@@ -30,6 +32,25 @@ def _fused(*arguments: Any) -> tuple[Tensor, Tensor | None]:
 FORMS = {"chunked": linear_attention_chunked, "reference": linear_attention_reference, "fused": _fused}
 
 
+class Options(Sequences, total=False):
+    log_decay: Tensor | None
+    causal: bool
+    normalize: bool
+    initial_state: Tensor | None
+
+
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, output_final_state: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, output_final_state: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, output_final_state: bool, **options: Unpack[Options]
+) -> Any: ...
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -42,7 +63,7 @@ def linear_attention(
     output_final_state: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """Linear attention with an optional decay, per head or per channel of k, in time and memory linear in T.
 
@@ -97,10 +118,13 @@ def linear_attention(
     check_log_decay("linear_attention", log_decay, lengths)
     _check_states([rows, H, q.shape[3], v.shape[3] + normalize], causal, normalize, initial_state, output_final_state)
     implementation = choose("linear_attention", backend, FORMS, _fit(q, k, v, log_decay, causal))
-    if q.shape[2] < H and implementation is linear_attention_chunked:
+    chunked = implementation is linear_attention_chunked
+    if q.shape[2] < H and chunked:
         implementation = linear_attention_shared
     else:
         q, k, v = (query_heads(x, H) for x in (q, k, v))
+    if chunked and as_one():
+        implementation = linear_attention_node
     o, final_state = implementation(
         q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
     )

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, can_be_looked_at, without_autocast, zero_padding
-from ..derivatives import forward_mode, gradient
+from ..derivatives import by_hand, gradient, transformed
 from ..documents import Documents, Pieces
-from .carry import carry
+from .carry import carried, carry
 from .packed import causal_of_documents
 from .per_channel import linear_attention_per_channel
 from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
+SMALL = 32 * 33  # numbers of a head's state, the column of a normaliser included
 MIN_PIECE = 16  # steps, where documents are shorter than a chunk
 
 
@@ -33,12 +34,14 @@ def linear_attention_chunked(
     documents: Documents | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    B, T, H, Dk = q.shape
+    Dv = v.shape[-1]
+    if log_decay is not None and log_decay.dim() < 4 and _by_step(q, v):
+        log_decay = log_decay.expand(B, T, H)[..., None]
     if log_decay is not None and log_decay.dim() == 4:
         return linear_attention_per_channel(
             q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
         )
-    B, T, H, Dk = q.shape
-    Dv = v.shape[-1]
     if documents is not None:
         if initial_state is not None or output_final_state:
             return _in_pieces(q, k, v, log_decay, normalize, initial_state, documents, output_final_state)
@@ -62,7 +65,7 @@ def linear_attention_chunked(
     with without_autocast(q.device):
         first = q.new_zeros(B, H, Dk, Dv + normalize, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         if log_decay is None:
-            form = partial(_without_decay, causal) if forward_mode() else partial(_WithoutDecay.apply, causal)
+            form = partial(_without_decay, causal) if transformed() else partial(_WithoutDecay.apply, causal)
             o, final_state = form(None, split(q), split(k), split(v), first)
         else:
             # Rows past T hold q = k = 0, so the ones that fill v there with its ones column count for nothing.
@@ -78,6 +81,11 @@ def linear_attention_chunked(
                 o = divide_by_normalizer(o)
         o = o.view(B, H, N * C, Dv)[:, :, :T].transpose(1, 2)
     return zero_padding(o, lengths).to(out_dtype).contiguous(), final_state if output_final_state else None
+
+
+def _by_step(q: Tensor, v: Tensor) -> bool:
+    """Whether one decay of all channels is best taken to a CPU's loop: products of narrow heads are too small."""
+    return q.device.type == "cpu" and by_hand() and q.shape[3] * v.shape[3] <= SMALL
 
 
 def _between_resets(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Documents) -> Tensor:
@@ -122,7 +130,7 @@ def _both_ways(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Docu
 
     with without_autocast(q.device):
         nothing = q.new_zeros(1, H, Dk, Dv + normalize, dtype=dtype)
-        form = partial(_without_decay, False) if forward_mode() else partial(_WithoutDecay.apply, False)
+        form = partial(_without_decay, False) if transformed() else partial(_WithoutDecay.apply, False)
         o, _ = form(pieces, split(q), split(k), split(v), nothing)
         o = pieces.take_up(o.view(1, -1, H, C, Dv).transpose(2, 3).flatten(1, 2))
     return o.to(out_dtype).contiguous()
@@ -283,7 +291,12 @@ def _accumulate(state: Tensor, updates: Tensor, reverse: bool = False) -> Tensor
 
     State [B * H, ...] and updates [B * H * N, ...]; with `reverse`, the last chunk is the first that is reached.
     """
-    steps = updates.view(state.shape[0], -1, *state.shape[1:]).unbind(1)
+    chunks = updates.view(state.shape[0], -1, *state.shape[1:])
+    if torch.compiler.is_compiling():
+        reached, state = carried(chunks, None, state, 1, reverse)
+        chunks.copy_(reached)
+        return state
+    steps = chunks.unbind(1)
     for update in reversed(steps) if reverse else steps:
         state, _ = state + update, update.copy_(state)
     return state

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from ..common import without_autocast
-from ..derivatives import forward_mode, gradient
+from ..derivatives import gradient, transformed
 from .reference import divide_by_normalizer
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -27,7 +28,7 @@ def causal_of_documents(
     of: Tensor,  # [N, C], the document of each step
     normalize: bool,
 ) -> Tensor:  # [H * N, C, Dv]
-    return (_plain if forward_mode() else _Packed.apply)(of, normalize, q, k, v)
+    return (_plain if transformed() else _Packed.apply)(of, normalize, q, k, v)
 
 
 class _Masks(NamedTuple):
@@ -121,6 +122,26 @@ def _gradients(
 
 def _carry_(updates: Tensor, keeps: Tensor, reverse: bool = False) -> None:
     """Puts what reaches each chunk in the place of what the chunk adds, with `reverse` from behind: [H * N, ...]."""
+    if torch.compiler.is_compiling():
+        updates.copy_(_carried(updates, keeps, reverse))
+    else:
+        _carry_by_steps_(updates, keeps, reverse)
+
+
+@custom_op("seqzoo::carry_in_documents", mutates_args=())
+def _carried(updates: Tensor, keeps: Tensor, reverse: bool) -> Tensor:
+    """What reaches each chunk. In graphs: a compiler would unroll the loop."""
+    reached = updates.clone(memory_format=torch.contiguous_format)
+    _carry_by_steps_(reached, keeps, reverse)
+    return reached
+
+
+@_carried.register_fake
+def _(updates: Tensor, keeps: Tensor, reverse: bool) -> Tensor:
+    return updates.new_empty(updates.shape)
+
+
+def _carry_by_steps_(updates: Tensor, keeps: Tensor, reverse: bool) -> None:
     steps = list(zip(updates.view(-1, len(keeps), *updates.shape[1:]).unbind(1), keeps, strict=True))
     state = torch.zeros_like(steps[0][0])
     for update, keep in reversed(steps) if reverse else steps:

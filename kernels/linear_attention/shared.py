@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, query_heads, without_autocast, zero_padding
-from ..derivatives import forward_mode, gradient
+from ..derivatives import gradient, transformed
 from ..documents import Documents
+from .carry import carried
 from .chunked import MIN_CHUNK, linear_attention_chunked, segment_sums
 
 
@@ -46,7 +47,7 @@ def linear_attention_shared(
     with without_autocast(q.device):
         q, k, v, g = (zero_padding(x, lengths).to(dtype) for x in (q, k, v, log_decay))
         first = q.new_zeros(B, H, Dk, Dv) if initial_state is None else initial_state.to(dtype)
-        o, final_state = (_plain if forward_mode() else _Shared.apply)(q, k, v, g, first)
+        o, final_state = (_plain if transformed() else _Shared.apply)(q, k, v, g, first)
     return zero_padding(o, lengths).to(out_dtype), final_state if output_final_state else None
 
 
@@ -181,6 +182,10 @@ class _Cut(NamedTuple):
         """
         updates = updates.view(self.B, self.N, self.G, -1, self.R, state.shape[-1])
         decays = decays.view(self.B, self.N, self.G, 1, self.R, 1)
+        if torch.compiler.is_compiling():
+            reached, state = carried(updates, decays, state, 1, reverse)
+            updates.copy_(reached)
+            return state
         steps = list(zip(updates.unbind(1), decays.unbind(1), strict=True))
         for update, decay in reversed(steps) if reverse else steps:
             state, _ = torch.addcmul(update, decay, state), update.copy_(state)

@@ -6,15 +6,22 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, choose, fit
 from ..common import check_lengths
 from ..documents import check_documents
+from ..nodes import as_one
 from .chunked import selective_scan_chunked
+from .node import selective_scan_node
 from .reference import selective_scan_reference
 
 __all__ = ["selective_scan"]
 
-FORMS = {"chunked": selective_scan_chunked, "reference": selective_scan_reference}
+
+def _chunked(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    return (selective_scan_node if as_one() else selective_scan_chunked)(*arguments)
+
+
+FORMS = {"chunked": _chunked, "reference": selective_scan_reference}
 
 
 def selective_scan(
@@ -29,7 +36,7 @@ def selective_scan(
     reverse: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """N states in each of D channels, that decay, are written and read as the step says,
 

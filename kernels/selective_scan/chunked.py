@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..common import accumulation_dtype
-from ..derivatives import differentiable, forward_mode, pullback
+from ..derivatives import differentiable, pullback, transformed
 from ..documents import Documents, starts_of
 from . import pieces
 from .pieces import at_once
@@ -30,7 +30,7 @@ def selective_scan_chunked(
     before = None if initial_state is None else initial_state.mT
     inputs: list[Any] = [None if x is None else x.to(dtype) for x in (v, dt, A.mT, write, read, before)]
     ends: tuple[Any, ...] = (reverse, lengths, starts_of(documents))
-    if forward_mode():
+    if transformed():
         y, state = at_once(*inputs, *ends)
     else:
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from ..exponentials import exp
 from ..loops import Sequences, array, compiled, rows, sequences, shared_out
 from . import pieces
 from .pieces import PIECE
@@ -101,54 +99,6 @@ def _in_parallel(items: Callable[..., None], D: int, N: int, ends: Sequences, *a
     shared_out(items, ends, blocks, threads, *arguments)
 
 
-def _declare_power(context, exponent):
-    """2 to the power of `exponent` - 127, of exponents from 1 to 254."""
-
-    def generate(target, builder, signature, arguments):
-        return builder.bitcast(builder.shl(arguments[0], ir.IntType(32)(23)), ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-_power: Any = intrinsic(_declare_power)
-
-LOWEST, HIGHEST = np.float32(-87.0), np.float32(88.0)  # between them e^x is a normal number of single precision
-PER_OCTAVE, BIAS = np.float32(1 / np.log(2)), np.float32(127)
-ROUND = np.float32(127.5)
-HIGH, LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # log 2, in a part of few digits and the rest
-FACTORIALS = tuple(np.float32(1 / np.prod(np.arange(1.0, n + 1))) for n in range(8))
-
-
-@compiled(fastmath={"contract"})
-def _exp_single(x):
-    """e^x to the last digits; 0 below e^-87. PyTorch's and the C library's are no vectors inside a loop."""
-    near = x if x > LOWEST else LOWEST
-    near = near if near < HIGHEST else HIGHEST
-    octave = np.int32(near * PER_OCTAVE + ROUND)
-    whole = np.float32(octave) - BIAS
-    r = (x - whole * HIGH) - whole * LOW  # from -log 2 / 2 to log 2 / 2
-    p = FACTORIALS[7]
-    p = p * r + FACTORIALS[6]
-    p = p * r + FACTORIALS[5]
-    p = p * r + FACTORIALS[4]
-    p = p * r + FACTORIALS[3]
-    p = p * r + FACTORIALS[2]
-    p = p * r + FACTORIALS[1]
-    p = p * r + FACTORIALS[0]
-    return np.float32(0) if x < LOWEST else p * _power(octave)
-
-
-def _exp(x):
-    raise NotImplementedError
-
-
-@overload(_exp)
-def _(x):
-    if x == types.float32:
-        return lambda x: _exp_single(x)
-    return lambda x: np.exp(x)
-
-
 # Sums over channels become vectors only where their order is free.
 
 
@@ -175,7 +125,7 @@ def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, piece, r
             for j in range(N):
                 w, r = write[t, j], read[t, j]
                 for d in range(high - low):
-                    s[j, d] = _exp(dt_t[d] * rate[j, d]) * s[j, d] + w * v_t[d]
+                    s[j, d] = exp(dt_t[d] * rate[j, d]) * s[j, d] + w * v_t[d]
                     out[d] += r * s[j, d]
             y[t, low:high] = out
             t += step
@@ -216,7 +166,7 @@ def _backward_items(
                 for j in range(N):
                     w = write[t + k * step, j]
                     for d in range(width):
-                        a[k, j, d] = _exp(dt_t[d] * rate[j, d])
+                        a[k, j, d] = exp(dt_t[d] * rate[j, d])
                         h[k + 1, j, d] = a[k, j, d] * h[k, j, d] + w * v_t[d]
             for k in range(count - 1, -1, -1):
                 u = t + k * step

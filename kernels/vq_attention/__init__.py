@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Required, Unpack, overload
 
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths
 from ..documents import check_documents
+from ..nodes import as_one
 from .chunked import vq_attention_chunked
 from .codes import CHANNELS, nearest_code
+from .node import vq_attention_node
 from .reference import vq_attention_reference
 from .state import VQState
 
@@ -23,9 +25,39 @@ def _fused(*arguments: Any, **options: Any) -> Any:
     return vq_attention_fused(*arguments, **options)
 
 
-FORMS = {"chunked": vq_attention_chunked, "reference": vq_attention_reference, "fused": _fused}
+def _chunked(*arguments: Any, **options: Any) -> Any:
+    return (vq_attention_node if as_one() else vq_attention_chunked)(*arguments, **options)
 
 
+FORMS = {"chunked": _chunked, "reference": vq_attention_reference, "fused": _fused}
+
+
+class Options(Sequences, total=False):
+    block_len: Required[int]
+    codes: Tensor | None
+    bias: Tensor | None
+    causal: bool
+    initial_state: VQState | None
+
+
+@overload
+def vq_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    *,
+    output_final_state: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def vq_attention(
+    q: Tensor, k: Tensor, v: Tensor, codebook: Tensor, *, output_final_state: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, VQState]: ...
+@overload
+def vq_attention(
+    q: Tensor, k: Tensor, v: Tensor, codebook: Tensor, *, output_final_state: bool, **options: Unpack[Options]
+) -> Any: ...
 def vq_attention(
     q: Tensor,
     k: Tensor,
@@ -40,7 +72,7 @@ def vq_attention(
     output_final_state: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """softmax(q k̂ᵀ + bias) v, where k̂ is the code nearest to each key.
 

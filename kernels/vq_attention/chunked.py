@@ -21,7 +21,7 @@ from ..common import (
     without_autocast,
     zero_padding,
 )
-from ..derivatives import Outline, forward_mode, gradient
+from ..derivatives import Outline, gradient, transformed
 from ..documents import Documents
 from .outside import read_outside, read_outside_backward, sums_outside
 from .packed import PackedBlocks, of_blocks, windows
@@ -96,7 +96,7 @@ def vq_attention_chunked(
     # Autocast would keep the sums in half precision.
     with without_autocast(q.device):
         q, k, v = split(q, first), split(k, first), split(v)
-        form = plain_attention if forward_mode() else _attend
+        form = plain_attention if transformed() else _attend
         y = form(
             q, k, v, bias, past_sums, codebook.to(q.dtype), codes_b, visible, counts, causal, starts
         )  # fmt: skip
@@ -308,7 +308,8 @@ def _plain(
             scores = weights.log() + (scores - scores.detach())
         near, far = scores.softmax(-1).split([W * L, S], -1)
         far = far / number
-        by_code = F.one_hot(codes, S).to(v.dtype).mT @ v  # [B, H, N, S, Dv]
+        member = codes[..., None] == torch.arange(S, device=codes.device)
+        by_code = member.to(v.dtype).mT @ v  # [B, H, N, S, Dv]
         sums = sums_outside(by_code.flatten(3), causal, starts).reshape(G, S, Dv)
         if past_sums is not None:
             past = past_sums if past_sums.dim() == 5 else past_sums[:, :, None]

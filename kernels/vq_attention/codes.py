@@ -5,14 +5,14 @@ import sys
 import torch
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, choose, fit
 from ..common import accumulation_dtype, check_lengths, valid_positions, without_autocast, zero_padding
 
 CHANNELS = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), sys.maxsize)  # of the fused forms: any number
 
 
 @torch.no_grad()
-def nearest_code(k: Tensor, codebook: Tensor, *, lengths: Tensor | None = None, backend: str = "auto") -> Tensor:
+def nearest_code(k: Tensor, codebook: Tensor, *, lengths: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """The index of the code nearest to each key, argmin_s |k - c_s|², in single precision at least.
 
     Args:

@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import replacing
+from ..files import write_bytes
 from ..messages import printable
 from .mixing import LayerMixing
 from .run import RunMixing
@@ -24,6 +24,11 @@ NEAREST = 0.5  # where a logarithmic axis shows the distance 0
 
 
 def save_figure(found: RunMixing, path: Path) -> None:
+    """Writes `picture_of`."""
+    write_bytes(path, picture_of(found))
+
+
+def picture_of(found: RunMixing) -> bytes:
     """Draws mixing matrices and distance profiles, and writes them to `path` as PNG.
 
     Colours are a weight's share of its row times the number of positions the row can reach, 1 where weights are
@@ -56,10 +61,10 @@ def save_figure(found: RunMixing, path: Path) -> None:
     title = f"{found.task} · {found.model} ({found.stages['initial'][0].block}, {direction})"
     above.suptitle(printable(title), fontsize=10, parse_math=False)
     _draw_profiles(below.subplots(), found)
-    drawn = BytesIO()
+    drawn, reduced = BytesIO(), BytesIO()
     figure.savefig(drawn, dpi=130)
-    with replacing(path) as file:
-        Image.open(drawn).convert("RGB").quantize(PALETTE).save(file, format="PNG", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(PALETTE).save(reduced, format="PNG", optimize=True)
+    return reduced.getvalue()
 
 
 def _summary(layer: LayerMixing) -> str:

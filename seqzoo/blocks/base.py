@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,19 @@ from ..kernels.common import check_lengths, zero_padding
 from ..kernels.documents import Documents, check_documents
 from .learning import Learning
 from .masks import check_attn_mask, check_padding
+from .parts import Part
+from .states import Held, State
 
 
-class State(Protocol):
-    """What a causal block remembers: a NamedTuple of tensors, batch first."""
+class Steps(TypedDict, total=False):
+    """Which steps count, for a type checker: see `Block.forward`."""
 
-    @property
-    def position(self) -> Tensor:
-        """int64 [B], how many steps each sequence has taken."""
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    key_padding_mask: Tensor | None
+    attention_mask: Tensor | None
+    attn_mask: Tensor | None
+    is_causal: bool | None
 
 
 class Block(Learning, ABC):
@@ -49,11 +54,33 @@ class Block(Learning, ABC):
     by_depth: ClassVar[str | None] = None
     """An option that a model sets to l / L for layer l = 0, 1, ... of L, where it is not told otherwise."""
 
+    grows: ClassVar[bool]
+    """Whether its state can, so that `initial_state` takes a `max_length` to have room for."""
+
     _packs: ClassVar[bool]  # whether `mix` takes documents
+    _parts: ClassVar[bool]  # whether it takes a part of the time
+    _options: dict[str, Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._packs = "documents" in inspect.signature(cls.mix).parameters
+        cls.grows = "max_length" in inspect.signature(cls.initial_state).parameters
+        taken = inspect.signature(cls.mix).parameters
+        cls._packs, cls._parts = "documents" in taken, "part" in taken
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        block = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(block, *arguments, **options)
+        except TypeError:  # a copy, which takes its options from the original; or a call that __init__ will refuse
+            return block
+        bound.apply_defaults()
+        _, *given = bound.signature.parameters.values()
+        recorded: dict[str, Any] = {}
+        block.__dict__["_options"] = recorded
+        for parameter in given:
+            value = bound.arguments[parameter.name]
+            recorded |= value if parameter.kind is parameter.VAR_KEYWORD else {parameter.name: value}
+        return block
 
     def __init__(self, d_model: int, *, causal: bool) -> None:
         super().__init__()
@@ -61,14 +88,22 @@ class Block(Learning, ABC):
         self.causal = causal
         self._observer: Callable[..., None] | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the block was built with, width, direction and defaults included: `build_block(name, **block.options)`
+        builds another of its kind."""
+        return dict(self._options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+
     @abstractmethod
-    def mix(
-        self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None = None
-    ) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None, *where: Any, **named: Any) -> tuple[Tensor, Any]:
         """Outputs for `x` [B, T, d_model], zero past `lengths`, that follow `state`; and the state after them.
 
         With `documents`, B is 1 and there are no lengths: each document is a sequence of its own, and states have a row
-        for each. They are given only where there are any, so that a block may do without; it then refuses them.
+        for each. With `part`, `x` and `lengths` are those of this rank's part of the time, and there is no state. Both
+        are given only where there are any, so that a block may do without; it then refuses them.
 
         Without a state, the sequences begin, and what is returned for it has no meaning.
         """
@@ -80,8 +115,10 @@ class Block(Learning, ABC):
 
         Raises:
             ValueError: the block is bidirectional.
+            NotImplementedError: the class has none.
         """
-        raise NotImplementedError
+        self._require_causal("initial_state")
+        raise NotImplementedError(f"{type(self).__name__} has no initial_state, so it cannot be continued; write one")
 
     def forward(
         self,
@@ -93,7 +130,9 @@ class Block(Learning, ABC):
         attention_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool | None = None,
-    ) -> Tensor:
+        state: Any = None,
+        part: Part | None = None,
+    ) -> Any:
         """Mixes `x` over time.
 
         At most one of `lengths`, `cu_seqlens` and the masks of padding says which steps count. Outputs at all others
@@ -110,18 +149,44 @@ class Block(Learning, ABC):
             attention_mask: that of transformers, [B, T], 1 where a step counts and 0 where it is padding, likewise.
             attn_mask, is_causal: what PyTorch and timm give to any attention. They must say what the block is: no mask,
                 or the causal one.
+            state: what `extend` continues. It calls the module with it, so that hooks see its steps as they do others.
+            part: `x` and the outputs are of these steps of sequences, whose others are on other ranks that call this
+                too; `lengths` are those of whole sequences.
 
         Returns:
-            [B, T, d_model].
+            [B, T, d_model]; with a state, that and the state after it.
 
         Raises:
             ValueError: `x` is not [B, T, d_model]; more than one says which steps count, or in a way that is not valid;
-                there is padding between steps that count, or another mask than the block's.
+                there is padding between steps that count, or another mask than the block's; or the block cannot be
+                given parts of the time.
         """
         self._check(x)
+        if part is not None:
+            self._check_part(part, x, cu_seqlens, key_padding_mask, attention_mask, attn_mask)
+            lengths = part.lengths(check_lengths(type(self).__name__, lengths, len(x), part.T))
+            return self._mix(x, None, lengths, None, part)[0]
         check_attn_mask(type(self).__name__, self.causal, attn_mask, is_causal, x.shape[1])
-        y, _ = self._run(x, None, lengths, cu_seqlens, key_padding_mask, attention_mask)
-        return y
+        state = Held.of(state)
+        if state is not None:
+            self._require_causal("a state")
+            if not isinstance(getattr(state, "position", None), Tensor):
+                raise ValueError(
+                    f"{type(self).__name__}: a state is what initial_state or extend gave, or None to begin, "
+                    f"got {type(state).__name__}"
+                )
+        y, after = self._run(x, state, lengths, cu_seqlens, key_padding_mask, attention_mask)
+        return y if state is None else (y, after)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self, x: Tensor, *, state: None = None, part: Part | None = None, **steps: Unpack[Steps]
+        ) -> Tensor: ...
+        @overload
+        def __call__(self, x: Tensor, *, state: State | Held, **steps: Unpack[Steps]) -> tuple[Tensor, Any]: ...
+        def __call__(self, x: Tensor, **steps: Any) -> Any: ...
 
     def extend(
         self,
@@ -136,19 +201,25 @@ class Block(Learning, ABC):
         """Mixes the next T steps of sequences that stand at `state`: outputs [B, T, d_model] and the new state.
 
         Where `state` is None, sequences begin. Each takes as many of the T steps as count, by `lengths`, `cu_seqlens`
-        or a mask as in `forward`. The documents of a row have a state of N sequences.
+        or a mask as in `forward`. The documents of a row have a state of N sequences. `state` stays what it was; but
+        caches of keys are written into, and copied where an older state, or a fork, is continued.
 
         Raises:
             ValueError: the block is bidirectional, the state is of another number of sequences, or as in `forward`.
         """
         self._require_causal("extend")
-        self._check(x)
-        if state is not None and not isinstance(getattr(state, "position", None), Tensor):
-            raise ValueError(
-                f"{type(self).__name__}: a state is what initial_state or extend gave, or None to begin, "
-                f"got {type(state).__name__}"
-            )
-        return self._run(x, state, lengths, cu_seqlens, key_padding_mask, attention_mask, keep=True)
+        if state is None:
+            self._check(x)
+            documents = check_documents(type(self).__name__, cu_seqlens, lengths, *x.shape[:2])
+            state = self.initial_state(x.shape[0] if documents is None else documents.N, device=x.device)
+        return self(
+            x,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            key_padding_mask=key_padding_mask,
+            attention_mask=attention_mask,
+            state=Held(state),
+        )
 
     def _run(
         self,
@@ -158,10 +229,8 @@ class Block(Learning, ABC):
         cu_seqlens: Tensor | None,
         key_padding_mask: Tensor | None,
         attention_mask: Tensor | None,
-        *,
-        keep: bool = False,
     ) -> tuple[Tensor, Any]:
-        """`mix` of what was checked, with a state if it is to `keep` one."""
+        """`mix` of what was checked."""
         name, (B, T, _) = type(self).__name__, x.shape
         padding = check_padding(name, key_padding_mask, attention_mask, B, T)
         if padding is not None and not (lengths is None and cu_seqlens is None):
@@ -173,9 +242,7 @@ class Block(Learning, ABC):
                 "that takes documents"
             )
         sequences = B if documents is None else documents.N
-        if keep and state is None:
-            state = self.initial_state(sequences, device=x.device)
-        elif state is not None and len(state.position) != sequences:
+        if state is not None and len(state.position) != sequences:
             given = f"x of {sequences}" if documents is None else f"{sequences} documents"
             raise ValueError(
                 f"{name}: a state of {len(state.position)} sequences for {given}; "
@@ -186,16 +253,21 @@ class Block(Learning, ABC):
         y, state = self._mix(padding.moved_behind(x), state, check_lengths(name, padding.lengths, B, T), None)
         return padding.moved_back(y), state
 
-    def _mix(self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None) -> tuple[Tensor, Any]:
+    def _mix(
+        self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None, part: Part | None = None
+    ) -> tuple[Tensor, Any]:
         """`mix`, with zeros for padding before and after."""
         if documents is not None:
             return self.mix(x, state, None, documents)
+        if part is not None:
+            y, _ = self.mix(zero_padding(x, lengths), None, lengths, None, part)
+            return zero_padding(y, lengths), None
         if x.shape[0] == 0:  # operations reshape, and nothing has no shape: a sequence without a step stands in
             x = F.pad(x, (0, 0, 0, 0, 0, 1))
             lengths = torch.zeros(1, dtype=torch.int64, device=x.device)
-            state = None if state is None else type(state)(*(part.new_zeros(1, *part.shape[1:]) for part in state))
+            state = None if state is None else type(state)(*(x.new_zeros(1, *x.shape[1:]) for x in state))
             y, state = self._mix(x, state, lengths, None)
-            return y[:0], None if state is None else type(state)(*(part[:0] for part in state))
+            return y[:0], None if state is None else type(state)(*(x[:0] for x in state))
         y, state = self.mix(zero_padding(x, lengths), state, lengths)
         return zero_padding(y, lengths), state
 
@@ -239,12 +311,33 @@ class Block(Learning, ABC):
     def _state_options(
         self, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> tuple[torch.device | str | None, torch.dtype]:
-        """What `initial_state` was given, or else the device and dtype of the parameters."""
+        """What `initial_state` was given, or else as parameters are, those aside that stay in single precision."""
         self._require_causal("initial_state")
-        own = next((parameter for parameter in self.parameters() if parameter.is_floating_point()), None)
+        floating = (parameter for parameter in self.parameters() if parameter.is_floating_point())
+        own = min(floating, key=lambda parameter: parameter.dtype.itemsize, default=None)
         if own is None:  # layers are quantised
             return device, dtype or torch.get_default_dtype()
         return own.device if device is None else device, dtype or own.dtype
+
+    def require_parts(self) -> None:
+        """Raises ValueError where the block cannot be given parts of the time."""
+        if not self._parts:
+            raise ValueError(
+                f"{type(self).__name__} cannot be given parts of the time, as its `mix` takes none; valid: whole "
+                "sequences on each rank, or a block whose memory is a recurrence, such as linear_attention, lru, s4d, "
+                "retnet, mamba2 or gated_delta_net"
+            )
+
+    def _check_part(self, part: Part, x: Tensor, *others: Tensor | None) -> None:
+        self.require_parts()
+        name = type(self).__name__
+        if any(other is not None for other in others):
+            raise ValueError(f"{name}: got a part of the time, and a mask or cu_seqlens; valid with it: lengths")
+        if x.shape[1] != part.stop - part.start:
+            raise ValueError(
+                f"{name}: x has {x.shape[1]} steps; valid: part.own(x) of all {part.T}, which has the "
+                f"{part.stop - part.start} from {part.start} on"
+            )
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] == 0:
@@ -274,10 +367,14 @@ def upgraded(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def places(x: Tensor, state: State | None, documents: Documents | None = None) -> Tensor:
+def places(x: Tensor, state: Any, documents: Documents | None = None, part: Part | None = None) -> Tensor:
     """How many steps its sequence takes ahead of each step of `x` [B, T, ...]: int64 [T], or [B, T] with a state."""
     T, device = x.shape[1], x.device
+    if T == 1 and documents is None and state is not None:
+        return state.position[:, None]
     place = torch.arange(T, device=device) if documents is None else documents.positions()
+    if part is not None:
+        return place + part.start
     if state is None:
         return place
     return place + (state.position[:, None] if documents is None else state.position[documents.of_steps()][None])
@@ -300,36 +397,3 @@ def last_steps(x: Tensor, before: Tensor, lengths: Tensor | None, documents: Doc
     else:
         return x[:, -1].to(before.dtype)
     return torch.where((steps > 0).reshape(-1, *[1] * (before.dim() - 1)), last.to(before.dtype), before)
-
-
-def grow(cache: Tensor, new: Tensor, position: Tensor, documents: Documents | None = None) -> Tensor:
-    """Writes `new` [B, T, ...] behind the first `position` entries of each sequence of `cache` [B, S, ...].
-
-    Returns [B, S + T, ...] in the cache's dtype; what lies behind the new entries has no meaning. Of `documents`, N in
-    place of B, there are as many new entries as the longest has steps: a GPU is waited for.
-    """
-    if documents is not None:
-        new = documents.padded(new)
-    slot = position[:, None] + torch.arange(new.shape[1], device=new.device)  # [B, T]
-    slot = slot.reshape(slot.shape + (1,) * (new.dim() - 2)).expand_as(new)
-    room = torch.zeros_like(new, dtype=cache.dtype)
-    return torch.cat([cache, room], 1).scatter(1, slot, new.to(cache.dtype))
-
-
-def in_a_row(caches: Iterable[Tensor], filled: Tensor, documents: Documents) -> tuple[list[Tensor], dict[str, Any]]:
-    """Caches of documents as `attention` takes them.
-
-    Args:
-        caches: [N, S, ...].
-        filled: int64 [N], how many entries of each there are, those of the present steps included.
-        documents: of the present steps.
-
-    Returns:
-        [1, N · S, ...] each, and `cu_seqlens` and `query_cu_seqlens`: entries that are not filled are documents of
-        their own, in between, of which nothing is asked.
-    """
-    rows = list(caches)
-    steps = documents.lengths
-    keys, queries = (filled, rows[0].shape[1] - filled), (steps, torch.zeros_like(steps))
-    keys_end, queries_end = (F.pad(torch.stack(pair, 1).flatten().cumsum(0), (1, 0)) for pair in (keys, queries))
-    return [row.flatten(0, 1)[None] for row in rows], {"cu_seqlens": keys_end, "query_cu_seqlens": queries_end}

@@ -29,6 +29,12 @@ class BlockDiagonal(nn.Module):
         y = torch.einsum("...hi,hio->...ho", x.unflatten(-1, weight.shape[:2]), weight).flatten(-2)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def unhooked(self) -> bool:
+        """Whether a call does what `forward` says and nothing else."""
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        return type(self) is BlockDiagonal and not any(hooks)
+
 
 def joined(weight: Tensor) -> Tensor:
     """The same layer in blocks of about `WORTH` channels, which hold small ones: [H, D, D] -> [H / n, nD, nD].

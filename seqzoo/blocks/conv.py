@@ -9,8 +9,11 @@ from ..kernels.documents import Documents
 from ..valid import BelowOne, Count
 from .base import Block, advance
 from .depthwise import Depthwise
+from .parts import Part
+from .states import state_of
 
 
+@state_of("inputs")
 class ConvState(NamedTuple):
     inputs: Tensor  # [B, width - 1, D], the last ones
     position: Tensor  # int64 [B]
@@ -47,10 +50,15 @@ class Conv(Block):
         )
 
     def mix(
-        self, x: Tensor, state: ConvState | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: ConvState | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, ConvState | None]:
         before = None if state is None else state.inputs
-        y, after = self.over_time(lambda x: self.conv(x, before, lengths, documents), x)
+        y, after = self.over_time(lambda x: self.conv(x, before, lengths, documents, part), x)
         if state is not None:
             state = ConvState(after, advance(state.position, x, lengths, documents))
         return self.gate(y), state

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,24 +11,15 @@ from ..kernels import GatedAttentionState, attention, gated_attention
 from ..kernels.common import accumulation_dtype, without_autocast, zero_padding
 from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
-from .base import Block, advance, grow, in_a_row, places
+from .base import Block, places
+from .cache import KeyValueCache, check_room, in_a_row
 from .offset_scale import offset_scale
+from .states import state_of
 
 ATTENTIONS = ("flash", "relu2_n2", "relu2_ns", "softmax")
 GAMMA_STD = 3.0  # z starts at about a third of it
 
-
-class GAUCache(NamedTuple):
-    """What a causal GAU that is quadratic in time remembers."""
-
-    keys: Tensor  # [B, N, S]; the first `position` of each sequence are filled
-    values: Tensor  # [B, N, E]
-    position: Tensor  # int64 [B]
-
-    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> GAUCache:
-        """Writes k [B, T, S] and v [B, T, E] behind what each sequence already holds."""
-        keys, values = grow(self.keys, k, self.position, documents), grow(self.values, v, self.position, documents)
-        return GAUCache(keys, values, advance(self.position, k, lengths, documents))
+state_of()(GatedAttentionState)
 
 
 class GAU(Block):
@@ -73,7 +64,7 @@ class GAU(Block):
         d_model: int,
         *,
         causal: bool = False,
-        attention: str = "flash",
+        attention: Literal["flash", "relu2_n2", "relu2_ns", "softmax"] = "flash",
         expand: Factor = 2.0,
         key_dim: int = 128,
         chunk_len: int = 256,
@@ -104,17 +95,16 @@ class GAU(Block):
             offsets = chunk_len if causal else 2 * chunk_len - 1  # of a key, j - i
             self.distance_bias = nn.Parameter(torch.randn(offsets).abs() / math.sqrt(chunk_len))
 
-    def initial_state(self, batch_size, *, device=None, dtype=None) -> GatedAttentionState | GAUCache:
+    def initial_state(
+        self, batch_size, *, device=None, dtype=None, max_length=None
+    ) -> GatedAttentionState | KeyValueCache:
+        """As of any block; a cache with room for `max_length` steps is not copied before it is longer."""
         device, dtype = self._state_options(device, dtype)
-        S, E = self.key_dim, self.value_dim
+        S, E, room = self.key_dim, self.value_dim, check_room("GAU", max_length)
         if self.attention == "flash":
             wide = accumulation_dtype(dtype)
             return GatedAttentionState.empty(batch_size, S, E, self.chunk_len, device=device, dtype=wide)
-        return GAUCache(
-            torch.zeros(batch_size, 0, S, device=device, dtype=dtype),
-            torch.zeros(batch_size, 0, E, device=device, dtype=dtype),
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-        )
+        return KeyValueCache.empty(batch_size, room, (S,), (E,), device=device, dtype=dtype)
 
     def mix(
         self, x: Tensor, state: Any, lengths: Tensor | None, documents: Documents | None = None
@@ -166,10 +156,10 @@ class GAU(Block):
         qk: tuple[Tensor, ...],
         v: Tensor,
         place: Tensor,
-        state: GAUCache | None,
+        state: KeyValueCache | None,
         lengths: Tensor | None,
         documents: Documents | None,
-    ) -> tuple[Tensor, GAUCache | None]:
+    ) -> tuple[Tensor, KeyValueCache | None]:
         q, k = qk
         if self.causal:
             n = place + 1  # [T] or [B, T]
@@ -182,8 +172,7 @@ class GAU(Block):
         n = n.to(accumulation_dtype(q.dtype))
         start = None if state is None else state.position
         if state is not None:
-            state = state.append(k, v, lengths, documents)
-            k, v, lengths = state.keys.to(q.dtype), state.values.to(q.dtype), state.position
+            k, v, lengths, state = state.append(k, v, lengths, documents)
 
         if self.attention == "softmax":
             scale = n.clamp(min=16).log() / (math.log(512) * math.sqrt(self.key_dim))

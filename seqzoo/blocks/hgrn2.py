@@ -15,11 +15,13 @@ from ..valid import BelowOne, Bias
 from .base import Block, advance, head_dim
 from .directions import Directions
 from .gates import GateBias
+from .states import state_of
 from .wide import default_dtype
 
 NORM_EPS = 1e-5
 
 
+@state_of()
 class HGRN2State(NamedTuple):
     memory: Tensor  # [B, H, D, D]
     position: Tensor  # int64 [B]

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.derivatives import by_hand
 from ..kernels.documents import Documents, starts_of
 from .base import Block, advance, head_dim, places
+from .over_parts import linear_attention
+from .parts import Part
 from .rotary import rotate
+from .states import state_of
 
 
 class _EluPlusOne(torch.autograd.Function):
@@ -37,6 +39,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": F.relu, "silu": F.silu}
 
 
+@state_of()
 class LinearAttentionState(NamedTuple):
     memory: Tensor  # [B, H, D, D], or [B, H, D, D + 1] with the normaliser's sum in the last column
     position: Tensor  # int64 [B]
@@ -68,7 +71,7 @@ class LinearAttention(Block):
         *,
         causal: bool = False,
         num_heads: int = 4,
-        feature_map: str = "elu",
+        feature_map: Literal["elu", "relu", "silu"] = "elu",
         normalize: bool = True,
         decay: bool = False,
         rotary: bool = False,
@@ -100,17 +103,23 @@ class LinearAttention(Block):
         )
 
     def mix(
-        self, x: Tensor, state: LinearAttentionState | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: LinearAttentionState | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, LinearAttentionState | None]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, D]
         phi = FEATURE_MAPS[self.feature_map]
         q, k = phi(q), phi(k)
         if self.rotary:
-            place = places(x, state, documents)
+            place = places(x, state, documents, part)
             q, k = rotate(q, place), rotate(k, place)
         log_decay = decay_rates(self.num_heads, x) if self.decay else None
         y = self.over_time(
             lambda v: linear_attention(
+                part,
                 q,
                 k,
                 v,

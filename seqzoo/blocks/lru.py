@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import BelowOne, Count
 from .base import Block, advance
+from .over_parts import diagonal_scan
+from .parts import Part
+from .states import state_of
 from .wide import Wide, default_dtype
 
 
+@state_of()
 class RecurrentState(NamedTuple):
     hidden: Tensor  # [B, ..., 2], real and imaginary parts
     position: Tensor  # int64 [B]
@@ -62,13 +65,23 @@ class ComplexRecurrence(Block):
         )
 
     def mix(
-        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: RecurrentState | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
-        y, state = self.over_time(lambda x: self._recur(x, state, lengths, documents), x)
+        y, state = self.over_time(lambda x: self._recur(x, state, lengths, documents, part), x)
         return self.gate(y + self.skip * x), state
 
     def _recur(
-        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None, documents: Documents | None
+        self,
+        x: Tensor,
+        state: RecurrentState | None,
+        lengths: Tensor | None,
+        documents: Documents | None,
+        part: Part | None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """Re(C h): [B, T, d_model] -> [B, T, d_model]."""
         wide = accumulation_dtype(x.dtype)
@@ -78,6 +91,7 @@ class ComplexRecurrence(Block):
             u, gamma = gamma * u, None
         scan = partial(
             diagonal_scan,
+            part,
             u,
             lam,
             factor=gamma,
@@ -90,7 +104,7 @@ class ComplexRecurrence(Block):
         if state is None:
             h = scan()
         else:
-            h, last = scan(initial_state=torch.view_as_complex(state.hidden), output_final_state=True)
+            h, last = scan(reverse=False, initial_state=torch.view_as_complex(state.hidden), output_final_state=True)
             state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths, documents))
         return self.out_proj(_parts(h, x.dtype)), state
 

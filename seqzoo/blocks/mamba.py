@@ -13,10 +13,12 @@ from ..kernels.selective_scan import selective_scan
 from ..valid import Count, Factor
 from .base import Block, advance
 from .depthwise import short_convolution
+from .states import state_of
 from .timescales import step_bias
 from .wide import Wide, default_dtype
 
 
+@state_of("inputs")
 class MambaState(NamedTuple):
     hidden: Tensor  # [B, E, N]
     inputs: Tensor  # [B, conv_width - 1, E], the last ones of the convolution
@@ -68,7 +70,7 @@ class Mamba(Block):
         self.parts = (R, N, N)  # δ, B and C
         self.dynamics = MambaDynamics(E, N, dt_min, dt_max)
         self.in_proj = nn.Linear(d_model, 2 * E, bias=False)
-        self.conv = short_convolution(E, conv_width, causal=causal, bias=True)
+        self.conv = short_convolution(E, conv_width, causal=causal, bias=True, silu=True)
         self.x_proj = nn.Linear(E, sum(self.parts), bias=False)
         self.dt_proj = nn.Linear(R, E, bias=False)
         self.skip = nn.Parameter(torch.ones(E))  # D
@@ -89,7 +91,6 @@ class Mamba(Block):
     ) -> tuple[Tensor, MambaState | None]:
         u, z = self.in_proj(x).chunk(2, -1)
         u, after = self.conv(u, None if state is None else state.inputs, lengths, documents)
-        u = F.silu(u)
         low, B, C = self.x_proj(u).split(self.parts, -1)
         dt, A = self.dynamics(self.dt_proj(low), accumulation_dtype(x.dtype))
         y = self.over_time(lambda v: self._recur(v, dt, A, B, C, state, lengths, documents), (dt * u)[..., None])

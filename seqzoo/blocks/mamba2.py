@@ -4,10 +4,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents
 from ..valid import Count, Factor
@@ -16,9 +14,13 @@ from .decays import Decay, rates
 from .depthwise import short_convolution
 from .directions import Directions
 from .gated_norm import GatedRMSNorm
+from .over_parts import linear_attention
+from .parts import Part
+from .states import state_of
 from .timescales import step_bias
 
 
+@state_of("inputs")
 class Mamba2State(NamedTuple):
     memory: Tensor  # [B, H, N, P]
     inputs: Tensor  # [B, conv_width - 1, E + 2 G N], the convolution's last ones
@@ -73,7 +75,7 @@ class Mamba2(Block):
         self.widths = E + 2 * num_groups * state_dim, num_heads  # what the convolution takes, δ
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
         self.gate_proj = nn.Linear(d_model, E, bias=False)  # a layer of its own: z is kept for longer than the rest
-        self.conv = short_convolution(self.widths[0], conv_width, causal=causal, bias=True)
+        self.conv = short_convolution(self.widths[0], conv_width, causal=causal, bias=True, silu=True)
         dt_bias = step_bias("Mamba2", num_heads, dt_min, dt_max)
         self.dynamics = Decay(rates(num_heads, 1, 16), dt_bias)
         self.skip = nn.Parameter(torch.ones(num_heads))  # D
@@ -92,12 +94,17 @@ class Mamba2(Block):
         )
 
     def mix(
-        self, x: Tensor, state: Mamba2State | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: Mamba2State | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, Mamba2State | None]:
         H, G = self.num_heads, self.num_groups
         xBC, delta = self.in_proj(x).split(self.widths, -1)
-        xBC, inputs = self.conv(xBC, None if state is None else state.inputs, lengths, documents)
-        values, BC = F.silu(xBC).tensor_split((-2 * G * self.state_dim,), -1)
+        xBC, inputs = self.conv(xBC, None if state is None else state.inputs, lengths, documents, part)
+        values, BC = xBC.tensor_split((-2 * G * self.state_dim,), -1)
         values = values.unflatten(-1, (H, -1))  # [B, T, H, P]
         dt, log_decay = (y[..., 0] for y in self.dynamics(delta))  # [B, T, H]
         ways = Directions(x, lengths, documents, both=not self.causal)
@@ -105,7 +112,7 @@ class Mamba2(Block):
         k, q = ways.doubled(BC).unflatten(-1, (2, G, -1)).unbind(2)  # [B, T, G, N]
 
         before = None if state is None else state.memory
-        scan = partial(linear_attention, q, k, log_decay=log_decay, causal=True)
+        scan = partial(linear_attention, part, q, k, log_decay=log_decay, causal=True, turned=ways.both)
         y = self.over_time(lambda v: ways.through(scan, (v * dt[..., None]).to(v.dtype), before), values)
         if state is not None:
             y, memory = y

@@ -15,12 +15,14 @@ from .base import Block, advance, last_steps
 from .directions import Directions
 from .mamba2 import inner_width
 from .rotary import turned
+from .states import state_of
 from .timescales import step_bias
 from .wide import Wide
 
 SLOWEST = 1e-4  # decay of a unit of time, at least
 
 
+@state_of("key", "value")
 class Mamba3State(NamedTuple):
     memory: Tensor  # [B, H, N, P], of all steps but the last, as that leaves it
     phase: Tensor  # [B, H, N // 4], in [0, 2π)
@@ -192,7 +194,7 @@ def _previous(x: Tensor, before: Tensor | None, documents: Documents | None) -> 
     """What the step ahead has of x [B, T, ...], and `before` [B, ...], or 0, of that of a sequence's first step."""
     if documents is None:
         first = torch.zeros_like(x[:, :1]) if before is None else before[:, None].to(x.dtype)
-        return torch.cat([first, x[:, :-1]], 1)
+        return torch.cat([first, x], 1)[:, :-1]
     begins = (documents.positions() == 0).reshape(-1, *[1] * (x.dim() - 2))
     moved = x.roll(1, 1)
     if before is None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,13 @@ from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import Factor, Range
 from .base import Block, advance
+from .states import state_of
 
 CELLS = ("gru", "lstm")
 Bias = Annotated[float, Range(-64, 64)]
 
 
+@state_of()
 class MinGRUState(NamedTuple):
     hidden: Tensor  # [B, E]
     position: Tensor  # int64 [B]
@@ -45,7 +47,7 @@ class MinGRU(Block):
         d_model: int,
         *,
         causal: bool = False,
-        cell: str = "gru",
+        cell: Literal["gru", "lstm"] = "gru",
         expand: Factor = 1.0,
         gate_bias: Bias | None = None,
     ) -> None:

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
+from ..kernels.nodes import as_node, as_one
 from ..valid import Count, Factor
 from .base import Block, advance, last_steps
 from .block_diagonal import BlockDiagonal
 from .depthwise import short_convolution
 from .directions import Directions
 from .gates import GateBias
+from .states import state_of
 from .wide import default_dtype
 
 NORM_EPS = 1e-5
@@ -28,6 +30,7 @@ class Memory(NamedTuple):
     largest: Tensor  # [B, H], m
 
 
+@state_of("inputs")
 class MLSTMState(NamedTuple):
     memory: Tensor  # as in Memory
     largest: Tensor
@@ -82,7 +85,7 @@ class MLSTM(Block):
         self.num_heads = num_heads
         self.head_dim = E // num_heads
         self.in_proj = nn.Linear(d_model, 2 * E, bias=False)
-        self.conv = short_convolution(E, conv_width, causal=causal, bias=True)
+        self.conv = short_convolution(E, conv_width, causal=causal, bias=True, silu=True)
         self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, E // projection_width, bias=False) for _ in range(3))
         gates = [nn.Linear(E, 2 * num_heads, bias=False) for _ in range(3)]  # of q, k and v
         for layer in gates:
@@ -110,7 +113,6 @@ class MLSTM(Block):
     ) -> tuple[Tensor, MLSTMState | None]:
         x, z = self.in_proj(x).chunk(2, -1)  # [B, T, E]
         u, inputs = self.conv(x, None if state is None else state.inputs, lengths, documents)
-        u = F.silu(u)
         q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(x)
         gates = self.gate_bias(sum(layer(y) for layer, y in zip(self.gate_proj, (q, k, v), strict=True)))
         ways = Directions(x, lengths, documents, both=not self.causal)
@@ -161,7 +163,7 @@ def mlstm(
     # In double precision: where nothing new is larger, m must fall by exactly as much as what it scales.
     i, log_f = i.double(), F.logsigmoid(f.double())
     start = i.new_zeros(B if documents is None else documents.N, H) if before is None else before.largest.double()
-    m, m_before = _largest(i.detach(), log_f.detach(), start, documents)
+    m, m_before = (_node if as_one() else _largest)(i.detach(), log_f.detach(), start, starts_of(documents))
     decay = log_f + torch.minimum(m_before - m, -log_f.detach())  # rounding never lets it be above 0
     scale = (i - m).exp() / math.sqrt(Dk)
     o = linear_attention(
@@ -186,15 +188,16 @@ def mlstm(
     return (o[..., :-1] / divisor).to(v.dtype), after
 
 
-def _largest(i: Tensor, log_f: Tensor, start: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor]:
-    """m at each step, and ahead of it: [B, T, H] each, from m = `start` [B, H], of documents [N, H].
+def _largest(i: Tensor, log_f: Tensor, start: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """m at each step, and ahead of it: [B, T, H] each, from m = `start` [B, H], of documents that `starts` [N, H].
 
     Maxima over one step, then over two, four and so on, of sums of the steps between: no difference of long sums.
     """
     T = i.shape[1]
-    if documents is None:
+    if starts is None:
         ahead, longest, start = torch.arange(T, device=i.device), T, start[:, None]
     else:
+        documents = Documents(starts, T)
         ahead, longest, start = documents.positions(), documents.longest, start[documents.of_steps()][None]
     first = (ahead == 0)[:, None]
     m = torch.where(first, torch.maximum(i, log_f + start), i)
@@ -205,3 +208,6 @@ def _largest(i: Tensor, log_f: Tensor, start: Tensor, documents: Documents | Non
         decay = decay + torch.where(reaches, decay.roll(distance, 1), 0)
         distance *= 2
     return m, torch.where(first, start, m.roll(1, 1))
+
+
+_node = as_node("mlstm_largest", _largest, lambda i, *_: (i.new_empty(i.shape), i.new_empty(i.shape)), shared={})

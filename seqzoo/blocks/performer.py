@@ -4,15 +4,16 @@ import math
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import FavorState, favor_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from .base import Block, advance, head_dim
+from .states import state_of
 
 
+@state_of()
 class PerformerState(NamedTuple):
     sums: Tensor  # [B, H, M, D + 1], by feature, relative to exp(log_scale), the normaliser in the last column
     log_scale: Tensor  # [B, H, M]
@@ -58,7 +59,7 @@ class Performer(Block):
         super().__init__(d_model, causal=causal)
         self.head_dim = head_dim("Performer", d_model, num_heads)
         if num_features is None:
-            num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
+            num_features = default_features(self.head_dim)
         if num_features < 1:
             raise ValueError(f"Performer: num_features={num_features}; valid: 1 or more")
         if redraw_every < 0:
@@ -125,6 +126,11 @@ class Performer(Block):
         self.steps = int(state)
 
 
+def default_features(D: int) -> int:
+    """D ln D, rounded down, for heads of D channels."""
+    return max(1, int(D * math.log(D)))
+
+
 def orthogonal_gaussian(H: int, M: int, D: int) -> Tensor:
     """Rows with the distribution of N(0, I) each, orthogonal within every D of them: float32 [H, M, D].
 
@@ -135,4 +141,4 @@ def orthogonal_gaussian(H: int, M: int, D: int) -> Tensor:
     # QR leaves the sign of each direction to the algorithm; with these it is the uniform distribution's.
     Q = Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
     norms = torch.randn(H, M, D, dtype=torch.float32, device="cpu").norm(dim=-1, keepdim=True)
-    return rearrange(Q, "H block D row -> H (block row) D")[:, :M] * norms
+    return Q.mT.flatten(1, 2)[:, :M] * norms

@@ -3,18 +3,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
 from .base import Block, advance, head_dim, places
+from .gated_norm import NormThenGate
 from .linear_attention import decay_rates
+from .over_parts import linear_attention
+from .parts import Part
 from .rotary import rotate
+from .states import state_of
 
 
+@state_of()
 class RetNetState(NamedTuple):
     memory: Tensor  # [B, H, Dk, Dv]
     position: Tensor  # int64 [B]
@@ -50,7 +53,7 @@ class RetNet(Block):
         E = num_heads * self.value_dim
         self.widths = d_model, d_model, E, E  # q, k, v, gate
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
-        self.norm = nn.RMSNorm(self.value_dim, eps=1e-6, elementwise_affine=False)
+        self.norm = NormThenGate(self.value_dim, "silu", eps=1e-6, affine=False)
         self.out_proj = nn.Linear(E, d_model, bias=False)
         with torch.no_grad():
             for weight in self.in_proj.weight.split(self.widths):
@@ -66,15 +69,21 @@ class RetNet(Block):
         )
 
     def mix(
-        self, x: Tensor, state: RetNetState | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: RetNetState | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, RetNetState | None]:
         *qkv, gate = self.in_proj(x).split(self.widths, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)  # [B, T, H, Dk or Dv]
-        place, pairs = places(x, state, documents), self.key_dim // 2
+        place, pairs = places(x, state, documents, part), self.key_dim // 2
         base = 10_000 ** (pairs / max(pairs - 1, 1))  # frequencies from 1 to 1 / 10,000, both included
         q, k = rotate(q, place, base=base), rotate(k * self.key_dim**-0.5, place, base=base)
         y = self.over_time(
             lambda v: linear_attention(
+                part,
                 q,
                 k,
                 v,
@@ -90,4 +99,4 @@ class RetNet(Block):
         if state is not None:
             y, memory = y
             state = RetNetState(memory, advance(state.position, x, lengths, documents))
-        return self.out_proj(F.silu(gate) * self.norm(y).flatten(2)), state
+        return self.out_proj(self.norm(y, gate)), state

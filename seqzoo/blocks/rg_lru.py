@@ -1,26 +1,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import diagonal_scan
-from ..kernels.common import accumulation_dtype, zero_padding
-from ..kernels.derivatives import by_hand
+from ..kernels.common import accumulation_dtype, in_cache, zero_padding
+from ..kernels.derivatives import by_hand, gradient
 from ..kernels.documents import Documents, starts_of
+from ..kernels.real_gated_scan import Gate, real_gated_scan, real_gated_unit
 from ..valid import Between, Count
-from .base import Block, advance, places
-from .block_diagonal import BlockDiagonal
+from .base import Block, advance
+from .block_diagonal import BlockDiagonal, joined
 from .depthwise import short_convolution
+from .states import state_of
 from .wide import Wide, default_dtype
 
 RATE = 8.0
-STEEPEST = 1000.0  # slope of the root, at most
 
 
+@state_of("inputs")
 class RGLRUState(NamedTuple):
     hidden: Tensor  # [B, N]
     inputs: Tensor  # [B, conv_width - 1, N], the last ones of the convolution
@@ -34,9 +37,9 @@ class RGLRU(Block):
         h_t = a_t∘h_{t-1} + √(1 - a_t²)∘(i_t∘u_t),   y = W_o(GELU(W_y x + b)∘h) + b
 
     At a sequence's first step a is 0, and so the root 1. The root's slope by 1 - a² is cut at 1,000, which happens only
-    where a is 1 but for 10⁻⁷. The convolution moves values beside `over_time`. Bidirectional: it looks at both sides;
-    the recurrence also runs from the end, where the last step is the first, both include the present step and are added
-    before the gate. Λ stays in single precision when the block is cast to half.
+    where a is 1 but for 10⁻⁷. The convolution moves values beside `over_time`, whose values are u. Bidirectional: it
+    looks at both sides; the recurrence also runs from the end, where the last step is the first, both include the
+    present step and are added before the gate. Λ stays in single precision when the block is cast to half.
 
     Λ starts as the paper says it: a is uniform in [r_min, r_max] where r is 1. The authors' code puts e^-softplus(Λ)
     there in place of a, its 8th root, and so forgets eight times as fast.
@@ -92,50 +95,45 @@ class RGLRU(Block):
     def mix(
         self, x: Tensor, state: RGLRUState | None, lengths: Tensor | None, documents: Documents | None = None
     ) -> tuple[Tensor, RGLRUState | None]:
-        wide = accumulation_dtype(x.dtype)
         before = None if state is None else state.inputs
         u, after = self.conv(zero_padding(self.in_proj(x), lengths), before, lengths, documents)
-        log_a = self.dynamics(self.recurrence_gate(u).to(wide).sigmoid())
-        ahead = places(x, state, documents)
-        firsts = (ahead == 0,) if self.causal else (ahead == 0, ahead == _steps(x, lengths, documents) - 1)
-        gates = [decay(log_a.masked_fill(first[..., None], -math.inf)) for first in firsts]  # of each direction
-        values = self.input_gate(u).to(wide).sigmoid() * u
-        y = self.over_time(lambda v: self._recur(v, gates, state, lengths, documents), values[..., None])
+        values = u[..., None]
+        y = self.over_time(lambda v: self._recur(v, u, v is values, state, lengths, documents), values)
         if state is not None:
             y, hidden = y
             state = RGLRUState(hidden, after, advance(state.position, x, lengths, documents))
-        gate = F.gelu(self.gate_proj(x), approximate="tanh")
-        return self.out_proj(gate * y.squeeze(-1).to(gate.dtype)), state
+        gate = self.gate_proj(x)
+        return self.out_proj(gated(y.squeeze(-1).to(gate.dtype), gate)), state
 
     def _recur(
         self,
         v: Tensor,
-        gates: list[tuple[Tensor, Tensor]],
+        u: Tensor,
+        own: bool,
         state: RGLRUState | None,
         lengths: Tensor | None,
         documents: Documents | None,
     ) -> Any:
-        """h of v [B, T, N, any], each channel with its a and root [B, T, N]; with a state, (h, the last one)."""
-
-        def scan(a: Tensor, root: Tensor, **options: Any) -> Any:
-            x = (root[..., None] * v).flatten(2)
-            a = a[..., None].expand_as(v).flatten(2)
-            return diagonal_scan(x, a, lengths=lengths, cu_seqlens=starts_of(documents), **options)
-
+        """h of v [B, T, N, any], each channel with the gates that u [B, T, N] has there, and whether v is its `own`;
+        with a state, (h, the last one)."""
+        rates = self.dynamics(accumulation_dtype(u.dtype))
+        gates: tuple[Any, ...] = (self.recurrence_gate, self.input_gate)
+        scan: Any
+        if own and all(gate.unhooked for gate in gates):
+            recurrence, inputs = (Gate(joined(gate.weight), gate.bias) for gate in gates)
+            scan = partial(real_gated_unit, u, recurrence, inputs, rates)
+        else:
+            forgets, takes = (gate(u)[..., None].expand_as(v).flatten(2) for gate in gates)
+            scan = partial(real_gated_scan, v.flatten(2), forgets, takes, rates[:, None].expand(v.shape[2:]).flatten())
+        ends: dict[str, Any] = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
         if state is not None:
-            h, last = scan(*gates[0], initial_state=state.hidden, output_final_state=True)
+            before = {"initial_state": state.hidden, "begins": state.position == 0}
+            h, last = scan(**before, output_final_state=True, **ends)
             return h.view_as(v), last
-        h = scan(*gates[0])
+        h = scan(**ends)
         if not self.causal:
-            h = h + scan(*gates[1], reverse=True)
+            h = h + scan(reverse=True, **ends)
         return h.view_as(v)
-
-
-def _steps(x: Tensor, lengths: Tensor | None, documents: Documents | None) -> Any:
-    """How many its sequence has, of each step of `x` [B, T, ...]: an integer, int64 [T] or [B, 1]."""
-    if documents is not None:
-        return documents.lengths[documents.of_steps()]
-    return x.shape[1] if lengths is None else lengths[:, None]
 
 
 class RGLRUDynamics(Wide):
@@ -148,30 +146,44 @@ class RGLRUDynamics(Wide):
         a = r_min + torch.rand(N, dtype=default_dtype()) * (r_max - r_min)
         self.Lambda = nn.Parameter((a.log() / -RATE).expm1().log())
 
-    def forward(self, r: Tensor) -> Tensor:
-        """log a: [..., N] -> [..., N]."""
-        return r * (-RATE * F.softplus(self.Lambda.to(r.dtype)))
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """-log a where r is 1: [N]."""
+        return RATE * F.softplus(self.Lambda.to(dtype))
 
 
-class _Decay(torch.autograd.Function):
-    """Keeps what it gives, and nothing else."""
+def gated(h: Tensor, z: Tensor) -> Tensor:
+    """h ∘ GELU(z), [B, T, N]."""
+    return _Gated.apply(h, z) if by_hand() else _gated(h, z)
+
+
+def _gated(h: Tensor, z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh") * h
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps nothing that is not kept anyway, and goes through it while steps are cached."""
 
     @staticmethod
-    def forward(ctx: Any, log_a: Tensor) -> tuple[Tensor, Tensor]:
-        a, root = log_a.exp(), (2 * log_a).expm1_().neg_().sqrt_()
-        ctx.save_for_backward(a, root)
-        return a, root
+    def forward(ctx: Any, h: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(h, z)
+        y = torch.empty_like(z)
+        for t in _together(z):
+            torch.mul(F.gelu(z[:, t], approximate="tanh"), h[:, t], out=y[:, t])
+        return y
 
     @staticmethod
-    def backward(ctx: Any, da: Tensor, d_root: Tensor) -> Tensor:
-        a, root = ctx.saved_tensors
-        return a * (da - d_root * a / root.clamp(min=0.5 / STEEPEST))
+    def backward(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
+        h, z = ctx.saved_tensors
+
+        def written() -> tuple[Tensor, Tensor]:
+            dh, dz = torch.empty_like(h), torch.empty_like(z)
+            for t in _together(z):
+                torch.mul(F.gelu(z[:, t], approximate="tanh"), dy[:, t], out=dh[:, t])
+                dz[:, t] = torch.ops.aten.gelu_backward(dy[:, t] * h[:, t], z[:, t], approximate="tanh")
+            return dh, dz
+
+        return gradient(written, lambda h, z: (_gated(h, z),), (h, z), (dy,))
 
 
-def decay(log_a: Tensor) -> tuple[Tensor, Tensor]:
-    """a and √(1 - a²), whose slope by 1 - a² is `STEEPEST` at most."""
-    if by_hand():
-        return _Decay.apply(log_a)
-    x, bend = -torch.expm1(2 * log_a), 1 / (2 * STEEPEST) ** 2
-    straight = x.detach().sqrt() + STEEPEST * (x - x.detach())
-    return log_a.exp(), torch.where(x > bend, x.clamp(min=bend).sqrt(), straight)
+def _together(x: Tensor) -> list[slice]:
+    return in_cache(x.shape[1], 4 * len(x) * x.shape[2], x)

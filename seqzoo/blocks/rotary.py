@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+
+from ..kernels.common import can_be_looked_at
 
 
 def rotate(x: Tensor, position: Tensor, *, base: float = 10_000.0) -> Tensor:
@@ -20,18 +24,31 @@ def rotate(x: Tensor, position: Tensor, *, base: float = 10_000.0) -> Tensor:
 
 def turns(position: Tensor, channels: int, dtype: torch.dtype, *, base: float = 10_000.0) -> Tensor:
     """By what `rotate` turns each pair of channels: complex [T, 1, D // 2], or with a batch in front."""
-    pairs = channels // 2
-    frequency = base ** (-torch.arange(pairs, device=position.device, dtype=dtype) / max(pairs, 1))
-    angle = position[..., None, None].to(dtype) * frequency
+    if can_be_looked_at(position):  # to a single step, making rates anew is half the work
+        rates, one = _rates_and_one(channels // 2, dtype, base)
+        return torch.polar(one, position[..., None, None] * rates)
+    angle = position[..., None, None].to(dtype) * _rates(channels // 2, dtype, base, position.device)
     return torch.polar(torch.ones_like(angle), angle)
+
+
+def _rates(pairs: int, dtype: torch.dtype, base: float, device: torch.device) -> Tensor:
+    return base ** (-torch.arange(pairs, device=device, dtype=dtype) / max(pairs, 1))
+
+
+@cache
+def _rates_and_one(pairs: int, dtype: torch.dtype, base: float) -> tuple[Tensor, Tensor]:
+    device = torch.device("cpu")
+    return _rates(pairs, dtype, base, device), torch.ones((), dtype=dtype, device=device)
 
 
 def turned(x: Tensor, turn: Tensor) -> Tensor:
     """`x` [B, T, H, D] with as many pairs of its channels turned as `turn` has; those behind them stay."""
     pairs = turn.shape[-1]
     # One complex product is one pass over memory, and one back.
-    paired, rest = x.split((2 * pairs, x.shape[-1] - 2 * pairs), -1)
-    paired = paired.contiguous() if rest.shape[-1] else paired  # a row of odd length is no row of complex numbers
+    paired, rest = x, None
+    if 2 * pairs < x.shape[-1]:
+        paired, rest = x.split((2 * pairs, x.shape[-1] - 2 * pairs), -1)
+        paired = paired.contiguous()  # a row of odd length is no row of complex numbers
     points = torch.view_as_complex(paired.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (pairs, 2)))
     rotated = torch.view_as_real(points * turn).flatten(-2).to(x.dtype)
-    return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
+    return rotated if rest is None else torch.cat([rotated, rest], -1)

@@ -16,12 +16,14 @@ from .delta import unit
 from .depthwise import Window
 from .directions import Directions
 from .gates import GateBias
+from .states import state_of
 from .wide import default_dtype
 
 NORM_EPS = 1e-5  # times the channels of a head
 FASTEST = -math.exp(-0.5)  # the logarithm of the strongest decay, 0.545
 
 
+@state_of("previous")
 class RWKV7State(NamedTuple):
     memory: Tensor  # [B, H, D, D]
     previous: Tensor  # [B, 1, d_model], the last input

@@ -2,20 +2,21 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, autocast_dtype, product_dtype, valid_positions, without_autocast
-from ..kernels.derivatives import forward_mode
-from ..kernels.documents import Documents, Pieces
+from ..kernels.derivatives import transformed
+from ..kernels.documents import Documents, Pieces, starts_of
+from ..kernels.nodes import as_node, as_one
 from ..valid import BelowOne, Positive
 from .base import Block, advance
 from .lru import RecurrentState
+from .parts import Part, carried
 from .timescales import log_steps
 from .wide import Wide, default_dtype
 
@@ -62,7 +63,7 @@ class S4D(Block):
         state_dim: int = 64,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        init: str = "lin",
+        init: Literal["lin", "ft", "dfout"] = "lin",
         frequency_scale: Positive = 3.0,
         dropout: BelowOne = 0.0,
     ) -> None:
@@ -86,7 +87,12 @@ class S4D(Block):
         )
 
     def mix(
-        self, x: Tensor, state: RecurrentState | None, lengths: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: RecurrentState | None,
+        lengths: Tensor | None,
+        documents: Documents | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         wide = accumulation_dtype(x.dtype)
         A, step = self.dynamics(wide)  # [D, P]
@@ -94,8 +100,9 @@ class S4D(Block):
         before = None if state is None else torch.view_as_complex(state.hidden)
         values = x.to(autocast_dtype(x))
         with without_autocast(x.device):
+            form = _convolve_as_node if as_one() else partial(convolve, part=part)
             y, after = self.over_time(
-                lambda x: convolve(x, step, C, before, lengths, documents), values.to(product_dtype(values))
+                lambda x: form(x, step, C, before, lengths, documents), values.to(product_dtype(values))
             )
         if state is not None and after is not None:
             state = RecurrentState(torch.view_as_real(after), advance(state.position, x, lengths, documents))
@@ -136,6 +143,7 @@ def convolve(
     before: Tensor | None,
     lengths: Tensor | None,
     documents: Documents | None = None,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y_t = Re Σ_p C_0p h_tp with h_t = exp(step) h_{t-1} + x_t, by chunks.
 
@@ -148,6 +156,7 @@ def convolve(
         before: h before the first step, [B, D, P]; None is zero, and then no state is returned.
         lengths: int64 [B], at which step the returned state is taken; None is T.
         documents: in place of lengths, with B = 1; states have a row for each.
+        part: x is of this part of the time, and zero past lengths; then there are no states.
 
     Returns:
         y [B, T, D], and h after `lengths` steps [B, D, P].
@@ -169,14 +178,15 @@ def convolve(
     # What each chunk leaves behind, for what follows and for what comes before, is carried over the chunks.
     rising = torch.stack([re, im], 2).flatten(1, 2)  # [D, 2P, L]
     leaving = torch.cat([rising.flip(-1), rising][:ways], 1).to(x.dtype)
-    left, *back = rearrange(
-        (x_c @ leaving.mT).to(step.real.dtype),
-        "D (B N) (ways P parts) -> ways B N (D P) parts",
-        B=B,
-        ways=ways,
-        parts=2,
-    )
+    left_in = (x_c @ leaving.mT).to(step.real.dtype)
+    left_in = left_in.unflatten(1, (B, N)).unflatten(-1, (ways, -1, 2))  # [D, B, N, ways, P, 2]
+    left, *back = left_in.permute(3, 1, 2, 0, 4, 5).flatten(3, 4)  # [B, N, DP, 2] each
     carry = _carry if pieces is None else partial(_carry_in_documents, pieces=pieces)
+    if part is not None:
+        rest = T - (N - 1) * L  # steps of the last chunk
+        last = x_c.view(D, B, N, L)[:, :, -1, :rest] @ leaving[:, : 2 * P, L - rest :].mT  # [D, B, 2P]
+        last = last.to(step.real.dtype).unflatten(-1, (-1, 2)).transpose(0, 1).flatten(1, 2).contiguous()  # [B, DP, 2]
+        carry = partial(_carry_in_parts, last=torch.view_as_complex(last), step=step.flatten(), rest=rest, part=part)
     reached = carry(left, back, over_chunk, None if before is None else before.flatten(1, 2))
 
     C_re, C_im = torch.view_as_real(torch.stack([C[0] * step.exp(), *C[1:]]))[..., None, :].unbind(-1)
@@ -188,10 +198,13 @@ def convolve(
     kernel = torch.cat([earlier, now, taps[0, :, :-1]], -1)  # [D, 2L - 1], of lags 1 - L to L - 1
     reading = torch.cat([read[0], *(later.flip(-1) for later in read[1:])], 1).to(x.dtype)  # [D, ways 2P, L]
     parts = [
-        rearrange(torch.view_as_real(h[:, :N]).to(x.dtype), "B N (D P) parts -> D (B N) (P parts)", D=D)
-        for h in reached
-    ]
+        torch.view_as_real(h[:, :N]).to(x.dtype).unflatten(2, (D, -1)).permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)
+        for h in reached[:ways]
+    ]  # [D, BN, 2P]
     y = torch.baddbmm(torch.cat(parts, -1) @ reading, x_c, kernel.unfold(-1, L, 1).flip(1).to(x.dtype))  # [D, BN, L]
+    for following in reached[ways:]:  # of other parts, for the last chunk, which may be shorter than the rest
+        later = torch.view_as_real(following).to(x.dtype).unflatten(1, (D, -1)).transpose(0, 1).flatten(2)  # [D, B, 2P]
+        y.view(D, B, N, L)[:, :, -1, :rest] += later @ read[1, ..., :rest].flip(-1).to(x.dtype)
     y = _transpose(y.view(D, -1)).view(B, N * L, D)
     y = y[:, :T] if pieces is None else pieces.take_up(y)
     if before is None:
@@ -199,21 +212,46 @@ def convolve(
 
     if pieces is None:
         end = torch.full((B,), T, device=x.device) if lengths is None else lengths
-        batch, chunk, rest = torch.arange(B, device=x.device), end // L, end % L
+        batch, chunk, steps = torch.arange(B, device=x.device), end // L, end % L
     else:
         last = pieces.before[1:] - 1  # of each document, or, if that has none, of another
         batch, chunk = torch.zeros_like(last), last.clamp(min=0)
-        rest = pieces.steps[chunk]
+        steps = pieces.steps[chunk]
     start = reached[0].unflatten(-1, (D, P))[batch, chunk]
-    part = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
-    since = (rest[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
-    kept = torch.where(valid_positions(rest, L)[:, None], part, 0).to(step.dtype)
-    after = start * torch.exp(step * rest[:, None, None]) + torch.einsum(
+    within = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
+    since = (steps[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
+    kept = torch.where(valid_positions(steps, L)[:, None], within, 0).to(step.dtype)
+    after = start * torch.exp(step * steps[:, None, None]) + torch.einsum(
         "bdl,dpbl->bdp", kept, torch.complex(re, im)[..., since]
     )
     if documents is not None:
         after = torch.where((documents.lengths > 0)[:, None, None], after, before)
     return y, after
+
+
+def _convolve_as_node(
+    x: Tensor, step: Tensor, C: Tensor, before: Tensor | None, lengths: Tensor | None, documents: Documents | None
+) -> tuple[Tensor, Tensor | None]:
+    parts = (None if z is None else torch.view_as_real(z) for z in (step, C, before))
+    y, after = _node(x, *parts, lengths, starts_of(documents))
+    return y, None if before is None else torch.view_as_complex(after)
+
+
+def _run(
+    x: Tensor, step: Tensor, C: Tensor, before: Tensor | None, lengths: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    step, C = (torch.view_as_complex(z.contiguous()) for z in (step, C))
+    past = None if before is None else torch.view_as_complex(before.contiguous())
+    documents = None if starts is None else Documents(starts, x.shape[1])
+    y, after = convolve(x, step, C, past, lengths, documents)
+    return y.contiguous(), step.real.new_empty(0) if after is None else torch.view_as_real(after)
+
+
+def _empty(x, step, C, before, lengths, starts):
+    return x.new_empty(x.shape), step.new_empty(0) if before is None else before.new_empty(before.shape)
+
+
+_node = as_node("s4d_convolve", _run, _empty, shared={"step": 3, "C": 4})
 
 
 def _carry(left: Tensor, back: list[Tensor], over_chunk: Tensor, before: Tensor | None) -> list[Tensor]:
@@ -256,8 +294,47 @@ def _carry_in_documents(
     return reached
 
 
+def _carry_in_parts(
+    left: Tensor,
+    back: list[Tensor],
+    over_chunk: Tensor,
+    before: None,
+    *,
+    last: Tensor,
+    step: Tensor,
+    rest: int,
+    part: Part,
+) -> list[Tensor]:
+    """The same of a part of the time; and behind it g at the first step of the next part, complex [B, DP], which what
+    there is for the last chunk leaves out.
+
+    Args:
+        last: what the last chunk leaves at the end of its own steps, complex [B, DP].
+        step: complex [DP].
+        rest: steps of the last chunk.
+    """
+    over_rest, over_all = (step * rest).exp(), (step * (part.stop - part.start)).exp()
+    state = last.shape, last.dtype
+
+    def behind(h: Tensor) -> Tensor:
+        first = torch.view_as_complex(F.pad(left[:, :-1], (0, 0, 0, 0, 1, 0)))  # there may be one chunk alone
+        ahead_of_last = diagonal_scan(first, over_chunk, output_final_state=True)[1]
+        return over_all * h + over_rest * ahead_of_last + last
+
+    def ahead(g: Tensor, leaving: Tensor) -> Tensor:
+        own = diagonal_scan(torch.view_as_complex(leaving), over_chunk, reverse=True, output_final_state=True)[1]
+        return over_all * g + own
+
+    reached = carried(part, left, *state, behind)
+    following = [carried(part, left, *state, partial(ahead, leaving=leaving), back=True) for leaving in back]
+    for n, g in enumerate(following):
+        beyond = torch.view_as_real(over_rest * g)[:, None]
+        back[n] = torch.cat([back[n][:, :-1], back[n][:, -1:] + beyond], 1)
+    return _carry(left, back, over_chunk, reached) + following
+
+
 def _transpose(x: Tensor) -> Tensor:
-    return x.t().contiguous() if forward_mode() else _Transpose.apply(x)
+    return x.t().contiguous() if transformed() else _Transpose.apply(x)
 
 
 class _Transpose(torch.autograd.Function):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class S5(ComplexRecurrence):
         num_blocks: Count = 4,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        discretization: str = "zoh",
+        discretization: Literal["zoh", "bilinear"] = "zoh",
         dropout: BelowOne = 0.0,
     ) -> None:
         P = d_model if state_dim is None else state_dim

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,9 @@ from torch import Tensor, nn
 from ..kernels import attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents
-from .base import Block, advance, grow, head_dim, in_a_row, places
-from .rotary import rotate
-
-
-class AttentionState(NamedTuple):
-    keys: Tensor  # [B, S, G, D]; the first `position` of each sequence are filled, or as many as a window lets be seen
-    values: Tensor  # [B, S, G, D]
-    position: Tensor  # int64 [B]
+from .base import Block, advance, head_dim, places
+from .cache import KeyValueCache, check_room, grow, in_a_row
+from .rotary import turned, turns
 
 
 class SoftmaxAttention(Block):
@@ -64,19 +59,26 @@ class SoftmaxAttention(Block):
         self.qkv_proj = nn.Linear(d_model, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
 
-    def initial_state(self, batch_size, *, device=None, dtype=None) -> AttentionState:
+    def initial_state(self, batch_size, *, device=None, dtype=None, max_length=None) -> KeyValueCache:
+        """As of any block; a cache with room for `max_length` steps is not copied before it is longer."""
         device, dtype = self._state_options(device, dtype)
-        empty = torch.zeros(batch_size, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
-        return AttentionState(empty, empty, torch.zeros(batch_size, dtype=torch.int64, device=device))
+        room = 0 if self.window is not None else check_room("SoftmaxAttention", max_length)
+        entry = self.num_kv_heads, self.head_dim
+        return KeyValueCache.empty(batch_size, room, entry, entry, device=device, dtype=dtype)
 
     def mix(
-        self, x: Tensor, state: AttentionState | None, lengths: Tensor | None, documents: Documents | None = None
-    ) -> tuple[Tensor, AttentionState | None]:
+        self, x: Tensor, state: KeyValueCache | None, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, KeyValueCache | None]:
         H, G = self.num_heads, self.num_kv_heads
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split((H, G, G), dim=2)  # [B, T, H or G, D]
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 G, D]
+        qk, v = qkv.narrow(2, 0, H + G), qkv.narrow(2, H + G, G)
         place = places(x, state, documents)
-        if self.rotary:
-            q, k = rotate(q, place), rotate(k, place)
+        turn = turns(place, self.head_dim, torch.promote_types(qkv.dtype, torch.float32)) if self.rotary else None
+        if turn is not None and x.shape[1] == 1:
+            qk, turn = turned(qk, turn), None
+        q, k = qk.narrow(2, 0, H), qk.narrow(2, H, G)
+        if turn is not None:  # of many steps, each by itself in memory
+            q, k = turned(q, turn), turned(k, turn)
         scale = self._scale(place, lengths, documents, x)
         extent: dict[str, Any] = {"lengths": lengths} if documents is None else {"cu_seqlens": documents.starts}
         if state is not None:
@@ -86,21 +88,32 @@ class SoftmaxAttention(Block):
         return self.out_proj(y.flatten(2)), state
 
     def _remember(
-        self, k: Tensor, v: Tensor, state: AttentionState, lengths: Tensor | None, documents: Documents | None
-    ) -> tuple[Tensor, Tensor, dict[str, Any], AttentionState]:
+        self, k: Tensor, v: Tensor, state: KeyValueCache, lengths: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, dict[str, Any], KeyValueCache]:
         """Keys and values behind those of the state, what `attention` is told of them, and the state after them."""
-        most = None if self.window is None else self.window - 1
-        held = state.position if most is None else state.position.clamp(max=most)
-        keys, values = grow(state.keys, k, held, documents), grow(state.values, v, held, documents)
-        filled, position = (advance(before, k, lengths, documents) for before in (held, state.position))
-        k, v = keys.to(k.dtype), values.to(v.dtype)
-        extent: dict[str, Any] = {"lengths": filled, "position": held}
-        if documents is not None:
-            (k, v), extent = in_a_row((k, v), filled, documents)
-        if most is not None and keys.shape[1] > most:
-            last = (filled - most).clamp(min=0)[:, None] + torch.arange(most, device=k.device)
-            keys, values = (x.take_along_dim(last[..., None, None], 1) for x in (keys, values))
-        return k, v, extent, AttentionState(keys, values, position)
+        if self.window is None:
+            held = state.position
+            k, v, filled, state = state.append(k, v, lengths, documents)
+        else:
+            held = state.position.clamp(max=self.window - 1)
+            filled, position = (advance(place, k, lengths, documents) for place in (held, state.position))
+            keys, values = grow(state.keys, k, held, documents), grow(state.values, v, held, documents)
+            k, v = keys.to(k.dtype), values.to(v.dtype)
+            state = KeyValueCache(*self._last(keys, values, filled), position, torch.full_like(position, -1))
+        if documents is None:
+            return k, v, {"lengths": filled, "position": held}, state
+        assert filled is not None
+        (k, v), extent = in_a_row((k, v), filled, documents)
+        return k, v, extent, state
+
+    def _last(self, keys: Tensor, values: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+        """As many of the last of their `filled` entries as later queries see, if there are more."""
+        assert self.window is not None
+        most = self.window - 1
+        if keys.shape[1] <= most:
+            return keys, values
+        last = (filled - most).clamp(min=0)[:, None] + torch.arange(most, device=keys.device)
+        return keys.take_along_dim(last[..., None, None], 1), values.take_along_dim(last[..., None, None], 1)
 
     def _scale(self, place: Tensor, lengths: Tensor | None, documents: Documents | None, x: Tensor) -> Tensor | None:
         if self.entropy_length is None:

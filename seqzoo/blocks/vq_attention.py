@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import VQState, vq_attention
@@ -14,6 +13,9 @@ from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
 from .base import Block, head_dim
 from .quantizers import FiniteScalarQuantizer, VectorQuantizer
+from .states import state_of
+
+state_of()(VQState)
 
 
 class VQAttention(Block):
@@ -48,10 +50,10 @@ class VQAttention(Block):
         expand: Factor = 2.0,
         codebook_size: int = 128,
         block_len: int = 64,
-        quantizer: str = "vq",
+        quantizer: Literal["vq", "fsq"] = "vq",
         ema: float = 0.99,
         commitment: float = 1e-4,
-        codebook_start: str = "random",
+        codebook_start: Literal["random", "kmeans"] = "random",
         restart: float = 0.0,
         exact_steps: int = 0,
     ) -> None:
@@ -226,6 +228,6 @@ def exact_attention(
     if lengths is not None:
         hidden = hidden | ~valid_positions(lengths, T)[:, None, None]
     mask = mask.masked_fill(hidden, -torch.inf)
-    q, k, v = (rearrange(x, "B T H D -> B H T D") for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-    return rearrange(y, "B H T D -> B T H D")
+    return y.transpose(1, 2)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from ..blocks import Part
 from ..kernels.common import accumulation_dtype, valid_positions, zero_padding
 from ..kernels.documents import Documents
 from ..spec import TaskSpec
@@ -40,6 +42,26 @@ def pool_documents(x: Tensor, documents: Documents, how: str) -> Tensor:
     return torch.where(lengths > 0, pooled, 0)
 
 
+def pool_parts(x: Tensor, lengths: Tensor, how: str, part: Part) -> Tensor:
+    """The same of sequences of which this rank has a part, and others the others: [B, T of the part, D] -> [B, D], on
+    each rank. `lengths` are those of the whole sequences."""
+    own: Any = part.lengths(lengths)
+    if how == "mean":
+        return part.total(zero_padding(x, own).sum(1)) / lengths.clamp(min=1)[:, None]
+    if how == "max":
+        among = x.new_zeros(part.ranks, len(x), x.shape[2])
+        valid = valid_positions(own, x.shape[1])[..., None]
+        among = part.total(
+            among.index_add(0, own.new_full((1,), part.rank), x.masked_fill(~valid, -torch.inf).amax(1)[None])
+        )
+        return torch.where(lengths[:, None] > 0, among.amax(0), 0)
+    at = (torch.zeros_like(lengths) if how == "first" else lengths - 1) - part.start
+    here = (at >= 0) & (at < own)
+    return part.total(
+        torch.where(here[:, None], x[torch.arange(len(x), device=x.device), at.clamp(0, x.shape[1] - 1)], 0)
+    )
+
+
 class ClassificationHead(nn.Module):
     """Pooled sequences to class scores: [B, T, D] -> [B, classes], or of N documents [1, T, D] -> [N, classes].
 
@@ -56,8 +78,10 @@ class ClassificationHead(nn.Module):
         hidden = [nn.Linear(d_model, d_model), nn.ReLU()] if kind == "mlp" else []
         self.scores = nn.Sequential(*hidden, nn.Linear(d_model, num_classes))
 
-    def forward(self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> Tensor:
-        return self.scores(_pooled(x, lengths, documents, self.pooling))
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None, part: Part | None = None
+    ) -> Tensor:
+        return self.scores(_pooled(x, lengths, documents, part, self.pooling))
 
 
 class PairHead(nn.Module):
@@ -75,8 +99,11 @@ class PairHead(nn.Module):
         self.pooling = pooling
         self.scores = nn.Sequential(nn.Linear(4 * d_model, d_model), nn.GELU(), nn.Linear(d_model, num_classes))
 
-    def forward(self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> Tensor:
-        a, b = rearrange(_pooled(x, lengths, documents, self.pooling), "(B pair) D -> pair B D", pair=2)
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None, part: Part | None = None
+    ) -> Tensor:
+        pooled = _pooled(x, lengths, documents, part, self.pooling)
+        a, b = pooled[::2], pooled[1::2]
         return self.scores(torch.cat([a, b, a - b, a * b], -1))
 
 
@@ -95,12 +122,14 @@ class PositionHead(nn.Module):
             self.shape = (spec.vocab_size,)
         self.scores = nn.Linear(d_model, torch.Size(self.shape).numel())
 
-    def forward(self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, documents: Documents | None = None, part: Part | None = None
+    ) -> Tensor:
         return self.scores(x).unflatten(-1, self.shape)
 
 
-def _pooled(x: Tensor, lengths: Tensor | None, documents: Documents | None, how: str) -> Tensor:
+def _pooled(x: Tensor, lengths: Tensor | None, documents: Documents | None, part: Part | None, how: str) -> Tensor:
     if documents is not None:
         return pool_documents(x, documents, how)
     assert lengths is not None
-    return pool(x, lengths, how)
+    return pool(x, lengths, how) if part is None else pool_parts(x, lengths, how, part)

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import LinkError, write_text
+from ..failures import Said, ends, told
+from ..files import write_all
 from ..messages import printable, printable_lines
+from ..plugins import import_plugins
 from ..study import SUFFIX, is_packed, named_as_study, pack, read_study, unpack
 from .comparison import cells_of, compare
-from .results import find_runs, load_results
+from .results import FIGURES, find_runs, load_results
 from .tables import build_report, print_report, to_csv, to_markdown
 from .time_to_accuracy import REACH, Accuracies, times_of, with_times
 from .time_to_accuracy import to_csv as times_csv
@@ -24,7 +26,11 @@ CHECKPOINT = "checkpoint="
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, or 1 where there was nothing to show. Unusable arguments end
     the process with status 2, like argparse's own."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return ends("eval_lra.py", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    arguments = import_plugins(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
     parser = argparse.ArgumentParser(
@@ -75,8 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         reach = {**REACH, **dict(given.reach or ())}
         return _report(folders, given.out or _beside(folders[0]), given.report, reach)
-    except LinkError as error:
-        return _fail(str(error))
     finally:
         gc.unfreeze()
 
@@ -111,33 +115,33 @@ def _report(folders: list[Path], out: Path, page: Path | None, reach: Accuracies
     if not comparisons:
         return _fail(f"No finished run to report in {', '.join(map(str, folders))}.")
 
-    from .figures import save_figure
+    from .figures import comparison_figure
 
-    write_text(out / "table.md", to_markdown(report))
-    write_text(out / "table.csv", to_csv(comparisons))
-    save_figure(comparisons, out / "figure.png")
-    written = "table.md, table.csv, figure.png"
+    tables = {"table.md": to_markdown(report).encode(), "table.csv": to_csv(comparisons).encode()}
+    tables["figure.png"] = comparison_figure(comparisons)
     if times:
-        write_text(out / "time_to_accuracy.csv", times_csv(times))
-        written += ", time_to_accuracy.csv"
-    print(printable_lines(f"\nWritten to {out}: {written}"))
+        tables["time_to_accuracy.csv"] = times_csv(times).encode()
+    contents = {out / name: content for name, content in tables.items()}
     if page:
-        from .page import write_page
+        from .page import page_files
 
-        files = write_page(page, cells, left_out, times)
-        print(printable_lines(f"Written: {page}, and its figures to {files}"))
+        contents |= page_files(page, cells, left_out, times)
+    write_all(contents)  # at once: where there is no room for all of it, an earlier report stays as it is
+    print(printable_lines(f"\nWritten to {out}: {', '.join(tables)}"))
+    if page:
+        print(printable_lines(f"Written: {page}, and its figures to {page.with_name(page.stem + FIGURES)}"))
     return 0
 
 
 def _evaluate(folder: Path) -> int:
     from ..runs import evaluate_run
-    from ..tasks import DataError
     from ..training import TrainingError
 
     try:
         metrics = evaluate_run(folder)
-    except (OSError, ValueError, DataError, TrainingError) as error:
-        return _fail(f"{folder} cannot be evaluated: {error}")
+    except (OSError, Said) as error:
+        said = told(error)
+        raise error if said is None else TrainingError(f"{folder} cannot be evaluated: {said.message}") from None
     width = max(map(len, metrics))
     for name, value in metrics.items():
         shown = f"{value:.4f}" if isinstance(value, float) else printable(str(value))

@@ -29,7 +29,7 @@ MILLION = 1e6
 def read_curve(folder: Path, stage: str, metric: str) -> list[tuple[int, float]]:
     """(tokens of the stage so far, value) of every line of `metrics.jsonl` that has `metric`, such as "val/accuracy".
 
-    Empty where the run has none. Reading ends at a line that was cut off while it was written.
+    Empty where the run has none.
     """
     curve = []
     for entry in read_metrics(folder, metric):

@@ -32,12 +32,17 @@ MARKERS = "osD^vPX<>"
 
 
 def save_figure(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Draws the comparisons as bars: mean test accuracies in percent with a dotted line at the majority class, or bits
+    """Writes `comparison_figure`."""
+    write_bytes(path, comparison_figure(comparisons))
+
+
+def comparison_figure(comparisons: Sequence[Comparison]) -> bytes:
+    """The comparisons as bars, a PNG: mean test accuracies in percent with a dotted line at the majority class, or bits
     per character, with 95 % intervals. Variants that other studies are about are left out if there is anything else."""
     plain = [comparison for comparison in comparisons if comparison.conditions.plain]
     chart = scratch_against_pretrained(plain or comparisons)
     assert chart, "a comparison has rows"
-    write_bytes(path, to_png(chart))
+    return to_png(chart)
 
 
 @lru_cache(maxsize=1)  # the page begins with the figure that was drawn beside the tables

@@ -58,12 +58,14 @@ def read_locality(folder: Path) -> Locality | None:
         found = read(folder / "mixing.json")
         if found["schema"] != SCHEMA:
             return None
+        if type(found["window"]) is not int:
+            return None
         return Locality(
             {stage: _mean(found["stages"][stage], "mean_distance") for stage in STAGES},
             {stage: 100 * _mean(found["stages"][stage], "window_share") for stage in STAGES},
             found["window"],
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-from ..files import inside, write_bytes, write_text
+from ..files import inside, write_all
 from ..messages import printable
 from ..study import picture_of
 from . import studies
@@ -49,16 +49,21 @@ class Section(NamedTuple):
 
 
 def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], times: Sequence[Times] = ()) -> Path:
-    """Writes the page, and beside it `<stem>_files/` with each figure as PNG and CSV and the tables as CSV.
+    """Writes `page_files`, all or none of them; returns the folder beside the page."""
+    write_all(page_files(path, cells, left_out, times))
+    return path.with_name(f"{path.stem}{FIGURES}")
+
+
+def page_files(
+    path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], times: Sequence[Times] = ()
+) -> dict[Path, bytes]:
+    """The page, and what lies beside it in `<stem>_files/`: each figure as PNG and CSV and the tables as CSV.
 
     Args:
         path: of the page.
         cells: what there is to report, in reading order.
         left_out: runs that no cell holds.
         times: to be shown as tables.
-
-    Returns:
-        The folder beside the page.
 
     Raises:
         LinkError: that folder is a symbolic link.
@@ -68,12 +73,12 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], t
     numbers = {result.folder: number for number, result in enumerate(results, start=1)}
     tabled = [each for each in compare(cells) if each.conditions._replace(augment=False).plain]
     plain = [comparison for comparison in tabled if comparison.conditions.plain]
-    write_text(files / "main.csv", table_csv(tabled))
+    contents = {files / "main.csv": table_csv(tabled).encode()}
     timed = [_page_table(table) for table in time_tables(times)]
     if timed:
-        write_text(files / "time_to_accuracy.csv", times_csv(times))
+        contents[files / "time_to_accuracy.csv"] = times_csv(times).encode()
     sources = Sources()
-    sections = [_section(charts, files) for charts in _charts(cells, plain) if charts]
+    sections = [_section(charts, files, contents) for charts in _charts(cells, plain) if charts]
     page = _template().render(
         overview=overview(results),
         tables=main_tables(tabled, numbers, sources),
@@ -89,8 +94,7 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], t
         runs=run_lines(results, path.parent),
         left_out=[(printable(relative(run.folder, path.parent)), printable(run.reason)) for run in left_out],
     )
-    write_text(path, page)
-    return files
+    return {**contents, path: page.encode()}
 
 
 def _page_table(table: Table) -> PageTable:
@@ -119,12 +123,13 @@ def _charts(cells: Sequence[Cell], plain: Sequence[Comparison]) -> list[list[Cha
     return [sections[0], curves, *sections[1:]]
 
 
-def _section(charts: Sequence[Chart], files: Path) -> Section:
+def _section(charts: Sequence[Chart], files: Path, contents: dict[Path, bytes]) -> Section:
+    """The section of these charts, whose files in the folder `files` are added to `contents`."""
     pictures = []
     for chart in charts:
         picture = to_png(chart)
-        write_bytes(files / f"{chart.name}.png", picture)
-        write_text(files / f"{chart.name}.csv", to_csv(chart, files.parent))
+        contents[files / f"{chart.name}.png"] = picture
+        contents[files / f"{chart.name}.csv"] = to_csv(chart, files.parent).encode()
         address, data = (_address(files / f"{chart.name}.{kind}", files.parent) for kind in ("png", "csv"))
         heading = f"{chart.title}. " if len(charts) > 1 else ""
         links = [("PNG", address), ("CSV", data)]

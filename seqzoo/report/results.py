@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from ..messages import printable
-from ..records import LARGEST, is_name, read_text
+from ..records import LARGEST, is_finite, is_name, read_text
 from ..study import PICTURES, is_packed, is_study, read, read_study
 
 SCHEMA = 1
@@ -100,8 +101,12 @@ def run_folders(folder: Path) -> Iterator[Path]:
     if _is_run(folder):
         yield folder
         return
-    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
-    folders = {child for child in children if child.is_dir()}
+    try:
+        children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    except OSError:  # what cannot be looked into has no result to give, and is named
+        yield folder
+        return
+    folders = {child for child in children if os.path.isdir(child)}
     studies = {child for child in children if is_study(child)}
     if not studies and not folders:
         yield folder
@@ -116,7 +121,7 @@ def run_folders(folder: Path) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.yaml", "result.json"))
+    return any(os.path.exists(folder / name) for name in ("config.yaml", "result.json"))
 
 
 def _is_of_page(folder: Path) -> bool:
@@ -243,7 +248,7 @@ def _field(record: Any, key: str, *types: type) -> Any:
         if not isinstance(value, dict) or part not in value:
             raise ValueError(f"result.json has no {key}")
         value = value[part]
-    if type(value) not in types:
+    if type(value) not in types or not is_finite(value):
         valid = " or ".join("null" if kind is NoneType else kind.__name__ for kind in types)
         raise ValueError(f"result.json: {key} is {value!r}, not {valid}")
     return printable(value) if isinstance(value, str) else value

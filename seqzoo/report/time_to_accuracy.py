@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..records import is_finite
 from ..study import read_metrics
 from .charts import direction, family, namer, stages
 from .comparison import Cell, Conditions
@@ -129,7 +130,7 @@ def _validations(result: Result) -> list[tuple[float, float]]:
         seconds, tokens, accuracy = (line.get(key) for key in ("training_seconds", "tokens", "val/accuracy"))
         if seconds is None and result.speed and isinstance(tokens, int):
             seconds = tokens / result.speed
-        if isinstance(seconds, int | float) and isinstance(accuracy, int | float):
+        if isinstance(seconds, int | float) and is_finite(seconds) and isinstance(accuracy, int | float):
             found.append((before + seconds, accuracy))
     return found
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, compose, seconds
-from ..files import LinkError
+from ..failures import told
 from ..messages import printable_lines
-from ..tasks import DataError
-from ..training import Interrupted, TrainingError
-from .folder import Busy
+from ..plugins import KEY
+from ..training import Interrupted
 from .run import run
 
-DONE, FAILED, MISUSED, UNFINISHED, BUSY, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, FAILED, MISUSED, UNFINISHED, INTERRUPTED = 0, 1, 2, 3, 130
+STOPPED = "stopped; the same command continues from the last checkpoint, if there is one"
 
 
 def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
@@ -28,25 +28,24 @@ def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
     process has it in hand; 130: interrupted.
     """
     try:
-        if len(overrides) > 1 and any(override.startswith("resume=") for override in overrides):
-            raise ConfigError("resume= takes the run's own configuration and no other override")
+        others = [override for override in overrides if not override.startswith(KEY)]
+        if len(others) > 1 and any(override.startswith("resume=") for override in others):
+            raise ConfigError("resume= takes the run's own configuration and no other override but plugins=")
         config = compose(overrides)
         if deadline is None and config.budget is not None:
             deadline = time.monotonic() + seconds(config.budget)
         result = run(config, deadline=deadline)
-    except ConfigError as error:
-        return fail(str(error), MISUSED)
-    except Busy as error:
-        return fail(str(error), BUSY)
-    except (DataError, TrainingError, LinkError) as error:
-        return fail(str(error), FAILED)
+        report(result)
     except Interrupted as stopped:
         if deadline is not None and time.monotonic() >= deadline:
             return fail(f"the time is up: {stopped}, and so does the same command", UNFINISHED)
         return fail(str(stopped), INTERRUPTED)
     except KeyboardInterrupt:
-        return fail("stopped; the same command continues from the last checkpoint, if there is one", INTERRUPTED)
-    report(result)
+        return fail(STOPPED, INTERRUPTED)
+    except Exception as error:
+        if (failure := told(error)) is None:
+            raise
+        return fail(*failure)
     return DONE
 
 

@@ -18,9 +18,9 @@ from ..config import CONFIGS, Config, ConfigError, compose, is_text, seconds
 from ..messages import shortened, unknown
 from ..tasks import DataError
 from ..valid import check_ranges
-from .attempt import BUSY, DONE, FAILED, INTERRUPTED, MISUSED, UNFINISHED, attempt, fail, say
+from .attempt import DONE, FAILED, INTERRUPTED, MISUSED, UNFINISHED, attempt, fail, say
 from .cell import Cell
-from .folder import pretraining_key, run_name
+from .folder import BUSY, pretraining_key, run_name
 from .launch import launch
 
 TASKS_FIRST = ("lra_image", "lra_pathfinder", "lra_listops", "lra_text")

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from itertools import chain
 
 from ..config import GROUPS, ConfigError, available, check_keys, compose, to_dict
-from .attempt import BUSY, MISUSED, UNFINISHED, attempt, fail
+from ..failures import ends
+from .attempt import STOPPED, UNFINISHED, attempt
 from .campaign import expand, run_campaign, single
+from .folder import BUSY
 
 EPILOGUE = """{groups}
 
@@ -25,6 +27,7 @@ every other key is a dotted override; --cfg shows them all:
   python train.py pretrain=runs/<folder> finetuning.lr=1e-4     reuse that run's pretraining
   python train.py resume=runs/<folder>                          continue an interrupted run
   torchrun --nproc-per-node 2 train.py model=lru                one run on two GPUs
+  torchrun --nproc-per-node 2 train.py model=lru sequence_parallel=2    half of each sequence's time on either
 
 The same command again continues what is unfinished and skips what is finished; in a second terminal it takes other
 runs.
@@ -37,21 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: a run failed; 2: the arguments ask for something that does not exist; 3: unfinished, because the time
     was up or another process is at work on it; 130: interrupted, and saved.
     """
+    return ends("train.py", lambda: _main(argv), stopped=STOPPED)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    try:
-        sweep = expand(arguments.overrides) if arguments.multirun else [[single(arguments.overrides)]]
-        if arguments.cfg:
-            for run in chain(*sweep):
-                _print_config(run)
-            return 0
-        if arguments.multirun:
-            return run_campaign(sweep)
-        ((overrides,),) = sweep
-        check_keys(overrides)
-        if any(override.startswith("launcher") and override != "launcher=here" for override in overrides):
-            raise ConfigError("launcher= queues the runs of a sweep; add -m, for one run too")
-    except ConfigError as error:
-        return fail(str(error), MISUSED)
+    sweep = expand(arguments.overrides) if arguments.multirun else [[single(arguments.overrides)]]
+    if arguments.cfg:
+        for run in chain(*sweep):
+            _print_config(run)
+        return 0
+    if arguments.multirun:
+        return run_campaign(sweep)
+    ((overrides,),) = sweep
+    check_keys(overrides)
+    if any(override.startswith("launcher") and override != "launcher=here" for override in overrides):
+        raise ConfigError("launcher= queues the runs of a sweep; add -m, for one run too")
     status = attempt(overrides)
     return UNFINISHED if status == BUSY else status
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import ConfigError, StageConfig
-from ..models import SequenceModel
+from ..config import Config, ConfigError, StageConfig
+from ..models import SequenceModel, build_model
+from ..spec import TaskSpec
 from ..tasks import Split
+from ..tasks.data import BUCKETS
 from ..training.memory import held_by, needed_to_train
 from ..training.order import budget, room_for
+from ..training.ranks import place_of, require_parts
+from .parts import blaming
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -24,6 +29,17 @@ def check_model(model: SequenceModel, device: torch.device) -> None:
             f"{needed / 1e9:,.0f} GB of weights, of {memory / 1e9:,.0f} GB here; valid: a smaller model, such as "
             "model.d_model or model.num_layers"
         )
+
+
+def check_parts(config: Config, spec: TaskSpec) -> None:
+    """Raises ConfigError where `config.sequence_parallel` ranks cannot have parts of the time."""
+    if config.sequence_parallel == 1:
+        return
+    asked, shortest = f"sequence_parallel={config.sequence_parallel}", math.ceil(BUCKETS[0] * spec.max_length)
+    if config.sequence_parallel > shortest:
+        raise ConfigError(f"{asked}: {spec.name} has batches of {shortest} steps; valid: up to as many ranks")
+    with blaming(asked), torch.device("meta"):
+        require_parts(build_model(config.model, spec, head="classify", causal=config.causal))
 
 
 def check_stage(
@@ -48,10 +64,10 @@ def check_stage(
         passes: over a batch in a step.
         packing: batches have as many positions as their examples could, see `seqzoo.training.order`.
     """
-    if stage.batch_size % fabric.world_size:
-        raise ConfigError(
-            f"{name}.batch_size={stage.batch_size}: valid: a multiple of the {fabric.world_size} processes"
-        )
+    ranks = place_of(fabric).ranks
+    if stage.batch_size % ranks:
+        shared = "" if ranks == fabric.world_size else " that have examples of their own"
+        raise ConfigError(f"{name}.batch_size={stage.batch_size}: valid: a multiple of the {ranks} processes{shared}")
     tokens = passes * int(train.lengths.sum())
     if budget(stage, len(train), tokens)[0] < 1:
         raise ConfigError(f"{name}.epochs={stage.epochs}: of {tokens:,} tokens none; valid: 1 token or more")

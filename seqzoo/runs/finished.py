@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from ..config import Config, ConfigError
 from ..messages import printable_lines
 from ..models import task_head
 from ..objectives import build_objective
-from ..records import is_name
+from ..records import NUMBER, is_name
 from ..tasks import Task
 from ..training.checkpoint import load_weights
 from ..training.evaluation import evaluate
 from ..training.transfer import require_fit, transfer_backbone
 from ..training.tuning import tune
 from .feasible import check_model
-from .folder import checked_task, read_config, read_json, read_spec, require_weights
+from .folder import checked_task, read_config, read_result, read_spec, require_weights
 from .parts import build_fabric, model_of, part_of, task_of
 
 LOADABLE = ("initial", "pretrain", "finetune")
@@ -92,7 +93,7 @@ def evaluate_run(
     config, spec = read_config(folder), read_spec(folder)
     if data_dir is not None:
         config.data_dir = str(data_dir)
-    fabric = build_fabric(config)
+    fabric = build_fabric(replace(config, strategy="auto", sequence_parallel=1))
     task = checked_task(folder, config, task, lambda: task_of(config, fabric, read=True))
     test = part_of(task.test, config.n_test)
     metrics = evaluate(
@@ -113,7 +114,7 @@ def _beside(folder: Path) -> Path | None:
     Raises:
         ConfigError: it is not the name of a folder beside it.
     """
-    name = (read_json(folder / "result.json") or {}).get("pretrain_run")
+    name = (read_result(folder, {}) or {}).get("pretrain_run")
     if name is None:
         return None
     if not is_name(name):
@@ -123,7 +124,7 @@ def _beside(folder: Path) -> Path | None:
 
 def _compare(folder: Path, config: Config, accuracy: float, n: int) -> None:
     """Says where an accuracy on `n` test examples is not what the run's own result has, if it has one."""
-    before = (read_json(folder / "result.json") or {}).get("test", {}).get("accuracy")
+    before = (read_result(folder, {"test?": {"accuracy?": NUMBER}}) or {}).get("test", {}).get("accuracy")
     explained = max(1 / n, ROUNDING[config.precision])
     if before is not None and abs(accuracy - before) > explained + 1e-9:
         said = (

@@ -10,29 +10,50 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .. import records, study
 from ..config import Config, ConfigError, SearchConfig, from_dict, to_dict
+from ..extras import require
 from ..files import inside, lock, write_json, write_text
-from ..messages import say_once
+from ..messages import say_once, unknown
+from ..records import NUMBER
 from ..spec import TaskSpec
 from ..tasks import Fingerprint, Task, fingerprint, origin_of
 from ..tasks.identity import digest_of_arrays
 from ..training import TrainingError
 
+BUSY = 4  # the status of an attempt at what another process has in hand
 WITHOUT_WEIGHTS = "a line of a study has no weights; valid: the folder of a run that trained here"
 SIZES = ("vocab_size", "max_length", "num_classes", "channels", "num_inputs")  # in a task.json
 LARGEST_SIZE = 1 << 20
-FOLDERS = ("pretrain", "finetune", "wandb", ".wandb")  # that a run, or W&B, makes in its own
+AGAIN = "a copy of the run has it as it was; without one, delete the folder, and the same command trains anew"
+TASK = {  # the shape of a task.json, see `records.check`: a `TaskSpec`, and the `Fingerprint` of its data
+    **{"name": str, "kind": str, "vocab_size": int, "max_length": int, "num_classes": int, "answer?": str},
+    **{"channels?": int, "pad_id?": int, "mask_id?": (int, NoneType), "num_inputs?": int, "mask_ratio?": NUMBER},
+    **{"mean": [NUMBER], "std": [NUMBER], "data?": {"sha256": str, "source": str}},
+    "symbols?": [str],  # what each id stands for, of text
+}
+SUMMARY = {  # what fine-tuning, and its result, take from a pretraining's
+    **dict.fromkeys(("tokens_seen", "seconds", "tokens_per_second", "lr"), NUMBER),
+    **dict.fromkeys(("token_budget", "mfu?", "cpu_share?"), (*NUMBER, NoneType)),
+    "optimizer?": str,
+    "learnt?": ({"learnt": bool, "loss": NUMBER, "symbols": NUMBER, "neighbours": NUMBER}, NoneType),
+}
+RESULT = {  # what is said of a finished run
+    **{"model": str, "task": str, "task_note": str, "n_test": int, "majority": NUMBER},
+    "test": {"accuracy": NUMBER, "bits_per_character?": NUMBER},
+}
+FOLDERS = ("pretrain", "finetune", "wandb", ".wandb", "tensorboard")  # that a run, or W&B, makes in its own
 # Where a run reads, writes and computes, which is not what it computes.
 WITHOUT_EFFECT = (
     *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),
-    *("budget", "launcher"),
+    *("budget", "launcher", "logger", "plugins", "strategy", "sequence_parallel"),
 )
 OF_PRETRAINING = ("objective", "pixel_loss", "pretraining")
 OF_FINE_TUNING = (
@@ -45,6 +66,8 @@ MAY_DIFFER = ("model.pooling", "model.head", "model.dropout", "task.workers")
 
 class Busy(TrainingError):
     """What another process has in hand; it can be had when that process has ended."""
+
+    status = BUSY
 
 
 def run_name(config: Config, task: Task | None = None) -> str:
@@ -137,12 +160,13 @@ def cell_name(config: Config, task: str) -> str:
 
 
 def write_description(folder: Path, config: Config, task: Task) -> None:
-    """`config.yaml` and `task.json`, from which `read_config` and `read_spec` rebuild the run, and `check_task` knows
-    its data again."""
+    """`config.yaml` and `task.json`, from which `read_config` and `read_spec` rebuild the run, `check_task` knows its
+    data again, and `read_symbols` what its ids stand for."""
     from omegaconf import OmegaConf
 
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-    write_json(folder / "task.json", {**asdict(task.spec), "data": fingerprint(task)._asdict()})
+    symbols = {"symbols": list(task.symbols)} if task.symbols else {}
+    write_json(folder / "task.json", {**asdict(task.spec), "data": fingerprint(task)._asdict(), **symbols})
 
 
 def read_config(folder: Path) -> Config:
@@ -151,13 +175,14 @@ def read_config(folder: Path) -> Config:
     Raises:
         ConfigError: `folder` is not a run folder, or its config.yaml is more than plain values, or not valid.
     """
+    require("a run folder", "omegaconf", "yaml")
     path = folder / "config.yaml"
     try:
         return from_dict(study.read(path))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except FileNotFoundError:
         raise ConfigError(f"{folder} is not a run folder: it has no config.yaml") from None
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}; {AGAIN}") from None
 
 
 def read_spec(folder: Path) -> TaskSpec:
@@ -166,15 +191,50 @@ def read_spec(folder: Path) -> TaskSpec:
     Raises:
         ConfigError: `folder` has no task.json, or one that cannot be read.
     """
-    values = read_json(folder / "task.json")
+    values = _read_task(folder)
+    for key in ("data", "symbols"):
+        values.pop(key, None)
+    try:
+        return spec_of(values)
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'task.json'}: {error}") from None
+
+
+def spec_of(values: Mapping[str, Any]) -> TaskSpec:
+    """The description of a task in values of the shape `TASK`.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+    for key in SIZES:
+        if not 1 <= (value := values.get(key, 1)) <= LARGEST_SIZE:
+            raise ValueError(f"{key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
+    return TaskSpec(**{**values, **{key: tuple(values[key]) for key in ("mean", "std")}})
+
+
+def read_symbols(folder: Path) -> tuple[str, ...] | None:
+    """What each id of the run's task stands for; None: its folder does not say, as older ones do not.
+
+    Raises:
+        ConfigError: as `read_spec` does, or there are others than one for each id.
+    """
+    values = _read_task(folder)
+    symbols = values.get("symbols")
+    if symbols is not None and len(symbols) != values["vocab_size"]:
+        raise ConfigError(
+            f"{folder / 'task.json'}: {len(symbols):,} symbols for ids up to {values['vocab_size'] - 1:,}; {AGAIN}"
+        )
+    return None if symbols is None else tuple(symbols)
+
+
+def _read_task(folder: Path) -> dict[str, Any]:
+    path = folder / "task.json"
+    values = read_json(path, TASK, AGAIN)
     if values is None:
         raise ConfigError(f"{folder} is not a run folder: it has no task.json")
-    values.pop("data", None)
-    values |= {key: tuple(values[key]) for key in ("mean", "std")}
-    for key in SIZES:
-        if not (isinstance(value := values.get(key, 1), int) and 1 <= value <= LARGEST_SIZE):
-            raise ConfigError(f"{folder / 'task.json'}: {key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
-    return TaskSpec(**values)
+    if others := sorted(values.keys() - {key.rstrip("?") for key in TASK}):
+        raise ConfigError(f"{path}: {unknown('key', others[0], (key.rstrip('?') for key in TASK))}; {AGAIN}")
+    return values
 
 
 def checked_task(folder: Path, config: Config, task: Task | None, build: Callable[[], Task]) -> Task:
@@ -206,7 +266,7 @@ def check_task(folder: Path, task: Task) -> None:
     spec = read_spec(folder)
     if task.spec != spec:
         raise ConfigError(f"{folder} was trained on another task: {spec}, given {task.spec}")
-    noted = (read_json(folder / "task.json") or {}).get("data")
+    noted = _read_task(folder).get("data")
     if noted is None:
         say_once(f"{folder} does not say which data it was trained on, being of an earlier version: not compared")
         return
@@ -218,18 +278,43 @@ def check_task(folder: Path, task: Task) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, shape: Mapping[str, Any], advice: str) -> dict[str, Any] | None:
     """A JSON file of a run, in its folder or its line of a study, or None where there is none.
 
+    Args:
+        shape: what is needed of it, see `records.check`.
+        advice: what to do where it is damaged.
+
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or is not of that shape.
     """
     try:
-        return study.read(path)
+        value = study.read(path)
+        records.check(value, shape)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path} is damaged: {error}; {advice}") from None
+    return value
+
+
+def read_result(folder: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A run's `result.json`, of which `shape` is needed, or None: it has none yet.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    return read_json(folder / "result.json", shape, "delete it, and the same command tests the run once more")
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """`summary.json` of a pretraining in the run `folder`, or None: it has not ended.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    advice = f"delete {folder / 'pretrain'} to pretrain from the beginning"
+    return read_json(folder / "pretrain" / "summary.json", SUMMARY, advice)
 
 
 def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
@@ -252,7 +337,7 @@ def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
     for name, (theirs, ours) in _differences("task", read_spec(folder), task.spec):
         raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
     check_task(folder, task)
-    summary = read_json(folder / "pretrain" / "summary.json")
+    summary = read_summary(folder)
     if summary is None:
         raise ConfigError(f"pretrain={folder}: that run has no finished pretraining of its own")
     return summary

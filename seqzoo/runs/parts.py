@@ -17,6 +17,7 @@ from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..tasks import Split, Task, build_task, stratified
 from ..training.evaluation import derive_seed
+from ..training.ranks import arrange
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -25,10 +26,10 @@ SUBSET_SEED = 0  # of the examples that n_val, n_test and train_fraction keep: t
 
 
 def build_fabric(config: Config) -> Fabric:
-    """Device, precision and, under `torchrun`, data parallelism, ready to use.
+    """Device, precision and, under `torchrun`, ranks and what they share, ready to use.
 
     Raises:
-        ConfigError: `config.device` is unknown or absent.
+        ConfigError: `config.device` is unknown or absent, or `config.sequence_parallel` does not divide the processes.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
@@ -39,6 +40,11 @@ def build_fabric(config: Config) -> Fabric:
     world_size, local_size = 1, 1
     if torch.distributed.is_torchelastic_launched():
         world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if world_size % config.sequence_parallel:
+        raise ConfigError(
+            f"sequence_parallel={config.sequence_parallel}: {world_size} processes; valid: a multiple of it, under "
+            f"torchrun --nproc-per-node {config.sequence_parallel}"
+        )
     fabric = Fabric(
         accelerator=found if config.device == "auto" else config.device,
         devices=local_size,
@@ -48,8 +54,24 @@ def build_fabric(config: Config) -> Fabric:
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if world_size > 1 else "auto",
         precision={"fp32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
     )
+    if world_size > 1:
+        _meet("nccl" if fabric.device.type == "cuda" else "gloo")
     fabric.launch()
+    arrange(fabric, parts=config.sequence_parallel, sharded=config.strategy == "fsdp" and world_size > 1)
     return fabric
+
+
+def _meet(backend: str) -> None:
+    """Joins the processes of torchrun, as Fabric would; but those of an attempt meet each other alone.
+
+    Where torchrun starts them anew, the addresses of the attempt before are still in its store: a process that is early
+    would call one that has ended.
+    """
+    if torch.distributed.is_initialized():
+        return
+    store, rank, ranks = next(torch.distributed.rendezvous("env://"))
+    attempt = torch.distributed.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    torch.distributed.init_process_group(backend, store=attempt, rank=rank, world_size=ranks)
 
 
 @contextmanager
@@ -76,6 +98,14 @@ def task_of(config: Config, fabric: Fabric, *, read: bool = False) -> Task:
     with fabric.rank_zero_first(), blaming(f"task={config.task.name}"):
         cache_dir, filled = (None, config.cache_dir) if read else (config.cache_dir, None)
         return build_task(config.task, data_dir=config.data_dir, cache_dir=cache_dir, filled=filled)
+
+
+def absolute_data_dir(config: Config) -> str | None:
+    """What `data_dir` means here, wherever the run goes on; a text's relative path is under it, or here."""
+    data_dir, text = config.data_dir, config.task.text
+    if data_dir is None and text is not None and not os.path.isabs(os.path.expanduser(text)):
+        data_dir = "."
+    return None if data_dir is None else os.path.abspath(os.path.expanduser(data_dir))
 
 
 def sized(config: Config, spec: TaskSpec) -> ModelConfig:

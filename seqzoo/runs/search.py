@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from ..config import SearchConfig, StageConfig
 from ..files import inside, write_json
 from ..objectives import Objective
+from ..records import NUMBER
 from ..tasks import Split
 from ..training import Interrupted, TrainingError
 from ..training.loop import Stage
@@ -44,7 +46,11 @@ def search_lr(
     scores = {}
     for lr in search.rates:
         trial = inside(folder, f"lr-{lr:g}")
-        summary = read_json(trial / "summary.json")
+        summary = read_json(
+            trial / "summary.json",
+            {objective.monitor: (*NUMBER, NoneType)},
+            f"delete {trial} to try that rate once more",
+        )
         if summary is None:
             short = replace(
                 stage,

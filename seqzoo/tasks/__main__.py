@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 
 from ..config import Config, ConfigError, compose
+from ..failures import ends, told
 from ..messages import printable, printable_lines, unknown
+from ..plugins import import_plugins
 from . import TASKS, DataError, MissingData, Split, Task, build_task
 from .checks import verify
 from .samples import as_text, pick, save_sheet
 from .store.cache import origin
 
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+FAILED, MISUSED = 1, 2
 SPLITS = ("train", "val", "test")
 COLUMNS = ("task", "source", "train", "val", "test", "lengths", "classes", "MB", "seconds", "folder")
 EPILOG = f"""tasks: {", ".join(TASKS)}
@@ -40,29 +42,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: data are missing or damaged; 2: the arguments ask for what does not exist; 130: interrupted. With `all`,
     a task whose data are nowhere is named and does not count.
     """
+    return ends("seqzoo.tasks", lambda: _main(argv), stopped="stopped; the same command goes on")
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     given = parser.parse_intermixed_args(argv)
     names = [argument for argument in given.arguments if "=" not in argument]
     every = names == ["all"]
     overrides = [argument for argument in given.arguments if "=" in argument]
+    import_plugins(overrides)
     if not names:
         parser.error("name a task, or all")
     if given.command == "show" and (every or len(names) != 1):
         parser.error("show takes one task")
     if given.command != "show" and (given.n is not None or given.split or given.out):
         parser.error("-n, --split and --out belong to show")
-    try:
-        configs = [_config(name, overrides, given) for name in (TASKS if every else names)]
-        if given.command == "prepare":
-            return _prepare(configs, every)
-        if given.command == "verify":
-            return max([_attempt(config, every, _verify) for config in configs])
-        show = partial(_show, n=given.n or 8, name=given.split or "train", out=given.out)
-        return _attempt(configs[0], every, show)
-    except ConfigError as error:
-        return _fail(str(error), MISUSED)
-    except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on", INTERRUPTED)
+    configs = [_config(name, overrides, given) for name in (TASKS if every else names)]
+    if given.command == "prepare":
+        return _prepare(configs, every)
+    if given.command == "verify":
+        return max([_attempt(config, every, _verify) for config in configs])
+    show = partial(_show, n=given.n or 8, name=given.split or "train", out=given.out)
+    return _attempt(configs[0], every, show)
 
 
 def _config(name: str, overrides: list[str], given: argparse.Namespace) -> Config:
@@ -84,8 +86,10 @@ def _attempt(config: Config, every: bool, use: Callable[[Task], int]) -> int:
         return use(build_task(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir))
     except MissingData as error:
         return _fail(f"{name} is left out: {error}" if every else str(error), 0 if every else FAILED)
-    except DataError as error:
-        return _fail(str(error), FAILED)
+    except (DataError, OSError) as error:
+        failure = told(error)
+        assert failure is not None
+        return _fail(*failure)
     except ValueError as error:
         return _fail(f"{name} is left out: {error}" if every else f"task={name}: {error}", 0 if every else MISUSED)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..records import is_name
 from ..spec import TaskSpec
 from .data import Task, assemble, hold_out, split_arrays, token_dtype
 
@@ -50,9 +51,11 @@ def from_arrays(
         max_length: None takes the longest sequence's.
 
     Raises:
-        ValueError: inputs and labels differ in number, a sequence is empty, too long or not of integers, an id or a
-            label is out of range, or there are too few examples to cut a split from.
+        ValueError: the name is none for a folder; inputs and labels differ in number, a sequence is empty, too long or
+            not of integers, an id or a label is out of range, or there are too few examples to cut a split from.
     """
+    if not is_name(name):
+        raise ValueError(f"name={name!r}: valid: a plain name, which run folders can be called by")
     if kind not in ("tokens", "pixels"):
         raise ValueError(f"{name}: kind is {kind!r}; valid: 'tokens', 'pixels'")
     if num_inputs not in (1, 2):

@@ -13,12 +13,15 @@ Analysis"). What published pipelines leave open or do differently is decided thu
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 import numpy as np
 
 from ..files import inside
+from ..messages import say_once
+from ..records import read_bytes
 from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
 from .data import Task, assemble, hold_out, split_arrays
@@ -31,6 +34,12 @@ ACL_IMDB = Archive(
     folder="aclImdb",
 )
 REVIEWS_PER_FOLDER = 12_500
+PUBLISHED = {  # SHA-256 of what is in a folder: of each review, by number, its name, size and bytes, zeros between
+    "train/neg": "5f267769d910826b3175d23db2599c1731dae9f1602a6f06026451c597747bba",
+    "train/pos": "6e7722b85b76125dcab92982787f2b81587f3697416981b15d19ebf6f08a7a34",
+    "test/neg": "7ad02c3a3fa32620280743182380908275f9840a63ca376798f7d375bd810d86",
+    "test/pos": "09adcbbb39b0e835d61094dd905363efc386018cb5bce48d03538f4f0e775b57",
+}
 CLASSES = ("neg", "pos")
 PUBLISHED_LENGTH = 4096
 
@@ -56,8 +65,9 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
 
 
 def _prepare(folder: Path, max_length: int, *, val_fraction: float, split_seed: int, min_frequency: int) -> Stored:
-    texts, labels = _read(folder / "train", max_length - 1)
-    test_texts, test_labels = _read(folder / "test", max_length - 1)
+    digests: dict[str, str] = {}
+    texts, labels = _read(folder, "train", max_length - 1, digests)
+    test_texts, test_labels = _read(folder, "test", max_length - 1, digests)
     train, val = hold_out(labels, val_fraction, split_seed)
 
     alphabet = Alphabet((texts[i] for i in train), min_frequency)
@@ -67,26 +77,40 @@ def _prepare(folder: Path, max_length: int, *, val_fraction: float, split_seed: 
         **split_arrays("val", [alphabet.tokens(texts[i]) for i in val], labels[val], alphabet.dtype),
         **split_arrays("test", map(alphabet.tokens, test_texts), test_labels, alphabet.dtype),
     }
-    return Stored(arrays, {"symbols": alphabet.symbols}, ACL_IMDB.folder)
+    source = ACL_IMDB.folder
+    if changed := [name for name, digest in digests.items() if digest != PUBLISHED[name]]:
+        said = f"the reviews in {', '.join(changed)} are not those published, to which scores do not compare"
+        say_once(f"{folder}: {said}")
+        source += ", changed"
+    return Stored(arrays, {"symbols": alphabet.symbols}, source)
 
 
-def _read(folder: Path, max_characters: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The reviews of `<folder>/{neg,pos}/<number>_<rating>.txt` as code points (uint32), and their labels."""
+def _read(
+    folder: Path, split: str, max_characters: int, digests: dict[str, str]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The reviews of `<folder>/<split>/{neg,pos}/<number>_<rating>.txt` as code points (uint32), and their labels; adds
+    to `digests` what `PUBLISHED` has of the published ones."""
     texts: list[np.ndarray] = []
     for name in CLASSES:
-        numbered = {}
-        for path in (folder / name).glob("*.txt"):
+        numbered, digest = {}, hashlib.sha256()
+        for path in (folder / split / name).glob("*.txt"):
             if match := re.fullmatch(r"(\d+)_\d+\.txt", path.name):
                 numbered[int(match[1])] = path
         if len(numbered) != REVIEWS_PER_FOLDER:
             raise DataError(
-                f"{folder / name} holds {len(numbered):,} reviews named <number>_<rating>.txt, expected "
-                f"{REVIEWS_PER_FOLDER:,}.\nDelete {folder.parent} and unpack {ACL_IMDB.filename} again."
+                f"{folder / split / name} holds {len(numbered):,} reviews named <number>_<rating>.txt, expected "
+                f"{REVIEWS_PER_FOLDER:,}.\nDelete {folder} and unpack {ACL_IMDB.filename} again."
             )
         for number in sorted(numbered):
+            path = numbered[number]
             try:
-                text = numbered[number].read_bytes().decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{numbered[number]} is damaged: {error}") from error
+                content = read_bytes(path)
+                text = content.decode("utf-8")
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path} is damaged: {error}") from error
+            if not text.strip():
+                raise DataError(f"{path} is empty.\nDelete {folder} and unpack {ACL_IMDB.filename} again.")
+            digest.update(b"%b\0%d\0%b" % (path.name.encode(), len(content), content))
             texts.append(code_points(text[:max_characters]))
+        digests[f"{split}/{name}"] = digest.hexdigest()
     return texts, np.repeat(np.arange(len(CLASSES)), REVIEWS_PER_FOLDER)

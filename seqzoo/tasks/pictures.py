@@ -105,8 +105,9 @@ def _arranged(pictures: Pictures, side: int, permuted: bool | None) -> Pictures:
 
 def shrink(pixels: np.ndarray, side: int) -> np.ndarray:
     """Means of squares, halves rounded up: uint8 [N, T, ...] -> uint8 [N, side * side, ...]."""
-    n, T, *channels = pixels.shape
-    factor = math.isqrt(T) // side
-    sums = pixels.reshape(n, side, factor, side, factor, *channels).sum((2, 4), dtype=np.uint32)
-    means = (sums + factor * factor // 2) // (factor * factor)
-    return means.astype(np.uint8).reshape(n, side * side, *channels)
+    from einops import rearrange
+
+    factor = math.isqrt(pixels.shape[1]) // side
+    sizes = {"row": side, "column": side, "down": factor, "right": factor}
+    squares = rearrange(pixels, "n (row down column right) ... -> n (row column) (down right) ...", **sizes)
+    return ((squares.sum(2, dtype=np.uint32) + factor * factor // 2) // (factor * factor)).astype(np.uint8)

@@ -29,4 +29,6 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
 
 def colours(planes: np.ndarray) -> np.ndarray:
     """Pixels, uint8 [N, T, 3], of red, green and blue planes one after another, uint8 [N, 3 * T]."""
-    return planes.reshape(len(planes), 3, -1).transpose(0, 2, 1)
+    from einops import rearrange
+
+    return rearrange(planes, "n (channel pixel) -> n pixel channel", channel=3)

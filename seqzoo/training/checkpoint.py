@@ -4,6 +4,7 @@ A stage's folder holds
 
     best.safetensors    weights of the best validation
     last.safetensors    weights, optimiser state and counters to continue from
+    last-<step>.<rank>of<ranks>.safetensors    of a model in shards, a rank's rows of these: see `save_checkpoint`
 
 There is no generator state: every step seeds its own. A checksum in a file's metadata is of all that the file holds,
 names, types, shapes, tensors and the rest of the metadata; whatever is read is held against it. It is XXH3, which costs
@@ -13,30 +14,38 @@ a twentieth of writing the file: against failing disks and memory, not against f
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from xxhash import xxh3_128
 
+from ..extras import require
 from ..files import replacing_by_name
 from ..messages import say_once
 from .errors import TrainingError
+from .shards import own_rows
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 CHECKSUM = "xxh3_128"  # its key in the metadata
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """Writes a state dict as safetensors; `metadata` is kept as strings in its header."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    require("a file of weights", "safetensors", "xxhash")
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     header = {key: str(value) for key, value in (metadata or {}).items()}
     header[CHECKSUM] = _checksum(tensors, header)
-    with replacing_by_name(path) as temporary:
+    with replacing_by_name(path) as temporary, _as_the_system_says(path):
         save_file(tensors, temporary, header)
 
 
@@ -66,12 +75,31 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]  # counters, as JSON has them
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Makes `checkpoint` the one at `path`."""
+def save_checkpoint(path: Path, checkpoint: Checkpoint, fabric: Fabric | None = None) -> None:
+    """Makes `checkpoint` the one at `path`.
+
+    With `fabric`, tensors lie in shards on its ranks, all of which call it. Each writes its rows into a file that has
+    the step in its name; once all have, the first rank replaces the file at `path`, which names them, and removes those
+    of before. So it is either the one checkpoint or the other here, too, and any number of ranks can load it.
+    """
     tensors = {f"weights/{name}": tensor for name, tensor in checkpoint.weights.items()}
     for index, kept in checkpoint.optimizer.items():
         tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in kept.items()}
-    save_weights(path, tensors, {"state": json.dumps(checkpoint.state)})
+    metadata, names = {"state": json.dumps(checkpoint.state)}, []
+    if fabric is not None:
+        rows, tensors = own_rows(tensors)
+        ranks, step = fabric.world_size, checkpoint.state["step"]
+        names = [f"{path.stem}-{step}.{rank}of{ranks}.safetensors" for rank in range(ranks)]
+        save_weights(path.with_name(names[fabric.global_rank]), rows)
+        metadata["shards"] = json.dumps(names)
+        fabric.barrier()
+    if fabric is None or fabric.is_global_zero:
+        save_weights(path, tensors, metadata)
+        for old in path.parent.glob(f"{path.stem}-*of*.safetensors*"):  # half-written ones are folders
+            if old.name not in names:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    if fabric is not None:
+        fabric.barrier()
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:
@@ -83,9 +111,14 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     if not path.exists():
         return None
     tensors, metadata = _load(path)
+    with reading(path):
+        shards = [path.with_name(Path(name).name) for name in json.loads(metadata.get("shards", "[]"))]
+    rows = [_load(shard)[0] for shard in shards]
+    with reading(path):
+        tensors |= {name: torch.cat([of_rank[name] for of_rank in rows]) for name in (rows[0] if rows else ())}
     weights: dict[str, Tensor] = {}
     optimizer: dict[int, dict[str, Tensor]] = {}
-    with _reading(path):
+    with reading(path):
         state = json.loads(metadata["state"])
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
@@ -102,7 +135,10 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     A file without a checksum, of an earlier version, is taken at its word, and that is said once.
     """
-    with _reading(path), safe_open(path, "pt") as file:
+    require("a file of weights", "safetensors", "xxhash")
+    from safetensors import safe_open
+
+    with reading(path), safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
         metadata = file.metadata() or {}
         expected = metadata.pop(CHECKSUM, None)
@@ -114,6 +150,8 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    from xxhash import xxh3_128
+
     named = sorted(tensors.items())
     described = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in named]
     digest = xxh3_128(json.dumps([sorted(metadata.items()), described]).encode())
@@ -126,13 +164,31 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Whatever does not go within it is damage of the checkpoint at `path`: a TrainingError that says what to do."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except FileNotFoundError:
         raise TrainingError(f"checkpoint {path} is missing; {_anew(path)}") from None
-    except (SafetensorError, KeyError, ValueError) as error:
+    except KeyError as error:
+        raise TrainingError(f"checkpoint {path} is damaged (it has no {error}); {_anew(path)}") from None
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TrainingError(f"checkpoint {path} is damaged ({error}); {_anew(path)}") from None
+
+
+@contextmanager
+def _as_the_system_says(path: Path) -> Iterator[None]:
+    """What the operating system refuses to safetensors, as the OSError that it would be in Python."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 def _anew(path: Path) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from ..failures import Said
 
-class TrainingError(RuntimeError):
+
+class TrainingError(Said, RuntimeError):
     """A run that cannot go on; the message says where it stopped, why, and what to do."""
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..metrics import reduced
 from ..objectives import Objective
 from ..tasks import Split
 from .errors import TrainingError
+from .ranks import place_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -42,19 +44,27 @@ def evaluate(
     if fabric.device.type == "cuda":
         batch_size *= ON_A_GPU
     model.eval()
+    place = place_of(fabric)
     order = split.lengths.reshape(len(split), -1).amax(1).argsort(stable=True)
-    batches = order.tensor_split(max(math.ceil(len(split) / batch_size), fabric.world_size))
+    batches = order.tensor_split(max(math.ceil(len(split) / batch_size), place.ranks))
     sums: dict[str, Tensor] = {}
-    for number in range(fabric.global_rank, len(batches), fabric.world_size):
+    # Ranks that have shards of a model call it together: one that is through looks at a batch once more.
+    most = -(-len(batches) // place.ranks) * place.ranks if place.sharded else len(batches)
+    for number in range(place.rank, most, place.ranks):
         before_batch()
+        batch = split.batch(batches[min(number, len(batches) - 1)])
+        batch = batch._replace(part=place.part(batch.inputs.shape[split.spec.num_inputs]))
         with torch.no_grad(), fabric.autocast():
-            measure = objective(model, split.batch(batches[number]), seed=number)
+            measure = objective(model, batch, seed=number)
+        if number >= len(batches):
+            continue
         for key, total in measure.totals.items():
             sums[key] = sums.get(key, 0) + total
-    metrics = means({key: fabric.all_reduce(total, reduce_op="sum") for key, total in sums.items()})
+    sums, own = reduced({key: cast(Tensor, fabric.all_reduce(total, reduce_op="sum")) for key, total in sums.items()})
+    metrics = means(sums)
     if not metrics:
         raise TrainingError(f"{split.spec.name}: {objective.nothing}")
-    return metrics
+    return {**metrics, **own}
 
 
 def require_questions(objective: Objective, splits: Mapping[str, Split]) -> None:

@@ -14,9 +14,9 @@ from torch import nn
 from ..config import StageConfig
 from ..objectives import Objective
 from ..tasks import Split, epoch_order
-from .loop import Stage, peak_flops
+from .loop import Stage
 from .order import budget, room_for
-from .peak import wait_for
+from .peak import peak_flops, wait_for
 from .progress import duration
 
 if TYPE_CHECKING:

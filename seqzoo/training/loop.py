@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from ..blocks import after_step, auxiliary_loss
 from ..config import StageConfig
 from ..models import JointModel
 from ..objectives import Objective
+from ..records import check
 from ..spec import Batch
 from ..tasks import Augmentation, Split, pack
-from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
+from .checkpoint import Checkpoint, load_checkpoint, load_weights, reading, save_checkpoint, save_weights
 from .compilation import compile_model
 from .cores import Cores, cpu_share
 from .diagnosis import first_nonfinite
@@ -28,18 +29,18 @@ from .guard import Guard
 from .interrupt import interruption
 from .optimizer import build_optimizer, restore, set_lr
 from .order import Order, budget, room_for
-from .peak import matmul_flops_per_second
+from .peak import peak_flops
 from .progress import Pace, ProgressBar
+from .ranks import place_of, set_up, without_sync
+from .saves import Saves
 from .schedule import lr_factor
+from .shards import load_whole, shard, whole, whole_weights
 from .tracker import STAGES, Tracker
 from .transfer import require_fit
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-SAVE_SECONDS = 600.0  # between checkpoints, at most
-SAVE_SHARE = 0.01  # of the time, for checkpoints between validations
-FIRST_SAVE_SECONDS = 1.0  # till the first, which tells how long one takes
 READ_EVERY = 16  # steps, between two looks at how a GPU fares
 CURVE_POINTS = 200  # training lines in metrics.jsonl, per stage
 AUGMENTED = 1  # what the seed of a batch's augmentation has beside that of its masks
@@ -59,6 +60,9 @@ class State:
     best: dict[str, float] = field(default_factory=dict)  # the best validation
     window: dict[str, float] = field(default_factory=dict)  # `Stage.window`
     reports: dict[str, float] = field(default_factory=dict)  # of the modules, `Stage.reports`
+
+
+STATE = {f"{key}?": type(value) for key, value in asdict(State()).items()}  # as `check` reads it
 
 
 class MicroBatch(NamedTuple):
@@ -129,7 +133,7 @@ class Stage:
         deadline: float | None = None,
     ):
         self.objective, self.config, self.name, self.seed = objective, stage, name, seed
-        self.folder, self.fabric, self.tracker = folder, fabric, tracker
+        self.folder, self.fabric, self.place, self.tracker = folder, fabric, place_of(fabric), tracker
         self.augmentation, self.packing = augmentation, packing
         self.flops_per_token, self.deadline = flops_per_token, deadline
         self.peak = None if flops_per_token is None else peak_flops(fabric)
@@ -145,29 +149,31 @@ class Stage:
         self.log_every = max(1, self.total_steps // CURVE_POINTS)
         self.evaluations = {(k + 1) * self.total_steps // stage.evaluations for k in range(stage.evaluations)}
         self.read_every = 1 if fabric.device.type == "cpu" else READ_EVERY
-        self.save_after = FIRST_SAVE_SECONDS
+        self.saves = Saves()
         if compile:
             compile_model(self.model)
 
         self.state = State()
         self.window: dict[str, Tensor] = {}  # sums of the training metrics since their last line, on the device
+        if self.place.sharded:
+            shard(self.model, fabric.device)
         optimizer = build_optimizer(self.model, stage)
         self.guard = Guard(optimizer, fabric.device)
         self.last = folder / "last.safetensors"
         if checkpoint := load_checkpoint(self.last):
             require_fit(self.model, checkpoint.weights, self.last)
-            self.model.load_state_dict(checkpoint.weights)
+            load_whole(self.model, checkpoint.weights)
             try:
                 restore(optimizer, checkpoint.optimizer)
             except TrainingError as error:
                 raise TrainingError(f"{self.last}: {error}; delete {folder} to start the stage again") from None
-            self.state = State(**checkpoint.state)
+            with reading(self.last):
+                check(checkpoint.state, STATE)
+                self.state = State(**checkpoint.state)
             if fabric.is_global_zero:
                 for key, total in self.state.window.items():
                     self.window[key] = torch.tensor(total, dtype=torch.float64, device=fabric.device)
-        self.wrapped: Any
-        self.optimizer: Any
-        self.wrapped, self.optimizer = fabric.setup(self.model, optimizer)
+        self.wrapped, self.optimizer = set_up(fabric, self.model, optimizer)
 
     def run(self) -> State:
         """Trains to the end of the budget and leaves the best validation's weights in the model.
@@ -178,8 +184,9 @@ class Stage:
         """
         state = self.state
         if self.tracker:
-            self.tracker.rewind(self.name, state.step)
-        self.started = self.saved = self.timed = time.monotonic()
+            self.tracker.rewind(self.name, state.step, state.evaluated, expected=state.step >= self.log_every)
+        self.started = self.timed = time.monotonic()
+        self.saves.begin()
         self.seconds_before = state.seconds
         self.logged = (state.tokens, state.training_seconds)
         self.cores = Cores()
@@ -208,13 +215,13 @@ class Stage:
                         bar.train(self.log_training())
                     if stopping:
                         raise Interrupted(self.folder.parent)
-                    if time.monotonic() - self.saved > self.save_after:
+                    if self.due:
                         self.save()
             except Interrupted:
                 self.save()
                 raise
         self.fabric.barrier()
-        self.kept.load_state_dict(load_weights(self.folder / "best.safetensors"))
+        load_whole(self.kept, load_weights(self.folder / "best.safetensors"))
         return state
 
     def take_step(self) -> None:
@@ -230,7 +237,7 @@ class Stage:
         set_lr(self.optimizer, factor)
         loss = self.differentiate()
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+        norm = whole(nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
         self.guard.watch(state.step + 1, torch.isfinite(loss + norm))
         if config.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
@@ -245,7 +252,7 @@ class Stage:
         and the mean is the whole."""
         loss = torch.zeros((), device=self.fabric.device)
         for left, micro in zip(reversed(range(self.config.accumulate)), self.micro_batches(), strict=True):
-            with self.fabric.no_backward_sync(self.wrapped, enabled=left > 0):
+            with without_sync(self.fabric, self.wrapped, left > 0):
                 micro_loss, totals = self.forward(self.wrapped, micro)
                 self.fabric.backward(micro_loss)
             loss += micro_loss.detach()
@@ -254,15 +261,17 @@ class Stage:
         return loss
 
     def wait(self) -> bool:
-        """Waits until the device has taken all steps. Returns whether any rank must stop.
+        """Waits until the device has taken all steps. Returns whether any rank must stop; `due`: all are to save.
 
         Raises:
             TrainingError: a step failed.
         """
         state = self.state
-        going = torch.full_like(self.guard.failed, 0.0 if self.must_stop() else 1.0)
-        earliest = self.fabric.all_reduce(torch.stack((self.guard.failed, going)), reduce_op="min")
-        failed, all_going = cast(Tensor, earliest).tolist()
+        due = self.fabric.is_global_zero and self.saves.due()
+        asked = torch.tensor([not self.must_stop(), not due]).to(self.guard.failed)
+        earliest = self.fabric.all_reduce(torch.cat((self.guard.failed[None], asked)), reduce_op="min")
+        failed, all_going, not_due = cast(Tensor, earliest).tolist()
+        self.due = not not_due
         now = time.monotonic()
         state.training_seconds += now - self.timed
         self.timed = now
@@ -281,7 +290,7 @@ class Stage:
 
     def micro_batches(self) -> list[MicroBatch]:
         """This rank's share of the coming step."""
-        rank, ranks, size = self.fabric.global_rank, self.fabric.world_size, self.config.batch_size
+        rank, ranks, size = self.place.rank, self.place.ranks, self.config.batch_size
         micros = []
         for number in range(self.config.accumulate):
             index = self.examples(number * size, size)[rank::ranks]
@@ -291,8 +300,9 @@ class Stage:
                 batch = self.augmentation(batch, self.train.spec, seed=derive_seed(seed, AUGMENTED))
             if self.packing:
                 batch = pack(batch, self.train.spec, self.train.lengths[index] if self.augmentation is None else None)
+            batch = batch._replace(part=self.place.part(batch.inputs.shape[self.train.spec.num_inputs]))
             micros.append(MicroBatch(index, batch, seed))
-        if len(micros) * ranks == 1:
+        if len(micros) * self.fabric.world_size == 1:
             return micros
         asked = self.shares([self.objective.count(micro.batch, seed=micro.seed) for micro in micros])
         positions: Iterable[Tensor | float]
@@ -316,7 +326,8 @@ class Stage:
 
     def forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The part of a step's loss that is `micro`'s, and the sums its metrics are made of."""
-        torch.manual_seed(micro.seed)
+        part = micro.batch.part
+        torch.manual_seed(micro.seed if part is None else derive_seed(micro.seed, part.rank))
         with self.fabric.autocast():
             loss, totals = self.objective.weighed(model, micro.batch, seed=micro.seed, shares=micro.asked)
             return loss + micro.positions * auxiliary_loss(self.model), totals
@@ -348,12 +359,16 @@ class Stage:
         best = state.best.get(monitor, -math.inf if maximise else math.inf)
         if metrics[monitor] > best if maximise else metrics[monitor] < best:
             state.best = {**metrics, "step": state.step}
+            if self.tracker:
+                self.tracker.require_folder()
+            weights = whole_weights(self.kept)
             if self.fabric.is_global_zero:
-                save_weights(self.folder / "best.safetensors", self.kept.state_dict(), state.best)
+                with self.saves.one():
+                    save_weights(self.folder / "best.safetensors", weights, state.best)
         if self.tracker:
             named = {f"val/{key}": value for key, value in metrics.items()} | self.reports()
             named |= {"training_seconds": state.training_seconds} | self.share_of_cores()
-            self.tracker.log(self.name, state.step, state.tokens, named)
+            self.tracker.log(self.name, state.step, state.tokens, named, self.model)
         self.timed = time.monotonic()
         return metrics
 
@@ -375,13 +390,13 @@ class Stage:
         tokens, seconds = self.logged
         self.logged = (state.tokens, state.training_seconds)
         metrics["tokens_per_second"] = (state.tokens - tokens) / (state.training_seconds - seconds)
-        mfu = self.utilisation(metrics["tokens_per_second"])
-        if mfu is not None:
+        if (mfu := self.utilisation(metrics["tokens_per_second"])) is not None:
             metrics["mfu"] = mfu
         if self.tracker:
             named = {f"train/{key}": value for key, value in metrics.items()}
             named["train/lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-            self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores())
+            self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores(), self.model)
+            self.timed = time.monotonic() if self.tracker.callbacks else self.timed  # theirs is none of training's
         return metrics
 
     def share_of_cores(self) -> dict[str, float]:
@@ -405,16 +420,18 @@ class Stage:
         return 3 * self.flops_per_token * tokens_per_second / self.peak
 
     def save(self) -> None:
-        """Makes the present state the last checkpoint, and puts off the next till this one's time is a small share."""
-        started = time.monotonic()
-        self.state.seconds = self.seconds_before + started - self.started
-        if self.fabric.is_global_zero:
-            self.state.window = {key: total.item() for key, total in self.window.items()}
-            self.reports()
+        """Makes the present state the last checkpoint."""
+        self.state.seconds = self.seconds_before + time.monotonic() - self.started
+        self.state.window = {key: total.item() for key, total in self.window.items()}
+        self.reports()
+        if self.tracker:
+            self.tracker.require_folder()
+        if self.fabric.is_global_zero or self.place.sharded:
             optimizer = self.optimizer.state_dict()["state"]
-            save_checkpoint(self.last, Checkpoint(self.model.state_dict(), optimizer, asdict(self.state)))
-        self.saved = self.timed = time.monotonic()
-        self.save_after = min((self.saved - started) / SAVE_SHARE, SAVE_SECONDS)
+            checkpoint = Checkpoint(self.model.state_dict(), optimizer, asdict(self.state))
+            with self.saves.one():
+                save_checkpoint(self.last, checkpoint, self.fabric if self.place.sharded else None)
+        self.timed = time.monotonic()
 
     def explain_failure(self) -> str:
         """Which step, and which module was the first to compute something that is not finite: the step is repeated."""
@@ -431,10 +448,3 @@ class Stage:
             + (f"The last good checkpoint is {self.last}. " if self.last.exists() else "There is no checkpoint yet. ")
             + "A smaller learning rate, a longer warmup, a clip or precision=fp32 may help"
         )
-
-
-def peak_flops(fabric: Fabric) -> float:
-    """Operations per second of matrix products on all devices, in the precision they train in."""
-    with fabric.autocast():
-        precision = "bf16" if torch.is_autocast_enabled(fabric.device.type) else "fp32"
-    return fabric.world_size * matmul_flops_per_second(fabric.device, precision)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import StageConfig
 from ..models.model import Residual
 from .errors import TrainingError
+from .shards import cut_as
 
 
 def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any]]:
@@ -136,7 +137,11 @@ def restore(optimizer: torch.optim.Optimizer, kept: Mapping[int, Mapping[str, Te
         shape = parameters[index].shape if index < len(parameters) else None
         if any(tensor.shape not in ((), shape) for tensor in tensors.values()):
             raise TrainingError("the optimiser's state is of other parameters, as of an earlier version of a block")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(kept)})
+    own = {
+        index: {name: cut_as(parameters[index], tensor) for name, tensor in tensors.items()}
+        for index, tensors in kept.items()
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": own})
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 SIZES = {"cpu": 1024, "cuda": 8192}  # of square matrices, large enough to keep the device busy
 PRODUCTS = 8
@@ -38,3 +42,10 @@ def wait_for(device: torch.device) -> None:
     """Returns when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_flops(fabric: Fabric) -> float:
+    """Operations per second of matrix products on all devices, in the precision they train in."""
+    with fabric.autocast():
+        precision = "bf16" if torch.is_autocast_enabled(fabric.device.type) else "fp32"
+    return fabric.world_size * matmul_flops_per_second(fabric.device, precision)

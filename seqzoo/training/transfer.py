@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..blocks import upgraded
+from ..messages import misfits
 from .checkpoint import load_weights
 from .errors import TrainingError
 
@@ -40,7 +41,7 @@ def transfer_backbone(model: nn.Module, checkpoint: Path) -> Transfer:
     weights, own = upgraded(model, load_weights(checkpoint)), model.state_dict()
     given = {name: tensor for name, tensor in weights.items() if name.startswith(BACKBONE)}
     wanted = {name: tensor for name, tensor in own.items() if name.startswith(BACKBONE)}
-    if problems := _problems(given, wanted):
+    if problems := misfits(given, wanted):
         raise TrainingError(
             f"the backbone in {checkpoint} does not fit: {problems}. Pretrain and fine-tune with the same model options"
         )
@@ -52,19 +53,8 @@ def transfer_backbone(model: nn.Module, checkpoint: Path) -> Transfer:
 
 def require_fit(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path) -> None:
     """Raises TrainingError where `weights` are not those of `model`, which may be on the meta device."""
-    if problems := _problems(upgraded(model, weights), model.state_dict()):
+    if problems := misfits(upgraded(model, weights), model.state_dict()):
         raise TrainingError(
             f"the weights in {checkpoint} do not fit the model that the run's config.yaml describes: {problems}; "
             "valid: the two as one run left them"
         )
-
-
-def _problems(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - given.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(given.keys() - wanted.keys())]
-    problems += [
-        f"{name} has shape {list(given[name].shape)}, the model wants {list(wanted[name].shape)}"
-        for name in sorted(given.keys() & wanted.keys())
-        if given[name].shape != wanted[name].shape
-    ]
-    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -152,12 +152,13 @@ def rg_lru(block, x, mask, lengths):
     x = torch.where((torch.arange(T) < n[:, None])[..., None], x, 0)
     u = block.in_proj(x)
     u = block.conv(torch.where((torch.arange(T) < n[:, None])[..., None], u, 0), None, None)[0]
-    r = (torch.einsum("bthi,hio->btho", u.unflatten(-1, (4, -1)), block.recurrence_gate.weight)).flatten(2).sigmoid()
+    gates = block.recurrence_gate, block.input_gate
+    r, i = (torch.einsum("bthi,hio->btho", u.unflatten(-1, (4, -1)), g.weight).flatten(2).sigmoid() for g in gates)
     a = (-8 * r * F.softplus(block.dynamics.Lambda)).exp()
     first, last = ((1 - a**2).sqrt() for _ in range(2))
     first[:, 0] = 1
     last[torch.arange(3), n - 1] = 1
-    return torch.where(mask, decayed(a, first, last, block.causal), 0)
+    return torch.where(mask, decayed(a, first * i, last * i, block.causal), 0)
 
 
 def mamba(block, x, mask, lengths):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from agreement import assert_close
 
 from seqzoo import build_block
-from seqzoo.blocks.rg_lru import decay
+from seqzoo.kernels.real_gated_scan.plain import decay
 
 B, T, D = 2, 11, 8
 

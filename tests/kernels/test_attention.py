@@ -127,6 +127,26 @@ def test_queries_behind_a_cache(backend):
     assert (with_padding[:, 2] == 0).all()
 
 
+@pytest.mark.parametrize("G", [4, 2])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_single_query_behind_a_cache(G, scaled):
+    """Of each sequence: in the middle of its keys, behind all of them, at the first, past those that are valid."""
+    q, k, v = inputs(5, 1, 33, 4, G, 8, 6)
+    position, lengths = torch.tensor([20, 32, 0, 9, 20]), torch.tensor([21, 33, 1, 5, 30])
+    scale = torch.linspace(0.1, 1, 5, dtype=torch.float64)[:, None] if scaled else None
+    options = {"causal": True, "position": position, "lengths": lengths, "scale": scale}
+    expected = attention(q, k, v, **options, backend="reference")
+    actual = attention(q, k, v, **options)
+    assert_close(actual, expected, 1e-12)
+    assert (actual[3] == 0).all()
+    for name, a, e in zip("qkv", gradients(actual, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
+        assert_close(a, e, 1e-12, f"d{name}")
+    with torch.no_grad():
+        unseen = torch.arange(33) > torch.minimum(position, lengths - 1)[:, None]
+        k[unseen], v[unseen] = math.nan, math.nan
+    assert_close(attention(q, k, v, **options), expected, 1e-12)
+
+
 @pytest.mark.parametrize("backend", ["chunked", "reference", "fused"])
 @pytest.mark.parametrize(
     ("queries", "keys", "lengths"), [(12, 9, None), (6, 9, [9, 4]), (12, 9, [0, 3]), (9, 9, [5, 9])]

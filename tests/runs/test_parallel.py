@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,50 @@ for case in CASES:
         step = first_step(case, Path(sys.argv[1]), block="vq_attention", **cut)
         if torch.distributed.get_rank() == 0:
             torch.save(step, f"{sys.argv[1]}/{case} {accumulate}")
+"""
+
+
+LOSSES = """
+import json
+import sys
+from pathlib import Path
+from seqzoo.runs import run
+from seqzoo.training.loop import Stage
+from tiny_runs import tiny_config, toy_task
+folder, block, strategy, parts = sys.argv[1:]
+losses, real = [], Stage.differentiate
+def differentiate(stage):
+    loss = real(stage)
+    if stage.folder.name != "forecast":
+        losses.append(stage.fabric.all_reduce(loss.double(), reduce_op="mean").item())
+    return loss
+Stage.differentiate = differentiate
+options = {"codebook_size": 8, "block_len": 8} if block == "vq_attention" else {}
+model = {"dropout": 0.0, "num_layers": 2, "block": {"name": block, **options}, "position": "sinusoidal"}
+result = run(
+    tiny_config(folder, model=model, finetuning={"tokens": 4500}, strategy=strategy, sequence_parallel=int(parts)),
+    task=toy_task(),
+)
+told = {"losses": losses, "correct": round(result["test"]["accuracy"] * result["n_test"])}
+Path(result["folder"], "told.json").write_text(json.dumps(told))
+"""
+
+KILLED = """
+import os
+import sys
+from pathlib import Path
+from seqzoo.runs import run
+from tiny_runs import tiny_config, toy_task
+folder, strategy, parts = sys.argv[1:]
+Path(folder, f"pid {os.environ['RANK']}").write_text(str(os.getpid()))
+model = {"dropout": 0.0, "block": {"name": "lru"}}
+run(
+    tiny_config(
+        folder, model=model, finetuning={"tokens": 16000, "evaluations": 16}, strategy=strategy,
+        sequence_parallel=int(parts),
+    ),
+    task=toy_task(),
+)
 """
 
 
@@ -85,3 +131,59 @@ def test_two_processes_take_the_step_of_one(tmp_path):
             assert step.keys() == whole.keys()
             for name, tensor in whole.items():
                 torch.testing.assert_close(step[name], tensor, rtol=1e-4, atol=1e-6, msg=f"{case}: {name}")
+
+
+def told(tmp_path: Path, name: str, *arguments: str, processes: int) -> dict:
+    start(LOSSES, tmp_path, str(tmp_path / name), *arguments, processes=processes)
+    (path,) = (tmp_path / name).glob("*/told.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["lru", "vq_attention"])
+def test_processes_have_the_losses_of_one(block, tmp_path):
+    """Of the first 50 steps, whatever they share out; and of the test as many right but for one."""
+    one = told(tmp_path, "1", block, "auto", "1", processes=1)
+    cases = [(n, strategy, 1) for n in (2, 4) for strategy in ("ddp", "fsdp")]
+    if block == "lru":
+        cases += [(2, "ddp", 2), (4, "fsdp", 2)]
+    for processes, strategy, parts in cases:
+        case = f"{processes} {strategy} {parts}"
+        several = told(tmp_path, case, block, strategy, str(parts), processes=processes)
+        assert several["losses"][:50] == pytest.approx(one["losses"][:50], abs=1e-5), case
+        assert abs(several["correct"] - one["correct"]) <= 1, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "parts", "killed"), [("ddp", 1, 1), ("fsdp", 1, 0), ("ddp", 2, 1)])
+def test_a_killed_process_ends_in_a_restart(strategy, parts, killed, tmp_path):
+    """Of all of them, from the last checkpoint and to the end; on a quiet machine it takes some ten seconds."""
+    (tmp_path / "script.py").write_text(KILLED)
+    tests = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    command = [sys.executable, *launcher, str(tmp_path / "script.py"), str(tmp_path), strategy, str(parts)]
+
+    def validations() -> int:
+        return sum(path.read_text().count("val/loss") for path in tmp_path.glob("*/metrics.jsonl"))
+
+    def wait_for(happened) -> float:
+        began = time.monotonic()
+        while not happened():
+            assert process.poll() is None
+            assert time.monotonic() - began < 240
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            wait_for(lambda: validations() >= 3)
+            before, first = validations(), int((tmp_path / f"pid {killed}").read_text())
+            os.kill(first, signal.SIGKILL)
+            seconds = wait_for(lambda: validations() > before)
+            print(f"{strategy}, {parts} parts: a validation {seconds:.1f} s after the kill")
+            assert process.wait(240) == 0
+        finally:
+            process.kill()
+    assert int((tmp_path / f"pid {killed}").read_text()) != first
+    assert validations() == 16

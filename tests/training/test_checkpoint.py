@@ -48,7 +48,7 @@ def test_a_checkpoint_comes_back_and_replaces_the_one_before(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("failing", ["training.checkpoint.save_file", "files.os.fsync", "files.os.replace"])
+@pytest.mark.parametrize("failing", ["safetensors.torch.save_file", "seqzoo.files.os.fsync", "seqzoo.files.os.replace"])
 def test_a_failure_while_writing_keeps_the_checkpoint_before(tmp_path, monkeypatch, failing):
     path = tmp_path / "last.safetensors"
     save_checkpoint(path, checkpoint(10))
@@ -56,7 +56,7 @@ def test_a_failure_while_writing_keeps_the_checkpoint_before(tmp_path, monkeypat
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"seqzoo.{failing}", fail)
+    monkeypatch.setattr(failing, fail)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(path, checkpoint(20, 2.0))
     monkeypatch.undo()

@@ -10,10 +10,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...failures import Said
+
 log = logging.getLogger(__name__)
 
 
-class DataError(RuntimeError):
+class DataError(Said, RuntimeError):
     """Data that is missing, incomplete or damaged; the message says where, and what to do."""
 
 

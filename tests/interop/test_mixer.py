@@ -1,0 +1,74 @@
+"""Blocks as layers of a stock model that generates."""
+
+import pytest
+import torch
+
+import seqzoo
+from seqzoo import build_block, replace
+
+BLOCKS = {"lru": {}, "mamba2": {"state_dim": 4}, "gau": {"chunk_len": 4, "key_dim": 6}, "softmax_attention": {}}
+
+
+@pytest.fixture
+def model(request, build):
+    """A Llama with a block in its first layer, or in both."""
+    name, layers = getattr(request, "param", ("lru", 2))
+    model = build("Llama", "seqzoo_softmax")
+    kind = type(model.model.layers[0].self_attn)
+    block = {"d_model": 32, "causal": True, **BLOCKS[name]}
+    replace(model, kind, lambda old: build_block(name, **block) if old.layer_idx < layers else None)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", [(name, 2) for name in BLOCKS] + [("lru", 1)], indirect=True, ids=str)
+def test_generates_as_if_it_saw_everything_anew(model, ids, in_front):
+    options = {"attention_mask": in_front, "max_new_tokens": 6, "do_sample": False}
+    y = model.generate(ids, **options)
+    assert torch.equal(y, model.generate(ids, use_cache=False, **options))
+    assert len(y[:, 12:].unique()) > 6
+    beams = {**options, "num_beams": 3, "max_new_tokens": 4}
+    assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
+    for row, front in enumerate((0, 4, 9)):
+        alone = model.generate(ids[row : row + 1, front:], max_new_tokens=6, do_sample=False)
+        assert torch.equal(alone[0], y[row, front:])
+
+
+@torch.no_grad()
+def test_its_state_does_not_grow(model, ids):
+    cache = model(ids, use_cache=True).past_key_values
+    assert cache.get_seq_length() == 12
+    sizes = [sum(part.numel() for part in layer.state) for layer in cache.layers]
+    model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 24
+    assert sizes == [sum(part.numel() for part in layer.state) for layer in cache.layers]
+
+
+def test_trains_on_padded_and_packed_batches(model, ids, both_sides):
+    model.train()(ids, attention_mask=both_sides, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    places = torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)
+    with torch.no_grad():
+        y = model(ids, position_ids=places, use_cache=False).logits
+        alone = torch.cat([model(part).logits for part in ids.split([5, 7], 1)], 1)
+    torch.testing.assert_close(y, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_refusals(model, build, ids, both_sides):
+    with pytest.raises(ValueError, match="LRU has no weights to return"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="LRU: a StaticLayer where its state would stand"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    model.set_attn_implementation("sdpa")
+    model(ids)  # needs no mask
+    with pytest.raises(ValueError, match=r"LRU: a mask of all pairs of steps; valid: seqzoo\.hf\.register"):
+        model(ids, attention_mask=both_sides)
+    other = build("Llama", "seqzoo_softmax")
+    replace(other, type(other.model.layers[0].self_attn), lambda old: build_block("lru", 32))
+    with pytest.raises(ValueError, match="LRU is built with causal=False, the layer's mask is of causal=True"):
+        other(ids, use_cache=False)
+    full = model(ids, use_cache=True).past_key_values
+    full.layers[0] = seqzoo.hf.StateLayer()
+    full.layers[0].update(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1))
+    with pytest.raises(ValueError, match="a state cannot forget its last steps"):
+        full.crop(-1)
