@@ -49,10 +49,12 @@ def export(
     if module.training:
         raise ValueError(f"{type(module).__name__} is in training; valid: module.eval(), what is exported is inference")
     translations = _translations()
+    # Of an example that is a view the graph would ask for strides, which ONNX does not have.
+    inputs, given = tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, (inputs, dict(keywords or {})))
     program = torch.onnx.export(
-        _without_complex_parameters(module, inputs, keywords, dynamic_shapes),
+        _without_complex_parameters(module, inputs, given, dynamic_shapes),
         inputs,
-        kwargs=None if keywords is None else dict(keywords),
+        kwargs=given,
         dynamic_shapes=dynamic_shapes,
         opset_version=OPSET,
         custom_translation_table=translations,
@@ -69,12 +71,12 @@ def export(
 
 
 def _without_complex_parameters(
-    module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any] | None, dynamic_shapes: Any
+    module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], dynamic_shapes: Any
 ) -> nn.Module:
     """`module`, or its graph in which what complex numbers make of parameters alone is a buffer: ONNX has no such
     numbers, and the exporter little that is done with them."""
     any_size = tree_map(lambda size: Dim.DYNAMIC if isinstance(size, str) else size, dynamic_shapes)
-    program = torch.export.export(module, inputs, dict(keywords or {}), dynamic_shapes=any_size)
+    program = torch.export.export(module, inputs, keywords, dynamic_shapes=any_size)
     graph = program.module()
     assert isinstance(graph, fx.GraphModule)
     _check_no_documents(graph)
