@@ -5,8 +5,9 @@
     python benchmarks/blocks.py --only linear_attention,linear-attention-transformer
 
 Alternatives are timed in turns, so that slow phases of the machine meet all of them, and reported as the minimum and
-the median. One that has taken more than `--patience` seconds at a length is repeated there no more, and one that takes
-as long a time is left out at greater lengths. Each length has a process of its own: what a large peer leaves in the
+the median: by the clock, or, with one thread (OMP_NUM_THREADS=1), in time of the processor. One that has taken more
+than `--patience` seconds at a length is repeated there no more, and one that takes as long a time is left out at
+greater lengths. Each length has a process of its own: what a large peer leaves in the
 heap would fill the memory. Peers that cannot be imported are named and left out: performer-pytorch, FLASH-pytorch,
 linear-attention-transformer, S4's standalone `s4d.py` on PYTHONPATH, and those of the extra `parity`. Layers of
 `originals.py` are one of our blocks each, which then has the weights of the first.
@@ -67,6 +68,14 @@ COUNTERPARTS = {  # of ours, what stands beside it: others', or another of ours 
 }
 
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def clock_name() -> str:
+    """Other work beside does not count where there is one thread."""
+    return "processor" if torch.get_num_threads() == 1 else "wall"
+
+
 class Pass(NamedTuple):
     """What is timed: a call, and its gradient with respect to tensors."""
 
@@ -74,9 +83,10 @@ class Pass(NamedTuple):
     wrt: list[Tensor]
 
     def seconds(self, gradient: Tensor) -> float:
-        start = time.perf_counter()
+        clock = CLOCKS[clock_name()]
+        start = clock()
         torch.autograd.grad(self.call(), self.wrt, gradient, allow_unused=True)
-        return time.perf_counter() - start
+        return clock() - start
 
 
 class Candidate(NamedTuple):
@@ -361,6 +371,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--patience", type=float, default=10.0, metavar="SECONDS")
     parser.add_argument("--only", metavar="NAME,...", help="candidates by name; all by default")
+    parser.add_argument("--causal", action="store_true", help="one direction alone")
     parser.add_argument("--out", type=Path, default=Path("results/blocks"))
     options = parser.parse_args()
 
@@ -372,7 +383,7 @@ def main() -> None:
             f"--only: {', '.join(sorted(unknown))} unknown or left out; valid: {', '.join(c.name for c in found)}"
         )
     chosen = {(c.name, c.kind) for c in found if c.name in only}
-    for causal in (True, False):
+    for causal in (True,) if options.causal else (True, False):
         left = set(chosen)
         for T in map(int, options.lengths.split(",")):
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
@@ -387,7 +398,13 @@ def main() -> None:
             left -= {(row["name"], row["kind"]) for row in at_length if row["min_ms"] > 1e3 * options.patience}
 
     options.out.mkdir(parents=True, exist_ok=True)
-    setting = {"batch": B, "d_model": D_MODEL, "heads": HEADS, "dtype": "float32", "pass": "forward + backward"}
+    setting: dict[str, Any] = {
+        "batch": B,
+        "d_model": D_MODEL,
+        "heads": HEADS,
+        "dtype": "float32",
+        "pass": "forward + backward",
+    } | {"clock": clock_name()}
     record = {**provenance.of_benchmark(setting), "rows": rows}
     (options.out / "blocks.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.out / "blocks.md").write_text(table(rows))

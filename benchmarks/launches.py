@@ -282,6 +282,20 @@ def linear_attentions() -> Calls:
     yield partial(both, 64, 1024, 2, 100, 100, torch.bfloat16, "none", False, False)
 
 
+def delta_rules() -> Calls:
+    """Both passes of the delta rule, with each kind of decay, from a state or not, of rows or documents."""
+    both = passes.delta_rule
+    for dtype, D in widths({torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}):
+        for decay, erase in (("none", False), ("head", True), ("channel", False)):
+            yield partial(both, 2, 300, 4, 2, D, D, dtype, decay, erase, True, True)
+    yield partial(both, 1, 32768, 32, 8, 128, 128, torch.bfloat16, "head")
+    for dtype in FLOATS:
+        yield partial(both, 16, 1024, 4, 4, 64, 64, dtype, "none", True)
+        yield partial(both, 16, 1024, 4, 4, 64, 64, dtype, "channel", True, True, packed=True)
+    for D, Dv in ((16, 128), (128, 16), (96, 128)):
+        yield partial(both, 16, 1024, 4, 4, D, Dv, torch.bfloat16, "head", packed=True)
+
+
 def favor_attentions() -> Calls:
     """Both passes of FAVOR attention, causal from a state and not, with time in one segment and in several."""
 
@@ -359,6 +373,7 @@ def widths(most: dict[torch.dtype, int]) -> Iterator[tuple[torch.dtype, int]]:
 
 CALLS = {
     "attention": attentions,
+    "delta_rule": delta_rules,
     "diagonal_scan": scans,
     "favor_attention": favor_attentions,
     "gated_attention": gated_attentions,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqzoo.kernels import backends
 from seqzoo.kernels.attention import fused as softmax
+from seqzoo.kernels.delta_rule import operator as delta
 from seqzoo.kernels.diagonal_scan import fused as diagonal
 from seqzoo.kernels.favor_attention import fused as favor
 from seqzoo.kernels.gated_attention import fused as gated
@@ -110,6 +111,21 @@ def linear_attention(
     o, last, inverse = linear._linear_attention._init_fn(*inputs, *options)
     backward = linear._linear_attention_backward._init_fn
     backward(o, last if state else None, *inputs, o, last, inverse, *options, g is not None)
+
+
+def delta_rule(
+    B: int, T: int, H: int, G: int, D: int, Dv: int, dtype: torch.dtype, decay: str,
+    erase: bool = False, state: bool = False, padded: bool = False, packed: bool = False,
+) -> None:  # fmt: skip
+    """`decay` is "none", "head" or "channel"."""
+    initial, lengths = meta(B, H, D, Dv) if state else None, integers(B) if padded else None
+    starts, B, T = in_one_row(B, T) if packed else (None, B, T)
+    q, k, v = (meta(B, T, heads, width, dtype=dtype) for heads, width in ((G, D), (G, D), (H, Dv)))
+    g = {"none": None, "head": meta(B, T, H), "channel": meta(B, T, H, D)}[decay]
+    r = meta(B, T, H, D, dtype=dtype) if erase else None
+    inputs = (q, k, v, meta(B, T, H), g, r, initial, lengths, starts)
+    o, last, states = delta._delta_rule._init_fn(*inputs, state, True)
+    delta._delta_rule_backward._init_fn(o, last if state else None, *inputs, states, state)
 
 
 def favor_attention(

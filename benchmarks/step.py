@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -117,7 +116,7 @@ class TimedStage(Stage):
         self.timed_objective = TimedObjective(objective, self.watch)
         super().__init__(model, self.timed_objective, *args, fabric=fabric, **kwargs)
         self.log_every = READ_EVERY if self.watch.on_gpu else 1
-        self.save_after = math.inf
+        self.saves.due = lambda: False
         self.optimizer.optimizer.register_step_pre_hook(lambda *_: self.begin_optimiser())
         self.optimizer.optimizer.register_step_post_hook(lambda *_: self.watch.add("optimiser", self.optimising))
 
@@ -166,7 +165,7 @@ def measure(config: Config, task: Task, name: str, form: str, steps: int) -> dic
             seed=config.seed,
             folder=Path(folder),
             fabric=build_fabric(config),
-            tracker=Tracker(Path(folder), to_dict(config), group="", wandb=config.wandb),
+            tracker=Tracker(Path(folder), to_dict(config), group=""),
             flops_per_token=flops_per_token(config.model, task.spec, causal=config.causal, head=objective.head),
         )
         trainer.run()

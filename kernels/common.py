@@ -150,7 +150,7 @@ def check_log_decay(what: str, log_decay: Tensor | None, lengths: Tensor | None)
 
 def can_be_looked_at(x: Tensor) -> bool:
     """Whether `x` has values on a CPU: in graphs there are none, and under vmap one for each of a batch."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu" or type(x) is not Tensor:
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         if torch._C._functorch.is_batchedtensor(x):

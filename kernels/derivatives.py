@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.library import CustomOpDef
 
@@ -24,14 +25,21 @@ def forward_mode() -> bool:
 
 def by_hand() -> bool:
     """Whether an `autograd.Function` may stand in for operations here: not in forward mode or other transforms of
-    functions, which it knows no rule of, nor in graphs, where compilers do what it would."""
-    return not (torch.compiler.is_compiling() or transformed())
+    functions, which it knows no rule of, nor in graphs, where compilers do what it would, or in a trace."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed())
 
 
 def transformed() -> bool:
     """Whether a transform of functions is at work here, forward mode among them, outside of graphs: registered
     operators know no rule of it."""
     return forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+
+
+def mapped() -> bool:
+    """Whether torch.vmap is at work here, and no other transform of functions."""
+    if forward_mode() or not transformed():
+        return False
+    return all(level.key() == TransformType.Vmap for level in get_interpreter_stack())
 
 
 def gradient(

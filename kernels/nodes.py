@@ -1,18 +1,22 @@
-"""Forms of an operation as one node of an exported graph, whatever they do inside.
+"""Forms of an operation as one node: of an exported graph, and to torch.vmap.
 
 What cuts time into chunks asks a length how many it has, and in a graph for any length there is no answer; and to other
 formats the name of an operation says more than hundreds of products. So what is exported has one operator there, which
-runs the form as it is. Compiled graphs have the form itself, for their compiler to fuse.
+runs the form as it is, and to which a mapped dimension is so much more batch. Compiled graphs have the form itself, for
+their compiler to fuse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op, infer_schema
+
+from .derivatives import mapped
 
 NAMESPACE = "seqzoo_nodes"  # beside seqzoo::<name>, which those run
 Form = Callable[..., tuple[Tensor, ...]]
@@ -23,18 +27,26 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def as_node(name: str, form: Form, empty: Form) -> CustomOpDef:
+def as_one() -> bool:
+    """Whether an operation is to be a node here."""
+    return exporting() or mapped()
+
+
+def as_node(name: str, form: Form, empty: Form, shared: Mapping[str, int]) -> CustomOpDef:
     """`form` as the operator seqzoo_nodes::<name>, with a first derivative, for which it runs again.
 
     Args:
         form: of annotated tensors, None among them, and numbers, to tensors.
         empty: from the same arguments, outputs of the same shapes and dtypes, of any value.
+        shared: names of those that have no batch in front, where they are tensors of so many dimensions at most.
     """
     schema = infer_schema(form, mutates_args=())
     forward = custom_op(
         f"{NAMESPACE}::{name}", lambda *given: _by_themselves(form(*given), given), mutates_args=(), schema=schema
     )
     forward.register_fake(empty)
+    names = [argument.name for argument in forward._opoverload._schema.arguments]
+    forward.register_vmap(partial(_folded, forward, [shared.get(name, 0) for name in names], names.index("starts")))
     arguments = schema.partition(" -> ")[0]
     backward = custom_op(
         f"{NAMESPACE}::{name}_backward",
@@ -56,6 +68,32 @@ def as_node(name: str, form: Form, empty: Form) -> CustomOpDef:
 
     forward.register_autograd(gradient, setup_context=keep)
     return forward
+
+
+def _folded(
+    operator: CustomOpDef, shared: Sequence[int], starts: int, info: Any, dims: tuple[int | None, ...], *given: Any
+) -> tuple[Any, Any]:
+    """The operator over a mapped dimension, as part of its batch; over one at a time where what is shared is mapped, or
+    where documents are the batch."""
+    V = info.batch_size
+    single = given[starts] is not None
+    for x, dim, rank in zip(given, dims, shared, strict=True):
+        single |= dim is not None and x.dim() - 1 <= rank
+    if single:
+        each = [
+            operator(*(x if dim is None else x.select(dim, i) for x, dim in zip(given, dims, strict=True)))
+            for i in range(V)
+        ]
+        made = tuple(torch.stack(y) for y in zip(*each, strict=True))
+    else:
+        folded = []
+        for x, dim, rank in zip(given, dims, shared, strict=True):
+            if isinstance(x, Tensor) and (dim is not None or x.dim() > rank):
+                x = x.expand(V, *x.shape) if dim is None else x.movedim(dim, 0)
+                x = x.flatten(0, 1)
+            folded.append(x)
+        made = tuple(y.unflatten(0, (V, -1)) if y.numel() else y.new_empty(V, *y.shape) for y in operator(*folded))
+    return made, (0,) * len(made)
 
 
 def _by_themselves(outputs: Sequence[Tensor], given: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ What it lists is imported when it is asked for: a report needs no PyTorch.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import blocks as blocks
+    from . import hf as hf
     from . import kernels as kernels
+    from .analysis.cost import flops
     from .blocks import (
         BLOCKS,
         GAU,
@@ -48,11 +51,13 @@ if TYPE_CHECKING:
         build_block,
         register_block,
     )
-    from .interop import hf as hf
     from .interop.hub import from_pretrained, push_to_hub, save_pretrained
     from .interop.replace import replace
     from .interop.vit import timm_attention
+    from .metrics import register_metric
     from .spec import Batch, TaskSpec
+    from .tasks import register_task
+    from .training.loggers import register_logger
 
 __all__ = [
     "BLOCKS",
@@ -86,10 +91,14 @@ __all__ = [
     "attach",
     "auxiliary_loss",
     "build_block",
+    "flops",
     "from_pretrained",
     "load",
     "push_to_hub",
     "register_block",
+    "register_logger",
+    "register_metric",
+    "register_task",
     "replace",
     "run",
     "save_pretrained",
@@ -100,13 +109,16 @@ if sys.argv[:1] == ["-m"] and any(
 ):
     leave_while_importing()  # Python is on its way to a command of this package
 
-PACKAGES = ("blocks", "kernels", "spec")  # that importing this one makes its attributes
-ELSEWHERE = {"hf": ".interop.hf"}  # modules by the names that users know them by
+PACKAGES = ("blocks", "hf", "kernels", "spec")  # that importing this one makes its attributes
 LIES_IN = {  # what else is listed lies in `blocks`
     "Batch": ".spec",
     "TaskSpec": ".spec",
+    "flops": ".analysis.cost",
     "from_pretrained": ".interop.hub",
     "push_to_hub": ".interop.hub",
+    "register_logger": ".training.loggers",
+    "register_metric": ".metrics",
+    "register_task": ".tasks",
     "replace": ".interop.replace",
     "save_pretrained": ".interop.hub",
     "timm_attention": ".interop.vit",
@@ -120,16 +132,16 @@ def load(run_folder: Any) -> Any:
     return load_run(run_folder)
 
 
-def run(config: Any, *, task: Any = None) -> dict[str, Any]:
+def run(config: Any, *, task: Any = None, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Trains what a configuration asks for and returns its result. See `seqzoo.runs.run`."""
     from .runs import run as run_config
 
-    return run_config(config, task=task)
+    return run_config(config, task=task, callbacks=callbacks)
 
 
 def __getattr__(name: str) -> Any:
-    if name in PACKAGES or name in ELSEWHERE:
-        return import_module(ELSEWHERE.get(name, f".{name}"), __name__)
+    if name in PACKAGES:
+        return import_module(f".{name}", __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(LIES_IN.get(name, ".blocks"), __name__), name)
@@ -138,4 +150,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *PACKAGES, *ELSEWHERE})
+    return sorted({*globals(), *__all__, *PACKAGES})

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 from typing import Annotated, Any
 
 from .blocks import check_block
+from .entries import CONFIGS, GROUPS, available, registered
 from .extras import require
 from .failures import Said
 from .groups import (
@@ -26,6 +26,7 @@ from .groups import (
 from .messages import printable, shortened, unknown
 from .models import ModelConfig
 from .models.size import parse_size
+from .plugins import KEY, import_plugins
 from .precision import native_precision
 from .tasks import TaskConfig
 from .valid import (
@@ -42,8 +43,6 @@ from .valid import (
     marks_of,
 )
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
-GROUPS = ("model", "task", "recipe", "launcher")
 CHOICES = {
     "objective": ("masked", "causal", "joint"),
     "pixel_loss": ("cross_entropy", "l1"),
@@ -61,8 +60,9 @@ CHOICES = {
     "wandb.mode": (None, "online", "offline", "disabled"),
 }
 PATHS = ("runs_dir", "data_dir", "cache_dir", "resume", "pretrain", "task.text")
-# A block's options are its class's and a launcher's are submitit's: any may be given, and they name the valid ones.
-FREE = ("model.block.", "launcher.options.")
+# A block's options are its class's, a launcher's submitit's, and a task of one's own has its own: any may be given, and
+# they name the valid ones.
+FREE = ("model.block.", "launcher.options.", "task.options.")
 
 
 class ConfigError(Said, ValueError):
@@ -113,6 +113,8 @@ class Config:
     cache_dir: Text | None = None
     runs_dir: Text = "runs"
     resume: Text | None = None
+    plugins: list[str] = field(default_factory=list)  # as the command line named them; nothing here imports any
+    logger: str = "wandb"
     budget: str | None = None
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -136,10 +138,16 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     check_keys(overrides)
-    ConfigStore.instance().store(name="schema", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group in GROUPS:
+        for name, keys in registered(group).items():
+            store.store(group=group, name=name, node=keys)
     texts = [override for override in overrides if is_text(override)]
     others = [
-        f"++{override}" if override.startswith(FREE) else override for override in overrides if override not in texts
+        f"++{override}" if override.startswith(FREE) else _listed(override)
+        for override in overrides
+        if override not in texts
     ]
     try:
         with initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
@@ -197,13 +205,17 @@ def seconds(duration: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def available(group: str) -> list[str]:
-    """The entries of a configuration group, e.g. `available("model")`."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+def _listed(override: str) -> str:
+    """`plugins=a` as `plugins=[a]`."""
+    return f"{KEY}[{override.removeprefix(KEY).strip('[]')}]" if override.startswith(KEY) else override
 
 
 def check_keys(overrides: Sequence[str]) -> None:
-    """Raises ConfigError where an override names a key or a group's entry that does not exist; says which do."""
+    """Raises ConfigError where an override names a key or a group's entry that does not exist; says which do.
+
+    What `plugins=` among them names is imported first.
+    """
+    import_plugins(overrides)
     for override in overrides:
         shown, (key, equals, value) = shortened(override), override.partition("=")
         if not (key and equals):

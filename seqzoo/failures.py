@@ -89,11 +89,10 @@ def ends(command: str, work: Callable[[], int], *, stopped: str = "stopped") -> 
         except KeyboardInterrupt:
             said: Told | None = Told(stopped, INTERRUPTED)
         except Exception as error:
-            said = told(error)
-            if said is None and arrived.is_set():
-                said = Told(stopped, INTERRUPTED)
+            said = told(error) or (Told(stopped, INTERRUPTED) if arrived.is_set() else None)
             if said is None:
                 raise
+    assert said is not None
     print(printable_lines(f"{command}: {said.message}"), file=sys.stderr)
     return said.status
 

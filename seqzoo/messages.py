@@ -3,8 +3,9 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import Any
 
 SHOWN = 80  # characters of what was given
 
@@ -39,3 +40,15 @@ def say_once(message: str) -> None:
     """Prints to stderr what this process has not said yet, on the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
         print(printable_lines(message), file=sys.stderr)
+
+
+def misfits(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where two state dicts differ in names or shapes; empty if nowhere."""
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - given.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(given.keys() - wanted.keys())]
+    problems += [
+        f"{name} has shape {list(given[name].shape)}, the model wants {list(wanted[name].shape)}"
+        for name in sorted(given.keys() & wanted.keys())
+        if given[name].shape != wanted[name].shape
+    ]
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

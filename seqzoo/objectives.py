@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .draws import uniform
 from .kernels.common import valid_positions
 from .messages import unknown
+from .metrics import METRICS, sums_of
 from .spec import IGNORED, Batch, TaskSpec
 
 
@@ -75,7 +76,8 @@ class Classification(Objective):
 
     def measure(self, scores: Tensor, batch: Batch) -> Measure:
         """Scores [B, classes] against the labels."""
-        return _cross_entropy(_own_examples(batch, scores), _own(batch, batch.labels))
+        scores, labels = _own_examples(batch, scores), _own(batch, batch.labels)
+        return _with_own_metrics(_cross_entropy(scores, labels), scores, labels)
 
 
 class Positions(Objective):
@@ -96,7 +98,8 @@ class Positions(Objective):
     def measure(self, scores: Tensor, batch: Batch) -> Measure:
         """Scores [B, T, vocabulary] against the targets."""
         assert batch.targets is not None
-        return _cross_entropy(scores, _own(batch, batch.targets), _own(batch, self.asked(batch, seed=0)))
+        targets, asked = _own(batch, batch.targets), _own(batch, self.asked(batch, seed=0))
+        return _with_own_metrics(_cross_entropy(scores, targets, asked), scores, targets)
 
 
 class SelfPretraining(Objective):
@@ -299,6 +302,14 @@ def _cross_entropy(scores: Tensor, targets: Tensor, asked: Tensor | None = None)
     total = F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
     correct = (scores.argmax(-1) == targets).sum().double()
     return _mean(total, (targets != IGNORED).sum(), correct=correct)
+
+
+def _with_own_metrics(measure: Measure, scores: Tensor, answers: Tensor) -> Measure:
+    """What is measured of `scores` [..., classes] with sums of the metrics that were registered, in evaluation."""
+    if not METRICS or torch.is_grad_enabled():
+        return measure
+    asked = answers != IGNORED
+    return measure._replace(totals={**measure.totals, **sums_of(scores[asked].float(), answers[asked].long())})
 
 
 def _absolute_error(values: Tensor, targets: Tensor, asked: Tensor, spec: TaskSpec) -> Measure:

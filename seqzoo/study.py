@@ -16,7 +16,7 @@ A line has at most `LARGEST_LINE` bytes, for which these are left out:
   validation are all there, and exact, even where they alone are too long;
 - of mixing.json what a report does not read, all but `MIXING` of a layer; its picture is `mixing/<name>.png` beside the
   study;
-- weights: what needs them says so.
+- weights: what needs them says so; and the symbols of task.json, which serve to read what those write.
 """
 
 from __future__ import annotations
@@ -265,6 +265,8 @@ def line_of(run: Path) -> bytes:
             raise ValueError(f"{name} cannot be read: {error}") from None
     if fault := _fault(record):
         raise ValueError(fault)
+    if "task" in record:
+        record["task"] = {key: value for key, value in record["task"].items() if key != "symbols"}
     if "mixing" in record:
         record["mixing"] = _what_is_read(record["mixing"])
     lines = list(read_metrics(run))

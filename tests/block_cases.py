@@ -1,5 +1,6 @@
 """Blocks to hold to what every block promises, and inputs for them."""
 
+from functools import partial
 from itertools import compress
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from seqzoo import BLOCKS, build_block
+from seqzoo.testing import parameter_gradients as parameter_gradients
+from seqzoo.testing import sequences as sequences
 
 VARIANTS = {  # the default options of each block, and those that take another way through it
     "softmax_attention": [
@@ -91,11 +94,6 @@ def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):
     return block.to(dtype).train(train)
 
 
-def sequences(B, T, *, d_model=D, dtype=torch.float64, seed=1):
-    return torch.randn(B, T, d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def parameter_gradients(block, y, seed=2):
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
-    parameters = [p for p in block.parameters() if p.requires_grad]
-    return torch.autograd.grad((y * weight).sum(), parameters, allow_unused=True)
+def builder(name, options, causal):
+    """What the checks of `seqzoo.testing` take."""
+    return partial(make, name, options, causal)

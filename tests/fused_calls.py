@@ -51,6 +51,14 @@ def scan_calls(size: Size) -> Calls:
     yield partial(passes.both_scans, 1, B * T, H * D, torch.complex64, scaled=True, documents=B)
 
 
+def delta_calls(size: Size) -> Calls:
+    B, T, H, D, dtype = size
+    call = partial(passes.delta_rule, B, T, H, 1, D, D, dtype, state=True)
+    yield partial(call, "none", erase=True, padded=True)
+    yield partial(call, "head", packed=True)
+    yield partial(call, "channel", padded=True)
+
+
 def favor_calls(size: Size) -> Calls:
     B, T, H, D, dtype = size
     for causal in (True, False):
@@ -94,6 +102,7 @@ def nearest_calls(size: Size) -> Calls:
 
 CALLS = {
     "attention": attention_calls,
+    "delta_rule": delta_calls,
     "diagonal_scan": scan_calls,
     "favor_attention": favor_calls,
     "gated_attention": gated_calls,

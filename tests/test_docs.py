@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from registries import forgotten_afterwards
 
 from seqzoo import BLOCKS, Block, build_block, kernels
 from seqzoo.config import available
@@ -27,7 +28,8 @@ def test_sample(sample, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     names: dict = {}
-    exec(sample, names)
+    with forgotten_afterwards():
+        exec(sample, names)
     if "result" in names:
         assert names["result"]["test"]["accuracy"] > 0.6
         assert (tmp_path / names["result"]["folder"] / "result.json").exists()
@@ -35,7 +37,7 @@ def test_sample(sample, tmp_path, monkeypatch):
 
 def test_the_commands_name_what_exists():
     for group in ("model", "task", "recipe", "study"):
-        for values in re.findall(rf"^    python train.py.*\b{group}=([\w,]+)", TEXT, re.MULTILINE):
+        for values in re.findall(rf"^    python train.py(?! plugins=).*\b{group}=([\w,]+)", TEXT, re.MULTILINE):
             assert set(values.split(",")) <= set(available(group))
     for group in ("model", "task", "recipe"):
         listed = "".join(line for line in TEXT.splitlines() if line.startswith(f"| `{group}=`"))
@@ -164,3 +166,21 @@ def evaluate(formula: str, **names: object) -> int:
 def test_the_table_of_operations_holds():
     operations = [name for name in kernels.__all__ if name.islower() and name != "nearest_code"]
     assert sorted(row[0].strip("`") for row in table(README, "operation")) == sorted(operations)
+
+
+def test_promises_name_tests_that_there_are():
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    defined = {name for source in sources for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)}
+    slow = {
+        name
+        for source in sources
+        for marks, name in re.findall(r"((?:^@.*\n(?:^[ \])].*\n)*)+)^def (test_\w+)", source, re.MULTILINE)
+        if "@pytest.mark.slow\n" in marks
+    }
+    page = (ROOT / "docs" / "promises.md").read_text()
+    named = re.findall(r"(\*?)`(test_\w+)`", page)
+    assert {name for _, name in named} <= defined
+    assert {name for italic, name in named if italic} == {name for _, name in named if name in slow}
+    rows = [row for row in re.findall(r"^\| .*", page, re.MULTILINE) if "shown by" not in row]
+    assert len(rows) > 20
+    assert all("`test_" in row for row in rows)

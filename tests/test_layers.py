@@ -9,17 +9,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; rooms of one storey do not know each other either
-    ("draws", "extras", "kernels", "messages", "spec", "valid", "version"),
+    ("draws", "extras", "kernels", "messages", "metrics", "spec", "valid", "version"),
     ("failures", "records"),
-    ("files",),
+    ("files", "plugins"),
     ("blocks", "groups", "precision", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),
-    ("models", "tasks"),
+    ("models", "tasks", "testing"),
+    ("entries",),
     ("config", "objectives"),
     ("training",),
     ("runs",),
     ("analysis", "interop", "report"),
-    ("commands", "doctor"),
+    ("commands", "doctor", "generate", "hf"),
 )
 FLOORS = {room: floor for floor, rooms in enumerate(STOREYS) for room in rooms}
 SOURCES = sorted(

@@ -19,9 +19,10 @@ PACKAGES = (
     "seqzoo.kernels",
     "seqzoo.models",
     "seqzoo.tasks",
+    "seqzoo.testing",
 )
 SCRIPTS = ("train.py", "eval_lra.py")
-RUN_AS_MODULES = ("seqzoo.analysis", "seqzoo.blocks", "seqzoo.doctor", "seqzoo.tasks")
+RUN_AS_MODULES = ("seqzoo.analysis", "seqzoo.blocks", "seqzoo.doctor", "seqzoo.generate", "seqzoo.tasks")
 INSTALLED = ("seqzoo-eval", "seqzoo-train")
 
 
@@ -44,8 +45,13 @@ def test_commands_say_what_they_do(entry, monkeypatch, capsys):
 
 
 def test_no_other_package_is_a_command():
-    found = sorted(path.relative_to(ROOT).parent for path in (ROOT / "seqzoo").rglob("__main__.py"))
-    assert [".".join(folder.parts) for folder in found] == list(RUN_AS_MODULES)
+    rooms = {path.relative_to(ROOT).parent for path in (ROOT / "seqzoo").rglob("__main__.py")}
+    modules = {
+        path.relative_to(ROOT).with_suffix("")
+        for path in (ROOT / "seqzoo").glob("*.py")
+        if "__main__" in path.read_text()
+    }
+    assert sorted(".".join(found.parts) for found in rooms | modules) == list(RUN_AS_MODULES)
 
 
 def test_installed_commands_are_there():

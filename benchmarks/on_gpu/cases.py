@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqzoo import kernels
@@ -21,7 +22,10 @@ TINY = Sizes(widths=(16,), short=24, long=40, batch=2, steps=24, heads=1, extras
 
 def every(sizes: Sizes) -> list[Case]:
     """Riskiest first, and within that in the order of this file."""
-    rooms = (attention, linear_attention, favor_attention, vq_attention, nearest_code, gated_attention, diagonal_scan)
+    rooms = (
+        attention, linear_attention, delta_rule, favor_attention, vq_attention, nearest_code, gated_attention,
+        diagonal_scan,
+    )  # fmt: skip
     cases = [case for room in rooms for case in room(sizes)]
     return sorted(cases, key=lambda case: case.risk)
 
@@ -138,6 +142,65 @@ def linear_attention(sizes: Sizes) -> Iterator[Case]:
             for way, causal in CAUSAL.items():
                 label, few = f"D={D} {way} B={B} T={sizes.steps} H=8", {"exact": "chunked", "only": (0, B - 1)}
                 yield case(label, D, (B, sizes.steps, 8), causal=causal, **few)
+
+
+def delta_rule(sizes: Sizes) -> Iterator[Case]:
+    """Keys of length 1; "alike", such that each step takes away most of what the last one wrote."""
+
+    def make(
+        D: int, Dv: int, G: int, B: int, T: int, H: int, decay: str, erase: bool, spread: float, m: Maker
+    ) -> Tensors:
+        q, k, v, beta = (
+            m.normal(B, T, G, D),
+            m.normal(B, T, G, D).float(),
+            m.normal(B, T, H, Dv),
+            2 * m.uniform(B, T, H),
+        )
+        k = F.normalize(k if spread == 1 else k[:, :1] + spread * k, dim=-1).to(m.dtype)
+        x = {"q": q / D**0.5, "k": k, "v": v, "beta": beta}
+        if decay != "none":
+            x["log_decay"] = -0.1 * m.uniform(B, T, H, *([D] if decay == "channel" else []))
+        return {**x, "erase": F.normalize(m.normal(B, T, H, D), dim=-1)} if erase else x
+
+    def call(x: Tensors, backend: str, stop: tuple[int, ...] | None, odd: bool, cut: int) -> Tensors:
+        T = x["q"].shape[1]
+        options: dict[str, Any] = {"backend": backend}
+        if cut:
+            return in_two_calls(kernels.delta_rule, x, [*x], cut, **options)
+        if stop:
+            options["lengths"] = ends(x["q"], *stop, form=backend, most=T if odd else 0)
+        return {"o": kernels.delta_rule(**x, **options)}
+
+    def case(
+        label: str, D: int, shape: tuple[int, ...], decay: str = "none", erase: bool = False, Dv: int = 0, G: int = 0,
+        spread: float = 1, stop: tuple[int, ...] | None = None, odd: bool = False, cut: int = 0, **fields: Any,
+    ) -> Case:  # fmt: skip
+        def making(m: Maker) -> Tensors:
+            x = make(D, Dv or D, G or shape[2], *shape, decay, erase, spread, m)
+            return spoilt(x, [*x], *stop) if odd and stop else x
+
+        return Case(
+            "delta_rule", label, width_class(max(D, Dv)), making, partial(call, stop=stop, odd=odd, cut=cut),
+            terms=shape[1], linear=("v",),
+            **{"risk": 0 if D <= 32 else 2, "exact": "reference" if D <= 64 else "chunked", **fields},
+        )  # fmt: skip
+
+    T, B = sizes.short, sizes.batch
+    stop = (T, T * 2 // 3)
+    for D in sizes.widths[:4]:
+        for decay, erase in (("none", False), ("head", True), ("channel", False)):
+            yield case(f"D={D} decay={decay}", D, (2, T, 4), decay, erase, G=2, stop=stop)
+            yield case(f"D={D} decay={decay}, odd lengths", D, (2, T, 2), decay, not erase, stop=stop, odd=True)
+            yield case(f"D={D} decay={decay} in two calls", D, (2, T, 2), decay, erase, cut=T // 3)
+    for decay in ("none", "head", "channel"):
+        yield case(f"D=16 decay={decay}, keys alike", 16, (1, T, 2), decay, spread=0.3)
+    if sizes.extras:
+        for D, Dv in ((16, 128), (128, 16)):
+            yield case(f"D={D} Dv={Dv} decay=head", D, (2, T, 3), "head", Dv=Dv, risk=3)
+        for D in (32, 64):
+            for decay in ("head", "channel"):
+                label, few = f"D={D} decay={decay} B={B} T={sizes.steps} H=8", {"exact": "chunked", "only": (0, B - 1)}
+                yield case(label, D, (B, sizes.steps, 8), decay, **few)
 
 
 def favor_attention(sizes: Sizes) -> Iterator[Case]:

@@ -27,7 +27,8 @@ from .tables import table
 MOVED = 2.0**-20  # by which inputs are moved for the condition: far above float64's rounding, far below 1
 NARROW = 32  # channels, up to which there are rows with few warps
 REPEATS = 20
-STEP_BY_STEP = ("linear_attention", "diagonal_scan")  # definitions whose launches would cost more than they do
+# Definitions whose launches would cost more than they do.
+STEP_BY_STEP = ("linear_attention", "delta_rule", "diagonal_scan")
 FIRST = ("bfloat16", "complex64")  # dtypes that models are trained in
 
 

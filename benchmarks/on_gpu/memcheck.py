@@ -12,6 +12,7 @@ from .case import Maker
 LABELS = {
     "attention": "D={} causal",
     "linear_attention": "D={} decay=none causal",
+    "delta_rule": "D={} decay=channel",
     "favor_attention": "D={} M=",
     "vq_attention": "D={0} Dv={0}",
     "gated_attention": "S={} E=",

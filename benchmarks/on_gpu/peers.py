@@ -49,6 +49,27 @@ def linear_attention(causal: bool, decay: str) -> Iterator[tuple[str, Call]]:
             yield from _where_installed("fla, gated", "fla.ops.gla", gated)
 
 
+def delta_rule(decay: str) -> Iterator[tuple[str, Call]]:
+    """Their heads of queries and keys are as many as those of values, where `decay` is not "head"."""
+
+    def shared(x: Tensor, v: Tensor) -> Tensor:
+        return x.repeat_interleave(v.shape[2] // x.shape[2], 2)
+
+    def plain(module: Any) -> Call:
+        return lambda q, k, v, beta: module.chunk_delta_rule(shared(q, v), shared(k, v), v, beta, scale=1.0)[0]
+
+    def gated(module: Any) -> Call:
+        return lambda q, k, v, beta, g: module.chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0)[0]
+
+    def by_channel(module: Any) -> Call:
+        return lambda q, k, v, beta, g: module.chunk_kda(shared(q, v), shared(k, v), v, g, beta, scale=1.0)[0]
+
+    if torch.cuda.is_available():
+        known = {"none": ("delta_rule", plain), "head": ("gated_delta_rule", gated), "channel": ("kda", by_channel)}
+        module, call = known[decay]
+        yield from _where_installed("fla", f"fla.ops.{module}", call)
+
+
 def favor_attention(causal: bool, directions: Tensor) -> Iterator[tuple[str, Call]]:
     """It draws one set of directions for all heads; its causal form needs an extension that does not come with it."""
 

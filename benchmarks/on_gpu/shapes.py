@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqzoo import kernels
@@ -54,7 +55,10 @@ class Shape:
 
 def every(rehearse: bool) -> list[Shape]:
     """What "auto" is decided by, the most common dtype and widths first; then long sequences."""
-    rooms = (attention, linear_attention, favor_attention, vq_attention, gated_attention, diagonal_scan, nearest_code)
+    rooms = (
+        attention, linear_attention, delta_rule, favor_attention, vq_attention, gated_attention, diagonal_scan,
+        nearest_code,
+    )  # fmt: skip
     shapes = [(rank, shape) for room in rooms for rank, shape in room(rehearse)]
     return [shape for _, shape in sorted(shapes, key=lambda ranked: (not ranked[1].lra, ranked[0]))]
 
@@ -130,6 +134,33 @@ def linear_attention(rehearse: bool) -> Ranked:
                 partial(make, B, T, H, D, decay), partial(call, causal=causal, decay=decay),
                 flops=4.0 * B * T * H * D * (D + (64 if causal else 0)), bytes=1.0 * numbers * B * T * H * D,
                 others=partial(_peers, partial(peers.linear_attention, decay=decay), rank, causal),
+            )  # fmt: skip
+
+
+def delta_rule(rehearse: bool) -> Ranked:
+    """The longest is Qwen3-Next's, with queries and keys shared by four heads of values."""
+
+    def make(B: int, T: int, G: int, H: int, D: int, decay: str, m: Maker) -> list[Tensor]:
+        q, k = (F.normalize(m.normal(B, T, G, D).float(), dim=-1).to(m.dtype) for _ in range(2))
+        beta = m.uniform(B, T, H).to(m.dtype)
+        g = [] if decay == "none" else [-0.1 * m.uniform(B, T, H, *([D] if decay == "channel" else []))]
+        return [q, k, m.normal(B, T, H, D), beta, *g]
+
+    def call(x: list[Tensor], form: str) -> Tensor:
+        return kernels.delta_rule(*x[:4], log_decay=next(iter(x[4:]), None), backend=form)
+
+    sized = [(rank, B, T, H, H, D, dtype) for rank, B, T, H, D, dtype in _heads(rehearse)]
+    for rank, B, T, G, H, D, dtype in sized if rehearse else [*sized, (1, 1, 32768, 8, 32, 128, BF16)]:
+        if (64 if dtype == torch.float32 else 128) < D:
+            continue
+        for decay in ("none", "head", "channel"):
+            way = {"none": "no decay", "head": "decays", "channel": "decays per channel"}[decay]
+            numbers = dtype.itemsize * (2 * G + 2 * H) * D + 4 * H * {"none": 0, "head": 1, "channel": D}[decay]
+            yield rank, Shape(
+                "delta_rule", _label(way, B=B, T=T, H=H, D=D) if G == H else _label(way, B=B, T=T, G=G, H=H, D=D),
+                dtype, width_class(D), rank != 1, partial(make, B, T, G, H, D, decay), call,
+                flops=2.0 * B * T * H * D * (7 * 32 + 3 * D), bytes=1.0 * numbers * B * T,
+                others=lambda m, rank=rank, decay=decay: peers.delta_rule(decay) if rank < 2 else iter(()),
             )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ HEADS = "B=32 T=1024 H=8 D=64"
 ATTENDED = ("D=64 causal", "D=32 both ways", "D=16 causal, odd lengths")
 PASSED = ("D=64 decay=none causal", "D=32 decay=none both ways", "D=16 decay=none causal, odd lengths")
 DECAYED = ("D=64 decay=channel causal", "D=32 decay=channel causal", "D=16 decay=channel causal, odd lengths")
+RULED = tuple(f"D={D} decay={decay}" for decay in ("head", "channel") for D in (64, 128))
 QUANTISED = ("D=128 Dv=256 S=128 L=64 both ways", "D=16 Dv=16 S=40 L=33 causal", "D=256 Dv=512 S=64 L=128 causal")
 ESTIMATED = ("D=64 M=100 causal", "D=32 M=24 both ways", "D=16 M=24 causal, steep")
 GATED = ("S=128 E=512 causal", "S=64 E=128 both ways", "S=16 E=40 causal, odd lengths")
@@ -52,6 +53,8 @@ SWEPT = (
     Swept("attention", "key", 64, True, f"{HEADS} causal", ATTENDED),
     Swept("linear_attention", "pass", 64, True, f"{HEADS} causal", PASSED),
     Swept("linear_attention", "channels", 64, True, f"{HEADS} causal, decays per channel", DECAYED),
+    Swept("delta_rule", "forward", 64, False, f"{HEADS} decays", RULED),
+    Swept("delta_rule", "outer", 64, True, f"{HEADS} decays", RULED),
     Swept("diagonal_scan", "scan", 0, True, "B=32 T=1024 D=512 up", SCANNED, "complex64"),
     Swept("vq_attention", "forward", 256, False, "B=32 T=1024 H=1 D=128 Dv=256 S=128 L=64 causal", QUANTISED),
     Swept("favor_attention", "output", 64, False, f"{HEADS} M=266 causal", ESTIMATED),

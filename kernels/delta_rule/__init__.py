@@ -10,21 +10,28 @@ from torch import Tensor
 from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths, check_log_decay
 from ..documents import check_documents
-from ..nodes import exporting
+from ..nodes import as_one
 from .chunked import delta_rule_chunked
 from .node import delta_rule_node
 from .reference import delta_rule_reference
 
 __all__ = ["delta_rule"]
 
-MAX_CHANNELS: dict[torch.dtype, int] = {}  # of a head, that a kernel takes
+# Of a head in the fused form, which keeps its state in registers.
+MAX_CHANNELS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 
 
 def _chunked(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return (delta_rule_node if exporting() else delta_rule_chunked)(*arguments)
+    return (delta_rule_node if as_one() else delta_rule_chunked)(*arguments)
 
 
-FORMS = {"chunked": _chunked, "reference": delta_rule_reference}
+def _fused(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    from .operator import delta_rule_fused  # imports Triton
+
+    return delta_rule_fused(*arguments)
+
+
+FORMS = {"chunked": _chunked, "reference": delta_rule_reference, "fused": _fused}
 
 
 class Options(Sequences, total=False):
@@ -95,7 +102,7 @@ def delta_rule(
         lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
         cu_seqlens: int32 or int64 [N + 1], in place of `lengths`: where each of N documents begins that lie one behind
             the other in a batch of 1, and T. Each is a sequence of its own, and states have N rows in place of B.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "fused", "chunked" or "reference".
 
     Returns:
         o [B, T, H, Dv] in v's dtype, zero past `lengths`; with `output_final_state`, (o, final state), the state in
@@ -115,7 +122,8 @@ def delta_rule(
     lengths = check_lengths("delta_rule", lengths, *q.shape[:2])
     check_log_decay("delta_rule", log_decay, lengths)
     _check_state(q.shape[0] if documents is None else documents.N, q, v, initial_state)
-    implementation = choose("delta_rule", backend, FORMS, fit(q, k, v, channels=MAX_CHANNELS))
+    given = (q, k, v) if erase is None else (q, k, v, erase)
+    implementation = choose("delta_rule", backend, FORMS, fit(*given, channels=MAX_CHANNELS))
     o, final_state = implementation(
         q, k, v, beta, log_decay, erase, initial_state, lengths, documents, output_final_state
     )

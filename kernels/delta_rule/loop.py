@@ -27,7 +27,8 @@ from torch import Tensor
 from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, sequences, shared_out
 from .chunks import Chunks
 
-WIDTH = 64  # columns of a state at a time, in rows of a constant length, which the compiler unrolls
+# Columns of a state at a time, as tuples: their length is part of a type, so that the compiler knows and unrolls it.
+WIDTHS = {width: (0,) * width for width in (64, 96, 128)}
 AHEAD = 4  # steps, that rows are asked for before they are needed: they lie too far apart to be foreseen
 MIN_WORK = 1 << 19  # numbers of states that steps pass over, for which a thread is woken
 
@@ -49,8 +50,8 @@ def forward(
     o, u, states = (first.new_empty(shape) for shape in (v.shape, v.shape, (chunks.room * B, *first.shape[1:])))
     last = first.clone(memory_format=torch.contiguous_format)
     o = o if lengths is None else o.zero_()
-    given = _rows(first.dtype, q, k, v, beta, log_decay, erase)
     made = (_row(o), _row(u), array(states), array(last))
+    given = (_lanes(first), *_rows(first.dtype, q, k, v, beta, log_decay, erase))
     _in_parallel(_forward_items, first, G, of, *given, *of, _slots(of, T, chunks.C, starts), chunks.C, *made)
     return o.to(v.dtype), last, states, u
 
@@ -79,10 +80,17 @@ def backward(
     dg = np.zeros_like(d_beta) if log_decay is None else _row(found[4])
     dr = np.empty((0, 0, 0), d_beta.dtype) if erase is None else _row(found[5])
     d_first = d_last.clone(memory_format=torch.contiguous_format)
-    rows, kept = _rows(dtype, *given), (array(states), _row(u), _row(do.to(dtype)), array(last))
+    rows, kept = (_lanes(last), *_rows(dtype, *given)), (array(states), _row(u), _row(do.to(dtype)), array(last))
     made = (dq, dk, dv, d_beta, dg, dr, array(d_first))
     _in_parallel(_backward_items, last, G, of, *rows, *of, _slots(of, T, C, starts), C, *kept, *made)
     return *(y if x is None else y.to(x.dtype) for x, y in zip(given, found, strict=True)), d_first
+
+
+def _lanes(state: Tensor) -> tuple[int, ...]:
+    """As few columns as take the state in as few parts as there can be."""
+    Dv = state.shape[3]
+    parts = -(-Dv // max(WIDTHS))
+    return next(lanes for width, lanes in WIDTHS.items() if width * parts >= Dv)
 
 
 def _slots(of: Sequences, T: int, C: int, starts: Tensor | None) -> np.ndarray:
@@ -115,47 +123,26 @@ def _in_parallel(items: Callable[..., None], state: Tensor, G: int, of: Sequence
 
 
 @compiled()
-def _forward_items(start, stop, q, k, v, beta, a, erase, starts, lengths, slots, C, o, u, states, last):
+def _forward_items(start, stop, lanes, q, k, v, beta, a, erase, starts, lengths, slots, C, o, u, states, last):
     H, Dv = v.shape[1:]
     G = q.shape[1]
     for item in range(start, stop):
         r, g = item // G, item % G
         begin, end = starts[r], starts[r] + lengths[r]
         for h in range(g * (H // G), (g + 1) * (H // G)):
-            for low in range(0, Dv if end > begin else 0, WIDTH):
-                _write(begin, end, g, h, low, q, k, v, beta, a, erase, slots[r], C, o, u, states, last[r, h])
+            for low in range(0, Dv if end > begin else 0, len(lanes)):
+                _write(lanes, begin, end, g, h, low, q, k, v, beta, a, erase, slots[r], C, o, u, states, last[r, h])
 
 
 @compiled()
 def _backward_items(
-    start,
-    stop,
-    q,
-    k,
-    v,
-    beta,
-    a,
-    erase,
-    starts,
-    lengths,
-    slots,
-    C,
-    states,
-    u,
-    do,
-    last,
-    dq,
-    dk,
-    dv,
-    d_beta,
-    dg,
-    dr,
-    d_state,
-):
+    start, stop, lanes, q, k, v, beta, a, erase, starts, lengths, slots, C, states, u, do, last, dq, dk, dv, d_beta,
+    dg, dr, d_state,
+):  # fmt: skip
     H, Dv = v.shape[1:]
     G, Dk = q.shape[1:]
     most = max(lengths.max(), 1)
-    dw, own_dr = np.empty((most, WIDTH), do.dtype), np.empty((most, Dk), do.dtype)
+    dw, own_dr = np.empty((most, len(lanes)), do.dtype), np.empty((most, Dk), do.dtype)
     behind = np.empty((-(-most // C), Dk))
     for item in range(start, stop):
         r, g = item // G, item % G
@@ -165,12 +152,32 @@ def _backward_items(
         for h in range(g * (H // G), (g + 1) * (H // G)):
             own_dr[:] = 0
             behind[:] = 0
-            for low in range(0, Dv, WIDTH):
+            for low in range(0, Dv, len(lanes)):
                 _back(
-                    begin, end, g, h, low, q, k, v, beta, a, erase, slots[r], C, states, last[r, h], u, do,
+                    lanes, begin, end, g, h, low, q, k, v, beta, a, erase, slots[r], C, states, last[r, h], u, do,
                     dk, dv, d_beta, dg, d_state[r, h], dw, behind
                 )  # fmt: skip
-                _forth(begin, end, g, h, low, q, k, beta, a, erase, states[slots[r], h], u, do, dw, dq, dg, dr, own_dr)
+                _forth(
+                    lanes,
+                    begin,
+                    end,
+                    g,
+                    h,
+                    low,
+                    q,
+                    k,
+                    beta,
+                    a,
+                    erase,
+                    states[slots[r], h],
+                    u,
+                    do,
+                    dw,
+                    dq,
+                    dg,
+                    dr,
+                    own_dr,
+                )
             if not len(erase):
                 for t in range(begin, end):
                     for d in range(Dk):
@@ -211,17 +218,17 @@ def _ask(x, t, h, low, high):
 
 
 @compiled(fastmath={"contract", "reassoc"})
-def _write(begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states, state):
-    Dk, high = q.shape[2], min(low + WIDTH, v.shape[2])
+def _write(lanes, begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states, state):
+    Dk, high = q.shape[2], min(low + len(lanes), v.shape[2])
     rows, n, each = Dk + -Dk % 4, high - low, a.shape[2] > 1
-    S, A, K = np.zeros((rows, WIDTH), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
+    S, A, K = np.zeros((rows, len(lanes)), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     Q, B = np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
-    U, O, R = np.zeros(WIDTH, q.dtype), np.empty(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype)
+    U, O, R = np.zeros(len(lanes), q.dtype), np.empty(len(lanes), q.dtype), np.zeros(len(lanes), q.dtype)
     for d in range(Dk):
         for c in range(n):
             S[d, c] = state[d, low + c]
         x = a[begin, h, d * each] * (erase[begin, h, d] if len(erase) else beta[begin, h, 0] * k[begin, g, d])
-        for c in range(WIDTH):
+        for c in range(len(lanes)):
             R[c] += x * S[d, c]
     for t in range(begin, end):
         if (t - begin) % C == 0:
@@ -254,7 +261,7 @@ def _write(begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states
             k0, k1, k2, k3 = K[d], K[d + 1], K[d + 2], K[d + 3]
             q0, q1, q2, q3 = Q[d], Q[d + 1], Q[d + 2], Q[d + 3]
             r0, r1, r2, r3 = B[d], B[d + 1], B[d + 2], B[d + 3]
-            for c in range(WIDTH):
+            for c in range(len(lanes)):
                 s0 = a0 * S[d, c] + k0 * U[c]
                 s1 = a1 * S[d + 1, c] + k1 * U[c]
                 s2 = a2 * S[d + 2, c] + k2 * U[c]
@@ -272,42 +279,25 @@ def _write(begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states
 
 @compiled(fastmath={"contract", "reassoc"})
 def _back(
-    begin,
-    end,
-    g,
-    h,
-    low,
-    q,
-    k,
-    v,
-    beta,
-    a,
-    erase,
-    slot,
-    C,
-    states,
-    last,
-    u,
-    do,
-    dk,
-    dv,
-    d_beta,
-    dg,
-    d_state,
-    dw,
-    behind,
-):
-    Dk, high = q.shape[2], min(low + WIDTH, v.shape[2])
+    lanes, begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, states, last, u, do, dk, dv, d_beta, dg,
+    d_state, dw, behind,
+):  # fmt: skip
+    Dk, high = q.shape[2], min(low + len(lanes), v.shape[2])
     rows, n, each, zero = Dk + -Dk % 4, high - low, a.shape[2] > 1, q.dtype.type(0)
-    D, A, K = np.zeros((rows, WIDTH), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
+    D, A, K = np.zeros((rows, len(lanes)), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     Q, B, F = np.zeros(rows, q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
-    U, O, W, R = np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype)
+    U, O, W, R = (
+        np.zeros(len(lanes), q.dtype),
+        np.zeros(len(lanes), q.dtype),
+        np.zeros(len(lanes), q.dtype),
+        np.zeros(len(lanes), q.dtype),
+    )
     for c in range(n):
         U[c] = u[end - 1, h, low + c]
     for d in range(Dk):
         for c in range(n):
             D[d, c] = d_state[d, low + c]
-        for c in range(WIDTH):
+        for c in range(len(lanes)):
             R[c] += k[end - 1, g, d] * D[d, c]
             F[d] += D[d, c] * U[c]
     for t in range(end - 1, begin - 1, -1):
@@ -327,7 +317,7 @@ def _back(
             uo += U[c] * O[c]
             vw += v[t, h, low + c] * W[c]
         d_beta[t, h, 0] += vw
-        for c in range(WIDTH):
+        for c in range(len(lanes)):
             dw[t - begin, c] = W[c]
         ahead = max(t - 1, begin)
         _ask(q, t - AHEAD, g, 0, Dk)
@@ -364,7 +354,7 @@ def _back(
             q0, q1, q2, q3 = Q[d], Q[d + 1], Q[d + 2], Q[d + 3]
             r0, r1, r2, r3 = B[d], B[d + 1], B[d + 2], B[d + 3]
             f0, f1, f2, f3 = zero, zero, zero, zero
-            for c in range(WIDTH):
+            for c in range(len(lanes)):
                 s0 = a0 * (D[d, c] + q0 * O[c] - r0 * W[c])
                 s1 = a1 * (D[d + 1, c] + q1 * O[c] - r1 * W[c])
                 s2 = a2 * (D[d + 2, c] + q2 * O[c] - r2 * W[c])
@@ -382,12 +372,12 @@ def _back(
 
 
 @compiled(fastmath={"contract", "reassoc"})
-def _forth(begin, end, g, h, low, q, k, beta, a, erase, first, u, do, dw, dq, dg, dr, own_dr):
-    Dk, high = q.shape[2], min(low + WIDTH, u.shape[2])
+def _forth(lanes, begin, end, g, h, low, q, k, beta, a, erase, first, u, do, dw, dq, dg, dr, own_dr):
+    Dk, high = q.shape[2], min(low + len(lanes), u.shape[2])
     rows, n, each, zero = Dk + -Dk % 4, high - low, a.shape[2] > 1, q.dtype.type(0)
-    S, A, K = np.zeros((rows, WIDTH), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
+    S, A, K = np.zeros((rows, len(lanes)), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     E, F = np.empty(rows, q.dtype), np.empty(rows, q.dtype)
-    U, O, W = np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype), np.zeros(WIDTH, q.dtype)
+    U, O, W = np.zeros(len(lanes), q.dtype), np.zeros(len(lanes), q.dtype), np.zeros(len(lanes), q.dtype)
     for d in range(Dk):
         for c in range(n):
             S[d, c] = first[d, low + c]
@@ -414,7 +404,7 @@ def _forth(begin, end, g, h, low, q, k, beta, a, erase, first, u, do, dw, dq, dg
             k0, k1, k2, k3 = K[d], K[d + 1], K[d + 2], K[d + 3]
             e0, e1, e2, e3 = zero, zero, zero, zero
             f0, f1, f2, f3 = zero, zero, zero, zero
-            for c in range(WIDTH):
+            for c in range(len(lanes)):
                 s0, s1, s2, s3 = a0 * S[d, c], a1 * S[d + 1, c], a2 * S[d + 2, c], a3 * S[d + 3, c]
                 e0 += s0 * O[c]
                 e1 += s1 * O[c]

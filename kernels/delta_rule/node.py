@@ -51,4 +51,4 @@ def _empty(q, k, v, beta, log_decay, erase, initial_state, lengths, starts, outp
     return v.new_empty(v.shape), v.new_empty(state, dtype=accumulation_dtype(v.dtype))
 
 
-_node = as_node("delta_rule", _run, _empty)
+_node = as_node("delta_rule", _run, _empty, shared={})

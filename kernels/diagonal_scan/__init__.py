@@ -12,7 +12,9 @@ from torch import Tensor
 from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
+from ..nodes import as_one
 from .chunked import diagonal_scan_chunked
+from .node import diagonal_scan_node
 from .reference import diagonal_scan_reference
 
 __all__ = ["diagonal_scan"]
@@ -30,6 +32,10 @@ def _fused_both(*arguments: Any) -> tuple[Tensor, Tensor]:
     return both_scans_fused(*arguments)
 
 
+def _chunked(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return (diagonal_scan_node if as_one() else diagonal_scan_chunked)(*arguments)
+
+
 def _one_by_one(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda x, a, lengths, factor, documents: (
         scan(x, a, None, False, lengths, factor, documents)[0],
@@ -39,7 +45,7 @@ def _one_by_one(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
 
 # Of the fused form: any number.
 CHANNELS = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16, torch.complex64), sys.maxsize)
-FORMS = {"chunked": diagonal_scan_chunked, "reference": diagonal_scan_reference, "fused": _fused}
+FORMS = {"chunked": _chunked, "reference": diagonal_scan_reference, "fused": _fused}
 BOTH = {name: _fused_both if name == "fused" else _one_by_one(form) for name, form in FORMS.items()}
 
 
@@ -139,7 +145,7 @@ def _check(x: Tensor, a: Tensor, factor: Tensor | None) -> None:
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"diagonal_scan: x must be [B, T, D] with T >= 1, got {list(x.shape)}")
     B, T, D = x.shape
-    if list(a.shape) not in ([D], [B, T, D]):
+    if a.shape != x.shape and a.shape != x.shape[2:]:
         raise ValueError(f"diagonal_scan: a must be [D] = [{D}] or [B, T, D] = [{B}, {T}, {D}], got {list(a.shape)}")
     if not (x.is_floating_point() or x.is_complex()) or a.dtype != x.dtype:
         raise TypeError(

@@ -57,7 +57,7 @@ def _fake(
     factor: Tensor | None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    sequences = len(x) if starts is None else len(starts) - 1
+    sequences = x.shape[0] if starts is None else starts.shape[0] - 1
     return x.new_empty(x.shape), x.new_empty(sequences, x.shape[-1], dtype=accumulation_dtype(x.dtype))
 
 

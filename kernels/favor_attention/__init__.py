@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths, query_heads
 from ..documents import check_documents
-from ..nodes import exporting
+from ..nodes import as_one
 from .chunked import favor_attention_chunked
 from .node import favor_attention_node
 from .reference import favor_attention_reference
@@ -28,7 +28,7 @@ def _fused(*arguments: Any) -> tuple[Tensor, FavorState | None]:
 
 
 def _chunked(*arguments: Any, **options: Any) -> Any:
-    return (favor_attention_node if exporting() else favor_attention_chunked)(*arguments, **options)
+    return (favor_attention_node if as_one() else favor_attention_chunked)(*arguments, **options)
 
 
 FORMS = {"chunked": _chunked, "reference": favor_attention_reference, "fused": _fused}

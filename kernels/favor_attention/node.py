@@ -57,4 +57,4 @@ def _empty(q, k, v, projection, sums, log_scale, lengths, starts, causal):
     return o, state, state.new_empty(rows)
 
 
-_node = as_node("favor_attention", _run, _empty)
+_node = as_node("favor_attention", _run, _empty, shared={"projection": 3})

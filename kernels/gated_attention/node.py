@@ -58,7 +58,8 @@ def _run(
     scale: float,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    past: Any = None if position is None else GatedAttentionState(memory, past_k_quad, past_k_lin, past_v, position)
+    state_parts: Any = (memory, past_k_quad, past_k_lin, past_v, position)
+    past = None if position is None else GatedAttentionState(*state_parts)
     o, state = gated_attention_chunked(
         *(u, q_quad, k_quad, q_lin, k_lin, v),
         chunk_len=chunk_len,
@@ -91,4 +92,4 @@ def _empty(u, q_quad, k_quad, q_lin, k_lin, v, bias, *others):
     return v.new_empty(v.shape), *_state(v, q_quad, *((R, chunk_len) if output_final_state else (0, 0)))
 
 
-_node = as_node("gated_attention", _run, _empty)
+_node = as_node("gated_attention", _run, _empty, shared={"bias": 1})

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import Backend, Fit, Sequences, choose, fit
 from ..common import check_lengths, check_log_decay, query_heads
 from ..documents import check_documents
-from ..nodes import exporting
+from ..nodes import as_one
 from .chunked import linear_attention_chunked
 from .node import linear_attention_node
 from .reference import linear_attention_reference
@@ -123,7 +123,7 @@ def linear_attention(
         implementation = linear_attention_shared
     else:
         q, k, v = (query_heads(x, H) for x in (q, k, v))
-    if chunked and exporting():
+    if chunked and as_one():
         implementation = linear_attention_node
     o, final_state = implementation(
         q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import accumulation_dtype, can_be_looked_at, without_autocast, zero_padding
-from ..derivatives import gradient, transformed
+from ..derivatives import by_hand, gradient, transformed
 from ..documents import Documents, Pieces
 from .carry import carried, carry
 from .packed import causal_of_documents
@@ -18,6 +18,7 @@ from .per_channel import linear_attention_per_channel
 from .reference import divide_by_normalizer
 
 MIN_CHUNK = 64  # a chunk is at least as long as the state is wide, so that states take no more room than the inputs
+SMALL = 32 * 33  # numbers of a head's state, the column of a normaliser included
 MIN_PIECE = 16  # steps, where documents are shorter than a chunk
 
 
@@ -33,12 +34,14 @@ def linear_attention_chunked(
     documents: Documents | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    B, T, H, Dk = q.shape
+    Dv = v.shape[-1]
+    if log_decay is not None and log_decay.dim() < 4 and _by_step(q, v):
+        log_decay = log_decay.expand(B, T, H)[..., None]
     if log_decay is not None and log_decay.dim() == 4:
         return linear_attention_per_channel(
             q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state
         )
-    B, T, H, Dk = q.shape
-    Dv = v.shape[-1]
     if documents is not None:
         if initial_state is not None or output_final_state:
             return _in_pieces(q, k, v, log_decay, normalize, initial_state, documents, output_final_state)
@@ -78,6 +81,11 @@ def linear_attention_chunked(
                 o = divide_by_normalizer(o)
         o = o.view(B, H, N * C, Dv)[:, :, :T].transpose(1, 2)
     return zero_padding(o, lengths).to(out_dtype).contiguous(), final_state if output_final_state else None
+
+
+def _by_step(q: Tensor, v: Tensor) -> bool:
+    """Whether one decay of all channels is best taken to a CPU's loop: products of narrow heads are too small."""
+    return q.device.type == "cpu" and by_hand() and q.shape[3] * v.shape[3] <= SMALL
 
 
 def _between_resets(q: Tensor, k: Tensor, v: Tensor, normalize: bool, documents: Documents) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear attention with a decay per channel on a CPU: the recurrence itself, compiled.
+"""Linear attention with a decay per channel, or one of a head, on a CPU: the recurrence itself, compiled.
 
 A step reads, decays and writes every number of the state once, which is no more work than chunks are, and needs no sums
 of decays: each is a factor of at most 1, so that nothing overflows and one of 0 forgets exactly. An item is a head of a
@@ -40,7 +40,7 @@ def forward(
     q: Tensor,  # [B, T, H, Dk]
     k: Tensor,  # [B, T, H, Dk]
     v: Tensor,  # [B, T, H, Dv]
-    g: Tensor,  # [B, T, H, Dk]
+    g: Tensor,  # [B, T, H, Dk or 1]
     first: Tensor | None,  # [R, H, Dk, Dv], of R sequences
     lengths: Tensor | None,  # [B]
     starts: Tensor | None,  # [R + 1], of documents
@@ -49,9 +49,9 @@ def forward(
     """The outputs [B, T, H, Dv] and the last states [R, H, Dk, Dv]."""
     of = sequences("linear_attention", q, lengths, starts)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    state = _states(first, q, v, of)
+    state = _states(first, q, v, g, of)
     _in_parallel(_forward_items, state, of, causal, *_rows(q, k, v, g.exp()), *of, *_rows(o), state.numpy())
-    return o, state
+    return o, state.to(v.dtype)
 
 
 def backward(
@@ -69,17 +69,21 @@ def backward(
     """The gradients of q, k, v, g and the first states."""
     of = sequences("linear_attention", q, lengths, starts)
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]
-    state, d_first = _states(first, q, v, of), d_state.clone(memory_format=torch.contiguous_format)
+    state, d_first = _states(first, q, v, g, of), _states(d_state, q, v, g, of)
     given, made = _rows(q, k, v, g.exp(), do), _rows(*gradients)
-    _in_parallel(_backward_items, state, of, causal, *given, *of, state.numpy(), *made, d_first.numpy())
+    of_head = np.zeros(made[3].shape[:2] if g.shape[3] == 1 else (0, 0))  # what many channels sum up to is small
+    _in_parallel(_backward_items, state, of, causal, *given, *of, state.numpy(), *made, of_head, d_first.numpy())
     dq, dk, dv, dg = gradients
-    return dq, dk, dv, dg, d_first
+    return dq, dk, dv, dg, d_first.to(v.dtype)
 
 
-def _states(first: Tensor | None, q: Tensor, v: Tensor, of: Sequences) -> Tensor:
+def _states(first: Tensor | None, q: Tensor, v: Tensor, g: Tensor, of: Sequences) -> Tensor:
+    """A copy, or zeros. One decay of a head leaves less of each step's rounding to the next where it is in double
+    precision, as that of chunks is less."""
+    dtype = v.dtype if g.shape[3] > 1 else torch.float64
     if first is not None:
-        return first.clone(memory_format=torch.contiguous_format)
-    return q.new_zeros(len(of.lengths), *q.shape[2:], v.shape[3])
+        return first.clone(memory_format=torch.contiguous_format).to(dtype)
+    return q.new_zeros(len(of.lengths), *q.shape[2:], v.shape[3], dtype=dtype)
 
 
 def _rows(*tensors: Tensor) -> list[np.ndarray]:
@@ -115,22 +119,23 @@ def _forward_items(start, stop, causal, q, k, v, a, starts, lengths, o, state):
         for low in range(0, Dv, width):
             high = min(low + width, Dv)
             _load(S, state[r, h], low, high)
-            _sweep(S, begin, end, end, a, k, v, q, None, None, h, low, high, o, None, None)
+            _sweep(S, begin, end, end, a, k, v, q, None, None, h, low, high, o, None, None, None)
             for d in range(Dk):
                 for c in range(low, high):
                     state[r, h, d, c] = S[d, c - low]
             if not causal:
                 S[:] = 0
-                _sweep(S, end - 1, begin - 1, end, a, k, v, q, None, None, h, low, high, o, None, None)
+                _sweep(S, end - 1, begin - 1, end, a, k, v, q, None, None, h, low, high, o, None, None, None)
 
 
 @compiled()
-def _backward_items(start, stop, causal, q, k, v, a, do, starts, lengths, state, dq, dk, dv, dg, d_state):
+def _backward_items(start, stop, causal, q, k, v, a, do, starts, lengths, state, dq, dk, dv, dg, of_head, d_state):
     _, H, Dk, Dv = state.shape
     width, most = _width(Dv), -(-lengths.max() // SEGMENT)
     S = np.zeros((Dk, WIDTH), state.dtype)
     kept = np.empty((most + 1, Dk, WIDTH), state.dtype)  # the state ahead of each segment, and the last one
-    known = np.empty((most + 1, Dk))  # the gradient of each segment's first decay, and of one behind them all
+    each = a.shape[2] > 1
+    known = np.empty((most + 1, a.shape[2]))  # the gradient of each segment's first decay, and of one behind them all
     for item in range(start, stop):
         r, h = item // H, item % H
         begin, end = starts[r], starts[r] + lengths[r]
@@ -141,20 +146,20 @@ def _backward_items(start, stop, causal, q, k, v, a, do, starts, lengths, state,
             there = (k, v, None, do, q, None, dq)
             back = (q, do, k, v, k, dv, dk)
             _load(S, state[r, h], low, high)
-            _there(S, begin, end, there, a, h, low, high, kept, dg)
+            _there(S, begin, end, there, a, h, low, high, kept, dg, of_head)
             _load(S, d_state[r, h], low, high)
-            _back(S, begin, end, back, a, h, low, high, kept, known, dg)
+            _back(S, begin, end, back, a, h, low, high, kept, known, dg, of_head)
             for d in range(Dk):
                 for c in range(low, high):
-                    d_state[r, h, d, c] = S[d, c - low] * (a[begin, h, d] if begin < end else 1)
+                    d_state[r, h, d, c] = S[d, c - low] * (a[begin, h, d * each] if begin < end else 1)
             if not causal:
                 S[:] = 0
-                _there(S, begin, end, back, a, h, low, high, kept, dg)
+                _there(S, begin, end, back, a, h, low, high, kept, dg, of_head)
                 S[:] = 0
-                _back(S, begin, end, there, a, h, low, high, kept, known, dg)
+                _back(S, begin, end, there, a, h, low, high, kept, known, dg, of_head)
         for i in range(-(-(end - begin) // SEGMENT)):
             here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
-            _sum_to_the_end(here, beyond, h, known[i], known[i + 1].copy(), a, dg)
+            _sum_to_the_end(here, beyond, h, known[i], known[i + 1].copy(), a, dg, of_head)
 
 
 @compiled()
@@ -166,26 +171,26 @@ def _load(S, state, low, high):
 
 
 @compiled()
-def _there(S, begin, end, taken, a, h, low, high, kept, dg):
+def _there(S, begin, end, taken, a, h, low, high, kept, dg, of_head):
     x, y, u, w, partner, columns, rows = taken
     for here in range(begin, end, SEGMENT):
         _load(kept[(here - begin) // SEGMENT], S, 0, WIDTH)
         beyond = min(here + SEGMENT, end)
-        _sweep(S, here, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg)
+        _sweep(S, here, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg, of_head)
     _load(kept[-(-(end - begin) // SEGMENT)], S, 0, WIDTH)
 
 
 @compiled()
-def _back(S, begin, end, taken, a, h, low, high, kept, known, dg):
+def _back(S, begin, end, taken, a, h, low, high, kept, known, dg, of_head):
     x, y, u, w, partner, columns, rows = taken
-    segments = -(-(end - begin) // SEGMENT)
+    segments, each = -(-(end - begin) // SEGMENT), a.shape[2] > 1
     for d in range(len(S)):
-        known[segments, d] += _dot(kept[segments, d], S[d])
+        known[segments, d * each] += _exact_dot(kept[segments, d], S[d])
     for i in range(segments - 1, -1, -1):
         here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
-        _sweep(S, beyond - 1, here - 1, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg)
+        _sweep(S, beyond - 1, here - 1, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg, of_head)
         for d in range(len(S)):
-            known[i, d] += a[here, h, d] * _dot(kept[i, d], S[d])
+            known[i, d * each] += a[here, h, d * each] * _exact_dot(kept[i, d], S[d])
 
 
 @compiled(fastmath={"contract", "reassoc"})
@@ -193,6 +198,14 @@ def _dot(x, y):
     total = x.dtype.type(0)
     for i in range(len(x)):
         total += x[i] * y[i]
+    return total
+
+
+@compiled(fastmath={"contract", "reassoc"})
+def _exact_dot(x, y):
+    total = 0.0
+    for i in range(len(x)):
+        total += np.float64(x[i]) * np.float64(y[i])
     return total
 
 
@@ -210,14 +223,15 @@ def _start_gradients(begin, end, beyond, h, q, k, v, do, dq, dk, dv, dg):
 
 
 @compiled()
-def _sum_to_the_end(begin, end, h, first, total, a, dg):
+def _sum_to_the_end(begin, end, h, first, total, a, dg, of_head):
     """Of a segment's steps, of which dg has what each adds to the `total` behind, up to the `first`, which is known.
 
     What is forgotten has no gradient, and nothing later has one for what is before.
     """
     for t in range(end - 1, begin, -1):
         for d in range(dg.shape[2]):
-            total[d] = total[d] + dg[t, h, d] if a[t, h, d] != 0 else 0.0
+            change = np.float64(dg[t, h, d]) if dg.shape[2] > 1 else of_head[t, h]
+            total[d] = total[d] + change if a[t, h, d] != 0 else 0.0
             dg[t, h, d] = total[d]
     for d in range(dg.shape[2]):
         dg[begin, h, d] = first[d]
@@ -228,17 +242,19 @@ def _sum_to_the_end(begin, end, h, first, total, a, dg):
 
 
 @compiled(fastmath={"contract", "reassoc"})
-def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, change):
+def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, change, of_head):
     """Takes columns `low` to `high` of a head's state, S [Dk, WIDTH], through steps up or down, `first` to `beyond`.
 
     What a step leaves of S is E, then S is E + x yᵀ, and the step has
 
         columns += Eᵀ u        rows += E w        change += partner ∘ E w, or -= on the way down
 
-    None of what has no u or no w. The sequence ends before `end`.
+    None of what has no u or no w; where a head has one decay, the sum of the last is added to `of_head`. The sequence
+    ends before `end`.
     """
     Dk, n, back, width = S.shape[0], abs(beyond - first), beyond < first, high - low
     width += -width % 8
+    each = a.shape[2] > 1
     A, X, U = np.empty((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype)
     R = np.empty((STEPS, Dk), S.dtype)
     Y, W = np.zeros((STEPS, WIDTH), S.dtype), np.zeros((STEPS, WIDTH), S.dtype)
@@ -252,7 +268,7 @@ def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns,
             decay = t + 1 if back else t
             for d in range(Dk):
                 X[j, d] = x[t, h, d]
-                A[j, d] = a[decay, h, d] if decay < end else 1
+                A[j, d] = a[decay, h, d * each] if decay < end else 1
             for c in range(high - low):
                 Y[j, c] = y[t, h, low + c]
             if u is not None:
@@ -264,12 +280,14 @@ def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns,
             soon = t - STEPS if back else t + STEPS
             for byte in range(0, Dk * S.itemsize, CACHE_LINE):
                 prefetch(x[soon, h], byte)
-                prefetch(a[soon, h], byte)
+                if each:
+                    prefetch(a[soon, h], byte)
                 if u is not None:
                     prefetch(u[soon, h], byte)
                 if w is not None:
                     prefetch(rows[soon, h], byte)
-                    prefetch(change[soon, h], byte)
+                    if each:
+                        prefetch(change[soon, h], byte)
                     prefetch(partner[soon, h], byte)
             for byte in range(low * S.itemsize, high * S.itemsize, CACHE_LINE):
                 prefetch(y[soon, h], byte)
@@ -318,9 +336,11 @@ def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns,
                 for c in range(high - low):
                     columns[t, h, low + c] += O[j, c]
             if w is not None:
+                sign = S.dtype.type(-1 if back else 1)
                 for d in range(Dk):
                     rows[t, h, d] += R[j, d]
-                    if back:
-                        change[t, h, d] -= partner[t, h, d] * R[j, d]
-                    else:
-                        change[t, h, d] += partner[t, h, d] * R[j, d]
+                if each:
+                    for d in range(Dk):
+                        change[t, h, d] += sign * partner[t, h, d] * R[j, d]
+                else:
+                    of_head[t, h] += sign * _exact_dot(partner[t, h], R[j])

@@ -52,4 +52,4 @@ def _empty(q, k, v, log_decay, initial_state, lengths, starts, causal, normalize
     return v.new_empty(v.shape), v.new_empty(state, dtype=accumulation_dtype(v.dtype))
 
 
-_node = as_node("linear_attention", _run, _empty)
+_node = as_node("linear_attention", _run, _empty, shared={"log_decay": 1})

@@ -1,4 +1,7 @@
-"""Linear attention with a decay per channel: a compiled loop on a CPU, PyTorch on other devices and for transforms."""
+"""Linear attention with a decay per channel: a compiled loop on a CPU, PyTorch on other devices and for transforms.
+
+The loop takes one decay for all channels of a head too.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def linear_attention_per_channel(
     q: Tensor,  # [B, T, H, Dk]
     k: Tensor,  # [B, T, H, Dk]
     v: Tensor,  # [B, T, H, Dv]
-    log_decay: Tensor,  # [B, T, H, Dk]
+    log_decay: Tensor,  # [B, T, H, Dk or 1]
     causal: bool,
     normalize: bool,
     initial_state: Tensor | None,  # [B or N, H, Dk, Dv (+ 1)]
@@ -32,11 +35,15 @@ def linear_attention_per_channel(
     first = None if initial_state is None else initial_state.to(dtype)
     if normalize:
         v = F.pad(v, (0, 1), value=1.0)
-    form = _in_loop if q.device.type == "cpu" and not transformed() else secondary_chunks
+    form = _in_loop if q.device.type == "cpu" and not transformed() else _plain
     o, state = form(q, k, v, g, first, lengths, starts_of(documents), causal)
     if normalize:
         o = divide_by_normalizer(o)
     return o.to(out_dtype), state if output_final_state else None
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return secondary_chunks(q, k, v, g.expand_as(k), *others)
 
 
 def _loop(
@@ -91,7 +98,7 @@ def _(do, d_state, *inputs):
 def _gradients(do: Tensor, d_state: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
     """As `_backward`, for PyTorch to differentiate."""
     inputs, ends = arguments[:5], arguments[5:]
-    return pullback(lambda *inputs: secondary_chunks(*inputs, *ends), inputs, (do, d_state))
+    return pullback(lambda *inputs: _plain(*inputs, *ends), inputs, (do, d_state))
 
 
 _gradients_by_hand = differentiable(_backward, _gradients)

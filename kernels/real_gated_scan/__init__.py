@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import choose, fit
+from ..backends import Backend, choose, fit
 from ..common import accumulation_dtype, autocast_dtype, can_be_looked_at, check_lengths
 from ..derivatives import by_hand
 from ..diagonal_scan import CHANNELS
@@ -19,7 +20,7 @@ from .unit import Gate, real_gated_unit_in_loop
 
 __all__ = ["Gate", "real_gated_scan", "real_gated_unit"]
 
-FORMS = {
+FORMS: dict[str, Callable[..., Any]] = {
     "chunked": real_gated_scan_plain,
     "reference": real_gated_scan_reference,
     "fused": partial(real_gated_scan_plain, backend="fused"),
@@ -38,7 +39,7 @@ def real_gated_scan(
     reverse: bool = False,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Any:
     """A diagonal recurrence of which every step forgets as its gate says,
 

@@ -22,8 +22,10 @@ def real_gated_scan_reference(
 ) -> tuple[Tensor, Tensor]:
     if documents is not None:
         of = documents.lengths
-        rows = (documents.padded(x) for x in (v, recurrence_gate, input_gate))
-        h, state = real_gated_scan_reference(*rows, rate, initial_state, begins, reverse, of, None)
+        v, recurrence_gate, input_gate = (documents.padded(x) for x in (v, recurrence_gate, input_gate))
+        h, state = real_gated_scan_reference(
+            v, recurrence_gate, input_gate, rate, initial_state, begins, reverse, of, None
+        )
         return documents.unpadded(h), state
     B, T, D = v.shape
     dtype = accumulation_dtype(v.dtype)
@@ -33,11 +35,11 @@ def real_gated_scan_reference(
     v, recurrence_gate, input_gate = (zero_padding(x, lengths) for x in (v, recurrence_gate, input_gate))
     log_a = -rate.to(dtype) * recurrence_gate.to(dtype).sigmoid()
     steps = (input_gate.to(dtype).sigmoid() * v).unbind(1)
-    h = [torch.zeros_like(state)] * T
+    found = [torch.zeros_like(state)] * T
     for t in reversed(range(T)) if reverse else range(T):
         first = (t == (lengths - 1 if reverse else torch.zeros_like(lengths))) & begins
         a = torch.where(first[:, None], 0, log_a[:, t].exp())
         root = torch.where(first[:, None], 1, (-torch.expm1(2 * log_a[:, t])).sqrt())
         state = torch.where((t < lengths)[:, None], a * state + root * steps[t], state)
-        h[t] = state
-    return zero_padding(torch.stack(h, 1), lengths).to(v.dtype), state
+        found[t] = state
+    return zero_padding(torch.stack(found, 1), lengths).to(v.dtype), state

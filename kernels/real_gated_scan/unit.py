@@ -66,7 +66,7 @@ class _Unit(torch.autograd.Function):
         ctx.reverse, lengths, ctx.documents = ends
         u, gates, others = _given(*inputs)
         with without_autocast(u.device):
-            made = (gate.of(u, ctx.dtype) for gate in gates)
+            made: Any = [gate.of(u, ctx.dtype) for gate in gates]
             its = *others, begins, ctx.reverse, lengths, starts_of(ctx.documents)
             h, state = loop.scan(u.to(accumulation_dtype(u.dtype)), *made, *its)
         ctx.save_for_backward(*inputs, begins, lengths, h)
@@ -82,8 +82,9 @@ class _Unit(torch.autograd.Function):
         def form(*inputs: Any) -> tuple[Tensor, Tensor]:
             u, gates, others = _given(*inputs)
             with without_autocast(u.device):
-                made = (gate.plainly(u, ctx.dtype) for gate in gates)
-                return real_gated_scan_plain(u.to(h.dtype), *made, *others, *ends, ctx.documents)
+                made: Any = [gate.plainly(u, ctx.dtype) for gate in gates]
+                its: Any = (*made, *others, *ends, ctx.documents)
+                return real_gated_scan_plain(u.to(h.dtype), *its)
 
         def written() -> tuple[Tensor | None, ...]:
             u, gates, (rate, initial_state) = _given(*inputs)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import Backend, choose, fit
 from ..common import check_lengths
 from ..documents import check_documents
-from ..nodes import exporting
+from ..nodes import as_one
 from .chunked import selective_scan_chunked
 from .node import selective_scan_node
 from .reference import selective_scan_reference
@@ -18,7 +18,7 @@ __all__ = ["selective_scan"]
 
 
 def _chunked(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return (selective_scan_node if exporting() else selective_scan_chunked)(*arguments)
+    return (selective_scan_node if as_one() else selective_scan_chunked)(*arguments)
 
 
 FORMS = {"chunked": _chunked, "reference": selective_scan_reference}

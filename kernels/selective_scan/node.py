@@ -45,4 +45,4 @@ def _empty(v, dt, A, write, read, initial_state, lengths, starts, reverse):
     return v.new_empty(v.shape), v.new_empty(R, *A.shape, dtype=accumulation_dtype(v.dtype))
 
 
-_node = as_node("selective_scan", _run, _empty)
+_node = as_node("selective_scan", _run, _empty, shared={"A": 2})

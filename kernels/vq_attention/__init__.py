@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths
 from ..documents import check_documents
-from ..nodes import exporting
+from ..nodes import as_one
 from .chunked import vq_attention_chunked
 from .codes import CHANNELS, nearest_code
 from .node import vq_attention_node
@@ -26,7 +26,7 @@ def _fused(*arguments: Any, **options: Any) -> Any:
 
 
 def _chunked(*arguments: Any, **options: Any) -> Any:
-    return (vq_attention_node if exporting() else vq_attention_chunked)(*arguments, **options)
+    return (vq_attention_node if as_one() else vq_attention_chunked)(*arguments, **options)
 
 
 FORMS = {"chunked": _chunked, "reference": vq_attention_reference, "fused": _fused}

@@ -308,7 +308,8 @@ def _plain(
             scores = weights.log() + (scores - scores.detach())
         near, far = scores.softmax(-1).split([W * L, S], -1)
         far = far / number
-        by_code = F.one_hot(codes, S).to(v.dtype).mT @ v  # [B, H, N, S, Dv]
+        member = codes[..., None] == torch.arange(S, device=codes.device)
+        by_code = member.to(v.dtype).mT @ v  # [B, H, N, S, Dv]
         sums = sums_outside(by_code.flatten(3), causal, starts).reshape(G, S, Dv)
         if past_sums is not None:
             past = past_sums if past_sums.dim() == 5 else past_sums[:, :, None]

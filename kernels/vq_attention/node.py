@@ -52,7 +52,8 @@ def _run(
     causal: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    past: Any = None if position is None else VQState(past_codes, past_values, past_counts, past_sums, position)
+    state_parts: Any = (past_codes, past_values, past_counts, past_sums, position)
+    past = None if position is None else VQState(*state_parts)
     y, state = vq_attention_chunked(
         *(q, k, v, codebook, codes),
         block_len=block_len,
@@ -89,4 +90,4 @@ def _empty(q, k, v, codebook, codes, bias, *others):
     return v.new_empty(v.shape), *state
 
 
-_node = as_node("vq_attention", _run, _empty)
+_node = as_node("vq_attention", _run, _empty, shared={"codebook": 3, "bias": 2})

@@ -1,6 +1,7 @@
 """What a model attends to: the matrix that maps values to outputs, of any block, and what can be said of it."""
 
-from .matrix import mixing_matrix
+from .cost import flops
+from .matrix import mixing_matrices, mixing_matrix
 from .mixing import LayerMixing, mixing_report
 from .run import RunMixing, analyse_run
 from .statistics import (
@@ -20,7 +21,9 @@ __all__ = [
     "analyse_run",
     "distance_profile",
     "effective_rank",
+    "flops",
     "mean_distance",
+    "mixing_matrices",
     "mixing_matrix",
     "mixing_report",
     "normalized_entropy",

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..failures import Said, ends, told
 from ..files import to_json, write_all
 from ..messages import printable_lines
+from ..plugins import import_plugins
 from ..study import is_packed
 from ..training import TrainingError
 from .figure import picture_of
@@ -34,7 +35,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser.add_argument("-n", type=int, default=8, metavar="EXAMPLES", help="of the test set; 8 unless given")
     parser.add_argument("--data-dir", metavar="FOLDER", help="where the data lie, if not where the run found them")
     parser.add_argument("--cache-dir", metavar="FOLDER", help="where prepared data are kept")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(import_plugins(sys.argv[1:] if arguments is None else arguments))
     if not given.run.is_dir() and not is_packed(given.run):
         parser.error(f"{str(given.run)!r} is not a folder")
     try:

@@ -2,20 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import Block
+from ..blocks.masks import check_padding
 from ..kernels.common import valid_positions, zero_padding
 
 CHANNELS = 16  # of an input, tried at a time: what bounds memory
 
 
-@torch.no_grad()
-def mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+def mixing_matrices(module: nn.Module, *inputs: Any, **options: Any) -> dict[str, Tensor]:
+    """The mixing matrix of every block inside any module, when the module is given `inputs` and `options`.
+
+    The module is run once, in evaluation mode, and each block then on what it was given, padding included, which may
+    stand on either side. See `mixing_matrix`.
+
+    Returns:
+        [B, H, T, T] by the block's path in the module ("" where it is itself the block); calls of it after the first
+        are named "<path>#2" and so on.
+
+    Raises:
+        ValueError: there is no block inside; or a block was given documents in one row, a part of the time or a state.
+    """
+    blocks = {path: each for path, each in module.named_modules() if isinstance(each, Block)}
+    if not blocks:
+        raise ValueError(f"{type(module).__name__} has no block inside; valid: a module with a seqzoo.Block in it")
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    hooks = [
+        block.register_forward_pre_hook(
+            lambda _, arguments, given, path=path: calls.append((path, arguments, given)), with_kwargs=True
+        )
+        for path, block in blocks.items()
+    ]
+    try:
+        with evaluating(module), torch.no_grad():
+            module(*inputs, **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: dict[str, Tensor] = {}
+    with evaluating(module):
+        for path, arguments, given in calls:
+            number = sum(name.partition("#")[0] == path for name in found) + 1
+            found[path if number == 1 else f"{path}#{number}"] = _of_call(blocks[path], *arguments, **given)
+    return found
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within it every module inside is in evaluation mode; afterwards in the one it was in."""
+    training = [each for each in module.modules() if each.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
+
+
+def _of_call(
+    block: Block,
+    x: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> Tensor:
+    if refused := [name for name, value in others.items() if value is not None]:
+        raise ValueError(
+            f"{type(block).__name__} was given {', '.join(refused)}; valid: padded sequences from their beginning"
+        )
+    padding = check_padding(type(block).__name__, key_padding_mask, attention_mask, *x.shape[:2])
+    if padding is None:
+        return mixing_matrix(block, x, lengths)
+    weights = mixing_matrix(block, padding.moved_behind(x), padding.lengths)
+    for _ in range(2):  # outputs, then inputs
+        weights = padding.moved_back(weights.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).mT
+    return weights
+
+
+def mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None = None, *, grad: bool = False) -> Tensor:
     """How much of each position's value every position's output holds, when `block` is given `x`.
 
     Between a block's projections stands an operation that is linear in the values v: y_t = Σ_s J[t, s] v_s, J[t, s] a
@@ -36,6 +110,7 @@ def mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None = None) -> Ten
         block: of any kind, causal or not.
         x: [B, T, d_model], the block's input.
         lengths: int64 [B]; rows and columns past them are zero.
+        grad: keep the graph, for a loss on what is returned.
 
     Returns:
         [B, H, T, T] in x's dtype, output position before input position; H is 1 where a block has no heads.
@@ -43,6 +118,11 @@ def mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None = None) -> Ten
     Raises:
         ValueError: `x` does not fit the block, or the block does not mix through `Block.over_time`.
     """
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        return _mixing_matrix(block, x, lengths)
+
+
+def _mixing_matrix(block: Block, x: Tensor, lengths: Tensor | None) -> Tensor:
     if block.convolves:
         gain = _gain_by_lag(block, zero_padding(x, lengths))
         here = torch.arange(x.shape[1], device=x.device)

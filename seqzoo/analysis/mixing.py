@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..blocks import Block
 from ..models import SequenceModel
 from ..spec import Batch
-from .matrix import mixing_matrix
+from .matrix import evaluating, mixing_matrix
 from .statistics import (
     distance_profile,
     effective_rank,
@@ -65,7 +65,7 @@ def mixing_report(model: SequenceModel, batch: Batch) -> list[LayerMixing]:
         inputs, lengths = inputs.flatten(0, 1), lengths.flatten()
     blocks = {path: module for path, module in model.backbone.named_modules() if isinstance(module, Block)}
     seen: dict[str, list[Tensor]] = {path: [] for path in blocks}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         with _keeping_inputs(blocks, seen):
             for sequence, length in zip(inputs, lengths.tolist(), strict=True):
                 model.backbone(sequence[None, :length], None)
@@ -139,13 +139,3 @@ def _keeping_inputs(blocks: dict[str, Block], seen: dict[str, list[Tensor]]) -> 
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

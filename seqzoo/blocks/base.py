@@ -17,7 +17,7 @@ from ..kernels.documents import Documents, check_documents
 from .learning import Learning
 from .masks import check_attn_mask, check_padding
 from .parts import Part
-from .states import State
+from .states import Held, State
 
 
 class Steps(TypedDict, total=False):
@@ -54,12 +54,16 @@ class Block(Learning, ABC):
     by_depth: ClassVar[str | None] = None
     """An option that a model sets to l / L for layer l = 0, 1, ... of L, where it is not told otherwise."""
 
+    grows: ClassVar[bool]
+    """Whether its state can, so that `initial_state` takes a `max_length` to have room for."""
+
     _packs: ClassVar[bool]  # whether `mix` takes documents
     _parts: ClassVar[bool]  # whether it takes a part of the time
     _options: dict[str, Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls.grows = "max_length" in inspect.signature(cls.initial_state).parameters
         taken = inspect.signature(cls.mix).parameters
         cls._packs, cls._parts = "documents" in taken, "part" in taken
 
@@ -94,14 +98,7 @@ class Block(Learning, ABC):
         return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
 
     @abstractmethod
-    def mix(
-        self,
-        x: Tensor,
-        state: Any,
-        lengths: Tensor | None,
-        documents: Documents | None = None,
-        part: Part | None = None,
-    ) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None, *where: Any, **named: Any) -> tuple[Tensor, Any]:
         """Outputs for `x` [B, T, d_model], zero past `lengths`, that follow `state`; and the state after them.
 
         With `documents`, B is 1 and there are no lengths: each document is a sequence of its own, and states have a row
@@ -118,8 +115,10 @@ class Block(Learning, ABC):
 
         Raises:
             ValueError: the block is bidirectional.
+            NotImplementedError: the class has none.
         """
-        raise NotImplementedError
+        self._require_causal("initial_state")
+        raise NotImplementedError(f"{type(self).__name__} has no initial_state, so it cannot be continued; write one")
 
     def forward(
         self,
@@ -168,6 +167,7 @@ class Block(Learning, ABC):
             lengths = part.lengths(check_lengths(type(self).__name__, lengths, len(x), part.T))
             return self._mix(x, None, lengths, None, part)[0]
         check_attn_mask(type(self).__name__, self.causal, attn_mask, is_causal, x.shape[1])
+        state = Held.of(state)
         if state is not None:
             self._require_causal("a state")
             if not isinstance(getattr(state, "position", None), Tensor):
@@ -185,7 +185,7 @@ class Block(Learning, ABC):
             self, x: Tensor, *, state: None = None, part: Part | None = None, **steps: Unpack[Steps]
         ) -> Tensor: ...
         @overload
-        def __call__(self, x: Tensor, *, state: State, **steps: Unpack[Steps]) -> tuple[Tensor, Any]: ...
+        def __call__(self, x: Tensor, *, state: State | Held, **steps: Unpack[Steps]) -> tuple[Tensor, Any]: ...
         def __call__(self, x: Tensor, **steps: Any) -> Any: ...
 
     def extend(
@@ -218,7 +218,7 @@ class Block(Learning, ABC):
             cu_seqlens=cu_seqlens,
             key_padding_mask=key_padding_mask,
             attention_mask=attention_mask,
-            state=state,
+            state=Held(state),
         )
 
     def _run(
@@ -367,7 +367,7 @@ def upgraded(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def places(x: Tensor, state: State | None, documents: Documents | None = None, part: Part | None = None) -> Tensor:
+def places(x: Tensor, state: Any, documents: Documents | None = None, part: Part | None = None) -> Tensor:
     """How many steps its sequence takes ahead of each step of `x` [B, T, ...]: int64 [T], or [B, T] with a state."""
     T, device = x.shape[1], x.device
     if T == 1 and documents is None and state is not None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +42,8 @@ class KeyValueCache(NamedTuple):
     ) -> KeyValueCache:
         """Of B sequences of which nothing has been seen, with room for so many entries of these shapes."""
         position, written = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(2))
-        buffers = (_zeros(B, room, shape, device=device, dtype=dtype) for shape in (keys, values))
-        return cls(*buffers, position, written)
+        empty = partial(_zeros, B, room, device=device, dtype=dtype)
+        return cls(empty(keys), empty(values), position, written)
 
     def append(
         self, k: Tensor, v: Tensor, lengths: Tensor | None, documents: Documents | None
@@ -91,11 +92,13 @@ class KeyValueCache(NamedTuple):
         """The same in buffers of its own, twice as large if there is not room for S entries."""
         room = self.keys.shape[1]
         room = room if room >= S else max(S, 2 * room)
-        buffers = []
-        for old in (self.keys, self.values):
-            buffers.append(_zeros(len(old), room, old.shape[2:], device=old.device, dtype=old.dtype))
-            buffers[-1][:, :used] = old[:, :used]
-        return KeyValueCache(*buffers, self.position, torch.empty_like(self.position))
+
+        def moved(old: Tensor) -> Tensor:
+            new = _zeros(len(old), room, old.shape[2:], device=old.device, dtype=old.dtype)
+            new[:, :used] = old[:, :used]
+            return new
+
+        return KeyValueCache(moved(self.keys), moved(self.values), self.position, torch.empty_like(self.position))
 
 
 def check_room(block: str, max_length: int | None) -> int:

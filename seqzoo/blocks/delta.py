@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.common import accumulation_dtype
+from ..kernels.common import accumulation_dtype, in_cache
+from ..kernels.derivatives import by_hand, gradient
 from ..kernels.documents import Documents
 from .base import Block, advance
 from .depthwise import short_convolution
 from .directions import Directions
+from .gated_norm import NormThenGate
 from .over_parts import delta_rule
 from .parts import Part
 from .states import state_of
@@ -44,6 +45,9 @@ class DeltaBlock(Block):
         negative_eigenvalues: β lies in [0, 2] rather than in [0, 1].
     """
 
+    gate: ClassVar[str | None] = None
+    """The function of the outputs' gate, by its name in `NormThenGate`, if they have one."""
+
     def __init__(
         self,
         d_model: int,
@@ -64,13 +68,16 @@ class DeltaBlock(Block):
         self.qkv_widths = keys, keys, values
         self.widths = sum(self.qkv_widths), num_heads, gate_dim
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)  # q, k and v, β, and what `gates` takes
-        self.conv = short_convolution(sum(self.qkv_widths), conv_width, causal=causal, bias=False)
-        self.norm = nn.RMSNorm(value_dim, eps=NORM_EPS)
+        self.conv = short_convolution(sum(self.qkv_widths), conv_width, causal=causal, bias=False, silu=True)
+        if self.gate is None:
+            self.norm: nn.Module = nn.RMSNorm(value_dim, eps=NORM_EPS)
+        else:
+            self.norm = NormThenGate(value_dim, self.gate, eps=NORM_EPS)
         self.out_proj = nn.Linear(values, d_model, bias=False)
 
     def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The logarithm of the decay, [B, T, H] or [B, T, H, Dk], and what multiplies the outputs, [B, T, H Dv], of
-        projections `x` [B, T, gate_dim]; None is no decay, and no gate."""
+        """The logarithm of the decay, [B, T, H] or [B, T, H, Dk], and what `gate` makes to a multiplier of the outputs,
+        [B, T, H Dv], of projections `x` [B, T, gate_dim]; None is no decay, and no gate."""
         return None, None
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> DeltaState:
@@ -92,7 +99,7 @@ class DeltaBlock(Block):
     ) -> tuple[Tensor, DeltaState | None]:
         qkv, beta, gates = self.in_proj(x).split(self.widths, -1)
         qkv, inputs = self.conv(qkv, None if state is None else state.inputs, lengths, documents, part)
-        q, k, v = F.silu(qkv).split(self.qkv_widths, -1)
+        q, k, v = qkv.split(self.qkv_widths, -1)
         q, k = (unit(y.unflatten(-1, (-1, self.key_dim))) for y in (q, k))
         beta = beta.to(accumulation_dtype(beta.dtype)).sigmoid() * (2 if self.negative_eigenvalues else 1)
         log_decay, gate = self.gates(gates)
@@ -107,11 +114,47 @@ class DeltaBlock(Block):
         if state is not None:
             o, memory = o
             state = DeltaState(memory, inputs, advance(state.position, x, lengths, documents))
-        o = self.norm(o).flatten(2)
-        return self.out_proj(o if gate is None else o * gate), state
+        o = self.norm(o).flatten(2) if gate is None else self.norm(o, gate)
+        return self.out_proj(o), state
 
 
 def unit(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     """x / √(|x|² + eps) over the last dimension, whose gradient has a bound where x is 0."""
+    return _Unit.apply(x, eps) if by_hand() and x.dim() == 4 else _unit(x, eps)[0]
+
+
+def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.to(accumulation_dtype(x.dtype))
-    return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    inverse = (wide.square().sum(-1, keepdim=True) + eps).rsqrt()
+    return (wide * inverse).to(x.dtype), inverse
+
+
+class _Unit(torch.autograd.Function):
+    """Keeps its input and lengths, and goes through it while steps are cached."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        inverse = x.new_empty(*x.shape[:-1], 1, dtype=accumulation_dtype(x.dtype))
+        for t in _together(x):
+            y[:, t], inverse[:, t] = _unit(x[:, t], eps)
+        ctx.save_for_backward(x, inverse)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse = ctx.saved_tensors
+
+        def written() -> tuple[Tensor]:
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            for t in _together(x):
+                y, d = x[:, t] * inverse[:, t], dy[:, t].to(inverse.dtype)
+                dx[:, t] = d.addcmul(y, (y * d).sum(-1, keepdim=True), value=-1).mul_(inverse[:, t])
+            return (dx,)
+
+        return *gradient(written, lambda x: _unit(x, ctx.eps)[:1], (x,), (dy,)), None
+
+
+def _together(x: Tensor) -> list[slice]:
+    return in_cache(x.shape[1], 4 * len(x) * x.shape[2] * x.shape[3], x)

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.common import accumulation_dtype, without_autocast
+from ..kernels.common import accumulation_dtype, in_cache, without_autocast
 from ..kernels.derivatives import gradient, transformed
 from ..kernels.documents import Documents
 from ..valid import Count
 from .parts import Part, with_neighbours
 
+CHANNELS = 32  # at a time, at least
 CHUNK = 32
 FEW = 8  # positions of a kernel, whose gradient is a sum of products for each
 
@@ -34,6 +36,10 @@ class Window(nn.Module):
     def _over(self, x: Tensor) -> Tensor:
         """[B, T + W - 1, D] -> [B, T, D], of the inputs from t to t + W - 1."""
         raise NotImplementedError
+
+    def _alone(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D], with zeros on either side."""
+        return self._over(F.pad(x, (0, 0, self.past, self.width - 1 - self.past)))
 
     def forward(
         self,
@@ -62,7 +68,7 @@ class Window(nn.Module):
         if part is not None:
             return self._over(with_neighbours(part, x, self.past, W - 1 - self.past)), None
         if before is None:
-            return self._over(F.pad(x, (0, 0, self.past, W - 1 - self.past))), None
+            return self._alone(x), None
         seen = torch.cat([before.to(x.dtype), x], 1)
         if lengths is None:
             after = seen[:, T:]
@@ -93,63 +99,102 @@ class Depthwise(Window):
         width: of the kernels, W positions.
         causal: an output sees its own position and the W - 1 before it, or else as many on either side.
         bias: add a number of its own to each channel.
+        silu: put what comes out through SiLU.
     """
 
-    def __init__(self, d_model: int, width: Count, *, causal: bool, bias: bool = False) -> None:
+    def __init__(self, d_model: int, width: Count, *, causal: bool, bias: bool = False, silu: bool = False) -> None:
         super().__init__(width, causal=causal)
         self.weight = nn.Parameter(torch.empty(d_model, width).uniform_(-1, 1) / math.sqrt(width))
         self.bias = nn.Parameter(torch.empty(d_model).uniform_(-1, 1) / math.sqrt(width)) if bias else None
+        self.silu = silu
 
     def _over(self, x: Tensor) -> Tensor:
-        y = convolve(x, self.weight)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return convolve(x, self.weight, self.bias, (0, 0), self.silu)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return convolve(x, self.weight, self.bias, (self.past, self.width - 1 - self.past), self.silu)
 
 
-def short_convolution(D: int, width: Count, *, causal: bool, bias: bool) -> Depthwise:
+def short_convolution(D: int, width: Count, *, causal: bool, bias: bool, silu: bool = False) -> Depthwise:
     """The one ahead of a recurrence: where it sees both sides and `width` has no middle, one position wider."""
-    return Depthwise(D, width if causal else width // 2 * 2 + 1, causal=causal, bias=bias)
+    return Depthwise(D, width if causal else width // 2 * 2 + 1, causal=causal, bias=bias, silu=silu)
 
 
-def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """y_td = Σ_j weight_dj x_{t+j,d}: [B, T + W - 1, D] and [D, W] -> [B, T, D]."""
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, zeros: tuple[int, int], silu: bool) -> Tensor:
+    """y_td = Σ_j weight_dj x_{t+j,d}, and the bias, through SiLU if that is asked for.
+
+    Args:
+        x: [B, T, D].
+        weight: [D, W].
+        bias: [D].
+        zeros: how many steps of zeros there are ahead of x and behind it, P and Q.
+
+    Returns:
+        [B, T + P + Q - W + 1, D].
+    """
     if x.device.type != "cpu":
-        return _convolve(x, weight)
+        return _convolve(x, weight, bias, zeros, silu)
     # In single precision at least: PyTorch's products in half precision can fail to end on a CPU.
     dtype = accumulation_dtype(x.dtype)
     with without_autocast(x.device):
-        convolution = _convolve if transformed() else _Convolution.apply
-        return convolution(x.to(dtype), weight.to(dtype)).to(x.dtype)
+        if not transformed():
+            return _Convolution.apply(x, weight, bias, zeros, silu)
+        bias = None if bias is None else bias.to(dtype)
+        return _convolve(x.to(dtype), weight.to(dtype), bias, zeros, silu).to(x.dtype)
 
 
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, zeros: tuple[int, int], silu: bool) -> Tensor:
+    x = F.pad(x, (0, 0, *zeros)) if any(zeros) else x
     # In one dimension a CPU would lay its channels out anew first.
-    return F.conv2d(x.mT[:, :, None], weight[:, None, None], groups=len(weight))[:, :, 0].mT
+    y = F.conv2d(x.mT[:, :, None], weight[:, None, None], groups=len(weight))[:, :, 0].mT
+    y = y if bias is None else y + bias.to(y.dtype)
+    return F.silu(y) if silu else y
 
 
 class _Convolution(torch.autograd.Function):
-    """PyTorch's on a CPU, whose gradient of the kernels takes far longer than the rest."""
+    """PyTorch's on a CPU, whose gradient of the kernels takes far longer than the rest. It keeps the inputs alone,
+    convolves them once more for the slope of SiLU, and does so channel by channel, while they are cached."""
 
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return _convolve(x, weight)
+    def forward(ctx, x, weight, bias, zeros, silu):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.options = zeros, silu
+        x_wide, weight, bias = _wide(x, weight, bias)
+        return _convolve(x_wide, weight, bias, zeros, silu).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        inputs = ctx.saved_tensors
+        inputs, (zeros, silu) = ctx.saved_tensors, ctx.options
 
-        def form(x, weight):
+        def form(x, weight, bias):
             with without_autocast(dy.device):
-                return (_convolve(x, weight),)
+                x_wide, weight, bias = _wide(x, weight, bias)
+                return (_convolve(x_wide, weight, bias, zeros, silu).to(x.dtype),)
 
         def written():
-            x, weight = inputs
-            W = weight.shape[1]
+            x, weight, bias = inputs
+            (D, W), dx, d_weight = weight.shape, torch.empty_like(x), torch.empty_like(weight)
+            d_bias = None if bias is None else torch.empty_like(bias)
             with without_autocast(dy.device):  # whatever `backward` is called under
-                dx = _convolve(F.pad(dy, (0, 0, W - 1, W - 1)), weight.flip(1))
-                return dx, _kernel_gradient(x, dy, W)
+                for at in in_cache(-(-D // CHANNELS), 4 * CHANNELS * x.shape[0] * x.shape[1], x):
+                    c = slice(at.start * CHANNELS, at.stop * CHANNELS)
+                    x_c, weight_c, bias_c = _wide(x[..., c], weight[c], None if bias is None else bias[c])
+                    x_c, d = F.pad(x_c, (0, 0, *zeros)), dy[..., c].to(x_c.dtype)
+                    if silu:
+                        d = torch.ops.aten.silu_backward(d, _convolve(x_c, weight_c, bias_c, (0, 0), False))
+                    beyond = W - 1 - zeros[0], W - 1 - zeros[1]
+                    dx[..., c] = _convolve(d, weight_c.flip(1), None, beyond, False)
+                    d_weight[c] = _kernel_gradient(x_c, d, W)
+                    if d_bias is not None:
+                        d_bias[c] = d.sum((0, 1))
+            return dx, d_weight, d_bias
 
-        return gradient(written, form, inputs, (dy,))
+        return *gradient(written, form, inputs, (dy,)), None, None
+
+
+def _wide(x: Tensor, *others: Tensor | None) -> Any:
+    dtype = accumulation_dtype(x.dtype)
+    return [None if y is None else y.to(dtype) for y in (x, *others)]
 
 
 def _kernel_gradient(x: Tensor, dy: Tensor, W: int) -> Tensor:

@@ -48,7 +48,7 @@ class Directions:
         """Both directions of what was `doubled`, each step's in its own place: [2B, T, ...] -> [B, T, ...]."""
         if not self.both:
             return y
-        forward, backward = y.chunk(2, self._dim)
+        forward, backward = y.unflatten(self._dim, (2, -1)).unbind(self._dim)
         return forward + self._turn(backward)
 
     def through(self, operation: Callable[..., Any], values: Tensor, memory: Tensor | None) -> Any:

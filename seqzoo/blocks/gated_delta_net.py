@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..valid import Count, Factor
@@ -36,6 +35,8 @@ class GatedDeltaNet(DeltaBlock):
     Source: Yang et al., "Gated Delta Networks" (2024, arXiv 2412.06464), equation 10, with the start of its authors'
     code, where A is uniform up to 16; it is 0.01 or more here. Qwen3-Next's b of 1 would forget all in a step.
     """
+
+    gate = "silu"
 
     def __init__(
         self,
@@ -76,4 +77,4 @@ class GatedDeltaNet(DeltaBlock):
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         decay, r = x.tensor_split((self.num_heads,), -1)
         _, log_decay = self.decay(decay)
-        return log_decay[..., 0], F.silu(r)
+        return log_decay[..., 0], r

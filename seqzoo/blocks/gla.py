@@ -14,6 +14,7 @@ from ..kernels.documents import Documents
 from ..valid import Bias, Count, Positive
 from .base import Block, advance
 from .directions import Directions
+from .gated_norm import NormThenGate
 from .gates import GateBias
 from .states import state_of
 from .wide import default_dtype
@@ -71,7 +72,7 @@ class GLA(Block):
             nn.Linear(d_model, gate_rank, bias=False), nn.Linear(gate_rank, d_model // 2, bias=False)
         )
         self.gate_bias = GateBias(torch.full((d_model // 2,), gate_bias, dtype=default_dtype()))
-        self.norm = nn.RMSNorm(2 * self.key_dim, eps=NORM_EPS)
+        self.norm = NormThenGate(2 * self.key_dim, "silu", eps=NORM_EPS)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> GatedState:
@@ -104,4 +105,4 @@ class GLA(Block):
         if state is not None:
             o, memory = o
             state = GatedState(memory, advance(state.position, x, lengths, documents))
-        return self.out_proj(self.norm(o).flatten(2) * F.silu(r)), state
+        return self.out_proj(self.norm(o, r)), state

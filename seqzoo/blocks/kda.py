@@ -35,6 +35,8 @@ class KDA(DeltaBlock):
     Source: Kimi Team, "Kimi Linear" (2025, arXiv 2510.26692), equation 1, where A starts uniformly in [1, 16].
     """
 
+    gate = "sigmoid"
+
     def __init__(
         self,
         d_model: int,
@@ -65,4 +67,4 @@ class KDA(DeltaBlock):
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         decay, gate = x.chunk(2, -1)
         _, log_decay = self.decay(self.decay_proj(decay))
-        return log_decay, self.gate_proj(gate).sigmoid()
+        return log_decay, self.gate_proj(gate)

@@ -104,7 +104,7 @@ class ComplexRecurrence(Block):
         if state is None:
             h = scan()
         else:
-            h, last = scan(initial_state=torch.view_as_complex(state.hidden), output_final_state=True)
+            h, last = scan(reverse=False, initial_state=torch.view_as_complex(state.hidden), output_final_state=True)
             state = RecurrentState(torch.view_as_real(last), advance(state.position, x, lengths, documents))
         return self.out_proj(_parts(h, x.dtype)), state
 

@@ -70,7 +70,7 @@ class Mamba(Block):
         self.parts = (R, N, N)  # δ, B and C
         self.dynamics = MambaDynamics(E, N, dt_min, dt_max)
         self.in_proj = nn.Linear(d_model, 2 * E, bias=False)
-        self.conv = short_convolution(E, conv_width, causal=causal, bias=True)
+        self.conv = short_convolution(E, conv_width, causal=causal, bias=True, silu=True)
         self.x_proj = nn.Linear(E, sum(self.parts), bias=False)
         self.dt_proj = nn.Linear(R, E, bias=False)
         self.skip = nn.Parameter(torch.ones(E))  # D
@@ -91,7 +91,6 @@ class Mamba(Block):
     ) -> tuple[Tensor, MambaState | None]:
         u, z = self.in_proj(x).chunk(2, -1)
         u, after = self.conv(u, None if state is None else state.inputs, lengths, documents)
-        u = F.silu(u)
         low, B, C = self.x_proj(u).split(self.parts, -1)
         dt, A = self.dynamics(self.dt_proj(low), accumulation_dtype(x.dtype))
         y = self.over_time(lambda v: self._recur(v, dt, A, B, C, state, lengths, documents), (dt * u)[..., None])

@@ -4,7 +4,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import accumulation_dtype
@@ -76,7 +75,7 @@ class Mamba2(Block):
         self.widths = E + 2 * num_groups * state_dim, num_heads  # what the convolution takes, δ
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
         self.gate_proj = nn.Linear(d_model, E, bias=False)  # a layer of its own: z is kept for longer than the rest
-        self.conv = short_convolution(self.widths[0], conv_width, causal=causal, bias=True)
+        self.conv = short_convolution(self.widths[0], conv_width, causal=causal, bias=True, silu=True)
         dt_bias = step_bias("Mamba2", num_heads, dt_min, dt_max)
         self.dynamics = Decay(rates(num_heads, 1, 16), dt_bias)
         self.skip = nn.Parameter(torch.ones(num_heads))  # D
@@ -105,7 +104,7 @@ class Mamba2(Block):
         H, G = self.num_heads, self.num_groups
         xBC, delta = self.in_proj(x).split(self.widths, -1)
         xBC, inputs = self.conv(xBC, None if state is None else state.inputs, lengths, documents, part)
-        values, BC = F.silu(xBC).tensor_split((-2 * G * self.state_dim,), -1)
+        values, BC = xBC.tensor_split((-2 * G * self.state_dim,), -1)
         values = values.unflatten(-1, (H, -1))  # [B, T, H, P]
         dt, log_decay = (y[..., 0] for y in self.dynamics(delta))  # [B, T, H]
         ways = Directions(x, lengths, documents, both=not self.causal)

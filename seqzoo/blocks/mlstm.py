@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import linear_attention
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
-from ..kernels.nodes import as_node, exporting
+from ..kernels.nodes import as_node, as_one
 from ..valid import Count, Factor
 from .base import Block, advance, last_steps
 from .block_diagonal import BlockDiagonal
@@ -85,7 +85,7 @@ class MLSTM(Block):
         self.num_heads = num_heads
         self.head_dim = E // num_heads
         self.in_proj = nn.Linear(d_model, 2 * E, bias=False)
-        self.conv = short_convolution(E, conv_width, causal=causal, bias=True)
+        self.conv = short_convolution(E, conv_width, causal=causal, bias=True, silu=True)
         self.q_proj, self.k_proj, self.v_proj = (BlockDiagonal(E, E // projection_width, bias=False) for _ in range(3))
         gates = [nn.Linear(E, 2 * num_heads, bias=False) for _ in range(3)]  # of q, k and v
         for layer in gates:
@@ -113,7 +113,6 @@ class MLSTM(Block):
     ) -> tuple[Tensor, MLSTMState | None]:
         x, z = self.in_proj(x).chunk(2, -1)  # [B, T, E]
         u, inputs = self.conv(x, None if state is None else state.inputs, lengths, documents)
-        u = F.silu(u)
         q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(x)
         gates = self.gate_bias(sum(layer(y) for layer, y in zip(self.gate_proj, (q, k, v), strict=True)))
         ways = Directions(x, lengths, documents, both=not self.causal)
@@ -164,7 +163,7 @@ def mlstm(
     # In double precision: where nothing new is larger, m must fall by exactly as much as what it scales.
     i, log_f = i.double(), F.logsigmoid(f.double())
     start = i.new_zeros(B if documents is None else documents.N, H) if before is None else before.largest.double()
-    m, m_before = (_node if exporting() else _largest)(i.detach(), log_f.detach(), start, starts_of(documents))
+    m, m_before = (_node if as_one() else _largest)(i.detach(), log_f.detach(), start, starts_of(documents))
     decay = log_f + torch.minimum(m_before - m, -log_f.detach())  # rounding never lets it be above 0
     scale = (i - m).exp() / math.sqrt(Dk)
     o = linear_attention(
@@ -211,4 +210,4 @@ def _largest(i: Tensor, log_f: Tensor, start: Tensor, starts: Tensor | None) -> 
     return m, torch.where(first, start, m.roll(1, 1))
 
 
-_node = as_node("mlstm_largest", _largest, lambda i, log_f, start, starts: (i.new_empty(i.shape), i.new_empty(i.shape)))
+_node = as_node("mlstm_largest", _largest, lambda i, *_: (i.new_empty(i.shape), i.new_empty(i.shape)), shared={})

@@ -49,10 +49,10 @@ def linear_attention(
     def leaves(S: Tensor, rows: slice, *, turned: bool = False) -> Tensor:
         """The memory behind the part or, of a decay that is constant, ahead of it, for what comes from the other."""
         of_rows = None if lengths is None else lengths[rows]
-        constant = log_decay is None or log_decay.dim() == 1
-        way, whole = _decays(log_decay if constant else log_decay[rows], T, of_rows, wide)
-        if not constant:
+        if log_decay is not None and log_decay.dim() == 3:
+            way, whole = _decays(log_decay[rows], T, of_rows, wide)
             return whole * S + _Products.apply(k[rows], v[rows], way, normalize)
+        way, whole = _decays(log_decay, T, of_rows, wide)
         keys = k[rows] if way is None else k[rows] * (way.flip(0) if turned else way)[..., None]
         return whole * S + _Products.apply(keys, v[rows], None, normalize)
 
@@ -68,6 +68,7 @@ def linear_attention(
         everything = slice(None)
         earlier = carried(part, v, state, wide, lambda S: leaves(S, everything))
         later = carried(part, v, state, wide, lambda S: leaves(S, everything, turned=True), back=True)
+        behind: Any
         once, (behind, _) = log_decay.to(wide).exp(), _decays(log_decay, T, None, wide)
         ways = torch.stack((behind.flip(0), behind)) * once
         if None in (part.neighbour(True), part.neighbour(False)):  # nothing comes from where sequences end
@@ -103,8 +104,8 @@ def delta_rule(
     memory that reaches the part. Parts taken in their order would need none of it, and each would wait for all before.
     """
     if part is None:
-        states = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
-        return kernels.delta_rule(q, k, v, beta, **options, **states)
+        options |= {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+        return kernels.delta_rule(q, k, v, beta, **options)
     (B, _, H, Dv), Dk, wide = v.shape, q.shape[-1], accumulation_dtype(v.dtype)
     first = F.pad(torch.eye(Dk, dtype=wide, device=v.device), (Dv, 0)).expand(B, H, -1, -1)
     o, last = kernels.delta_rule(q, k, F.pad(v, (0, Dk)), beta, initial_state=first, output_final_state=True, **options)
@@ -121,7 +122,7 @@ def diagonal_scan(
     *,
     factor: Tensor | None = None,
     lengths: Tensor | None = None,
-    reverse: bool | str = False,
+    reverse: Any = False,
     **options: Any,
 ) -> Any:
     """`seqzoo.kernels.diagonal_scan` over parts, of coefficients that are constant in time: a [D]."""
@@ -172,7 +173,7 @@ def _passed(
     source: Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    leaves: Callable[[Tensor, slice], Tensor],
+    leaves: Callable[..., Tensor],
     *,
     turned: bool,
 ) -> Tensor:

@@ -3,13 +3,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
 from .base import Block, advance, head_dim, places
+from .gated_norm import NormThenGate
 from .linear_attention import decay_rates
 from .over_parts import linear_attention
 from .parts import Part
@@ -53,7 +53,7 @@ class RetNet(Block):
         E = num_heads * self.value_dim
         self.widths = d_model, d_model, E, E  # q, k, v, gate
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
-        self.norm = nn.RMSNorm(self.value_dim, eps=1e-6, elementwise_affine=False)
+        self.norm = NormThenGate(self.value_dim, "silu", eps=1e-6, affine=False)
         self.out_proj = nn.Linear(E, d_model, bias=False)
         with torch.no_grad():
             for weight in self.in_proj.weight.split(self.widths):
@@ -99,4 +99,4 @@ class RetNet(Block):
         if state is not None:
             y, memory = y
             state = RetNetState(memory, advance(state.position, x, lengths, documents))
-        return self.out_proj(F.silu(gate) * self.norm(y).flatten(2)), state
+        return self.out_proj(self.norm(y, gate)), state

@@ -117,12 +117,14 @@ class RGLRU(Block):
         """h of v [B, T, N, any], each channel with the gates that u [B, T, N] has there, and whether v is its `own`;
         with a state, (h, the last one)."""
         rates = self.dynamics(accumulation_dtype(u.dtype))
-        gates = self.recurrence_gate, self.input_gate
+        gates: tuple[Any, ...] = (self.recurrence_gate, self.input_gate)
+        scan: Any
         if own and all(gate.unhooked for gate in gates):
-            scan = partial(real_gated_unit, u, *(Gate(joined(gate.weight), gate.bias) for gate in gates), rates)
+            recurrence, inputs = (Gate(joined(gate.weight), gate.bias) for gate in gates)
+            scan = partial(real_gated_unit, u, recurrence, inputs, rates)
         else:
-            opened = (gate(u)[..., None].expand_as(v).flatten(2) for gate in gates)
-            scan = partial(real_gated_scan, v.flatten(2), *opened, rates[:, None].expand(v.shape[2:]).flatten())
+            forgets, takes = (gate(u)[..., None].expand_as(v).flatten(2) for gate in gates)
+            scan = partial(real_gated_scan, v.flatten(2), forgets, takes, rates[:, None].expand(v.shape[2:]).flatten())
         ends: dict[str, Any] = {"lengths": lengths, "cu_seqlens": starts_of(documents)}
         if state is not None:
             before = {"initial_state": state.hidden, "begins": state.position == 0}

@@ -12,7 +12,7 @@ from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, autocast_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import transformed
 from ..kernels.documents import Documents, Pieces, starts_of
-from ..kernels.nodes import as_node, exporting
+from ..kernels.nodes import as_node, as_one
 from ..valid import BelowOne, Positive
 from .base import Block, advance
 from .lru import RecurrentState
@@ -100,7 +100,7 @@ class S4D(Block):
         before = None if state is None else torch.view_as_complex(state.hidden)
         values = x.to(autocast_dtype(x))
         with without_autocast(x.device):
-            form = _convolve_as_node if exporting() else partial(convolve, part=part)
+            form = _convolve_as_node if as_one() else partial(convolve, part=part)
             y, after = self.over_time(
                 lambda x: form(x, step, C, before, lengths, documents), values.to(product_dtype(values))
             )
@@ -212,16 +212,16 @@ def convolve(
 
     if pieces is None:
         end = torch.full((B,), T, device=x.device) if lengths is None else lengths
-        batch, chunk, rest = torch.arange(B, device=x.device), end // L, end % L
+        batch, chunk, steps = torch.arange(B, device=x.device), end // L, end % L
     else:
         last = pieces.before[1:] - 1  # of each document, or, if that has none, of another
         batch, chunk = torch.zeros_like(last), last.clamp(min=0)
-        rest = pieces.steps[chunk]
+        steps = pieces.steps[chunk]
     start = reached[0].unflatten(-1, (D, P))[batch, chunk]
     within = x_c.view(D, B, N, L)[:, batch, chunk.clamp(max=N - 1)].transpose(0, 1)  # [B, D, L]
-    since = (rest[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
-    kept = torch.where(valid_positions(rest, L)[:, None], within, 0).to(step.dtype)
-    after = start * torch.exp(step * rest[:, None, None]) + torch.einsum(
+    since = (steps[:, None] - 1 - torch.arange(L, device=x.device)).clamp(min=0)  # [B, L]
+    kept = torch.where(valid_positions(steps, L)[:, None], within, 0).to(step.dtype)
+    after = start * torch.exp(step * steps[:, None, None]) + torch.einsum(
         "bdl,dpbl->bdp", kept, torch.complex(re, im)[..., since]
     )
     if documents is not None:
@@ -240,7 +240,8 @@ def _convolve_as_node(
 def _run(
     x: Tensor, step: Tensor, C: Tensor, before: Tensor | None, lengths: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    step, C, past = (None if z is None else torch.view_as_complex(z.contiguous()) for z in (step, C, before))
+    step, C = (torch.view_as_complex(z.contiguous()) for z in (step, C))
+    past = None if before is None else torch.view_as_complex(before.contiguous())
     documents = None if starts is None else Documents(starts, x.shape[1])
     y, after = convolve(x, step, C, past, lengths, documents)
     return y.contiguous(), step.real.new_empty(0) if after is None else torch.view_as_real(after)
@@ -250,7 +251,7 @@ def _empty(x, step, C, before, lengths, starts):
     return x.new_empty(x.shape), step.new_empty(0) if before is None else before.new_empty(before.shape)
 
 
-_node = as_node("s4d_convolve", _run, _empty)
+_node = as_node("s4d_convolve", _run, _empty, shared={"step": 3, "C": 4})
 
 
 def _carry(left: Tensor, back: list[Tensor], over_chunk: Tensor, before: Tensor | None) -> list[Tensor]:
@@ -324,12 +325,12 @@ def _carry_in_parts(
         own = diagonal_scan(torch.view_as_complex(leaving), over_chunk, reverse=True, output_final_state=True)[1]
         return over_all * g + own
 
-    before = carried(part, left, *state, behind)
+    reached = carried(part, left, *state, behind)
     following = [carried(part, left, *state, partial(ahead, leaving=leaving), back=True) for leaving in back]
     for n, g in enumerate(following):
         beyond = torch.view_as_real(over_rest * g)[:, None]
         back[n] = torch.cat([back[n][:, :-1], back[n][:, -1:] + beyond], 1)
-    return _carry(left, back, over_chunk, before) + following
+    return _carry(left, back, over_chunk, reached) + following
 
 
 def _transpose(x: Tensor) -> Tensor:

@@ -43,6 +43,19 @@ class State(Protocol):
         """
 
 
+class Held:
+    """A state on its way through a module's hooks, some of which change the tensors that they find among arguments:
+    FSDP2's round them all to the precision of its products, in which nothing can be summed for long."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    @staticmethod
+    def of(state: Any) -> Any:
+        """The state itself, held or not."""
+        return state.state if isinstance(state, Held) else state
+
+
 def state_of(*caches: str) -> Callable[[Kind], Kind]:
     """Makes a NamedTuple the `State` of a block.
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     _show(findings)
     options = [f"--{name}={path}" for name, path in (("data-dir", given.data_dir), ("cache-dir", cache)) if path]
     lines, ended = _ask("examination", options, until)
-    plan = next((line for line in lines if isinstance(line, dict)), {"device": "cpu", "operations": []})
+    plan: dict[str, Any] = next((line for line in lines if isinstance(line, dict)), {"device": "cpu", "operations": []})
     found = [Finding(*line) for line in lines if isinstance(line, list)]
     operations = [finding for finding in found if finding.what in plan["operations"]]
     later = [finding for finding in found if finding not in operations]
@@ -107,9 +108,10 @@ def _ask(module: str, options: list[str], until: float) -> tuple[list[Any], str]
 
 
 def _show(findings: list[Finding]) -> None:
-    width = shutil.get_terminal_size((110, 24)).columns
+    width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 110))
     for finding in findings:
-        print(printable(f"{finding.state:<8}{finding.what:<12}{finding.said}")[:width], flush=True)
+        line = printable(f"{finding.state:<8}{finding.what:<12}{finding.said}")
+        print(textwrap.fill(line, width, subsequent_indent=20 * " ", break_on_hyphens=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from .. import tasks
 from ..kernels import backends
 from ..tasks.store.cache import default_folder
-from ..training.tracker import wandb_mode
+from ..training.loggers import wandb_mode
 from .finding import BAD, OK, UNKNOWN, Finding
 from .operations import BOUNDS, checks, worst
 

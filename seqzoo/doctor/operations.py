@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.agreement import relative_error
+from ..kernels.real_gated_scan import real_gated_scan
 from ..kernels.selective_scan import selective_scan
 
 B, T, H, D = 2, 37, 2, 32  # heads of 32 channels: narrow tiles are what reports of wrong code have in common
@@ -22,7 +23,7 @@ Tensors = dict[str, Tensor]
 class Operation(NamedTuple):
     name: str
     shapes: dict[str, tuple[int, ...]]  # of what is drawn
-    call: Callable[[Tensors, str], Any]  # of the tensors and the form
+    call: Callable[[Tensors, Any], Any]  # of the tensors and the form
     constant: tuple[str, ...] = ()  # have no gradient
     dtype: torch.dtype = torch.float32
     fused: bool = True
@@ -41,7 +42,7 @@ def _inside(a: Tensor) -> Tensor:
     return 0.9 * a / (1 + a.abs())
 
 
-HEADS = {"q": (B, T, H, D), "k": (B, T, H, D), "v": (B, T, H, D)}
+HEADS: dict[str, tuple[int, ...]] = {"q": (B, T, H, D), "k": (B, T, H, D), "v": (B, T, H, D)}
 OPERATIONS = (
     Operation("attention", HEADS, lambda x, form: kernels.attention(x["q"], x["k"], x["v"], causal=True, backend=form)),
     Operation(
@@ -57,7 +58,6 @@ OPERATIONS = (
         lambda x, form: kernels.delta_rule(
             _unit(x["q"]), _unit(x["k"]), x["v"], x["beta"].sigmoid(), log_decay=_decay(x["g"]), backend=form
         ),
-        fused=False,
     ),
     Operation(
         "favor_attention",
@@ -87,6 +87,12 @@ OPERATIONS = (
         {"x": (B, T, 64), "a": (64,)},
         lambda x, form: kernels.diagonal_scan(x["x"], _inside(x["a"]), backend=form),
         dtype=torch.complex64,
+    ),
+    Operation(
+        "real_gated_scan",
+        {**dict.fromkeys(("v", "recurrence_gate", "input_gate"), (B, T, 64)), "rate": (64,)},
+        lambda x, form: real_gated_scan(x["v"], x["recurrence_gate"], x["input_gate"], x["rate"].exp(), backend=form),
+        fused=False,
     ),
     Operation(
         "selective_scan",

@@ -1,5 +1,6 @@
-"""Blocks and operations in other people's models: transformers, timm, PyTorch's own, and the Hugging Face Hub.
+"""Blocks and operations in other people's models and formats.
 
-`seqzoo.hf` is the module `hf` in here; `seqzoo.replace`, `save_pretrained`, `from_pretrained` and `push_to_hub` are
-functions. Nothing of seqzoo imports this package, and other people's are imported when they are asked for.
+`seqzoo.hf` names what there is for transformers; `seqzoo.replace`, `timm_attention`, `save_pretrained`,
+`from_pretrained` and `push_to_hub` lie here. Nothing else of seqzoo imports this package, which imports other people's
+when they are asked for.
 """

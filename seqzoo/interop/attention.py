@@ -14,7 +14,7 @@ from ..blocks.masks import Padding, check_padding
 from ..blocks.performer import default_features, orthogonal_gaussian
 from ..kernels import FavorState, attention, favor_attention, linear_attention
 from ..kernels.common import accumulation_dtype, query_heads
-from .seen import Seen
+from .seen import Seen, check_packed
 from .state_cache import StateLayer, layer_of
 
 REFUSED = {  # what some models give to their attention, and no operation here has
@@ -103,6 +103,7 @@ def layer(
             f"{what}: {DOCUMENTS[0]} without positions that begin anew; valid: position_ids that do, and no "
             "attention_mask"
         )
+    check_packed(what, others.get("position_ids"), attention_mask, T)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return Layer(name, module, q, k, v, attention_mask, scale, layer_of(key))
 
@@ -245,9 +246,19 @@ def favor(num_features: int | None, seed: int) -> Callable[..., Any]:
     return favor
 
 
-@cache
+@torch.library.custom_op("seqzoo::features", mutates_args=())
 def features(seed: int, layer: int, H: int, M: int, D: int) -> Tensor:
     """`orthogonal_gaussian`, the same in every process; the state of torch's generator stays as it is."""
+    return _drawn(seed, layer, H, M, D).clone()
+
+
+@features.register_fake
+def _(seed: int, layer: int, H: int, M: int, D: int) -> Tensor:
+    return torch.empty(H, M, D, dtype=torch.float32, device="cpu")
+
+
+@cache
+def _drawn(seed: int, layer: int, H: int, M: int, D: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + layer)
         return orthogonal_gaussian(H, M, D)

@@ -15,28 +15,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+try:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+except ImportError as error:
+    raise ImportError(f"saving and loading needs safetensors ({error}): pip install 'seqzoo[hf]'") from None
+
 from ..blocks import Block, block_name, build_block, upgraded
-from ..config import ConfigError
 from ..files import replacing_by_name, write_json, write_text
-from ..messages import shortened, unknown
+from ..messages import misfits, shortened, unknown
 from ..models import ModelConfig, SequenceModel, build_model
 from ..records import check, read_json
-from ..runs.folder import RESULT, TASK, read_result, spec_of
-from ..training.transfer import misfits
 from ..valid import Width, range_of
 from ..version import __version__
 
 FORMAT = 1  # of config.json
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 MADE = {"seqzoo": str, "format": int, "kind": str}  # shapes of a config.json, see `records.check`
-SHAPES = {
-    "block": {"block": str, "options": {"d_model": int, "causal": bool}},
-    "model": {"config": {"name": str}, "spec": TASK, "head": str, "causal": bool},
-}
+BLOCK = {"block": str, "options": {"d_model": int, "causal": bool}}
+MODEL = {"config": {"name": str}, "head": str, "causal": bool}
 ANEW = "valid: what seqzoo.save_pretrained wrote"
 
 
@@ -183,18 +182,26 @@ def _built(described: Any) -> nn.Module:
         )
     if "${" in json.dumps(described):
         raise ValueError("something in it would be computed; valid: plain values")
-    if described["kind"] not in SHAPES:
-        raise ValueError(f"kind={described['kind']!r}; valid: {', '.join(SHAPES)}")
-    check(described, SHAPES[described["kind"]])
+    if described["kind"] == "model":
+        return _built_model(described)
+    if described["kind"] != "block":
+        raise ValueError(f"kind={described['kind']!r}; valid: block, model")
+    check(described, BLOCK)
+    width, valid = described["options"]["d_model"], range_of(Width)
+    if not (valid and valid.holds(width)):
+        raise ValueError(f"d_model={width}: valid: {valid}")
     with torch.device("meta"):
-        if described["kind"] == "block":
-            width, valid = described["options"]["d_model"], range_of(Width)
-            if not (valid and valid.holds(width)):
-                raise ValueError(f"d_model={width}: valid: {valid}")
-            return build_block(described["block"], **described["options"])
-        if others := sorted(described["spec"].keys() - {key.rstrip("?") for key in TASK}):
-            raise ValueError(unknown("key", others[0], (key.rstrip("?") for key in TASK)))
-        config, spec = _model_config(described["config"]), spec_of(described["spec"])
+        return build_block(described["block"], **described["options"])
+
+
+def _built_model(described: dict[str, Any]) -> nn.Module:
+    from ..runs.folder import TASK, spec_of  # needs the extra `train`, as models do
+
+    check(described, {**MODEL, "spec": TASK})
+    if others := sorted(described["spec"].keys() - {key.rstrip("?") for key in TASK}):
+        raise ValueError(unknown("key", others[0], (key.rstrip("?") for key in TASK)))
+    config, spec = _model_config(described["config"]), spec_of(described["spec"])
+    with torch.device("meta"):
         return build_model(config, spec, head=described["head"], causal=described["causal"])
 
 
@@ -212,9 +219,11 @@ def _result(run: str | Path | None) -> dict[str, Any] | None:
     """The figures of a run."""
     if run is None:
         return None
+    from ..runs.folder import RESULT, read_result
+
     result = read_result(Path(run), RESULT)
     if result is None:
-        raise ConfigError(f"run={run}: it has no result.json; valid: the folder of a finished run")
+        raise ValueError(f"run={run}: it has no result.json; valid: the folder of a finished run")
     return result
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from ..blocks import Block
-from .seen import Seen
+from .seen import Seen, check_packed
 from .state_cache import StateLayer
 
 PARAMETERS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
@@ -52,6 +52,7 @@ class Mixer(nn.Module):
         if any(asked.get(other) is not None for other in OF_OTHERS):
             raise ValueError(f"{name}: keys of another sequence; valid: the attention of a sequence to itself")
         x, cache, seen = asked["hidden_states"], asked.get("past_key_values"), self._seen(asked.get("attention_mask"))
+        check_packed(name, asked.get("position_ids"), seen, x.shape[1])
         counts = seen.new_steps(x.shape[1])
         if cache is None and seen.starts is None:
             return self.block(x, attention_mask=counts), None

@@ -98,7 +98,7 @@ def _new(name: str, old: nn.Module, new: nn.Module | None) -> tuple[nn.Module | 
     """What is put in place of `old`, with its weights."""
     if new is None:
         return None, Replaced(name, _name(old), None, (), (), "build gave None")
-    own = next(old.parameters(), None)
+    own = next((parameter for parameter in old.parameters() if parameter.is_floating_point()), None)
     if own is not None and not any(parameter.is_meta for parameter in new.parameters()):
         new = new.to(own.device, own.dtype)
     copied, why = _copy(old, new) if isinstance(new, Block) else (set(), "not a block of seqzoo")
@@ -137,7 +137,8 @@ def _copy(old: nn.Module, block: Block) -> tuple[set[str], str]:
     heads, groups = _heads(old)
     if found is None or heads is None:
         return set(), "no queries, keys and values were recognised"
-    own_heads, own_groups = block.num_heads, getattr(block, "num_kv_heads", block.num_heads)
+    own_heads: Any = block.num_heads
+    own_groups: Any = getattr(block, "num_kv_heads", own_heads)
     if (heads, groups) != (own_heads, own_groups):
         return set(), f"{heads} heads and {groups} of keys there, {own_heads} and {own_groups} here"
     qkv, out = found

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import masking_utils as masks
 
@@ -46,11 +47,8 @@ class Seen:
 
     def to(self, device: Any, **options: Any) -> Seen:
         """As of a tensor, for those who spread a model over devices."""
-        moved = {
-            name: value.to(device, **options)
-            for name in ("counts", "position", "starts")
-            if isinstance(value := getattr(self, name), Tensor)
-        }
+        parts = {name: getattr(self, name) for name in ("counts", "position", "starts")}
+        moved: Any = {name: part.to(device, **options) for name, part in parts.items() if isinstance(part, Tensor)}
         return replace(self, **moved)
 
     def new_steps(self, T: int) -> Tensor | None:
@@ -73,6 +71,26 @@ class Seen:
         return None if self.counts is None else check_padding(what, None, self.counts, *self.counts.shape)
 
 
+def check_packed(what: str, position_ids: Any, seen: Seen, T: int) -> None:
+    """That positions begin anew in the documents of `seen` only; they are looked at on a CPU, outside of graphs.
+
+    transformers looks for packed sequences where there is neither a cache nor an attention_mask, and only there.
+
+    Raises:
+        ValueError: a row has several sequences, of which `seen` does not know.
+    """
+    if seen.starts is not None or not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+        return
+    if position_ids.shape[1] != T or not can_be_looked_at(position_ids):
+        return
+    back, counts = position_ids[:, 1:] <= position_ids[:, :-1], seen.new_steps(T)
+    if (back if counts is None else back & counts[:, 1:] & counts[:, :-1]).any():
+        raise ValueError(
+            f"{what}: position_ids begin anew within a row, as of packed sequences, which transformers tells no mask "
+            "where there is a cache or an attention_mask; valid: use_cache=False, and no attention_mask"
+        )
+
+
 def seen_mask(
     batch_size: int,
     q_length: int,
@@ -90,6 +108,25 @@ def seen_mask(
     """
     if isinstance(attention_mask, Seen):  # made ahead, for a graph
         return attention_mask
+    if mask_function is masks.causal_mask_function or mask_function is masks.bidirectional_mask_function:
+        seen = Seen(mask_function is masks.causal_mask_function)
+    else:
+        seen = (_outside_of_graphs if torch.compiler.is_compiling() else _read)(mask_function, batch_size)
+    if seen.starts is not None:
+        return seen
+    position: Any = q_offset - kv_offset
+    if attention_mask is None:
+        return replace(seen, position=position)
+    counts: Any = masks.prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
+    counts = counts[:, kv_offset + torch.arange(kv_length, device=counts.device)]
+    within = counts[:, : position + q_length] if seen.causal and isinstance(position, int) else counts
+    if can_be_looked_at(within) and within.all():
+        return replace(seen, position=position)
+    return replace(seen, position=position, counts=counts)
+
+
+def _read(mask_function: Callable[..., Any], rows: int) -> Seen:
+    """Direction, window and documents of a mask that transformers has put together."""
     causal, reach, sequence = False, None, None
     for part in _parts(mask_function):
         code, inside = part.__code__, inspect.getclosurevars(part).nonlocals
@@ -109,17 +146,14 @@ def seen_mask(
             )
     if causal and reach is not None:
         reach = (reach[0], 0)
-    if sequence is not None:
-        return Seen(causal, reach, starts=_starts(sequence, batch_size))
-    position = q_offset - kv_offset
-    if attention_mask is None:
-        return Seen(causal, reach, position=position)
-    counts = masks.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    counts = counts[:, kv_offset + torch.arange(kv_length, device=counts.device)]
-    within = counts[:, : position + q_length] if causal and isinstance(position, int) else counts
-    if can_be_looked_at(within) and within.all():
-        return Seen(causal, reach, position=position)
-    return Seen(causal, reach, counts, position)
+    return Seen(causal, reach, starts=None if sequence is None else _starts(sequence, rows))
+
+
+_outside_of_graphs = torch.compiler.disable(
+    _read,
+    reason="seqzoo reads masks that transformers has put together outside of compiled graphs; valid: fullgraph=False, "
+    "or an attention_mask, of ones where nothing is padded, so that transformers does not look for packed sequences",
+)
 
 
 def _parts(mask_function: Callable[..., Any]) -> Iterator[Any]:
@@ -134,19 +168,14 @@ def _parts(mask_function: Callable[..., Any]) -> Iterator[Any]:
         yield mask_function
 
 
-def _starts(sequence: Tensor, rows: int) -> Tensor:
+def _starts(sequence: Tensor, rows: int) -> Tensor | None:
     """Where documents begin in all rows behind each other, and the end, from which sequence of its row each step is of.
 
-    Raises:
-        ValueError: in a graph, whose shapes are not to depend on that.
+    None: each row is one, as transformers does not see before a graph runs.
     """
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "seqzoo's attention cannot look for packed sequences in a compiled graph; valid: an attention_mask, of "
-            "ones where nothing is padded, so that transformers does not look for them either"
-        )
     sequence = sequence.expand(rows, -1)
-    begins = torch.ones_like(sequence, dtype=torch.bool)
-    begins[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
-    end = torch.tensor([sequence.numel()], device=sequence.device)
-    return torch.cat([begins.flatten().nonzero()[:, 0], end])
+    begins = sequence[:, 1:] != sequence[:, :-1]
+    if not begins.any():
+        return None
+    begins = F.pad(begins, (1, 0), value=True).flatten()
+    return F.pad(begins.nonzero()[:, 0], (0, 1), value=len(begins))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -59,19 +59,20 @@ class StateLayer(CacheLayerMixin):
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda part: part.index_select(0, beam_idx.to(part.device)))
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda part: part.repeat_interleave(repeats, 0))
+        if self.state is not None:
+            part = self.state if isinstance(self.state, Tensor) else self.state[0]
+            self.batch_select_indices(torch.arange(len(part), device=part.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda part: part[indices])
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if isinstance(self.state, Tensor):
-            self.state = change(self.state)
+            self.state = self.state[indices.to(self.state.device)]
+        elif hasattr(self.state, "select"):  # of a block
+            self.state = self.state.select(indices)
         elif self.state is not None:
-            self.state = type(self.state)(*map(change, self.state))
+            self.state = type(self.state)(*(part[indices.to(part.device)] for part in self.state))
 
 
 class StateCache(Cache):

@@ -2,5 +2,16 @@
 
 from .ladder import LadderModel
 from .model import Backbone, JointModel, ModelConfig, Plan, SequenceModel, build_model, task_head
+from .streaming import ModelState
 
-__all__ = ["Backbone", "JointModel", "LadderModel", "ModelConfig", "Plan", "SequenceModel", "build_model", "task_head"]
+__all__ = [
+    "Backbone",
+    "JointModel",
+    "LadderModel",
+    "ModelConfig",
+    "ModelState",
+    "Plan",
+    "SequenceModel",
+    "build_model",
+    "task_head",
+]

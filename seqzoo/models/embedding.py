@@ -70,6 +70,7 @@ class Embedding(nn.Module):
         super().__init__()
         if position not in POSITIONS:
             raise ValueError(f"position={position!r}; valid: {', '.join(POSITIONS)}")
+        self.d_model = d_model
         self.position = position
         self.max_length = spec.max_length
         self.inputs = TokenEmbedding(spec, d_model) if spec.kind == "tokens" else PixelEmbedding(spec, d_model)
@@ -77,28 +78,69 @@ class Embedding(nn.Module):
             self.learned = nn.Parameter(0.02 * torch.randn(spec.max_length, d_model))
 
     def forward(
-        self, inputs: Tensor, mask: Tensor | None, documents: Documents | None = None, part: Part | None = None
+        self,
+        inputs: Tensor,
+        mask: Tensor | None,
+        documents: Documents | None = None,
+        position: Tensor | None = None,
+        lengths: Tensor | None = None,
+        part: Part | None = None,
     ) -> Tensor:
+        """What the first layer reads, [B, T, d_model].
+
+        Args:
+            inputs, mask: as of a `SequenceModel`.
+            documents: where each begins anew, in a row.
+            position: int64 [B], how many steps of each sequence are ahead of these; None: none.
+            lengths: of sequences with a position, so that padding may lie past the last one that there is.
+            part: what inputs and mask are of.
+
+        Raises:
+            ValueError: a sequence is longer than absolute positions are valid.
+        """
         x = self.inputs(inputs, mask)
         if self.position == "none":
             return x
+        if position is not None:
+            return x + self._from(position, inputs.shape[1], lengths)
         T = inputs.shape[1] if part is None else part.T
         longest = T
         if documents is not None:
             longest = documents.longest if can_be_looked_at(documents.starts) else min(T, self.max_length)
-        if self.max_length < longest:
-            raise ValueError(f"a sequence of {longest} steps; absolute positions are valid up to {self.max_length}")
-        if self.position == "learned":
-            table = self.learned[:longest]
-        else:
-            table = sinusoids(longest, x.shape[-1], device=x.device).to(next(self.parameters()).dtype)
+        self.check_length(longest)
+        table = self._table(longest, x.device)
         if part is not None:
             table = table[part.start : part.stop]
         return x + (table if documents is None else table[documents.positions()])
 
+    def check_length(self, steps: int) -> None:
+        """Raises ValueError where a sequence of so many is longer than absolute positions are valid."""
+        if self.position != "none" and self.max_length < steps:
+            raise ValueError(f"a sequence of {steps} steps; absolute positions are valid up to {self.max_length}")
+
+    def _table(self, steps: int, device: torch.device) -> Tensor:
+        """Of the first positions, [steps, d_model]."""
+        if self.position == "learned":
+            return self.learned[:steps]
+        return sinusoids(steps, self.d_model, device=device).to(next(self.parameters()).dtype)
+
+    def _from(self, position: Tensor, T: int, lengths: Tensor | None) -> Tensor:
+        """Of T steps behind the first `position`: [B, T, d_model]."""
+        if can_be_looked_at(position) and len(position):
+            self.check_length(int((position + (T if lengths is None else lengths)).max()))
+        place = (position[:, None] + torch.arange(T, device=position.device)).clamp(max=self.max_length - 1)
+        if self.position == "learned":
+            return self.learned[place]
+        return _sinusoids(place, self.d_model).to(next(self.parameters()).dtype)
+
 
 def sinusoids(length: int, d_model: int, *, device: torch.device | None = None) -> Tensor:
     """[length, d_model], sines in the even channels and cosines in the odd ones."""
-    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, device=device) / d_model)
-    angle = torch.arange(length, device=device)[:, None] * frequency
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model]
+    return _sinusoids(torch.arange(length, device=device), d_model)
+
+
+def _sinusoids(place: Tensor, d_model: int) -> Tensor:
+    """[...] -> [..., d_model]."""
+    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, device=place.device) / d_model)
+    angle = place[..., None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :d_model]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,7 @@ def pool_documents(x: Tensor, documents: Documents, how: str) -> Tensor:
 def pool_parts(x: Tensor, lengths: Tensor, how: str, part: Part) -> Tensor:
     """The same of sequences of which this rank has a part, and others the others: [B, T of the part, D] -> [B, D], on
     each rank. `lengths` are those of the whole sequences."""
-    own = part.lengths(lengths)
+    own: Any = part.lengths(lengths)
     if how == "mean":
         return part.total(zero_padding(x, own).sum(1)) / lengths.clamp(min=1)[:, None]
     if how == "max":

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Part
 from .model import Residual, SequenceModel, mlp
+from .streaming import ModelState
 
 TEMPERATURE = 0.1  # of the gates: the smaller, the faster they move
 
@@ -59,6 +62,13 @@ class LadderModel(SequenceModel):
         self.ladder = Ladder(self.backbone.norm.normalized_shape[0], len(layers), reduction=reduction)
 
     def features(
-        self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        return self.ladder(self.backbone.layer_outputs(inputs, lengths, mask, cu_seqlens))
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: ModelState | None = None,
+        part: Part | None = None,
+    ) -> Any:
+        found = self.backbone.layer_outputs(inputs, lengths, mask, cu_seqlens, state, part)
+        return self.ladder(found) if state is None else (self.ladder(found[0]), found[1])

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import BLOCKS, Part, build_block, check_block
+from ..blocks.base import advance
+from ..blocks.states import Held
 from ..kernels.documents import Documents, check_documents
 from ..spec import TaskSpec
 from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
 from .embedding import Embedding
 from .heads import ClassificationHead, PairHead, PositionHead
+from .streaming import ModelState, Streaming
 
 HEADS = ("classify", "per_position", "regress")
 INITS = ("structured", "random")
@@ -67,6 +70,8 @@ class ModelConfig:
 class Residual(nn.Module):
     """x + dropout(branch(norm(x))), the branch a block or an MLP."""
 
+    branch: Any  # a `Block` if it mixes
+
     def __init__(self, branch: nn.Module, d_model: int, dropout: float, *, mixes: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
@@ -75,11 +80,20 @@ class Residual(nn.Module):
         self.mixes = mixes
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None = None, part: Part | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        state: Any = None,
+        part: Part | None = None,
+    ) -> Any:
+        """[B, T, d_model]; where the branch has a state, that and the state after it."""
         y = self.norm(x)
         if not self.mixes:
             y = self.branch(y)
+        elif state is not None:
+            y, state = self.branch.extend(y, Held.of(state), lengths=lengths)
+            return x + self.dropout(y), state
         elif part is not None:
             y = self.branch(y, lengths=lengths, part=part)
         elif cu_seqlens is None:
@@ -110,7 +124,7 @@ class Backbone(nn.Module):
 
     Args of the call: as of a `SequenceModel`, of single sequences.
 
-    Returns: [B, T, d_model].
+    Returns: [B, T, d_model]; with a state, that and the state after it.
     """
 
     frozen = False
@@ -118,6 +132,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig, spec: TaskSpec, *, causal: bool) -> None:
         super().__init__()
         D = config.d_model
+        self.causal = causal
         self.embedding = Embedding(spec, D, config.position)
         self.layers = nn.ModuleList()
         layers = config.blocks()
@@ -139,13 +154,15 @@ class Backbone(nn.Module):
         lengths: Tensor | None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        state: ModelState | None = None,
         part: Part | None = None,
-    ) -> Tensor:
-        if part is not None:
-            inputs, mask = part.own(inputs), None if mask is None else part.own(mask)
-        x = self.embedding(inputs, mask, documents_of(inputs, cu_seqlens), part)
+    ) -> Any:
+        if (state := Held.of(state)) is not None:
+            outputs, state = self.layer_outputs(inputs, lengths, mask, cu_seqlens, state)
+            return self.norm(outputs[-1]), state
+        x = self._embedded(inputs, mask, cu_seqlens, part)
         for layer in self.layers:
-            x = layer(x, lengths, cu_seqlens, part)
+            x = layer(x, lengths, cu_seqlens, part=part)
         return self.norm(x)
 
     def layer_outputs(
@@ -154,12 +171,31 @@ class Backbone(nn.Module):
         lengths: Tensor | None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> list[Tensor]:
-        """What the embedding and then each layer puts out, [B, T, d_model] each, before the last norm."""
-        outputs = [self.embedding(inputs, mask, documents_of(inputs, cu_seqlens))]
+        state: ModelState | None = None,
+        part: Part | None = None,
+    ) -> Any:
+        """What the embedding and then each layer puts out, [B, T, d_model] each, before the last norm; with a state,
+        that and the state after it."""
+        if state is None:
+            outputs = [self._embedded(inputs, mask, cu_seqlens, part)]
+            for layer in self.layers:
+                outputs.append(layer(outputs[-1], lengths, cu_seqlens, part=part))
+            return outputs
+        outputs = [self.embedding(inputs, mask, None, state.position, lengths)]
+        before, after = iter(state.layers), []
         for layer in self.layers:
-            outputs.append(layer(outputs[-1], lengths, cu_seqlens))
-        return outputs
+            if layer.mixes:
+                x, reached = layer(outputs[-1], lengths, state=Held(next(before)))
+                after.append(reached)
+            else:
+                x = layer(outputs[-1], lengths)
+            outputs.append(x)
+        return outputs, ModelState(tuple(after), advance(state.position, inputs, lengths))
+
+    def _embedded(self, inputs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, part: Part | None) -> Tensor:
+        if part is not None:
+            inputs, mask = part.own(inputs), None if mask is None else part.own(mask)
+        return self.embedding(inputs, mask, documents_of(inputs, cu_seqlens), part=part)
 
     def freeze(self) -> None:
         """From now on nothing in here moves: no parameter, no codebook or feature (it stays in eval mode), no dropout.
@@ -184,7 +220,7 @@ class Plan:
     causal: bool
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(Streaming):
     """A backbone and a head.
 
     Args of the call:
@@ -193,6 +229,7 @@ class SequenceModel(nn.Module):
         mask: bool, shaped as the positions; true where the input is to be hidden.
         cu_seqlens: int32 or int64 [N + 1], in place of lengths (None), with inputs [1, T, ...]: where each of N
             documents begins that lie one behind the other in the row, and T. Of pairs, two follow each other.
+        state, last: as of `extend`, which calls the model with them, so that hooks see its steps too.
         part: the steps that are this rank's. Inputs, lengths and mask are whole all the same, classes are scored on
             each rank, and scores for positions are of the part's.
 
@@ -213,11 +250,19 @@ class SequenceModel(nn.Module):
         lengths: Tensor | None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        state: ModelState | None = None,
+        last: bool = False,
         part: Part | None = None,
-    ) -> Tensor:
+    ) -> Any:
         inputs, lengths, mask = self._singly(inputs, lengths, mask)
-        documents = documents_of(inputs, cu_seqlens)
-        return self.head(self.features(inputs, lengths, mask, cu_seqlens, part), lengths, documents, part)
+        state = Held.of(state)
+        if state is None:
+            x = self.features(inputs, lengths, mask, cu_seqlens, part=part)
+            return self.head(x, lengths, documents_of(inputs, cu_seqlens), part)
+        x, state = self.features(inputs, lengths, mask, cu_seqlens, state)
+        if last:
+            x = x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1][:, None]
+        return self.head(x, lengths), state
 
     def features(
         self,
@@ -225,10 +270,11 @@ class SequenceModel(nn.Module):
         lengths: Tensor | None,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
+        state: ModelState | None = None,
         part: Part | None = None,
-    ) -> Tensor:
-        """What the head reads of sequences: [B, T, d_model]."""
-        return self.backbone(inputs, lengths, mask, cu_seqlens, part)
+    ) -> Any:
+        """What the head reads of sequences: [B, T, d_model]; with a state, that and the state after it."""
+        return self.backbone(inputs, lengths, mask, cu_seqlens, None if state is None else Held(state), part)
 
     def _singly(
         self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None
@@ -261,21 +307,23 @@ class JointModel(SequenceModel):
         lengths: Tensor | None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        state: ModelState | None = None,
+        last: bool = False,
         part: Part | None = None,
         *,
         whole: bool = False,
     ) -> Any:
         if mask is None:
-            return super().forward(inputs, lengths, mask, cu_seqlens, part)
+            return super().forward(inputs, lengths, mask, cu_seqlens, state, last, part)
         inputs, lengths, mask = self._singly(inputs, lengths, mask)
         assert mask is not None
         documents = documents_of(inputs, cu_seqlens)
         if not whole:
-            first = second = self.features(inputs, lengths, mask, cu_seqlens, part)
+            first = second = self.features(inputs, lengths, mask, cu_seqlens, part=part)
         elif documents is None:
             both = None if lengths is None else torch.cat((lengths, lengths))
             masks = torch.cat((torch.zeros_like(mask), mask))
-            first, second = self.features(torch.cat((inputs, inputs)), both, masks, None, part).chunk(2)
+            first, second = self.features(torch.cat((inputs, inputs)), both, masks, None, part=part).chunk(2)
         else:
             masks = torch.cat((torch.zeros_like(mask), mask), 1)
             ends = torch.cat((documents.starts, documents.T + documents.starts[1:]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..failures import Said, ends, told
 from ..files import write_all
 from ..messages import printable, printable_lines
+from ..plugins import import_plugins
 from ..study import SUFFIX, is_packed, named_as_study, pack, read_study, unpack
 from .comparison import cells_of, compare
 from .results import FIGURES, find_runs, load_results
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = import_plugins(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
     parser = argparse.ArgumentParser(

@@ -13,6 +13,7 @@ from typing import Any
 from ..config import ConfigError, compose, seconds
 from ..failures import told
 from ..messages import printable_lines
+from ..plugins import KEY
 from ..training import Interrupted
 from .run import run
 
@@ -27,8 +28,9 @@ def attempt(overrides: Sequence[str], deadline: float | None = None) -> int:
     process has it in hand; 130: interrupted.
     """
     try:
-        if len(overrides) > 1 and any(override.startswith("resume=") for override in overrides):
-            raise ConfigError("resume= takes the run's own configuration and no other override")
+        others = [override for override in overrides if not override.startswith(KEY)]
+        if len(others) > 1 and any(override.startswith("resume=") for override in others):
+            raise ConfigError("resume= takes the run's own configuration and no other override but plugins=")
         config = compose(overrides)
         if deadline is None and config.budget is not None:
             deadline = time.monotonic() + seconds(config.budget)

@@ -37,6 +37,7 @@ TASK = {  # the shape of a task.json, see `records.check`: a `TaskSpec`, and the
     **{"name": str, "kind": str, "vocab_size": int, "max_length": int, "num_classes": int, "answer?": str},
     **{"channels?": int, "pad_id?": int, "mask_id?": (int, NoneType), "num_inputs?": int, "mask_ratio?": NUMBER},
     **{"mean": [NUMBER], "std": [NUMBER], "data?": {"sha256": str, "source": str}},
+    "symbols?": [str],  # what each id stands for, of text
 }
 SUMMARY = {  # what fine-tuning, and its result, take from a pretraining's
     **dict.fromkeys(("tokens_seen", "seconds", "tokens_per_second", "lr"), NUMBER),
@@ -48,11 +49,11 @@ RESULT = {  # what is said of a finished run
     **{"model": str, "task": str, "task_note": str, "n_test": int, "majority": NUMBER},
     "test": {"accuracy": NUMBER, "bits_per_character?": NUMBER},
 }
-FOLDERS = ("pretrain", "finetune", "wandb", ".wandb")  # that a run, or W&B, makes in its own
+FOLDERS = ("pretrain", "finetune", "wandb", ".wandb", "tensorboard")  # that a run, or W&B, makes in its own
 # Where a run reads, writes and computes, which is not what it computes.
 WITHOUT_EFFECT = (
     *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),
-    *("budget", "launcher", "strategy", "sequence_parallel"),
+    *("budget", "launcher", "logger", "plugins", "strategy", "sequence_parallel"),
 )
 OF_PRETRAINING = ("objective", "pixel_loss", "pretraining")
 OF_FINE_TUNING = (
@@ -159,12 +160,13 @@ def cell_name(config: Config, task: str) -> str:
 
 
 def write_description(folder: Path, config: Config, task: Task) -> None:
-    """`config.yaml` and `task.json`, from which `read_config` and `read_spec` rebuild the run, and `check_task` knows
-    its data again."""
+    """`config.yaml` and `task.json`, from which `read_config` and `read_spec` rebuild the run, `check_task` knows its
+    data again, and `read_symbols` what its ids stand for."""
     from omegaconf import OmegaConf
 
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-    write_json(folder / "task.json", {**asdict(task.spec), "data": fingerprint(task)._asdict()})
+    symbols = {"symbols": list(task.symbols)} if task.symbols else {}
+    write_json(folder / "task.json", {**asdict(task.spec), "data": fingerprint(task)._asdict(), **symbols})
 
 
 def read_config(folder: Path) -> Config:
@@ -190,7 +192,8 @@ def read_spec(folder: Path) -> TaskSpec:
         ConfigError: `folder` has no task.json, or one that cannot be read.
     """
     values = _read_task(folder)
-    values.pop("data", None)
+    for key in ("data", "symbols"):
+        values.pop(key, None)
     try:
         return spec_of(values)
     except ValueError as error:
@@ -207,6 +210,21 @@ def spec_of(values: Mapping[str, Any]) -> TaskSpec:
         if not 1 <= (value := values.get(key, 1)) <= LARGEST_SIZE:
             raise ValueError(f"{key}={value!r}: valid: 1 to {LARGEST_SIZE:,}")
     return TaskSpec(**{**values, **{key: tuple(values[key]) for key in ("mean", "std")}})
+
+
+def read_symbols(folder: Path) -> tuple[str, ...] | None:
+    """What each id of the run's task stands for; None: its folder does not say, as older ones do not.
+
+    Raises:
+        ConfigError: as `read_spec` does, or there are others than one for each id.
+    """
+    values = _read_task(folder)
+    symbols = values.get("symbols")
+    if symbols is not None and len(symbols) != values["vocab_size"]:
+        raise ConfigError(
+            f"{folder / 'task.json'}: {len(symbols):,} symbols for ids up to {values['vocab_size'] - 1:,}; {AGAIN}"
+        )
+    return None if symbols is None else tuple(symbols)
 
 
 def _read_task(folder: Path) -> dict[str, Any]:

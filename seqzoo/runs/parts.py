@@ -100,6 +100,14 @@ def task_of(config: Config, fabric: Fabric, *, read: bool = False) -> Task:
         return build_task(config.task, data_dir=config.data_dir, cache_dir=cache_dir, filled=filled)
 
 
+def absolute_data_dir(config: Config) -> str | None:
+    """What `data_dir` means here, wherever the run goes on; a text's relative path is under it, or here."""
+    data_dir, text = config.data_dir, config.task.text
+    if data_dir is None and text is not None and not os.path.isabs(os.path.expanduser(text)):
+        data_dir = "."
+    return None if data_dir is None else os.path.abspath(os.path.expanduser(data_dir))
+
+
 def sized(config: Config, spec: TaskSpec) -> ModelConfig:
     """The model's configuration, of the width that `config.size` asks for."""
     if config.size is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cache
@@ -26,9 +25,10 @@ from ..tasks import AUGMENTATIONS, Task, nested
 from ..training.cores import cpu_share
 from ..training.evaluation import evaluate, require_questions
 from ..training.forecast import forecast, training_rate
+from ..training.loggers import check_logger
 from ..training.loop import Stage
 from ..training.memory import keep_freed_memory
-from ..training.tracker import Tracker
+from ..training.tracker import Callback, Tracker
 from ..training.transfer import transfer_backbone
 from ..training.tuning import count_trained, tune
 from . import provenance
@@ -52,6 +52,7 @@ from .folder import (
 from .learnt import learnt, sentence
 from .parts import (
     SUBSET_SEED,
+    absolute_data_dir,
     blaming,
     build_fabric,
     finetuning_of,
@@ -67,7 +68,13 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def run(config: Config, *, task: Task | None = None, deadline: float | None = None) -> dict[str, Any]:
+def run(
+    config: Config,
+    *,
+    task: Task | None = None,
+    deadline: float | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:
     """Trains what `config` asks for, or continues it, and returns its result with the run's "folder".
 
     A finished run, be it a line of a study in `runs_dir`, is not repeated: its result is returned. Nor is a finished
@@ -77,6 +84,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         config: from `seqzoo.config.compose`.
         task: data of one's own, from `seqzoo.tasks.from_arrays`, in place of the task that `config` names.
         deadline: of `time.monotonic()`, after which training stops as if interrupted.
+        callbacks: called with stage, step, numbers by name and model at each line of metrics, see `Tracker`.
 
     Raises:
         ConfigError: `config` cannot be run.
@@ -96,7 +104,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         with _reaching(runs_dir):
             folder = inside(runs_dir, run_name(config, task))
             folder = finished_run(folder) or folder
-    config = replace(config, data_dir=_absolute_data_dir(config))
+    config = replace(config, data_dir=absolute_data_dir(config))
     with _reaching(folder):
         result = read_result(folder, RESULT)
     if result is not None:
@@ -104,6 +112,7 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
         print(printable(f"{folder} is finished; {again}"), file=sys.stderr)
         return {**result, "folder": str(folder)}
 
+    check_logger(config.logger)
     fabric = build_fabric(config)
     if fabric.device.type == "cpu":
         keep_freed_memory()
@@ -116,7 +125,8 @@ def run(config: Config, *, task: Task | None = None, deadline: float | None = No
             with _reaching(folder):
                 held.enter_context(in_hand(folder))
             write_description(folder, config, task)
-            tracker = Tracker(folder, to_dict(config), group=cell_name(config, task.spec.name), wandb=config.wandb)
+            group = cell_name(config, task.spec.name)
+            tracker = Tracker(folder, to_dict(config), group=group, callbacks=callbacks)
         fabric.barrier()
         try:
             result = planned.result(tracker)
@@ -409,14 +419,6 @@ class _Run:
         """Prints to stderr, on the first rank only."""
         if self.fabric.is_global_zero:
             print(printable_lines(message), file=sys.stderr)
-
-
-def _absolute_data_dir(config: Config) -> str | None:
-    """What `data_dir` means here, wherever the run goes on; a text's relative path is under it, or here."""
-    data_dir, text = config.data_dir, config.task.text
-    if data_dir is None and text is not None and not os.path.isabs(os.path.expanduser(text)):
-        data_dir = "."
-    return None if data_dir is None else os.path.abspath(os.path.expanduser(data_dir))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import (
     acl_retrieval,
@@ -47,6 +47,7 @@ __all__ = [
     "nested",
     "origin_of",
     "pack",
+    "register_task",
     "stratified",
 ]
 
@@ -76,6 +77,37 @@ ORIGINS: dict[str, Callable[..., dict[str, Any]]] = {
     "lra_listops": lra_listops.origin,
     **dict.fromkeys(lra_pathfinder.SIZES, lra_pathfinder.origin),
 }
+
+
+OWN: dict[str, dict[str, Any]] = {}  # of tasks that were registered: their keys, as those of a file in configs/task
+Build = TypeVar("Build", bound=Callable[..., Task])
+
+
+def register_task(name: str, *, max_length: int, mask_ratio: float = 0.15, **keys: Any) -> Callable[[Build], Build]:
+    """Decorates what builds a task of one's own: from then on `task=<name>` takes it, in train.py and everywhere.
+
+    Args:
+        name: of the task, which is also that of its `TaskSpec`: letters, digits and _.
+        max_length, mask_ratio, keys: what `TaskConfig` has, as the command line may change it; `options` is a mapping
+            for whatever else the task wants to know.
+
+    It is called with the `TaskConfig`, and `data_dir` and `cache_dir` by name, and returns a `Task`, such as
+    `from_arrays` makes.
+
+    Raises:
+        ValueError: the name is taken or none, or a key is out of its range.
+        TypeError: there is no such key.
+    """
+    if not name.isidentifier() or (name in TASKS and name not in OWN):
+        raise ValueError(f"register_task({name!r}): valid: letters, digits and _, and none of {', '.join(TASKS)}")
+    given = {"name": name, "max_length": max_length, "mask_ratio": mask_ratio, **keys}
+    TaskConfig(**given)
+
+    def register(build: Build) -> Build:
+        TASKS[name], OWN[name] = build, given
+        return build
+
+    return register
 
 
 def origin_of(config: TaskConfig, *, data_dir: Path | str | None, cache_dir: Path | str | None) -> dict[str, Any]:
@@ -114,6 +146,8 @@ def build_task(
         raise ValueError(f"no task {config.name!r}; valid: {', '.join(TASKS)}")
     with reading(None if filled is None else _user_path(filled)):
         task = TASKS[config.name](config, **_places(data_dir, cache_dir))
+    if task.spec.name != config.name:
+        raise ValueError(f"it built a task named {task.spec.name!r}; valid: a TaskSpec of the name {config.name!r}")
     return task if config.permuted else replace(task, augmentation=AUGMENTATIONS.get(config.name))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..config import Config, ConfigError, compose
 from ..failures import ends, told
 from ..messages import printable, printable_lines, unknown
+from ..plugins import import_plugins
 from . import TASKS, DataError, MissingData, Split, Task, build_task
 from .checks import verify
 from .samples import as_text, pick, save_sheet
@@ -50,6 +51,7 @@ def _main(argv: Sequence[str] | None) -> int:
     names = [argument for argument in given.arguments if "=" not in argument]
     every = names == ["all"]
     overrides = [argument for argument in given.arguments if "=" in argument]
+    import_plugins(overrides)
     if not names:
         parser.error("name a task, or all")
     if given.command == "show" and (every or len(names) != 1):

@@ -68,3 +68,17 @@ class Alphabet:
     def tokens(self, text: np.ndarray) -> np.ndarray:
         """Code points [T] as ids [T + 1], closed by <eos>."""
         return np.append(self._ids[text], self.dtype(EOS))
+
+
+def ids_of(text: str, symbols: Sequence[str]) -> list[int]:
+    """A text as ids of the characters in `symbols`.
+
+    Raises:
+        ValueError: it has a character that is none of them.
+    """
+    numbers = {symbol: number for number, symbol in enumerate(symbols) if len(symbol) == 1}
+    others = dict.fromkeys(character for character in text if character not in numbers)
+    if others:
+        known = "".join(sorted(numbers))
+        raise ValueError(f"no {', '.join(map(repr, others))} among the characters; valid: {known!r}")
+    return [numbers[character] for character in text]

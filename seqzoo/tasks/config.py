@@ -54,6 +54,8 @@ class TaskConfig:
     # character language modelling
     text: Text | None = None  # a UTF-8 file, its path absolute or relative to data_dir
 
+    options: dict[str, Any] | None = None  # of a task of one's own, see `seqzoo.tasks.register_task`
+
     def __post_init__(self) -> None:
         check_ranges(self, f"task={self.name}: task.", absent=True)
         self.permuted = self.permuted or None  # the same data as without it, under the same name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..spec import IGNORED, Batch, TaskSpec
 
@@ -18,7 +19,7 @@ BUCKETS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # shares of max_length that batches a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(Dataset[dict[str, Tensor]]):
     """N examples as a few tensors: the sequences one after another, where each begins, and what is asked of them.
 
     `values` and `targets` move to the device that trains (`to`); the small tensors stay on the CPU, so that choosing a
@@ -106,6 +107,30 @@ class Split:
         if self.targets is not None:
             targets = torch.where(valid, self.targets[positions].long(), IGNORED)
         return Batch(inputs, lengths, labels, index, targets)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """One example on its own, by the names of a `Batch`: inputs [T] or [T, channels], of pairs [2, T, ...].
+
+        Raises:
+            IndexError: there is no such example.
+        """
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"example {number} of {len(self)} of {self.spec.name}")
+        (example,) = self.__getitems__([number % len(self)])
+        longest = int(example["lengths"].max())
+        for name in {"inputs", "targets"} & example.keys():
+            time = 1 if name == "inputs" and self.spec.num_inputs == 2 else 0
+            example[name] = example[name].narrow(time, 0, longest)
+        return example
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Tensor]]:
+        """Several, padded to a common length: what PyTorch's DataLoader asks for, and puts together by itself."""
+        batch = self.batch(torch.tensor(numbers))._asdict()
+        held = {name: value for name, value in batch.items() if value is not None}
+        return [{name: value[row] for name, value in held.items()} for row in range(len(numbers))]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return map(self.__getitem__, range(len(self)))
 
     def subset(self, index: Tensor, *, longest: int | None = None) -> Split:
         """A split of the examples `index` (int64 [n], on the CPU), in that order, their sequences cut to `longest`.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..metrics import reduced
 from ..objectives import Objective
 from ..tasks import Split
 from .errors import TrainingError
@@ -59,10 +60,11 @@ def evaluate(
             continue
         for key, total in measure.totals.items():
             sums[key] = sums.get(key, 0) + total
-    metrics = means({key: fabric.all_reduce(total, reduce_op="sum") for key, total in sums.items()})
+    sums, own = reduced({key: cast(Tensor, fabric.all_reduce(total, reduce_op="sum")) for key, total in sums.items()})
+    metrics = means(sums)
     if not metrics:
         raise TrainingError(f"{split.spec.name}: {objective.nothing}")
-    return metrics
+    return {**metrics, **own}
 
 
 def require_questions(objective: Objective, splits: Mapping[str, Split]) -> None:

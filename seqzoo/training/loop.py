@@ -32,6 +32,7 @@ from .order import Order, budget, room_for
 from .peak import peak_flops
 from .progress import Pace, ProgressBar
 from .ranks import place_of, set_up, without_sync
+from .saves import Saves
 from .schedule import lr_factor
 from .shards import load_whole, shard, whole, whole_weights
 from .tracker import STAGES, Tracker
@@ -40,9 +41,6 @@ from .transfer import require_fit
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-SAVE_SECONDS = 600.0  # between checkpoints, at most
-SAVE_SHARE = 0.01  # of the time, for checkpoints between validations
-FIRST_SAVE_SECONDS = 1.0  # till the first, which tells how long one takes
 READ_EVERY = 16  # steps, between two looks at how a GPU fares
 CURVE_POINTS = 200  # training lines in metrics.jsonl, per stage
 AUGMENTED = 1  # what the seed of a batch's augmentation has beside that of its masks
@@ -151,7 +149,7 @@ class Stage:
         self.log_every = max(1, self.total_steps // CURVE_POINTS)
         self.evaluations = {(k + 1) * self.total_steps // stage.evaluations for k in range(stage.evaluations)}
         self.read_every = 1 if fabric.device.type == "cpu" else READ_EVERY
-        self.save_after = FIRST_SAVE_SECONDS
+        self.saves = Saves()
         if compile:
             compile_model(self.model)
 
@@ -185,8 +183,10 @@ class Stage:
             Interrupted: by a signal or at the deadline, with everything saved.
         """
         state = self.state
-        lines = self.tracker.rewind(self.name, state.step, state.evaluated) if self.tracker else 0
-        self.started = self.saved = self.timed = time.monotonic()
+        if self.tracker:
+            self.tracker.rewind(self.name, state.step, state.evaluated, expected=state.step >= self.log_every)
+        self.started = self.timed = time.monotonic()
+        self.saves.begin()
         self.seconds_before = state.seconds
         self.logged = (state.tokens, state.training_seconds)
         self.cores = Cores()
@@ -195,8 +195,6 @@ class Stage:
         with bar, interruption() as self.interrupted:
             if state.step > 0:
                 bar.say(f"{self.name} continues after step {state.step} of {self.total_steps}")
-                if self.tracker and not lines and state.step >= self.log_every:
-                    bar.say(f"{self.tracker.path} has lost its lines: the curve of {self.name} begins here")
             try:
                 while True:
                     if state.step in self.evaluations and state.evaluated < state.step:
@@ -217,7 +215,7 @@ class Stage:
                         bar.train(self.log_training())
                     if stopping:
                         raise Interrupted(self.folder.parent)
-                    if self.save_is_due:
+                    if self.due:
                         self.save()
             except Interrupted:
                 self.save()
@@ -263,17 +261,18 @@ class Stage:
         return loss
 
     def wait(self) -> bool:
-        """Waits until the device has taken all steps. Returns whether any rank must stop; all save when one does.
+        """Waits until the device has taken all steps. Returns whether any rank must stop; `due`: all are to save.
 
         Raises:
             TrainingError: a step failed.
         """
         state = self.state
-        due = self.fabric.is_global_zero and time.monotonic() - self.saved > self.save_after
-        going, early = (torch.full_like(self.guard.failed, float(not it)) for it in (self.must_stop(), due))
-        earliest = self.fabric.all_reduce(torch.stack((self.guard.failed, going, early)), reduce_op="min")
-        failed, all_going, all_early = cast(Tensor, earliest).tolist()
-        self.save_is_due, now = not all_early, time.monotonic()
+        due = self.fabric.is_global_zero and self.saves.due()
+        asked = torch.tensor([not self.must_stop(), not due]).to(self.guard.failed)
+        earliest = self.fabric.all_reduce(torch.cat((self.guard.failed[None], asked)), reduce_op="min")
+        failed, all_going, not_due = cast(Tensor, earliest).tolist()
+        self.due = not not_due
+        now = time.monotonic()
         state.training_seconds += now - self.timed
         self.timed = now
         if math.isfinite(failed):
@@ -364,11 +363,12 @@ class Stage:
                 self.tracker.require_folder()
             weights = whole_weights(self.kept)
             if self.fabric.is_global_zero:
-                save_weights(self.folder / "best.safetensors", weights, state.best)
+                with self.saves.one():
+                    save_weights(self.folder / "best.safetensors", weights, state.best)
         if self.tracker:
             named = {f"val/{key}": value for key, value in metrics.items()} | self.reports()
             named |= {"training_seconds": state.training_seconds} | self.share_of_cores()
-            self.tracker.log(self.name, state.step, state.tokens, named)
+            self.tracker.log(self.name, state.step, state.tokens, named, self.model)
         self.timed = time.monotonic()
         return metrics
 
@@ -390,13 +390,13 @@ class Stage:
         tokens, seconds = self.logged
         self.logged = (state.tokens, state.training_seconds)
         metrics["tokens_per_second"] = (state.tokens - tokens) / (state.training_seconds - seconds)
-        mfu = self.utilisation(metrics["tokens_per_second"])
-        if mfu is not None:
+        if (mfu := self.utilisation(metrics["tokens_per_second"])) is not None:
             metrics["mfu"] = mfu
         if self.tracker:
             named = {f"train/{key}": value for key, value in metrics.items()}
             named["train/lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-            self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores())
+            self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores(), self.model)
+            self.timed = time.monotonic() if self.tracker.callbacks else self.timed  # theirs is none of training's
         return metrics
 
     def share_of_cores(self) -> dict[str, float]:
@@ -420,18 +420,18 @@ class Stage:
         return 3 * self.flops_per_token * tokens_per_second / self.peak
 
     def save(self) -> None:
-        """Makes the present state the last checkpoint, and puts off the next till this one's time is a small share."""
-        started = time.monotonic()
-        self.state.seconds = self.seconds_before + started - self.started
+        """Makes the present state the last checkpoint."""
+        self.state.seconds = self.seconds_before + time.monotonic() - self.started
         self.state.window = {key: total.item() for key, total in self.window.items()}
         self.reports()
         if self.tracker:
             self.tracker.require_folder()
         if self.fabric.is_global_zero or self.place.sharded:
-            kept = self.model.state_dict(), self.optimizer.state_dict()["state"], asdict(self.state)
-            save_checkpoint(self.last, Checkpoint(*kept), self.fabric if self.place.sharded else None)
-        self.saved = self.timed = time.monotonic()
-        self.save_after = min((self.saved - started) / SAVE_SHARE, SAVE_SECONDS)
+            optimizer = self.optimizer.state_dict()["state"]
+            checkpoint = Checkpoint(self.model.state_dict(), optimizer, asdict(self.state))
+            with self.saves.one():
+                save_checkpoint(self.last, checkpoint, self.fabric if self.place.sharded else None)
+        self.timed = time.monotonic()
 
     def explain_failure(self) -> str:
         """Which step, and which module was the first to compute something that is not finite: the step is repeated."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
             register_fsdp_forward_method(module, "extend")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """All of a tensor that may lie in shards; then every rank asks for it."""
     return tensor.full_tensor() if _is_shard(tensor) else tensor
 
@@ -55,7 +56,7 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     )
 
 
-def cut_as(own: Tensor, tensor: Tensor) -> Tensor:
+def cut_as(own: Any, tensor: Tensor) -> Tensor:
     """A whole tensor as `own` is: this rank's shard of it, where that is one of a tensor of its shape."""
     if not _is_shard(own) or tensor.shape != own.shape:
         return tensor
@@ -64,7 +65,7 @@ def cut_as(own: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def own_rows(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def own_rows(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This rank's rows of what lies in shards, and what does not."""
     rows = {name: tensor.to_local() for name, tensor in tensors.items() if _is_shard(tensor)}
     return rows, {name: tensor for name, tensor in tensors.items() if name not in rows}

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..blocks import upgraded
+from ..messages import misfits
 from .checkpoint import load_weights
 from .errors import TrainingError
 
@@ -57,15 +58,3 @@ def require_fit(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Pat
             f"the weights in {checkpoint} do not fit the model that the run's config.yaml describes: {problems}; "
             "valid: the two as one run left them"
         )
-
-
-def misfits(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Where two state dicts differ in names or shapes; empty if nowhere."""
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - given.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(given.keys() - wanted.keys())]
-    problems += [
-        f"{name} has shape {list(given[name].shape)}, the model wants {list(wanted[name].shape)}"
-        for name in sorted(given.keys() & wanted.keys())
-        if given[name].shape != wanted[name].shape
-    ]
-    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from agreement import assert_close
 
 from seqzoo import build_block
-from seqzoo.blocks.depthwise import Depthwise
+from seqzoo.blocks.depthwise import CHANNELS, Depthwise
+from seqzoo.kernels import common
 from seqzoo.kernels.documents import Documents
 
 B, D = 2, 3
@@ -34,6 +36,26 @@ def test_follows_its_equation(width, causal, T):
         strict=True,
     ):
         assert_close(gradient, target, 1e-12, label)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_silu_is_of_what_comes_out_and_parts_are_one(bias, causal, monkeypatch):
+    monkeypatch.setattr(common, "CACHED", 1)  # a part is as small as it can be
+    width, D = 5, 2 * CHANNELS + 3
+    conv = Depthwise(D, width, causal=causal, bias=bias, silu=True).double()
+    plain = Depthwise(D, width, causal=causal, bias=bias).double()
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(B, 9, D, dtype=torch.float64, requires_grad=True)
+    y, expected = conv(x, None, None)[0], F.silu(plain(x, None, None)[0])
+    assert_close(y, expected, 1e-14)
+    w = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, [x, *conv.parameters()], w)
+    for gradient, target in zip(gradients, torch.autograd.grad(expected, [x, *plain.parameters()], w), strict=True):
+        assert_close(gradient, target, 1e-13)
+    if causal:
+        before = x[:, :4].detach()
+        assert_close(conv(x, before, None)[0], F.silu(plain(x, before, None)[0]), 1e-14)
 
 
 def test_a_kernel_of_even_width_has_no_middle():

@@ -13,6 +13,7 @@ from torch import Tensor
 from seqzoo import build_block
 from seqzoo.blocks.decays import Decay
 from seqzoo.blocks.delta import DeltaBlock, unit
+from seqzoo.kernels import common
 
 D = 8
 
@@ -144,6 +145,16 @@ def test_lengths_are_one_and_zeros_have_gradients():
     unit(x).sum().backward()
     torch.testing.assert_close(x.grad[1], torch.full((2,), 1e3))
     assert unit(x.detach().to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_lengths_are_made_in_parts(monkeypatch):
+    monkeypatch.setattr(common, "CACHED", 1)
+    x, w = (torch.randn(2, 5, 3, 4, dtype=torch.float64) for _ in range(2))
+    expected = x.requires_grad_() / (x.square().sum(-1, keepdim=True) + 0.1).sqrt()
+    assert_close(unit(x, eps=0.1), expected, 1e-14)
+    for value, target in zip(*(torch.autograd.grad(y, x, w) for y in (unit(x, eps=0.1), expected)), strict=True):
+        assert_close(value, target, 1e-13)
+    assert torch.autograd.gradgradcheck(unit, (x,), fast_mode=True)
 
 
 def test_few_key_heads_serve_many_of_values():

@@ -12,8 +12,10 @@ from model_cases import TOKENS, config
 from torch import Tensor
 
 from seqzoo import build_block
+from seqzoo.blocks.gated_norm import NormThenGate
 from seqzoo.blocks.gla import GLA
 from seqzoo.blocks.hgrn2 import HGRN2
+from seqzoo.kernels import common
 from seqzoo.models import build_model
 
 D = 8
@@ -135,3 +137,19 @@ def test_wrong_sizes_are_named():
         build_block("gla", 8, num_heads=8)
     with pytest.raises(ValueError, match=r"gate_temperature=0\.0: valid: above 0"):
         build_block("gla", 8, gate_temperature=0.0)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("gate", ["silu", "sigmoid"])
+def test_a_norm_ahead_of_a_gate_in_parts(gate, affine, monkeypatch):
+    monkeypatch.setattr(common, "CACHED", 1)
+    layer = NormThenGate(6, gate, eps=1e-3, affine=affine).double()
+    y, z = (torch.randn(2, 5, *shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 6), (18,)))
+    if affine:
+        torch.nn.init.normal_(layer.weight)
+    expected = F.rms_norm(y, (6,), layer.weight, 1e-3).flatten(2) * {"silu": F.silu, "sigmoid": torch.sigmoid}[gate](z)
+    assert_close(layer(y, z), expected, 1e-14)
+    leaves, w = [y, z, *layer.parameters()], torch.randn_like(z)
+    for value, target in zip(*(torch.autograd.grad(x, leaves, w) for x in (layer(y, z), expected)), strict=True):
+        assert_close(value, target, 1e-13)
+    assert torch.autograd.gradgradcheck(lambda y, z: layer(y, z), (y, z), fast_mode=True)

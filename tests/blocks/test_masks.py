@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 from agreement import assert_close
-from block_cases import CASES, D, defaults, every, make, sequences
+from block_cases import CASES, D, builder, defaults, every, make, sequences
 from torch import nn
 
 from seqzoo import build_block
 from seqzoo.blocks import AsSelfAttention
+from seqzoo.testing import contract
 
-FRONT, LENGTHS, T = (0, 3, 8, 0, 2), (12, 9, 4, 5, 7), 12  # nothing is padded; in front; in front; behind; both
-COUNTS = torch.tensor([[front <= t < front + n for t in range(T)] for front, n in zip(FRONT, LENGTHS, strict=True)])
+FRONT, LENGTHS, T, COUNTS = contract.FRONT, contract.COUNT, contract.WHOLE, contract.COUNTS
 MASKS = {
     "key_padding_mask": ~COUNTS,
     "attention_mask": COUNTS.long(),
@@ -31,17 +31,7 @@ def rows():
 @every
 @pytest.mark.parametrize("kind", MASKS)
 def test_padding_on_either_side_has_no_effect(name, options, causal, kind):
-    block, x = make(name, options, causal), rows().requires_grad_()
-    y = block(x, **{kind.split()[0]: MASKS[kind]})
-    (dx,) = torch.autograd.grad(y.sum(), x)
-    for b, (front, n) in enumerate(zip(FRONT, LENGTHS, strict=True)):
-        here = slice(front, front + n)
-        one = x.detach()[b : b + 1, here].requires_grad_()
-        expected = block(one)
-        assert_close(y[b : b + 1, here], expected, 1e-10)
-        assert_close(dx[b : b + 1, here], torch.autograd.grad(expected.sum(), one)[0], 1e-9)
-    assert (y[~COUNTS] == 0).all()
-    assert (dx[~COUNTS] == 0).all()
+    contract.padding_on_either_side(builder(name, options, causal), kind.split()[0], MASKS[kind])
 
 
 @streaming

@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 from block_cases import CASES, D, every
+from registries import forgotten_afterwards
 
 from seqzoo import BLOCKS, build_block, register_block
 from seqzoo.blocks import Block, block_name
 from seqzoo.blocks.__main__ import main
-from seqzoo.blocks.registry import OF_MODELS, OWN
+from seqzoo.blocks.registry import OF_MODELS
 from seqzoo.config import CONFIGS
 
 
@@ -71,9 +72,8 @@ def test_a_block_of_one_s_own_says_them_without_doing_anything():
 
 @pytest.fixture
 def registered():
-    yield
-    BLOCKS.pop("own", None)
-    OWN.pop("own", None)
+    with forgotten_afterwards():
+        yield
 
 
 def test_a_registered_block_is_built_by_its_name(registered):
@@ -87,16 +87,13 @@ def test_a_registered_block_is_built_by_its_name(registered):
         def __init__(self, d_model, *, causal=False, rate: float = 1.0, widths: list[int] | None = None):
             super().__init__(d_model, causal=causal)
 
-    try:
-        assert build_block("own2", 4, widths=[1, 2]).options["widths"] == [1, 2]
-        with pytest.raises(ValueError, match=r"rate='a': valid: float"):
-            build_block("own2", 4, rate="a")
-        with pytest.raises(ValueError, match=r"no option of own2 'rat' \(did you mean 'rate'\?\)"):
-            build_block("own2", 4, rat=1.0)
-        with pytest.raises(ValueError, match=r"register_block\('own2'\): valid: letters, digits and _, and no name"):
-            register_block("own2")(Own)
-    finally:
-        BLOCKS.pop("own2"), OWN.pop("own2")
+    assert build_block("own2", 4, widths=[1, 2]).options["widths"] == [1, 2]
+    with pytest.raises(ValueError, match=r"rate='a': valid: float"):
+        build_block("own2", 4, rate="a")
+    with pytest.raises(ValueError, match=r"no option of own2 'rat' \(did you mean 'rate'\?\)"):
+        build_block("own2", 4, rat=1.0)
+    with pytest.raises(ValueError, match=r"register_block\('own2'\): valid: letters, digits and _, and no name"):
+        register_block("own2")(Own)
 
 
 def test_what_cannot_be_a_block_is_not_registered(registered):

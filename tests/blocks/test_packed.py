@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 from agreement import assert_close
-from block_cases import CASES, D, defaults, every, make, parameter_gradients, sequences
+from block_cases import CASES, D, builder, defaults, every, make, parameter_gradients, sequences
 
 import seqzoo
 from seqzoo import auxiliary_loss
 from seqzoo.blocks import Block
 from seqzoo.kernels import backends
+from seqzoo.testing import contract
 
-LENGTHS = (5, 0, 37, 1, 64, 90, 2)
+LENGTHS = contract.DOCUMENTS
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)
 T = int(STARTS[-1])
 SHARING_CHUNKS = (  # with others: what is not finite may reach those
@@ -55,11 +56,7 @@ def assert_same_gradients(actual, expected, tolerance):
 @every
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_each_document_is_as_if_alone(name, options, causal, dtype):
-    block = make(name, options, causal)
-    x = sequences(1, T).requires_grad_()
-    y, expected = block(x, cu_seqlens=STARTS.to(dtype)), alone(block, x)
-    assert_close(y, expected, 1e-10)
-    assert_same_gradients(gradients(block, x, y), gradients(block, x, expected), 1e-9)
+    contract.each_document_is_as_if_alone(builder(name, options, causal), dtype)
 
 
 @every

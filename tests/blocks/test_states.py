@@ -1,6 +1,10 @@
 """States as values: forked, reordered, moved, saved, continued more than once; and buffers that are written into."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +162,39 @@ def test_hooks_see_what_extends():
     assert seen == [(2, 4, D), type(state), (2, 1, D), type(state)]
     assert torch.equal(z, block.extend(x[:, 4:], state)[0])
     assert after.position.tolist() == [5, 5]
+
+
+SCRIPT = """
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from seqzoo import build_block
+from seqzoo.blocks import Wide
+
+torch.distributed.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+for name, policies in (("lru", 2), ("rwkv7", 2), ("softmax_attention", 1)):  # its weights are rounded by their number
+    for policy in (MixedPrecisionPolicy(), half)[:policies]:
+        torch.manual_seed(0)
+        block = build_block(name, 16, causal=True).eval()
+        for part in (*(part for part in block.modules() if isinstance(part, Wide)), block):
+            fully_shard(part, mesh=mesh, mp_policy=policy if part is block else MixedPrecisionPolicy())
+        x = torch.randn(2, 60, 16, dtype=policy.param_dtype)
+        with torch.no_grad():
+            whole, state, parts = block(x), None, []
+            for piece in x.split(3, 1):
+                y, state = block.extend(piece, state)
+                parts.append(y)
+        error = (torch.cat(parts, 1) - whole).float().norm() / whole.float().norm()
+        assert error < 1e-3, (name, policy, error)  # 4e-3 where sums are rounded
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_block_in_shards_extends_as_it_is_and_sums_are_not_rounded(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([sys.executable, *launcher, str(tmp_path / "script.py")], env=environment, check=True, timeout=300)

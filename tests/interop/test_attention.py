@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from stock_models import DECODER, SIZES
 
 import seqzoo
 
@@ -126,6 +127,39 @@ def test_sliding_windows(build, plainly, ids, both_sides, in_front, cache):
     assert torch.equal(model.generate(ids, **options), expected.generate(ids, **options))
 
 
+OTHERS = {  # windows in some layers, of both directions, and queries of another sequence with a cache
+    "Qwen2ForCausalLM": {**DECODER, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "Gemma3ForCausalLM": {**DECODER, "head_dim": 8, "sliding_window": 5},
+    "ModernBertModel": {**SIZES, "local_attention": 6, "pad_token_id": 0},
+    "BartForConditionalGeneration": {
+        **{"vocab_size": 97, "d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+        **{"encoder_layers": 2, "decoder_layers": 2, "pad_token_id": 0, "decoder_start_token_id": 1},
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_stock_models(transformers, ids, both_sides, in_front, name):
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**OTHERS[name])).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(4)
+    mask, answers = in_front if "CausalLM" in name else both_sides, []
+    for attention in ("sdpa", "seqzoo_softmax"):
+        model.set_attn_implementation(attention)
+        if name == "ModernBertModel":
+            answers.append([model(ids, attention_mask=mask).last_hidden_state[mask.bool()]])
+            continue
+        options = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 2}
+        caches = CACHES if "CausalLM" in name else (None,)
+        answers.append([model.generate(ids, cache_implementation=cache, **options) for cache in caches])
+    for theirs, ours in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["linear", "favor"])
 def test_sums_forget_no_window(build, ids, kind):
     with pytest.raises(ValueError, match=r"a sliding window of 5 over 12 keys.*sliding_window=None"):
@@ -189,6 +223,10 @@ def test_other_refusals(build, ids):
         model(ids, attention_mask=holes)
     with pytest.raises(ValueError, match="a StateCache does not keep"):
         model(ids, past_key_values=seqzoo.hf.StateCache(model.config))
+    packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)
+    for options in ({}, {"use_cache": False, "attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match="position_ids begin anew within a row"):
+            model(ids, position_ids=packed, **options)
     from transformers.masking_utils import create_causal_mask
 
     with pytest.raises(ValueError, match="a mask of transformers that it cannot keep"):
@@ -196,11 +234,29 @@ def test_other_refusals(build, ids):
 
 
 def test_features_are_those_of_their_seed(transformers):
-    from seqzoo.interop.attention import features
+    from seqzoo.interop.attention import _drawn, features
 
     before = torch.random.get_rng_state()
     drawn = features(3, 1, 2, 5, 4)
     assert torch.equal(before, torch.random.get_rng_state())
-    features.cache_clear()
+    _drawn.cache_clear()
     assert torch.equal(drawn, features(3, 1, 2, 5, 4))
     assert not torch.equal(drawn, features(3, 2, 2, 5, 4))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_in_one_graph_with_a_mask(build, ids, both_sides, kind):
+    model = build("Llama", f"seqzoo_{kind}", use_cache=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for mask in (torch.ones_like(both_sides), both_sides):
+        y = compiled(ids, attention_mask=mask).logits[mask.bool()]
+        torch.testing.assert_close(y, model(ids, attention_mask=mask).logits[mask.bool()], atol=1e-4, rtol=1e-4)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="valid: fullgraph=False, or an attention_mask, of ones"):
+        compiled(ids)
+    compiled = torch.compile(model, backend="aot_eager")
+    for places in (None, torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)):
+        y = compiled(ids, position_ids=places).logits
+        torch.testing.assert_close(y, model(ids, position_ids=places).logits, atol=1e-4, rtol=1e-4)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from block_cases import VARIANTS, D, make, sequences
 from safetensors.torch import load_file, save_file
+from tiny_runs import tiny_config, toy_task
 from torch import nn
 
 import seqzoo
 from seqzoo import BLOCKS, from_pretrained, save_pretrained
 from seqzoo.models import build_model
+from seqzoo.training.tuning import tune
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -59,20 +61,32 @@ def test_a_model_comes_back(spec, head, changes, tmp_path):
         assert from_pretrained(save_pretrained(model.without_second(), tmp_path / "first")).plan.head == "classify"
 
 
-def test_the_card_has_the_figures_of_the_run(tmp_path):
+def test_a_run_comes_back_with_a_card_of_its_figures(tmp_path):
+    task = toy_task()
+    result = seqzoo.run(tiny_config(tmp_path / "runs"), task=task)
+    model, batch = seqzoo.load(result["folder"]), task.test.batch(torch.arange(8))
+    loaded = from_pretrained(save_pretrained(model, tmp_path / "model", run=result["folder"]))
+    assert torch.equal(loaded(batch.inputs, batch.lengths), model(batch.inputs, batch.lengths))
+    card = (tmp_path / "model" / "README.md").read_text().splitlines()
+    accuracy, params = f"{result['test']['accuracy']:.4g}", result["params"]
+    for row in (f"test accuracy | {accuracy}", "seed | 0", f"params | {params}", "d_model | 16", "task | toy"):
+        assert f"| {row} |" in card
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    run = tmp_path / "run"
-    run.mkdir()
-    figures = {"task": "tokens", "recipe": "tiny", "seed": 3, "test": {"accuracy": 0.87654}, "n_test": 500}
-    others = {"model": "m", "task_note": "", "majority": 0.5, "tokens_seen": {"pretrain": 0, "finetune": 1000}}
-    (run / "result.json").write_text(json.dumps({**figures, **others}))
+    assert huggingface_hub.ModelCard.load(tmp_path / "model" / "README.md").data.library_name == "seqzoo"
+
+
+def test_a_model_tuned_otherwise_is_refused(tmp_path):
     model = build_model(model_cases.config(), model_cases.TOKENS, head="classify", causal=False)
-    card = huggingface_hub.ModelCard.load(save_pretrained(model, tmp_path / "model", run=run) / "README.md")
-    assert card.data.library_name == "seqzoo"
-    for line in ("| test accuracy | 0.8765 |", "| seed | 3 |", "| tokens_seen finetune | 1000 |", "| num_layers | 2 |"):
-        assert line in card.text.splitlines()
-    with pytest.raises(ValueError, match=r"it has no result\.json; valid: the folder of a finished run"):
+    with pytest.raises(ValueError, match=r"run=.*: it has no result\.json; valid: the folder of a finished run"):
         save_pretrained(model, tmp_path / "other", run=tmp_path)
+    tuned = tune(model, tiny_config(tmp_path, tuning="ladder"))
+    with pytest.raises(ValueError, match="LadderModel is not as build_model made it; valid: a model tuned whole"):
+        save_pretrained(tuned, tmp_path / "other")
+    pytest.importorskip("peft")
+    model = build_model(model_cases.config(), model_cases.TOKENS, head="classify", causal=False)
+    tuned = tune(model, tiny_config(tmp_path, tuning="lora"))
+    with pytest.raises(ValueError, match=r"the model was changed since it was built, .*valid: low-rank changes merged"):
+        save_pretrained(tuned, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

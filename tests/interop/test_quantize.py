@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from stock_models import V
 
 import seqzoo
-
-V = 97
 
 
 @pytest.fixture

@@ -50,6 +50,16 @@ def test_what_does_not_fit_is_said():
     assert first.why == "bias is [16] there and none here"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["linear_attention", "performer"])
+def test_weights_begin_what_is_to_be_trained_further(name):
+    model = encoder()
+    weights = model.layers[1].self_attn.in_proj_weight.clone()
+    changed = replace(model, nn.MultiheadAttention, lambda old: build_block(name, D, num_heads=H, bias=True))
+    assert changed[1].copied == ("in_proj_bias", "in_proj_weight", "out_proj.bias", "out_proj.weight")
+    assert torch.equal(model.layers[1].self_attn.block.qkv_proj.weight, weights)
+
+
 def test_layers_are_left_where_nothing_is_built_and_where_a_block_cannot_stand():
     model = encoder()
     changed = replace(

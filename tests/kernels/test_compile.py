@@ -55,10 +55,13 @@ def test_a_digest_is_of_the_code_wherever_its_source_stands(old, new, same):
     assert (ptx.digest(CODE.replace(old, new)) == ptx.digest(CODE)) == same
 
 
-@pytest.mark.parametrize(
-    "operation",
-    ["attention", "diagonal_scan", "favor_attention", "gated_attention", "linear_attention", "vq_attention"],
+OPERATIONS = (
+    *("attention", "delta_rule", "diagonal_scan", "favor_attention", "gated_attention", "linear_attention"),
+    "vq_attention",
 )
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("extent", [["--widest"], pytest.param([], marks=pytest.mark.slow)], ids=["widest", "all"])
 def test_compiles_without_a_gpu(operation, extent, tmp_path):
     # In a process of its own: here the interpreter has taken the compiler's place.

@@ -29,6 +29,9 @@ CASES = [  # B, T, H, G, Dk, Dv, decay, erase, state, lengths
     (2, 257, 4, 1, 10, 6, "head", True, True, [257, 130]),
     (1, 257, 2, 1, 66, 5, "channel", True, False, [200]),
     (1, 300, 2, 2, 16, 16, "none", False, True, None),
+    # Of a state with so many columns at a time a loop of its own is compiled.
+    pytest.param(2, 65, 2, 1, 6, 96, "head", False, True, [65, 3], marks=pytest.mark.slow),
+    pytest.param(1, 20, 2, 2, 5, 200, "head", False, True, None, marks=pytest.mark.slow),
 ]
 
 

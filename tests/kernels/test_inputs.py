@@ -289,7 +289,6 @@ OPERATIONS = {
             ("d initial_state", True): {"form": [STATE]},
         },
         state=("initial_state",),
-        backend="chunked",
     ),
     "diagonal_scan": Operation(
         ("x", "a", "factor", "initial_state"),
@@ -369,6 +368,7 @@ OPERATIONS = {
         state=("sums", "values"),
     ),
 }
+OPERATIONS["delta_rule in a loop"] = OPERATIONS["delta_rule"]._replace(backend="chunked")
 
 
 def cases(name: str, strength: int = 2) -> list[Case]:

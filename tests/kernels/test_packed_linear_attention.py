@@ -11,12 +11,19 @@ from fused_cases import DEVICE, poisoned
 from torch import Tensor
 
 from seqzoo.kernels import linear_attention
+from seqzoo.kernels.linear_attention import chunked
 
 TIMED = ("q", "k", "v", "o", "dq", "dk", "dv")
 LENGTHS = [37, 1, 0, 64, 5, 90, 0]
 SHORT = [17, 1, 0, 33, 40, 0]
 MANY = torch.randint(0, 40, (30,), generator=torch.Generator().manual_seed(0)).tolist()
 FORMS = [(decay, causal) for causal in (True, False) for decay in ("none", "head", "step", "channel")]
+
+
+@pytest.fixture(autouse=True)
+def in_chunks(monkeypatch):
+    """As on other devices, where one decay of a head is not taken step by step."""
+    monkeypatch.setattr(chunked, "SMALL", 0)
 
 
 def starts_of(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:

@@ -99,7 +99,7 @@ def test_channels_of_linear_attention_forget_each_for_itself(causal, shut):
     assert_same(run(linear_attention, inputs, w, None, causal=causal), expected, 1e-12)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), FORMS[:3], ids=lambda value: str(value).removeprefix("torch."))
+@forms
 @shut_gates
 @pytest.mark.parametrize("per_channel", [False, True], ids=["step", "channel"])
 def test_delta_rule(per_channel, shut, backend, dtype):

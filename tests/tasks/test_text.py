@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from seqzoo.tasks import DataError, Task, TaskConfig, build_task, lra_text
+from seqzoo.tasks.store.cache import origin
 
 
 def config(**changes) -> TaskConfig:
@@ -100,3 +101,26 @@ def test_the_published_reviews(real_data, tmp_path):
     assert decode(task, "train", 0).startswith("Story of a man who has unnatural feelings for a pig.")
     assert task.test.mean_length == pytest.approx(1271, abs=1)
     assert task.test.lengths.max() == 4096
+
+
+@pytest.mark.parametrize("how", ["empty", "folder", "loop"])
+def test_a_review_that_is_no_text_is_refused(data_dir, tmp_path, how):
+    path = data_dir / "aclImdb" / "test" / "neg" / "3_3.txt"
+    path.unlink()
+    {"empty": path.touch, "folder": path.mkdir, "loop": lambda: path.symlink_to(path)}[how]()
+    with pytest.raises(DataError, match=r"neg/3_3\.txt is (empty|damaged)"):
+        build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
+
+
+def test_reviews_other_than_the_published_are_said(data_dir, tmp_path, capsys, monkeypatch):
+    said = "the reviews in train/neg, train/pos, test/neg, test/pos are not those published"
+    task = build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
+    assert said in capsys.readouterr().err
+    assert origin(task.folder)[0] == "aclImdb, changed"
+    digests: dict[str, str] = {}
+    for split in ("train", "test"):
+        lra_text._read(data_dir / "aclImdb", split, 9, digests)
+    monkeypatch.setattr(lra_text, "PUBLISHED", digests)
+    (data_dir / "aclImdb" / "test" / "pos" / "3_7.txt").write_text("good 4", encoding="utf-8")
+    build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "other")
+    assert "the reviews in test/pos are not those published" in capsys.readouterr().err

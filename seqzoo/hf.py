@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from transformers import AttentionInterface, AttentionMaskInterface
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError(f"seqzoo.hf needs transformers 5 ({error}): pip install 'seqzoo[hf]'") from None
 
-from .attention import favor, linear, softmax
-from .mixer import Mixer
-from .quantize import Quantized, quantize_keys, quantized, set_codebooks
-from .seen import seen_mask
-from .state_cache import StateCache, StateLayer
+from .interop.attention import favor, linear, softmax
+from .interop.mixer import Mixer
+from .interop.quantize import Quantized, quantize_keys, quantized, set_codebooks
+from .interop.seen import seen_mask
+from .interop.state_cache import StateCache, StateLayer
 
 __all__ = ["Mixer", "Quantized", "StateCache", "StateLayer", "quantize_keys", "register", "set_codebooks"]
 
