@@ -60,8 +60,7 @@ class Chunks(NamedTuple):
     def of(cls, v: Tensor, steps: int, lengths: Tensor | None, starts: Tensor | None) -> Chunks:
         B, T = v.shape[:2]
         if starts is None:
-            (lengths,) = contiguous(lengths)
-            return cls(steps, B * triton.cdiv(T, steps), B, lengths, None, None, None)
+            return cls(steps, B * triton.cdiv(T, steps), B, contiguous(lengths)[0], None, None, None)
         pieces = Documents(starts, T).pieces(steps)
         of_documents = contiguous(starts, pieces.before, pieces.table())
         return cls(steps, len(pieces.document), len(starts) - 1, None, *of_documents)
@@ -136,21 +135,19 @@ class Call(NamedTuple):
     def launch(self, kernel: Any, name: str, *tensors: Tensor | None) -> None:
         (T, G, Dk), (H, Dv), chunks = self.q.shape[1:], self.v.shape[2:], self.chunks
         config = BLOCKS.of(name, self.q.device, self.q.dtype, width_class(Dk))
-        meta: dict[str, Any] = {
-            "DK": width_class(Dk),
-            "DV": min(width_class(Dv), config.size),
-            "STAGES": config.num_stages,
-        }
-        programs, sizes = chunks.slots * H, [T, H, G, Dk, Dv]
-        places = [chunks.table]
+        meta: dict[str, Any] = {"DK": width_class(Dk), "DV": min(width_class(Dv), config.size)}
+        meta["STAGES"] = config.num_stages
+        sizes: tuple[int, ...] = (T, H, G, Dk, Dv)
+        places: tuple[Tensor | None, ...] = (chunks.table,)
+        programs = chunks.slots * H
         precision, exact = PRECISIONS[self.q.dtype]
         if kernel in (_forward_kernel, _backward_kernel):
-            programs, places = chunks.R * H * triton.cdiv(Dv, meta["DV"]), [chunks.starts, chunks.before]
+            programs, places = chunks.R * H * triton.cdiv(Dv, meta["DV"]), (chunks.starts, chunks.before)
         elif kernel is _outer_kernel:
             meta |= {"DK": min(width_class(Dk), config.size), "DV": min(width_class(Dv), VALUES)}
             programs *= triton.cdiv(Dk, meta["DK"])
         elif kernel is _pairs_kernel:
-            sizes, exact = [T, H, G, Dk], "tf32x3"
+            sizes, exact = (T, H, G, Dk), "tf32x3"
             meta = {"DK": width_class(Dk), "CHANNELS": min(width_class(Dk), CHANNELS)}
         meta |= {"PER_CHANNEL": self.per_channel, "PRECISION": precision, "EXACT": exact, "STEPS": chunks.steps}
         launch(kernel, programs, *tensors, chunks.lengths, *places, *sizes, **meta, num_warps=config.num_warps)
@@ -203,12 +200,12 @@ def _within(call: Call, do: Tensor, d_last: Tensor | None, states: Tensor, d_ini
     by = _prepared(call)
     q, k, v, beta, g, erase, _ = decayed = call.decayed(by)
     dw, d_states = beta.new_empty(v.shape), call.states()
-    given = (q, k, beta, erase, by.through, by.after, by.total, by.pairs, by.inverse, do, d_last)
+    given: Any = (q, k, beta, erase, by.through, by.after, by.total, by.pairs, by.inverse, do, d_last)
     decayed.launch(_backward_kernel, "backward", *given, dw, d_states, d_initial)
     u, d_reading, d_erasing = torch.empty_like(v), by.pairs, torch.empty_like(by.pairs)
     of_head = None if call.per_channel else g
-    kept = (k, v, beta, erase, of_head, by.through, by.inverse, states, do, dw)
-    decayed.launch(_inner_kernel, "inner", *kept, u, d_reading, d_erasing)
+    given = (k, v, beta, erase, of_head, by.through, by.inverse, states, do, dw)
+    decayed.launch(_inner_kernel, "inner", *given, u, d_reading, d_erasing)
     return _Within(d_states, dw, u, d_reading, d_erasing)
 
 

@@ -28,8 +28,8 @@ def delta_rule_fused(
 ) -> tuple[Tensor, Tensor | None]:
     dtype = reduce(torch.promote_types, (x.dtype for x in (q, k, v, erase) if x is not None))
     of_kernels = [None if x is None else x.to(dtype) for x in (q, k, v, erase)]
-    wide = [None if x is None else x.float() for x in (beta, log_decay, initial_state)]
-    given = (*of_kernels[:3], *wide[:2], of_kernels[3], wide[2])
+    single = [None if x is None else x.float() for x in (beta, log_decay, initial_state)]
+    given = (*of_kernels[:3], *single[:2], of_kernels[3], single[2])
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     o, last, _ = _delta_rule(*given, lengths, starts_of(documents), output_final_state, keep)
     return o.to(v.dtype), last if output_final_state else None
@@ -109,8 +109,8 @@ def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
     documents = None if starts is None else Documents(starts, given[0].shape[1])
 
     def form(*inputs: Any) -> tuple[Tensor, Tensor | None]:
-        q, k, v, beta, log_decay, erase, first = inputs
-        return delta_rule_chunked(q, k, v, beta, log_decay, erase, first, lengths, documents, final)
+        arguments: Any = (*inputs, lengths, documents, final)
+        return delta_rule_chunked(*arguments)
 
     return pullback(form, given, (do, d_last))
 

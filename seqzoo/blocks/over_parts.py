@@ -49,10 +49,12 @@ def linear_attention(
     def leaves(S: Tensor, rows: slice, *, turned: bool = False) -> Tensor:
         """The memory behind the part or, of a decay that is constant, ahead of it, for what comes from the other."""
         of_rows = None if lengths is None else lengths[rows]
-        of_steps = None if log_decay is None or log_decay.dim() == 1 else log_decay[rows]
-        way, whole = _decays(log_decay if of_steps is None else of_steps, T, of_rows, wide)
-        way = way.flip(0) if turned and way is not None else way
-        return whole * S + _Products.apply(k[rows], v[rows], way, normalize)
+        if log_decay is not None and log_decay.dim() == 3:
+            way, whole = _decays(log_decay[rows], T, of_rows, wide)
+            return whole * S + _Products.apply(k[rows], v[rows], way, normalize)
+        way, whole = _decays(log_decay, T, of_rows, wide)
+        keys = k[rows] if way is None else k[rows] * (way.flip(0) if turned else way)[..., None]
+        return whole * S + _Products.apply(keys, v[rows], None, normalize)
 
     state = len(v), v.shape[2], k.shape[3], v.shape[3] + normalize
     if causal:
@@ -201,9 +203,9 @@ def _decays(log_decay: Tensor | None, T: int, lengths: Tensor | None, dtype: tor
 
 
 class _Products(torch.autograd.Function):
-    """Σ_t weights_t k_t v_tᵀ, and with `ones` Σ_t weights_t k_t beside it, where weights have no gradient then.
+    """Σ_t weights_t k_t v_tᵀ, and with `ones`, without weights, Σ_t k_t beside it.
 
-    k [B, T, G, Dk], v [B, T, H, Dv], G dividing H, weights [T, H] or [B, T, H], or None: [B, H, Dk, Dv (+ 1)].
+    k [B, T, G, Dk], v [B, T, H, Dv], G dividing H, weights [B, T, H] or None: [B, H, Dk, Dv (+ 1)].
     """
 
     @staticmethod
@@ -218,10 +220,7 @@ class _Products(torch.autograd.Function):
                 [rows.permute(1, 2, 0) @ of.transpose(0, 1) for rows, of in zip(k, _grouped(v, G), strict=True)]
             )
             S = S.unflatten(-1, (H // G, -1)).transpose(2, 3).flatten(1, 2)
-            if not ones:
-                return S
-            z = k.sum(1) if weights is None else torch.einsum("bthk,th->bhk", k, weights)
-            return torch.cat([S, z[..., None]], -1)
+            return torch.cat([S, k.sum(1)[..., None]], -1) if ones else S
 
     @staticmethod
     @once_differentiable
@@ -237,12 +236,10 @@ class _Products(torch.autograd.Function):
                 dv[b] = (k[b].to(dS.dtype).transpose(0, 1) @ of_groups[b]).transpose(0, 1)
             dv = dv.view_as(v)
             if ctx.ones:
-                dz = dS[:, None, ..., Dv]
-                dk += dz if weights is None else dz * weights[..., None]
+                dk += dS[:, None, ..., Dv]
             d_weights = None
             if weights is not None:
-                d_weights = (dv * v).sum(-1) if ctx.needs_input_grad[2] else None
-                dv = dv * weights[..., None]
+                d_weights, dv = (dv * v).sum(-1), dv * weights[..., None]
         return dk.to(k.dtype), dv.to(v.dtype), d_weights, None
 
 

@@ -35,7 +35,7 @@ def export(
 
     Args:
         module: in evaluation; documents in one row (`cu_seqlens`) have no translation.
-        inputs, keywords: of its `forward`, as examples of their shapes. States are tuples of tensors.
+        inputs, keywords: of its `forward`, as examples of their shapes. A state is given as a list of its tensors.
         path: where to write the model; None writes nothing.
         dynamic_shapes: as `torch.onnx.export` takes them, such as `({0: "batch", 1: "time"},)`.
 

@@ -43,7 +43,7 @@ class Step(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x, *state):
+    def forward(self, x, state):
         y, state = self.block.extend(x, self.kind(*state))
         return y, *state
 
@@ -60,7 +60,7 @@ def test_steps_continue_a_state_in_onnx(name, options):
     _, state = block.extend(x[:, :5], None)
     step = Step(block).eval()
     step.kind = type(state)
-    program = onnx.export(step, (x[:, 5:7], *state), dynamic_shapes=({1: "time"}, (None,) * len(state)))
+    program = onnx.export(step, (x[:, 5:7], list(state)), dynamic_shapes=({1: "time"}, [None] * len(state)))
     _, state = block.extend(x[:, :5], None)
     y, *after = run(program, x[:, 5:], *state)
     expected, expected_after = block.extend(x[:, 5:], block.extend(x[:, :5], None)[1])
