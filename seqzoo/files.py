@@ -162,6 +162,12 @@ def flush(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
+def remove_left(folder: Path, *below: str) -> None:
+    """Removes what killed processes left under temporary names in `folder`, and however deep in those `below` it."""
+    for left in [*folder.glob("*.tmp"), *(left for name in below for left in (folder / name).rglob("*.tmp"))]:
+        _remove(left)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """What the operating system refuses within it names `path`: of a disk that is full, it names nothing."""

@@ -10,6 +10,7 @@ from seqzoo.files import (
     append,
     inside,
     lock,
+    remove_left,
     replacing,
     replacing_by_name,
     without_links,
@@ -141,3 +142,17 @@ def test_a_pipe_is_neither_waited_for_nor_written_to(folder, write):
     os.mkfifo(folder / "name")
     with pytest.raises(LinkError, match="name is no regular file"):
         write(folder / "name")
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(folder, victim):
+    for name in ("a.tmp", "stage/b.tmp", "stage/deep/c.tmp", "other/d.tmp", "stage/e"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "stage" / "folder.tmp").mkdir()
+    (folder / "stage" / "link.tmp").symlink_to(victim.parent)
+    remove_left(folder, "stage", "none")
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()) == [
+        "other/d.tmp",
+        "stage/e",
+    ]
+    assert not (folder / "stage" / "folder.tmp").exists()

@@ -20,7 +20,7 @@ from typing import Any
 from .. import records, study
 from ..config import Config, ConfigError, SearchConfig, from_dict, to_dict
 from ..extras import require
-from ..files import inside, lock, write_json, write_text
+from ..files import inside, lock, remove_left, write_json, write_text
 from ..messages import say_once, unknown
 from ..records import NUMBER
 from ..spec import TaskSpec
@@ -136,6 +136,7 @@ def in_hand(folder: Path) -> Iterator[None]:
     for name in FOLDERS:
         inside(folder, name)
     with lock(folder / "lock", busy):
+        remove_left(folder, "pretrain", "finetune")
         yield
 
 
