@@ -145,7 +145,7 @@ def _check(x: Tensor, a: Tensor, factor: Tensor | None) -> None:
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"diagonal_scan: x must be [B, T, D] with T >= 1, got {list(x.shape)}")
     B, T, D = x.shape
-    if a.shape != x.shape and a.shape != x.shape[2:]:
+    if a.dim() not in (1, 3) or a.shape != (x.shape if a.dim() == 3 else x.shape[2:]):
         raise ValueError(f"diagonal_scan: a must be [D] = [{D}] or [B, T, D] = [{B}, {T}, {D}], got {list(a.shape)}")
     if not (x.is_floating_point() or x.is_complex()) or a.dtype != x.dtype:
         raise TypeError(
