@@ -57,7 +57,9 @@ def build_fabric(config: Config) -> Fabric:
     if world_size > 1:
         _meet("nccl" if fabric.device.type == "cuda" else "gloo")
     fabric.launch()
-    arrange(fabric, parts=config.sequence_parallel, sharded=config.strategy == "fsdp" and world_size > 1)
+    sharded = config.strategy == "fsdp" and world_size > 1
+    if sharded or config.sequence_parallel > 1:
+        arrange(fabric, parts=config.sequence_parallel, sharded=sharded)
     return fabric
 
 
