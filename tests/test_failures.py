@@ -19,6 +19,14 @@ from seqzoo.training import TrainingError
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Even where the tests themselves run in the background of a shell, which ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def refused(number, *names):
     return OSError(number, os.strerror(number), *names)
 

@@ -164,7 +164,7 @@ def rg_lru(block, x, mask, lengths):
 def mamba(block, x, mask, lengths):
     n = torch.full((3,), T) if lengths is None else lengths
     u = block.in_proj(torch.where((torch.arange(T) < n[:, None])[..., None], x, 0))[..., : 2 * D]
-    u = F.silu(block.conv(u, None, None)[0])
+    u = block.conv(u, None, None)[0]
     low, B, C = block.x_proj(u).split((1, 3, 3), -1)
     dt = F.softplus(block.dt_proj(low) + block.dynamics.dt_bias)
     J = torch.zeros(3, 2 * D, T, T, dtype=x.dtype)
@@ -226,7 +226,7 @@ def mlstm(block, x, mask, lengths):
     """Of each direction by itself, divided by its sum where that is above 1."""
     valid = mask[:, 0].diagonal(dim1=1, dim2=2)[..., None]
     y, _ = block.in_proj(torch.where(valid, x, 0)).chunk(2, -1)
-    u = F.silu(block.conv(y, None, None)[0])
+    u = block.conv(y, None, None)[0]
     qkv = block.q_proj(u), block.k_proj(u), block.v_proj(y)
     gates = sum(layer(z) for layer, z in zip(block.gate_proj, qkv, strict=True)) + block.gate_bias.bias
     i, f = (gate.transpose(1, 2)[..., None] for gate in gates.chunk(2, -1))  # [B, H, T, 1]
@@ -258,7 +258,7 @@ def of_delta_rule(block, x, mask, *more):
     qkv, beta, *rest = block.in_proj(torch.where(valid, x, 0)).split(
         (sum(block.qkv_widths), block.num_heads, *more), -1
     )
-    q, k, _ = F.silu(block.conv(qkv, None, None)[0]).split(block.qkv_widths, -1)
+    q, k, _ = block.conv(qkv, None, None)[0].split(block.qkv_widths, -1)
     H = block.num_heads
     q, k = (unit(y.unflatten(-1, (-1, block.key_dim))) for y in (q, k))
     q, k = (y.repeat_interleave(H // y.shape[2], 2) for y in (q / math.sqrt(block.key_dim), k))

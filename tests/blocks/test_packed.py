@@ -30,6 +30,12 @@ SHARING_CHUNKS = (  # with others: what is not finite may reach those
     "kda",
     "rwkv7",
 )
+IN_TRITON = (
+    "softmax_attention-0-causal",
+    "linear_attention-0-causal",
+    "lru-0-causal",
+    "kda-0-causal",
+)  # the others slowly
 streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
 
 
@@ -133,7 +139,7 @@ def test_states_are_handed_on(name, options, causal):
             *case.values,
             form,
             id=f"{form}-{case.id}",
-            marks=[pytest.mark.slow] * (form == "fused" and not case.values[2]),
+            marks=[pytest.mark.slow] * (form == "fused" and case.id not in IN_TRITON),
         )
         for case in CASES
         if "-0-" in str(case.id)

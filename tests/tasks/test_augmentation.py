@@ -125,10 +125,12 @@ def test_a_seed_decides_alone(change, batch):
 
 def test_a_task_says_which_it_allows(monkeypatch, tmp_path):
     assert AUGMENTATIONS.keys() < TASKS.keys()
-    task = from_arrays("any", kind="tokens", inputs=[[1, 2]] * 40, labels=[0, 1] * 20)
-    assert task.augmentation is None
+
+    def toy(config, **places):
+        return from_arrays(config.name, kind="tokens", inputs=[[1, 2]] * 40, labels=[0, 1] * 20)
+
     for name in TASKS:
-        monkeypatch.setitem(TASKS, name, lambda config, **places: task)
+        monkeypatch.setitem(TASKS, name, toy)
         config = TaskConfig(name=name, max_length=16, mask_ratio=0.1)
         built = build_task(config, data_dir=None, cache_dir=tmp_path)
         assert built.augmentation is AUGMENTATIONS.get(name)
