@@ -30,12 +30,12 @@ SHARING_CHUNKS = (  # with others: what is not finite may reach those
     "kda",
     "rwkv7",
 )
-IN_TRITON = (
+IN_TRITON = (  # the others with -m slow
     "softmax_attention-0-causal",
     "linear_attention-0-causal",
     "lru-0-causal",
     "kda-0-causal",
-)  # the others slowly
+)
 streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
 
 
