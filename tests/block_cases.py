@@ -1,7 +1,6 @@
 """Blocks to hold to what every block promises, and inputs for them."""
 
 from functools import partial
-from itertools import compress
 
 import pytest
 import torch
@@ -73,16 +72,24 @@ CASES = [
     for n, options in enumerate(VARIANTS.get(name, [{}]))
     for causal in (True, False)
 ]
-IS_DEFAULT = ["-0-" in str(case.id) for case in CASES]
 every = pytest.mark.parametrize(("name", "options", "causal"), CASES)
-defaults = pytest.mark.parametrize(("name", "options", "causal"), list(compress(CASES, IS_DEFAULT)))
-defaults_soon = pytest.mark.parametrize(  # the others with -m slow
-    ("name", "options", "causal"),
-    [
-        case if default else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
-        for case, default in zip(CASES, IS_DEFAULT, strict=True)
-    ],
-)
+DEFAULTS = [case for case in CASES if "-0-" in str(case.id)]
+defaults = pytest.mark.parametrize(("name", "options", "causal"), DEFAULTS)
+
+
+def soon(first, cases):
+    """Those of `cases` that are among `first` in every run, the others with -m slow."""
+    chosen = {case.id for case in first}
+    return pytest.mark.parametrize(
+        ("name", "options", "causal"),
+        [
+            case if case.id in chosen else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+            for case in cases
+        ],
+    )
+
+
+CAUSAL_DEFAULTS = [case for case in DEFAULTS if case.values[2]]
 
 
 def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):

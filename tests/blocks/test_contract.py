@@ -9,7 +9,19 @@ from itertools import product
 import pytest
 import torch
 from agreement import assert_close
-from block_cases import CASES, D, builder, defaults, defaults_soon, every, make, parameter_gradients, sequences
+from block_cases import (
+    CASES,
+    CAUSAL_DEFAULTS,
+    DEFAULTS,
+    D,
+    builder,
+    defaults,
+    every,
+    make,
+    parameter_gradients,
+    sequences,
+    soon,
+)
 from torch import nn
 
 import seqzoo
@@ -28,11 +40,8 @@ OPERATIONS = (
 )
 streaming = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if case.values[2]])
 bidirectional = pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if not case.values[2]])
-differentiable = (
-    pytest.mark.parametrize(  # straight-through gradients are not the function's: tests/kernels checks them
-        ("name", "options", "causal"), [case for case in CASES if case.values[0] != "vq_attention"]
-    )
-)
+# Straight-through gradients are not the function's: tests/kernels checks them.
+differentiable = soon(DEFAULTS, [case for case in CASES if case.values[0] != "vq_attention"])
 
 
 def with_codes(block, x, codes=None):
@@ -133,7 +142,7 @@ def test_backends_agree(name, options, causal, monkeypatch):
             assert_close(a, e, 1e-4)
 
 
-@defaults_soon
+@soon(CAUSAL_DEFAULTS, CASES)
 def test_compiles_whole(name, options, causal):
     block = make(name, options, causal, dtype=torch.float32, train=name == "vq_attention")
     x = sequences(2, 40, dtype=torch.float32)
