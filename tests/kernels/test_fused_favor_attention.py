@@ -156,6 +156,7 @@ def test_gradients_come_in_any_layout(causal):
 
 def test_a_split_sequence_goes_on_where_it_stopped():
     q, k, v, projection = make(2, 40, 2, 8, 10, 3).values()
+    k.requires_grad_()
     options = {"causal": True, "backend": "fused"}
     whole = favor_attention(q, k, v, projection, **options)
     first, state = favor_attention(*(x[:, :13] for x in (q, k, v)), projection, output_final_state=True, **options)
