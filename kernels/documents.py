@@ -184,6 +184,16 @@ def starts_of(documents: Documents | None) -> Tensor | None:
     return None if documents is None else documents.starts
 
 
+def documents_from(starts: Tensor | None, T: int) -> Documents | None:
+    """The documents of a row of T steps that begin where `starts` says, as `starts_of` told operators."""
+    return None if starts is None else Documents(starts, T)
+
+
+def count_of(starts: Tensor | None, B: int) -> int:
+    """How many sequences there are: documents that begin where `starts` says or, where there is none, B."""
+    return B if starts is None else starts.shape[0] - 1
+
+
 def check_documents(what: str, cu_seqlens: Tensor | None, lengths: Tensor | None, B: int, T: int) -> Documents | None:
     """The documents that end where `cu_seqlens`, int32 or int64 [N + 1], says; None where there is none.
 

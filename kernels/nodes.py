@@ -32,6 +32,11 @@ def as_one() -> bool:
     return exporting() or mapped()
 
 
+def or_as_one(form: Callable[..., Any], node: Callable[..., Any]) -> Callable[..., Any]:
+    """`form`, or `node` where an operation is to be one."""
+    return lambda *arguments, **options: (node if as_one() else form)(*arguments, **options)
+
+
 def as_node(name: str, form: Form, empty: Form, shared: Mapping[str, int]) -> CustomOpDef:
     """`form` as the operator seqzoo_nodes::<name>, with a first derivative, for which it runs again.
 

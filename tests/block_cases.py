@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 from seqzoo import BLOCKS, build_block
 from seqzoo.testing import parameter_gradients as parameter_gradients
+from seqzoo.testing import prepared
 from seqzoo.testing import sequences as sequences
 
 VARIANTS = {  # the default options of each block, and those that take another way through it
@@ -93,12 +93,7 @@ CAUSAL_DEFAULTS = [case for case in DEFAULTS if case.values[2]]
 
 
 def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):
-    torch.manual_seed(0)
-    block = build_block(name, d_model, causal=causal, **options)
-    for layer in block.modules():
-        if isinstance(layer, nn.Linear) and not layer.weight.any():  # what stands behind it would not be seen
-            nn.init.normal_(layer.weight, std=0.3)
-    return block.to(dtype).train(train)
+    return prepared(lambda: build_block(name, d_model, causal=causal, **options), dtype=dtype, train=train)
 
 
 def builder(name, options, causal):

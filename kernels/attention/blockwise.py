@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from ..common import accumulation_dtype, product_dtype, without_autocast
 from ..derivatives import differentiable, pullback, transformed
-from ..documents import Documents
+from ..documents import Documents, documents_from
 from .reference import padded
 from .rows import attention_of_rows
 
@@ -178,7 +178,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
     if starts is None:
         ends = {"lengths": lengths, "position": position}
         return attention_of_rows(q, k, v, causal=causal, scale=1.0, window=window, **ends)
-    queries = None if query_starts is None else Documents(query_starts, q.shape[1])
+    queries = documents_from(query_starts, q.shape[1])
     return padded(attention_of_rows, q, k, v, causal, 1.0, window, Documents(starts, k.shape[1]), queries)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
-from ..documents import Documents, starts_of
+from ..documents import Documents, documents_from, starts_of
 from ..launching import launch
 from .backward import _key_kernel, _query_kernel
 from .chunked import attention_chunked
@@ -163,8 +163,8 @@ def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
     given = {"causal": causal, "lengths": lengths, "position": position}
     given["scale"] = scale if scales is None else scales[..., None, None]
     given["window"] = None if left < 0 else (left, right)
-    given["documents"] = None if starts is None else Documents(starts, k.shape[1])
-    given["queries"] = None if query_starts is None else Documents(query_starts, q.shape[1])
+    given["documents"] = documents_from(starts, k.shape[1])
+    given["queries"] = documents_from(query_starts, q.shape[1])
 
     def form(*qkv: Tensor) -> tuple[Tensor]:
         return (attention_chunked(*qkv, **given),)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths, check_log_decay
 from ..documents import check_documents
-from ..nodes import as_one
+from ..nodes import or_as_one
 from .chunked import delta_rule_chunked
 from .node import delta_rule_node
 from .reference import delta_rule_reference
@@ -21,17 +21,13 @@ __all__ = ["delta_rule"]
 MAX_CHANNELS = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 
 
-def _chunked(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return (delta_rule_node if as_one() else delta_rule_chunked)(*arguments)
-
-
 def _fused(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     from .operator import delta_rule_fused  # imports Triton
 
     return delta_rule_fused(*arguments)
 
 
-FORMS = {"chunked": _chunked, "reference": delta_rule_reference, "fused": _fused}
+FORMS = {"chunked": or_as_one(delta_rule_chunked, delta_rule_node), "reference": delta_rule_reference, "fused": _fused}
 
 
 class Options(Sequences, total=False):

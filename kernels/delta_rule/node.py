@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common import accumulation_dtype
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, documents_from, starts_of
 from ..nodes import as_node
 from .chunked import delta_rule_chunked
 
@@ -39,14 +39,14 @@ def _run(
     starts: Tensor | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    documents = None if starts is None else Documents(starts, q.shape[1])
+    documents = documents_from(starts, q.shape[1])
     inputs = (q, k, v, beta, log_decay, erase, initial_state)
     o, state = delta_rule_chunked(*inputs, lengths, documents, output_final_state)
     return o, v.new_empty(0, dtype=accumulation_dtype(v.dtype)) if state is None else state
 
 
 def _empty(q, k, v, beta, log_decay, erase, initial_state, lengths, starts, output_final_state):
-    R = q.shape[0] if starts is None else starts.shape[0] - 1
+    R = count_of(starts, q.shape[0])
     state = (R, v.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
     return v.new_empty(v.shape), v.new_empty(state, dtype=accumulation_dtype(v.dtype))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..derivatives import differentiable, pullback
-from ..documents import Documents, starts_of
+from ..documents import Documents, documents_from, starts_of
 from .chunked import delta_rule_chunked
 from .fused import Call, gradients, outputs
 
@@ -106,7 +106,7 @@ def _gradient(ctx: Any, do: Tensor | None, d_last: Tensor | None, _: None) -> tu
 def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
     """As `_delta_rule_backward`, for PyTorch to differentiate."""
     do, d_last, *given, lengths, starts, _, final = arguments
-    documents = None if starts is None else Documents(starts, given[0].shape[1])
+    documents = documents_from(starts, given[0].shape[1])
 
     def form(*inputs: Any) -> tuple[Tensor, Tensor | None]:
         arguments: Any = (*inputs, lengths, documents, final)

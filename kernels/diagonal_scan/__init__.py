@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
-from ..nodes import as_one
+from ..nodes import or_as_one
 from .chunked import diagonal_scan_chunked
 from .node import diagonal_scan_node
 from .reference import diagonal_scan_reference
@@ -32,10 +32,6 @@ def _fused_both(*arguments: Any) -> tuple[Tensor, Tensor]:
     return both_scans_fused(*arguments)
 
 
-def _chunked(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return (diagonal_scan_node if as_one() else diagonal_scan_chunked)(*arguments)
-
-
 def _one_by_one(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda x, a, lengths, factor, documents: (
         scan(x, a, None, False, lengths, factor, documents)[0],
@@ -45,7 +41,11 @@ def _one_by_one(scan: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
 
 # Of the fused form: any number.
 CHANNELS = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16, torch.complex64), sys.maxsize)
-FORMS = {"chunked": _chunked, "reference": diagonal_scan_reference, "fused": _fused}
+FORMS = {
+    "chunked": or_as_one(diagonal_scan_chunked, diagonal_scan_node),
+    "reference": diagonal_scan_reference,
+    "fused": _fused,
+}
 BOTH = {name: _fused_both if name == "fused" else _one_by_one(form) for name, form in FORMS.items()}
 
 

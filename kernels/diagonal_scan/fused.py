@@ -27,7 +27,7 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import accumulation_dtype, contiguous
 from ..derivatives import differentiable
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, starts_of
 from ..launching import launch
 from . import doubling
 from .operator import register
@@ -81,7 +81,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """As `doubling.scan`."""
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sequences = len(x) if starts is None else len(starts) - 1
+    sequences = count_of(starts, len(x))
     final = x.new_empty(sequences, x.shape[-1], dtype=accumulation_dtype(x.dtype))
     _launch(x, a, h, initial_state, final, lengths, starts, factor=factor, down=reverse)
     return h, final
@@ -158,7 +158,7 @@ def _plain(
     dh: Tensor, h: Tensor, a: Tensor, lengths: Tensor | None, factor: Tensor | None, starts: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """As `_both_scans_backward`, for PyTorch to differentiate."""
-    last = h.new_zeros(h.shape[1] if starts is None else len(starts) - 1, h.shape[-1])
+    last = h.new_zeros(count_of(starts, h.shape[1]), h.shape[-1])
     ends = (lengths, factor, starts)
     forth, back = (doubling.gradients(_scan, dh[i], last, h[i], a, None, bool(i), *ends) for i in range(2))
     dx, da, _, d_factor = (x + y for x, y in zip(forth, back, strict=True))
@@ -198,7 +198,7 @@ def _launch(
     chunks = triton.cdiv(T, chunk_len)
     factor, lengths, starts = contiguous(factor, lengths, starts)
     cut = None if starts is None or chunks == 1 else Documents(starts, T).pieces(chunk_len)
-    B = B if starts is None else len(starts) - 1
+    B = count_of(starts, B)
     entries = directions * B
     shape = entries, chunks
     if cut is not None:

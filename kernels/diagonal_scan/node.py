@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common import accumulation_dtype
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, documents_from, starts_of
 from ..nodes import as_node
 from .chunked import diagonal_scan_chunked
 
@@ -37,7 +37,7 @@ def _run(
     reverse: bool,
     pairs: bool,
 ) -> tuple[Tensor, Tensor]:
-    documents = None if starts is None else Documents(starts, x.shape[1])
+    documents = documents_from(starts, x.shape[1])
     if not pairs:
         return diagonal_scan_chunked(x, a, initial_state, reverse, lengths, factor, documents)
     state = None if initial_state is None else torch.view_as_complex(initial_state.contiguous())
@@ -47,7 +47,7 @@ def _run(
 
 
 def _empty(x, a, initial_state, lengths, factor, starts, reverse, pairs):
-    R = x.shape[0] if starts is None else starts.shape[0] - 1
+    R = count_of(starts, x.shape[0])
     return x.new_empty(x.shape), x.new_empty(R, *x.shape[2:], dtype=accumulation_dtype(x.dtype))
 
 

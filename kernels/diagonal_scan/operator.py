@@ -12,6 +12,7 @@ from torch.library import CustomOpDef, custom_op
 
 from ..common import accumulation_dtype
 from ..derivatives import differentiable, transformed
+from ..documents import count_of
 from . import doubling
 
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -57,7 +58,7 @@ def _fake(
     factor: Tensor | None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    sequences = x.shape[0] if starts is None else starts.shape[0] - 1
+    sequences = count_of(starts, x.shape[0])
     return x.new_empty(x.shape), x.new_empty(sequences, x.shape[-1], dtype=accumulation_dtype(x.dtype))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths, query_heads
 from ..documents import check_documents
-from ..nodes import as_one
+from ..nodes import or_as_one
 from .chunked import favor_attention_chunked
 from .node import favor_attention_node
 from .reference import favor_attention_reference
@@ -27,11 +27,11 @@ def _fused(*arguments: Any) -> tuple[Tensor, FavorState | None]:
     return favor_attention_fused(*arguments)
 
 
-def _chunked(*arguments: Any, **options: Any) -> Any:
-    return (favor_attention_node if as_one() else favor_attention_chunked)(*arguments, **options)
-
-
-FORMS = {"chunked": _chunked, "reference": favor_attention_reference, "fused": _fused}
+FORMS = {
+    "chunked": or_as_one(favor_attention_chunked, favor_attention_node),
+    "reference": favor_attention_reference,
+    "fused": _fused,
+}
 
 
 class Options(Sequences, total=False):

@@ -34,7 +34,7 @@ from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
-from ..documents import Documents, Pieces, starts_of
+from ..documents import Documents, Pieces, count_of, documents_from, starts_of
 from ..launching import launch
 from .backward import _feature_kernel, _key_kernel, _query_kernel, _value_kernel
 from .chunked import favor_attention_chunked
@@ -209,7 +209,7 @@ def _favor_attention_backward(
 @_favor_attention.register_fake
 def _(q, k, v, projection, sums, norm, log_scale, lengths, starts, causal):
     (B, T, H, _), M, Dv = q.shape, projection.shape[1], v.shape[-1]
-    rows = B if starts is None else starts.shape[0] - 1
+    rows = count_of(starts, B)
     shapes = (B, T, H), (rows, H, M, Dv), (rows, H, M), (rows, H, M)
     return v.new_empty(v.shape), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
@@ -238,7 +238,7 @@ def _gradient(
 def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
     """As `_favor_attention_backward`, for PyTorch to differentiate."""
     do, d_last_sums, d_last_norm, q, k, v, projection, sums, norm, log_scale, lengths, starts, *_, causal = arguments
-    documents = None if starts is None else Documents(starts, q.shape[1])
+    documents = documents_from(starts, q.shape[1])
 
     def form(
         q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None, norm: Tensor | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common import accumulation_dtype
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, documents_from, starts_of
 from ..nodes import as_node
 from .chunked import favor_attention_chunked
 from .state import FavorState
@@ -38,7 +38,7 @@ def _run(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     past = None if sums is None or log_scale is None else FavorState(sums, log_scale)
-    documents = None if starts is None else Documents(starts, q.shape[1])
+    documents = documents_from(starts, q.shape[1])
     o, state = favor_attention_chunked(q, k, v, projection, causal, past, lengths, documents)
     return o, *(state or _nothing(v))
 
@@ -52,7 +52,7 @@ def _empty(q, k, v, projection, sums, log_scale, lengths, starts, causal):
     o = v.new_empty(v.shape)
     if not causal:
         return o, *_nothing(v)
-    rows = (q.shape[0] if starts is None else starts.shape[0] - 1, *projection.shape[:2])
+    rows = (count_of(starts, q.shape[0]), *projection.shape[:2])
     state = v.new_empty(*rows, v.shape[3] + 1, dtype=accumulation_dtype(v.dtype))
     return o, state, state.new_empty(rows)
 

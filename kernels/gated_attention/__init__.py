@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import Backend, Fit, Sequences, choose, fit
 from ..common import check_lengths
 from ..documents import Documents, check_documents
-from ..nodes import as_one
+from ..nodes import or_as_one
 from .chunked import gated_attention_chunked
 from .node import gated_attention_node
 from .reference import gated_attention_reference
@@ -28,11 +28,11 @@ def _fused(*arguments: Any, **options: Any) -> tuple[Tensor, GatedAttentionState
     return gated_attention_fused(*arguments, **options)
 
 
-def _chunked(*arguments: Any, **options: Any) -> Any:
-    return (gated_attention_node if as_one() else gated_attention_chunked)(*arguments, **options)
-
-
-FORMS = {"chunked": _chunked, "reference": gated_attention_reference, "fused": _fused}
+FORMS = {
+    "chunked": or_as_one(gated_attention_chunked, gated_attention_node),
+    "reference": gated_attention_reference,
+    "fused": _fused,
+}
 
 
 class Options(Sequences, total=False):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import accumulation_dtype
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, documents_from, starts_of
 from ..nodes import as_node
 from .chunked import gated_attention_chunked
 from .state import GatedAttentionState
@@ -69,7 +69,7 @@ def _run(
         initial_state=past,
         output_final_state=output_final_state,
         lengths=lengths,
-        documents=None if starts is None else Documents(starts, u.shape[1]),
+        documents=documents_from(starts, u.shape[1]),
     )
     return o, *(_state(v, q_quad, 0, 0) if state is None else state)
 
@@ -88,7 +88,7 @@ def _state(v: Tensor, q_quad: Tensor, R: int, chunk_len: int) -> GatedAttentionS
 
 def _empty(u, q_quad, k_quad, q_lin, k_lin, v, bias, *others):
     *_, starts, chunk_len, _, _, output_final_state = others
-    R = u.shape[0] if starts is None else starts.shape[0] - 1
+    R = count_of(starts, u.shape[0])
     return v.new_empty(v.shape), *_state(v, q_quad, *((R, chunk_len) if output_final_state else (0, 0)))
 
 

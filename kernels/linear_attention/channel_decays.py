@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import contiguous
+from ..documents import count_of
 from ..launching import launch
 from ..tiles import valid_steps
 
@@ -27,7 +28,7 @@ def channel_decay_gradient(
 ) -> Tensor:
     """As `decay_gradient`, [B, T, H, D]. 0 where everything is forgotten."""
     B, T, H, D = g.shape
-    rows = (B if starts is None else len(starts) - 1) * H
+    rows = count_of(starts, B) * H
     dg = torch.empty_like(g, memory_format=torch.contiguous_format)
     inputs = contiguous(q, dq, k, dk, g, of_last, lengths, starts)
     programs = rows * triton.cdiv(D, CHANNELS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common import accumulation_dtype
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, documents_from, starts_of
 from ..nodes import as_node
 from .chunked import linear_attention_chunked
 from .shared import linear_attention_shared
@@ -41,13 +41,13 @@ def _run(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     form = linear_attention_chunked if q.shape[2] == v.shape[2] else linear_attention_shared
-    documents = None if starts is None else Documents(starts, q.shape[1])
+    documents = documents_from(starts, q.shape[1])
     o, state = form(q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state)
     return o, v.new_empty(0, dtype=accumulation_dtype(v.dtype)) if state is None else state
 
 
 def _empty(q, k, v, log_decay, initial_state, lengths, starts, causal, normalize, output_final_state):
-    R = q.shape[0] if starts is None else starts.shape[0] - 1
+    R = count_of(starts, q.shape[0])
     state = (R, v.shape[2], q.shape[3], v.shape[3] + normalize) if output_final_state else (0,)
     return v.new_empty(v.shape), v.new_empty(state, dtype=accumulation_dtype(v.dtype))
 

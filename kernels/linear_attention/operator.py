@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..derivatives import differentiable, pullback
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, documents_from, starts_of
 from .channel_decays import channel_decay_gradient
 from .chunked import linear_attention_chunked
 from .decays import decay_gradient
@@ -77,7 +77,7 @@ def _linear_attention(
 @_linear_attention.register_fake
 def _(q, k, v, log_decay, initial_state, lengths, starts, causal, normalize, output_final_state):
     (B, T, H, Dk), Dv = q.shape, v.shape[-1]
-    rows = B if starts is None else starts.shape[0] - 1
+    rows = count_of(starts, B)
     state = (rows, H, Dk, Dv + normalize) if output_final_state or not causal else (0,)
     inverse = (B, T, H) if normalize else (0,)
     return v.new_empty(v.shape), *(q.new_empty(shape, dtype=torch.float32) for shape in (state, inverse))
@@ -166,7 +166,7 @@ def _gradient(ctx: Any, do: Tensor | None, d_state: Tensor | None, _: None) -> t
 def _plain(*arguments: Any) -> tuple[Tensor | None, ...]:
     """As `_linear_attention_backward`, for PyTorch to differentiate."""
     do, d_state, q, k, v, log_decay, initial_state, lengths, starts, *_, causal, normalize, final, _ = arguments
-    documents = None if starts is None else Documents(starts, q.shape[1])
+    documents = documents_from(starts, q.shape[1])
 
     def form(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return linear_attention_chunked(q, k, v, g, causal, normalize, start, lengths, documents, final)

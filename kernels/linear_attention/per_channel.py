@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from ..common import accumulation_dtype
 from ..derivatives import differentiable, pullback, transformed
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, starts_of
 from .reference import divide_by_normalizer
 from .secondary import secondary_chunks
 
@@ -86,7 +86,7 @@ _backward = custom_op(
 
 @_in_loop.register_fake
 def _(q, k, v, g, first, lengths, starts, causal):
-    R = q.shape[0] if starts is None else starts.shape[0] - 1
+    R = count_of(starts, q.shape[0])
     return v.new_empty(v.shape), v.new_empty(R, *q.shape[2:], v.shape[3])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common import without_autocast, zero_padding
 from ..derivatives import by_hand, gradient, pullback
-from ..documents import Documents
+from ..documents import Documents, count_of
 from .carry import carry
 
 BLOCK = 16  # steps
@@ -40,7 +40,7 @@ def secondary_chunks(
         return o + _of_later(q, k, v, g, lengths, starts), last
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
-    R = B if starts is None else len(starts) - 1
+    R = count_of(starts, B)
     C = 1 << (max(CHUNK, int(Dk), int(Dv)) - 1).bit_length()
     longest = T if starts is None else -(-T // R)
     while 2 * longest <= C:

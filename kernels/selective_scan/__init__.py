@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import Backend, choose, fit
 from ..common import check_lengths
 from ..documents import check_documents
-from ..nodes import as_one
+from ..nodes import or_as_one
 from .chunked import selective_scan_chunked
 from .node import selective_scan_node
 from .reference import selective_scan_reference
@@ -17,11 +17,7 @@ from .reference import selective_scan_reference
 __all__ = ["selective_scan"]
 
 
-def _chunked(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return (selective_scan_node if as_one() else selective_scan_chunked)(*arguments)
-
-
-FORMS = {"chunked": _chunked, "reference": selective_scan_reference}
+FORMS = {"chunked": or_as_one(selective_scan_chunked, selective_scan_node), "reference": selective_scan_reference}
 
 
 def selective_scan(

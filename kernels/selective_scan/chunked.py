@@ -10,7 +10,7 @@ from torch.library import custom_op
 
 from ..common import accumulation_dtype
 from ..derivatives import differentiable, pullback, transformed
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, starts_of
 from . import pieces
 from .pieces import at_once
 
@@ -51,7 +51,7 @@ _written = differentiable(_backward, _plain)
 
 @_forward.register_fake
 def _(v, dt, A, write, read, initial_state, reverse, lengths, starts, keep):
-    state = v.new_empty(v.shape[0] if starts is None else starts.shape[0] - 1, *A.shape)
+    state = v.new_empty(count_of(starts, v.shape[0]), *A.shape)
     return v.new_empty(v.shape), state, pieces.marks(v, A, keep)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common import accumulation_dtype
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, documents_from, starts_of
 from ..nodes import as_node
 from .chunked import selective_scan_chunked
 
@@ -35,13 +35,13 @@ def _run(
     starts: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    documents = None if starts is None else Documents(starts, v.shape[1])
+    documents = documents_from(starts, v.shape[1])
     y, state = selective_scan_chunked(v, dt, A, write, read, initial_state, reverse, lengths, documents)
     return y, state.contiguous()
 
 
 def _empty(v, dt, A, write, read, initial_state, lengths, starts, reverse):
-    R = v.shape[0] if starts is None else starts.shape[0] - 1
+    R = count_of(starts, v.shape[0])
     return v.new_empty(v.shape), v.new_empty(R, *A.shape, dtype=accumulation_dtype(v.dtype))
 
 

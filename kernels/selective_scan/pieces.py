@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common import without_autocast, zero_padding
 from ..diagonal_scan import diagonal_scan, doubling
+from ..documents import count_of
 
 PIECE = 32  # steps
 
@@ -184,7 +185,7 @@ def _piece_backward(
 def _initial(initial_state: Tensor | None, v: Tensor, A: Tensor, starts: Tensor | None) -> Tensor:
     if initial_state is not None:
         return initial_state
-    return v.new_zeros(len(v) if starts is None else len(starts) - 1, *A.shape)
+    return v.new_zeros(count_of(starts, len(v)), *A.shape)
 
 
 def marks(v: Tensor, A: Tensor, keep: bool) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends import Backend, Sequences, choose, fit
 from ..common import check_lengths
 from ..documents import check_documents
-from ..nodes import as_one
+from ..nodes import or_as_one
 from .chunked import vq_attention_chunked
 from .codes import CHANNELS, nearest_code
 from .node import vq_attention_node
@@ -25,11 +25,11 @@ def _fused(*arguments: Any, **options: Any) -> Any:
     return vq_attention_fused(*arguments, **options)
 
 
-def _chunked(*arguments: Any, **options: Any) -> Any:
-    return (vq_attention_node if as_one() else vq_attention_chunked)(*arguments, **options)
-
-
-FORMS = {"chunked": _chunked, "reference": vq_attention_reference, "fused": _fused}
+FORMS = {
+    "chunked": or_as_one(vq_attention_chunked, vq_attention_node),
+    "reference": vq_attention_reference,
+    "fused": _fused,
+}
 
 
 class Options(Sequences, total=False):

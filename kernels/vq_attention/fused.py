@@ -28,7 +28,7 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels, zero_padding
 from ..derivatives import Outline, differentiable, pullback
-from ..documents import Documents
+from ..documents import Documents, count_of
 from ..launching import launch
 from .backward import _key_kernel, _means_kernel, _query_kernel, _value_kernel
 from .chunked import plain_attention, seen_in_window
@@ -241,7 +241,7 @@ def _attention_backward(
         *(q, codebook, log_counts, log_sum, first, last, do, d_means, T, H, S, D, Dv, L),
         **_meta(q, config, out, starts),
     )
-    sequences = B if starts is None else len(starts) - 1
+    sequences = count_of(starts, B)
     d_past = q.new_empty((sequences, H, S, Dv) if past_needs_gradient else (0,), dtype=torch.float32)
     whole = d_past if past_needs_gradient else None
     _outside(d_means, _share(counts), None, outside, whole, starts, before=not causal, behind=True, given=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..documents import Documents, starts_of
+from ..documents import Documents, count_of, documents_from, starts_of
 from ..nodes import as_node
 from .chunked import vq_attention_chunked
 from .state import VQState
@@ -62,7 +62,7 @@ def _run(
         initial_state=past,
         output_final_state=output_final_state,
         lengths=lengths,
-        documents=None if starts is None else Documents(starts, q.shape[1]),
+        documents=documents_from(starts, q.shape[1]),
     )
     return y, *(_state(v, codebook, codes, 0, 0) if state is None else state)
 
@@ -82,7 +82,7 @@ def _state(v: Tensor, codebook: Tensor, codes: Tensor, R: int, block_len: int) -
 
 def _empty(q, k, v, codebook, codes, bias, *others):
     *_, starts, block_len, _, output_final_state = others
-    R = q.shape[0] if starts is None else starts.shape[0] - 1
+    R = count_of(starts, q.shape[0])
     state = _state(v, codebook, codes, *((R, block_len) if output_final_state else (0, 0)))
     past = others[:5]
     if past[1] is not None and output_final_state:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kernels import diagonal_scan
 from ..kernels.common import accumulation_dtype, autocast_dtype, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import transformed
-from ..kernels.documents import Documents, Pieces, starts_of
+from ..kernels.documents import Documents, Pieces, documents_from, starts_of
 from ..kernels.nodes import as_node, as_one
 from ..valid import BelowOne, Positive
 from .base import Block, advance
@@ -242,7 +242,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     step, C = (torch.view_as_complex(z.contiguous()) for z in (step, C))
     past = None if before is None else torch.view_as_complex(before.contiguous())
-    documents = None if starts is None else Documents(starts, x.shape[1])
+    documents = documents_from(starts, x.shape[1])
     y, after = convolve(x, step, C, past, lengths, documents)
     return y.contiguous(), step.real.new_empty(0) if after is None else torch.view_as_real(after)
 

@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..blocks import Block
 from .agreement import assert_close
-from .cases import parameter_gradients, sequences
+from .cases import parameter_gradients, prepared, sequences
 from .contract import BIDIRECTIONAL, CAUSAL, CHECKS, PACKED
 
-__all__ = ["assert_close", "check_block", "parameter_gradients", "sequences"]
+__all__ = ["assert_close", "check_block", "parameter_gradients", "prepared", "sequences"]
 
 
 def check_block(kind: type[Block], *, d_model: int = 16, **options: Any) -> list[str]:
@@ -76,9 +75,4 @@ def _build(
     dtype: torch.dtype = torch.float64,
     train: bool = False,
 ) -> Block:
-    torch.manual_seed(0)
-    block = kind(d_model or width, causal=causal, **options)
-    for layer in block.modules():
-        if isinstance(layer, nn.Linear) and not layer.weight.any():  # what stands behind it would not be seen
-            nn.init.normal_(layer.weight, std=0.3)
-    return block.to(dtype).train(train)
+    return prepared(lambda: kind(d_model or width, causal=causal, **options), dtype=dtype, train=train)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import Block
+
+
+def prepared(make: Callable[[], Block], *, dtype: torch.dtype = torch.float64, train: bool = False) -> Block:
+    """A block that `make` makes, the same each time; layers that begin with zeros, which would hide what stands behind
+    them, begin otherwise."""
+    torch.manual_seed(0)
+    block = make()
+    for layer in block.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.3)
+    return block.to(dtype).train(train)
 
 
 def sequences(B: int, T: int, *, d_model: int = 16, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:

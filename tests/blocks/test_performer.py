@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from agreement import assert_close
+from torchrun import torchrun
 
 import seqzoo
 from seqzoo.blocks.performer import Performer, orthogonal_gaussian
@@ -129,11 +127,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 def test_all_ranks_draw_the_same(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(seqzoo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([sys.executable, *launcher, str(script), str(tmp_path)], env=environment, check=True, timeout=300)
+    subprocess.run(**torchrun(SCRIPT, tmp_path, str(tmp_path)), check=True, timeout=300)
     (first, a), (second, b) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(a, b)  # while their generators stay their own

@@ -1,15 +1,13 @@
 """States as values: forked, reordered, moved, saved, continued more than once; and buffers that are written into."""
 
 import copy
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from agreement import assert_close
 from block_cases import VARIANTS, D, make, sequences
+from torchrun import torchrun
 
 from seqzoo.blocks import BLOCKS
 
@@ -194,7 +192,4 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 def test_a_block_in_shards_extends_as_it_is_and_sums_are_not_rounded(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([sys.executable, *launcher, str(tmp_path / "script.py")], env=environment, check=True, timeout=300)
+    subprocess.run(**torchrun(SCRIPT, tmp_path), check=True, timeout=300)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torchrun import torchrun
 
 from seqzoo import build_block
 from seqzoo.blocks import Wide
@@ -142,8 +140,4 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 def test_fsdp_shards_it_as_a_group_of_its_own(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launcher, str(tmp_path / "script.py")]
-    subprocess.run(command, env=environment, check=True, timeout=300)
+    subprocess.run(**torchrun(SCRIPT, tmp_path), check=True, timeout=300)

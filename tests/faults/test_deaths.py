@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 from dying import Moment, assert_equal, dying_at, in_child, what_is_left
 from tiny_runs import tiny_config, wait_for_training
+from torchrun import torchrun
 
 from seqzoo.runs import run
 from seqzoo.runs.cli import main
@@ -184,19 +185,15 @@ def test_a_run_that_is_stopped_and_continued_is_the_same(whole, task, tmp_path):
 @pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_run_goes_on_the_same(tmp_path):
     """Two processes under torchrun, the second killed while both train."""
-    script = tmp_path / "script.py"
-    script.write_text(
+    script = (
         "import sys\n"
         "from tiny_runs import tiny_config, toy_task\n"
         "from seqzoo.runs import run\n"
         "run(tiny_config(sys.argv[1], finetuning={'tokens': 60_000}), task=toy_task())\n"
     )
-    tests = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        return subprocess.Popen([*launcher, str(script), str(folder)], env=environment, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(**torchrun(script, tmp_path, str(folder)), stderr=subprocess.DEVNULL)
 
     def ranks(process: subprocess.Popen[bytes]) -> list[int]:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

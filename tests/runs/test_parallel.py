@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torchrun import torchrun
 from uneven_steps import CASES, first_step
 
 from seqzoo.training.checkpoint import load_checkpoint
@@ -83,12 +83,7 @@ run(
 
 def start(script: str, tmp_path: Path, *arguments: str, processes: int) -> None:
     """Runs a script in some processes."""
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    tests = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run([sys.executable, *launcher, str(path), *arguments], env=environment, check=True, timeout=300)
+    subprocess.run(**torchrun(script, tmp_path, *arguments, processes=processes), check=True, timeout=300)
 
 
 def launch(tmp_path: Path, name: str, *, processes: int, kind: str) -> Path:
@@ -158,11 +153,7 @@ def test_processes_have_the_losses_of_one(block, tmp_path):
 @pytest.mark.parametrize(("strategy", "parts", "killed"), [("ddp", 1, 1), ("fsdp", 1, 0), ("ddp", 2, 1)])
 def test_a_killed_process_ends_in_a_restart(strategy, parts, killed, tmp_path):
     """Of all of them, from the last checkpoint and to the end; on a quiet machine it takes some ten seconds."""
-    (tmp_path / "script.py").write_text(KILLED)
-    tests = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
-    command = [sys.executable, *launcher, str(tmp_path / "script.py"), str(tmp_path), strategy, str(parts)]
+    command = torchrun(KILLED, tmp_path, str(tmp_path), strategy, str(parts), restarts=3)
 
     def validations() -> int:
         return sum(path.read_text().count("val/loss") for path in tmp_path.glob("*/metrics.jsonl"))
@@ -175,7 +166,7 @@ def test_a_killed_process_ends_in_a_restart(strategy, parts, killed, tmp_path):
             time.sleep(0.05)
         return time.monotonic() - began
 
-    with subprocess.Popen(command, env=environment) as process:
+    with subprocess.Popen(**command) as process:
         try:
             wait_for(lambda: validations() >= 3)
             before, first = validations(), int((tmp_path / f"pid {killed}").read_text())
