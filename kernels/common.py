@@ -23,6 +23,12 @@ def valid_positions(lengths: Tensor, T: int) -> Tensor:
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
+def chunk_of(T: int, longest: int) -> int:
+    """Steps of a chunk: `longest`, or all T where those are fewer; in compiled graphs only where they are one, so that a
+    few graphs serve every length."""
+    return min(T, longest) if T == 1 or not torch.compiler.is_compiling() else longest
+
+
 def future(n: int, device: torch.device) -> Tensor:
     """Which of `n` keys each of as many queries, of the same steps, does not see: bool [n, n]."""
     return torch.ones(n, n, dtype=torch.bool, device=device).triu(1)

@@ -1,8 +1,9 @@
-"""Triton's interpreter without what takes two thirds of its time and changes no result.
+"""Triton's interpreter without what takes two thirds of its time, and with products that are the same on every machine.
 
 It puts its own functions in the place of `triton.language`'s anew in every call of a function inside a kernel, where
 once a launch is enough, makes sums and products of integers twice, for an assertion that is off, and a table of all
-dtypes whenever it looks one up.
+dtypes whenever it looks one up. Its `tl.dot` is NumPy's, which sums in an order that depends on the processor and on
+where in a matrix a column stands.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 from triton.runtime import interpreter
-from triton.runtime.interpreter import interpreter_builder
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 patch_language = interpreter._patch_lang
 np_dtype = interpreter._get_np_dtype
@@ -50,6 +52,13 @@ def quick_np_dtype(kind: Any) -> Any:
     return np_dtypes[name]
 
 
+def dot(a: TensorHandle, b: TensorHandle, accumulator: TensorHandle, *_: Any) -> TensorHandle:
+    """Summed in double precision and rounded once."""
+    dtype = accumulator.data.dtype
+    product = np.matmul(a.data, b.data, dtype=np.float64).astype(dtype)
+    return TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+
+
 @contextmanager
 def quick() -> Iterator[None]:
     options = replace(interpreter_builder.options, sanitize_overflow=False)
@@ -57,5 +66,6 @@ def quick() -> Iterator[None]:
         mock.patch.object(interpreter, "_patch_lang", PatchedLanguage()),
         mock.patch.object(interpreter, "_get_np_dtype", quick_np_dtype),
         mock.patch.object(interpreter_builder, "options", options),
+        mock.patch.object(interpreter_builder, "create_dot", dot),
     ):
         yield

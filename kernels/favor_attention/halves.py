@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import without_autocast
+from ..common import chunk_of, without_autocast
 from ..diagonal_scan import diagonal_scan
 from ..documents import Documents, Pieces
 from ..linear_attention.reference import divide_by_normalizer
@@ -38,7 +38,7 @@ def causal_by_halves(
 ) -> tuple[Tensor, FavorState]:
     """Outputs [B, T, H, Dv] from the keys up to each query and those of the state, and the state after them."""
     T, pieces = q.shape[1], None
-    C, enough = 1, min(T if documents is None else T // documents.N, max(MIN_CHUNK, v.shape[-1]))
+    C, enough = 1, chunk_of(T if documents is None else T // documents.N, max(MIN_CHUNK, v.shape[-1]))
     while enough > C:
         C *= 2
     with without_autocast(q.device):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import without_autocast, zero_padding
+from ..common import chunk_of, without_autocast, zero_padding
 from ..derivatives import by_hand, gradient, pullback
 from ..documents import Documents, count_of
 from .carry import carry
@@ -42,7 +42,7 @@ def secondary_chunks(
     Dv = v.shape[-1]
     R = count_of(starts, B)
     C = 1 << (max(CHUNK, int(Dk), int(Dv)) - 1).bit_length()
-    longest = T if starts is None else -(-T // R)
+    longest = chunk_of(T if starts is None else -(-T // R), C)
     while 2 * longest <= C:
         C //= 2
     b = min(BLOCK, C)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.common import accumulation_dtype, in_cache, without_autocast
+from ..kernels.common import accumulation_dtype, chunk_of, in_cache, without_autocast
 from ..kernels.derivatives import gradient, transformed
 from ..kernels.documents import Documents
 from ..valid import Count
@@ -202,7 +202,7 @@ def _kernel_gradient(x: Tensor, dy: Tensor, W: int) -> Tensor:
     B, T, D = dy.shape
     if W <= FEW:
         return torch.stack([(dy * x[:, j : j + T]).sum((0, 1)) for j in range(W)], 1)
-    L = min(CHUNK, T)
+    L = chunk_of(T, CHUNK)
     N = -(-T // L)
     x, dy = (F.pad(tensor, (0, 0, 0, N * L - T)).flatten(0, 1).t().contiguous() for tensor in (x, dy))
     reached = x.view(D, B, -1).unfold(-1, L + W - 1, L).flatten(1, 2)  # by each chunk of outputs

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
-from ..kernels.common import accumulation_dtype, autocast_dtype, product_dtype, valid_positions, without_autocast
+from ..kernels.common import accumulation_dtype, autocast_dtype, chunk_of, product_dtype, valid_positions, without_autocast
 from ..kernels.derivatives import transformed
 from ..kernels.documents import Documents, Pieces, documents_from, starts_of
 from ..kernels.nodes import as_node, as_one
@@ -161,7 +161,7 @@ def convolve(
     Returns:
         y [B, T, D], and h after `lengths` steps [B, D, P].
     """
-    (B, T, D), P, L, ways = x.shape, step.shape[1], min(CHUNK, x.shape[1]), len(C)
+    (B, T, D), P, L, ways = x.shape, step.shape[1], chunk_of(x.shape[1], CHUNK), len(C)
     pieces = None if documents is None else documents.pieces(L)
     if pieces is None:
         N = -(-T // L)
