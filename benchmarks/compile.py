@@ -38,6 +38,7 @@ from seqzoo.runs import provenance
 # rows of the tables, so that its programs have to do with as little as there is on those.
 ARCHITECTURES = {80: 101_376, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 COVERED = (80, 90, 100, 120)
+GATED = (80, 90, 100)  # on every change
 CHOSEN_WITH = "3.7.1"  # the version of Triton for block sizes; what another one spills is told, and no fault
 MATRIX_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 
@@ -162,8 +163,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for what is written", default=Path("results"))
     options = parser.parse_args()
 
+    usual = GATED if options.widest else COVERED if options.cover else tuple(ARCHITECTURES)
     for operation in [options.only] if options.only else launches.CALLS:
-        for architecture in options.architecture or (COVERED if options.cover or options.widest else ARCHITECTURES):
+        for architecture in options.architecture or usual:
             chosen = launches.of_operation(operation, architecture)
             if options.widest:
                 chosen = launches.widest(chosen, architecture)

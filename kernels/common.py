@@ -24,8 +24,8 @@ def valid_positions(lengths: Tensor, T: int) -> Tensor:
 
 
 def chunk_of(T: int, longest: int) -> int:
-    """Steps of a chunk: `longest`, or all T where those are fewer; in compiled graphs only where they are one, so that a
-    few graphs serve every length."""
+    """Steps of a chunk: `longest`, or all T where those are fewer; in compiled graphs only where T is 1, so that a few
+    graphs serve every length."""
     return min(T, longest) if T == 1 or not torch.compiler.is_compiling() else longest
 
 

@@ -90,6 +90,11 @@ def soon(first, cases):
 
 
 CAUSAL_DEFAULTS = [case for case in DEFAULTS if case.values[2]]
+ONE_EACH = (
+    *("softmax_attention", "linear_attention", "performer", "vq_attention", "gau"),
+    *("lru", "s4d", "conv", "mamba", "kda"),
+)
+OF_EACH_OPERATION = [case for case in CAUSAL_DEFAULTS if case.values[0] in ONE_EACH]
 
 
 def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):

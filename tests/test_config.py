@@ -7,11 +7,11 @@ from seqzoo.config import CONFIGS, ConfigError, available, compose, from_dict, t
 
 
 def pairs():
-    """Combinations in which every two of a model, a task and a recipe meet."""
-    recipes = available("recipe")
-    for m, model in enumerate(available("model")):
-        for t, task in enumerate(available("task")):
-            yield model, task, recipes[(m + t) % len(recipes)]
+    """Combinations in which every model and every task meets every recipe, which sets sizes by both."""
+    models, tasks = available("model"), available("task")
+    for r, recipe in enumerate(available("recipe")):
+        for n in range(max(len(models), len(tasks))):
+            yield models[n % len(models)], tasks[(n + r) % len(tasks)], recipe
 
 
 @pytest.mark.parametrize(("model", "task", "recipe"), pairs())

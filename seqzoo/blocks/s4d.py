@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import diagonal_scan
-from ..kernels.common import accumulation_dtype, autocast_dtype, chunk_of, product_dtype, valid_positions, without_autocast
+from ..kernels.common import (
+    accumulation_dtype,
+    autocast_dtype,
+    chunk_of,
+    product_dtype,
+    valid_positions,
+    without_autocast,
+)
 from ..kernels.derivatives import transformed
 from ..kernels.documents import Documents, Pieces, documents_from, starts_of
 from ..kernels.nodes import as_node, as_one

@@ -11,8 +11,8 @@ import torch
 from agreement import assert_close
 from block_cases import (
     CASES,
-    CAUSAL_DEFAULTS,
     DEFAULTS,
+    OF_EACH_OPERATION,
     D,
     builder,
     defaults,
@@ -142,7 +142,7 @@ def test_backends_agree(name, options, causal, monkeypatch):
             assert_close(a, e, 1e-4)
 
 
-@soon(CAUSAL_DEFAULTS, CASES)
+@soon(OF_EACH_OPERATION, CASES)
 def test_compiles_whole(name, options, causal):
     block = make(name, options, causal, dtype=torch.float32, train=name == "vq_attention")
     x = sequences(2, 40, dtype=torch.float32)

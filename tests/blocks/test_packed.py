@@ -8,8 +8,8 @@ import torch
 from agreement import assert_close
 from block_cases import (
     CASES,
-    CAUSAL_DEFAULTS,
     DEFAULTS,
+    OF_EACH_OPERATION,
     D,
     builder,
     defaults,
@@ -172,7 +172,7 @@ def test_every_form_takes_documents(name, options, causal, form, monkeypatch):
     assert_same_gradients(gradients(fast, z, y), right, 1e-4)
 
 
-@soon(CAUSAL_DEFAULTS, DEFAULTS)
+@soon(OF_EACH_OPERATION, DEFAULTS)
 def test_compiles_whole_without_looking_at_documents(name, options, causal):
     block = make(name, options, causal, dtype=torch.float32, train=name == "vq_attention")
     x = sequences(1, 60, dtype=torch.float32)

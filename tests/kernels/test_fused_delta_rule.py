@@ -146,7 +146,7 @@ def test_gradients_come_in_any_layout():
         assert all(torch.equal(value[key], expected[key]) for key in value), name
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_operator(packed):
     inputs = given(1 if packed else 2, 9, 2, 4, 3, G=1, decay="channel" if packed else "head", erase=packed)
     lengths = None if packed else torch.tensor([9, 4], device=DEVICE)

@@ -134,7 +134,7 @@ def test_a_split_sequence_goes_on_where_it_stopped():
     assert_close(torch.cat([first, rest], 1), whole, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.complex64])
 def test_operator(dtype):
     x, a, h0, w, w_state = make(2, 9, 4, dtype, True)
     lengths = torch.tensor([9, 4], device=DEVICE)

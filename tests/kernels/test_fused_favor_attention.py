@@ -171,7 +171,7 @@ def test_one_projection_serves_all_heads():
     assert torch.equal(shared, favor_attention(q, k, v, projection[:1].repeat(3, 1, 1), backend="fused"))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_operator(causal, packed):
     q, k, v, projection = make(1 if packed else 2, 5, 1, 16, 6, 16).values()

@@ -161,7 +161,7 @@ def test_a_split_sequence_goes_on_where_it_stopped():
     assert_close(torch.cat([first, rest], 1), whole, 2e-6)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("causal", "decay", "normalize"), [(True, "step", True), (True, "channel", True), (False, "none", False)]
 )

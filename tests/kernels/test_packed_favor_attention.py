@@ -122,7 +122,8 @@ def test_in_single_precision_with_int64(causal, scale):
     check(LENGTHS, inputs, 1e-5, state=False, causal=causal, starts=starts_of(LENGTHS, torch.int64))
 
 
-SHORT = [17, 2, 0, 33, 80, 0]  # the gradient of a single query and key is zero, or in single precision what rounding leaves
+# The gradient of a single query and key is zero, or in single precision what rounding leaves.
+SHORT = [17, 2, 0, 33, 80, 0]
 
 
 @pytest.mark.parametrize(("causal", "start", "end"), [(False,) * 3, (True, False, True), (True,) * 3])

@@ -107,8 +107,9 @@ def stage_without_numbers(
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("objective", ["task", "masked", "causal", "joint"])
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    ("objective", "packing"), [("task", True), ("masked", False), ("causal", True), ("joint", False)]
+)
 def test_a_step_waits_for_no_device(task, tmp_path, monkeypatch, block, objective, packing):
     stage = stage_without_numbers(task, tmp_path, monkeypatch, objective=objective, block=block, packing=packing)
     with Copies() as copies:
