@@ -36,6 +36,9 @@ def linear_attention_chunked(
 ) -> tuple[Tensor, Tensor | None]:
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
+    if T == 1 and initial_state is not None and documents is None:
+        with without_autocast(q.device):
+            return _one_step(q, k, v, log_decay, normalize, initial_state, lengths)
     if log_decay is not None and log_decay.dim() < 4 and _by_step(q, v):
         log_decay = log_decay.expand(B, T, H)[..., None]
     if log_decay is not None and log_decay.dim() == 4:
@@ -81,6 +84,25 @@ def linear_attention_chunked(
                 o = divide_by_normalizer(o)
         o = o.view(B, H, N * C, Dv)[:, :, :T].transpose(1, 2)
     return zero_padding(o, lengths).to(out_dtype).contiguous(), final_state if output_final_state else None
+
+
+def _one_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, normalize: bool, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence itself."""
+    dtype = accumulation_dtype(v.dtype)
+    q_1, k_1, v_1 = (zero_padding(x, lengths)[:, 0].to(dtype) for x in (q, k, v))  # [B, H, D]
+    if normalize:
+        v_1 = F.pad(v_1, (0, 1), value=1.0)
+    state = state.to(dtype)
+    if log_decay is not None:
+        g = log_decay if log_decay.dim() == 4 else log_decay.expand(q.shape[:3])[..., None]  # [B, 1, H, 1 or Dk]
+        state = zero_padding(g.to(dtype), lengths)[:, 0].exp()[..., None] * state
+    state = state + k_1[..., None] * v_1[..., None, :]
+    o = (q_1[..., None, :] @ state)[..., 0, :]
+    if normalize:
+        o = divide_by_normalizer(o)
+    return zero_padding(o[:, None], lengths).to(v.dtype), state
 
 
 def _by_step(q: Tensor, v: Tensor) -> bool:

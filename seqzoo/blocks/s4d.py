@@ -168,6 +168,8 @@ def convolve(
     Returns:
         y [B, T, D], and h after `lengths` steps [B, D, P].
     """
+    if x.shape[1] == 1 and before is not None and documents is None:
+        return _one_step(x, step, C[0], before, lengths)
     (B, T, D), P, L, ways = x.shape, step.shape[1], chunk_of(x.shape[1], CHUNK), len(C)
     pieces = None if documents is None else documents.pieces(L)
     if pieces is None:
@@ -234,6 +236,15 @@ def convolve(
     if documents is not None:
         after = torch.where((documents.lengths > 0)[:, None, None], after, before)
     return y, after
+
+
+def _one_step(x: Tensor, step: Tensor, C: Tensor, before: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`convolve` of x [B, 1, D] and C [D, P]."""
+    after = step.exp() * before + x[:, 0, :, None]
+    y = torch.view_as_real(C.conj().resolve_conj()).mul(torch.view_as_real(after)).sum((-1, -2)).to(x.dtype)
+    if lengths is not None:
+        after = torch.where((lengths > 0)[:, None, None], after, before)
+    return y[:, None], after
 
 
 def _convolve_as_node(

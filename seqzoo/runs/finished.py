@@ -112,13 +112,16 @@ def _beside(folder: Path) -> Path | None:
     """The run folder whose pretraining a run reused, by the name that its result gives; None: it was its own.
 
     Raises:
-        ConfigError: it is not the name of a folder beside it.
+        ConfigError: there is no such folder beside it.
     """
     name = (read_result(folder, {}) or {}).get("pretrain_run")
     if name is None:
         return None
-    if not is_name(name):
-        raise ConfigError(f"{folder / 'result.json'}: pretrain_run={name!r}: valid: the name of a folder beside it")
+    if not is_name(name) or not (folder.parent / name).is_dir():
+        raise ConfigError(
+            f"{folder / 'result.json'}: pretrain_run={name!r}: valid: the name of a folder beside it; "
+            "a run that was moved needs the one whose pretraining it shares moved too"
+        )
     return folder.parent / name
 
 

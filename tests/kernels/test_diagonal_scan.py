@@ -46,6 +46,8 @@ NAMES = ("h", "state", "dx", "da", "dh0", "df")
     [
         (2, 1, 3, torch.float32, True, False, None),
         (3, 1, 3, torch.complex64, False, True, None),
+        (3, 1, 3, torch.complex64, False, True, [1, 0, 1]),
+        (3, 1, 3, torch.float32, True, False, [0, 1, 1]),
         (1, 2, 1, torch.complex64, False, False, None),
         (3, 15, 5, torch.float32, False, True, [15, 0, 7]),
         (3, 16, 24, torch.complex64, True, True, [1, 16, 9]),

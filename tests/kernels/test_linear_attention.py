@@ -61,6 +61,8 @@ def run(inputs: dict[str, Tensor | None], w: Tensor, w_state: Tensor | None = No
 CASES = [  # B, T, H, Dk, Dv, causal, decay, normalize, state, lengths
     (2, 1, 2, 3, 5, True, "none", False, True, None),
     (2, 1, 2, 3, 5, False, "step", True, False, None),
+    (3, 1, 2, 3, 5, True, "step", True, True, [1, 0, 1]),
+    (3, 1, 2, 3, 5, True, "channel", False, True, [0, 1, 1]),
     (1, 2, 3, 8, 7, True, "step", True, True, None),
     (2, 15, 1, 5, 3, False, "none", True, False, [15, 4]),
     (2, 16, 2, 7, 9, True, "head", False, True, [3, 16]),

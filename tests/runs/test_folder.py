@@ -188,7 +188,7 @@ def test_json_that_cannot_be_read_is_named(folder, content):
         read_spec(folder)
 
 
-@pytest.mark.parametrize("name", ["../../..", "..", ".", "", "a/b", "/", 3])
+@pytest.mark.parametrize("name", ["../../..", "..", ".", "", "a/b", "/", 3, "of nobody", "\x1b[31m"])
 def test_a_pretraining_is_looked_for_beside_the_run_and_nowhere_else(folder, name):
     (folder / "result.json").write_text(json.dumps({"pretrain_run": name}))
     with pytest.raises(ConfigError, match=r"result.json: pretrain_run=.* valid: the name of a folder beside it"):
