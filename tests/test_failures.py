@@ -134,4 +134,5 @@ def test_an_interrupt_in_the_first_seconds_is_a_line_at_most(given, seconds, tmp
         process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said
-    assert process.returncode in (0, 1, 2, 130)
+    # A shell says 130 of what SIGINT ends, too, as it does once Python has given the signal back on its way out.
+    assert process.returncode in (0, 1, 2, 130, -signal.SIGINT)
