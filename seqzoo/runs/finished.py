@@ -66,7 +66,13 @@ def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
         named = _beside(folder)
         given = Path(config.pretrain) if isinstance(config.pretrain, str) else None
         source = given if given and given.exists() else named or folder
-        transfer_backbone(model, source / "pretrain" / "best.safetensors")
+        path = source / "pretrain" / "best.safetensors"
+        if source != folder and not path.is_file():
+            raise ConfigError(
+                f"{folder}: {str(path)!r}, which it was fine-tuned from, is not there; a run that is moved needs the run "
+                "whose pretraining it shares moved too"
+            )
+        transfer_backbone(model, path)
     return model.eval()
 
 
@@ -112,16 +118,13 @@ def _beside(folder: Path) -> Path | None:
     """The run folder whose pretraining a run reused, by the name that its result gives; None: it was its own.
 
     Raises:
-        ConfigError: there is no such folder beside it.
+        ConfigError: it is not the name of a folder beside it.
     """
     name = (read_result(folder, {}) or {}).get("pretrain_run")
     if name is None:
         return None
-    if not is_name(name) or not (folder.parent / name).is_dir():
-        raise ConfigError(
-            f"{folder / 'result.json'}: pretrain_run={name!r}: valid: the name of a folder beside it; "
-            "a run that was moved needs the one whose pretraining it shares moved too"
-        )
+    if not is_name(name):
+        raise ConfigError(f"{folder / 'result.json'}: pretrain_run={name!r}: valid: the name of a folder beside it")
     return folder.parent / name
 
 

@@ -188,11 +188,20 @@ def test_json_that_cannot_be_read_is_named(folder, content):
         read_spec(folder)
 
 
-@pytest.mark.parametrize("name", ["../../..", "..", ".", "", "a/b", "/", 3, "of nobody", "\x1b[31m"])
+@pytest.mark.parametrize("name", ["../../..", "..", ".", "", "a/b", "/", 3])
 def test_a_pretraining_is_looked_for_beside_the_run_and_nowhere_else(folder, name):
     (folder / "result.json").write_text(json.dumps({"pretrain_run": name}))
     with pytest.raises(ConfigError, match=r"result.json: pretrain_run=.* valid: the name of a folder beside it"):
         load(folder, "pretrain")
+
+
+@pytest.mark.parametrize("name", ["of nobody", "\x1b[31m"])
+def test_a_pretraining_that_is_not_there_is_told_of_the_run(folder, name):
+    (folder / "result.json").write_text(json.dumps({"pretrain_run": name}))
+    with pytest.raises(ConfigError, match="which it was fine-tuned from, is not there") as error:
+        load(folder, "pretrain")
+    assert str(error.value).startswith(f"{folder}: ")
+    assert error.value.args[0].isprintable()
 
 
 @pytest.mark.parametrize("relative", [True, False])
