@@ -69,8 +69,8 @@ def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
         path = source / "pretrain" / "best.safetensors"
         if source != folder and not path.is_file():
             raise ConfigError(
-                f"{folder}: {str(path)!r}, which it was fine-tuned from, is not there; a run that is moved needs the run "
-                "whose pretraining it shares moved too"
+                f"{folder}: {str(path)!r}, which it was fine-tuned from, is not there; a run that is moved needs "
+                "the one whose pretraining it shares moved too"
             )
         transfer_backbone(model, path)
     return model.eval()
