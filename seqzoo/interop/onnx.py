@@ -129,7 +129,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         def translation(*arguments: Any) -> Any:
             nodes = Nodes()
             results = operation(nodes, *arguments)
-            evaluator.default().nodes.extend(nodes.made)
+            recorder: Any = evaluator.default()
+            recorder.nodes.extend(nodes.made)
             results = [opset18.Identity(x) for x in results]
             return results[0] if len(results) == 1 else results
 

@@ -123,9 +123,10 @@ def vq_attention(
 
 def _by_offset(n: Nodes, bias: Value, H: int, offset: Value, causal: bool, scores: Value) -> Value:
     """What each key's offset from its query has of `bias`, [H, n] or [B, T, H, n]; 0 further away: as the scores."""
-    entries = bias.shape[-1]
+    shape = tuple(bias.shape or ())
+    entries = shape[-1]
     reach = entries - 1 if causal else entries // 2
-    bias = n.Unsqueeze(bias, [0, 2]) if len(bias.shape) == 2 else n.by_head(bias)[0]  # [1 or B, H, 1 or T, n]
+    bias = n.Unsqueeze(bias, [0, 2]) if len(shape) == 2 else n.by_head(bias)[0]  # [1 or B, H, 1 or T, n]
     place = n.Add(offset, reach)
     within = n.And(n.GreaterOrEqual(place, 0), n.Less(place, entries))
     place = n.Where(within, place, 0)
