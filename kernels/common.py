@@ -26,7 +26,7 @@ def valid_positions(lengths: Tensor, T: int) -> Tensor:
 def chunk_of(T: int, longest: int) -> int:
     """Steps of a chunk: `longest`, or all T where those are fewer; in compiled graphs only where T is 1, so that a few
     graphs serve every length."""
-    return min(T, longest) if T == 1 or not torch.compiler.is_compiling() else longest
+    return longest if torch.compiler.is_compiling() and T != 1 else min(T, longest)
 
 
 def future(n: int, device: torch.device) -> Tensor:

@@ -38,7 +38,8 @@ def linear_attention_chunked(
     Dv = v.shape[-1]
     if T == 1 and initial_state is not None and documents is None:
         with without_autocast(q.device):
-            return _one_step(q, k, v, log_decay, normalize, initial_state, lengths)
+            o, final_state = _one_step(q, k, v, log_decay, normalize, initial_state, lengths)
+        return o, final_state if output_final_state else None
     if log_decay is not None and log_decay.dim() < 4 and _by_step(q, v):
         log_decay = log_decay.expand(B, T, H)[..., None]
     if log_decay is not None and log_decay.dim() == 4:

@@ -241,7 +241,7 @@ def convolve(
 def _one_step(x: Tensor, step: Tensor, C: Tensor, before: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """`convolve` of x [B, 1, D] and C [D, P]."""
     after = step.exp() * before + x[:, 0, :, None]
-    y = torch.view_as_real(C.conj().resolve_conj()).mul(torch.view_as_real(after)).sum((-1, -2)).to(x.dtype)
+    y = (C * after).real.sum(-1).to(x.dtype)
     if lengths is not None:
         after = torch.where((lengths > 0)[:, None, None], after, before)
     return y[:, None], after

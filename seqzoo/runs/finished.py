@@ -39,7 +39,8 @@ def load(run_folder: str | Path, stage: str = "finetune") -> nn.Module:
             under a new head; or "initial", what the run's seed makes of it.
 
     Raises:
-        ConfigError: `run_folder` is not a run folder, or had no pretraining, or there is no such stage.
+        ConfigError: `run_folder` is not a run folder, or had no pretraining, or one that is not there, or there is no
+            such stage.
         TrainingError: its weights are missing or damaged.
     """
     folder = Path(run_folder)

@@ -4,7 +4,7 @@ under transforms of functions."""
 import pytest
 import torch
 from agreement import assert_close
-from block_cases import CASES, D, defaults, make, sequences
+from block_cases import CASES, DEFAULTS, D, defaults, make, sequences, soon
 from torch import nn
 from torch.export import Dim
 from torch.func import functional_call, grad, vmap
@@ -26,14 +26,7 @@ ANY = {"x": {0: Dim("B"), 1: Dim("T")}, "lengths": {0: Dim("B")}}
 
 def often(names, causal=(True,)):
     """The default options of each block, of which the rest is slow."""
-    return pytest.mark.parametrize(
-        ("name", "options", "causal"),
-        [
-            pytest.param(*case.values, id=case.id, marks=() if chosen else pytest.mark.slow)
-            for case in CASES
-            for chosen in [case.values[0] in names and "-0-" in str(case.id) and case.values[2] in causal]
-        ],
-    )
+    return soon([case for case in DEFAULTS if case.values[0] in names and case.values[2] in causal], CASES)
 
 
 def nodes_of(program):

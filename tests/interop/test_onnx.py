@@ -3,7 +3,7 @@
 import pytest
 import torch
 from agreement import assert_close
-from block_cases import CASES, make, sequences
+from block_cases import CASES, make, sequences, soon
 from torch import nn
 
 onnxruntime = pytest.importorskip("onnxruntime", minversion="1.32")
@@ -22,10 +22,7 @@ def run(program, *inputs):
     return [torch.from_numpy(y) for y in session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "causal"),
-    [pytest.param(*case.values, id=case.id, marks=() if case.id in OFTEN else pytest.mark.slow) for case in CASES],
-)
+@soon([case for case in CASES if case.id in OFTEN], CASES)
 @torch.no_grad()
 def test_a_block_is_the_same_in_onnx(name, options, causal, tmp_path):
     block = make(name, options, causal, dtype=torch.float32)

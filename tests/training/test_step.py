@@ -108,7 +108,14 @@ def stage_without_numbers(
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize(
-    ("objective", "packing"), [("task", True), ("masked", False), ("causal", True), ("joint", False)]
+    ("objective", "packing"),
+    [
+        *[("task", True), ("masked", False), ("causal", True), ("joint", False)],
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("task", False), ("masked", True), ("causal", False), ("joint", True)]
+        ),
+    ],
 )
 def test_a_step_waits_for_no_device(task, tmp_path, monkeypatch, block, objective, packing):
     stage = stage_without_numbers(task, tmp_path, monkeypatch, objective=objective, block=block, packing=packing)
