@@ -47,9 +47,9 @@ def training_rate(
 ) -> float:
     """Tokens a second of a stage, validations aside: a few of its steps are timed.
 
-    A first one is not, unless it takes as long as all of them may. Where a step would take too long it has fewer
-    examples, and then shorter ones, whose operations tell what whole ones would take. Nothing is moved but `model`:
-    nothing else that is random draws other numbers for it.
+    A first one is not. Where a step would take too long it has fewer examples, and then shorter ones, whose operations
+    tell what whole ones would take. Nothing is moved but `model`: nothing else that is random draws other numbers for
+    it.
 
     Args:
         model: one of its own, which is used up.
@@ -83,12 +83,11 @@ def training_rate(
             packing=packing,
         )
         most = max(1, int(TIMED_SHARE * budget(stage, len(train), positions, room)[1]))
-        tokens, seconds = _step(steps)
-        if seconds < TIMED_SECONDS:  # else memory to be found, and kernels to be compiled, were little of it
-            tokens, seconds = 0, 0.0
-            while steps.state.step <= most and seconds < TIMED_SECONDS:
-                more, took = _step(steps)
-                tokens, seconds = tokens + more, seconds + took
+        _step(steps)  # finds memory, and has loops and kernels compiled
+        tokens, seconds = 0, 0.0
+        while steps.state.step <= most and seconds < TIMED_SECONDS:
+            more, took = _step(steps)
+            tokens, seconds = tokens + more, seconds + took
     return tokens / seconds * (flops_at(longest) / flops if longest < whole else 1.0)
 
 

@@ -82,6 +82,20 @@ def test_operations_make_whole_steps_of_shorter_ones(task, tmp_path, monkeypatch
     assert rate_of(task, tmp_path, flops=400.0, flops_at={4: 100.0}.__getitem__) == pytest.approx(4 / 10 / 4)
 
 
+def test_what_the_first_step_has_compiled_is_not_counted(task, tmp_path, monkeypatch):
+    seconds, tokens, take_step = [0.0], [], Stage.take_step
+
+    def slow_at_first(stage):
+        take_step(stage)
+        seconds.append(seconds[-1] + (0.1 if tokens else 15.0))
+        tokens.append(stage.state.tokens)
+
+    monkeypatch.setattr(Stage, "take_step", slow_at_first)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: seconds[-1])
+    rate = rate_of(task, tmp_path, tokens=10_000)
+    assert rate == pytest.approx((tokens[-1] - tokens[0]) / (0.1 * (len(tokens) - 1)))
+
+
 def test_nothing_else_is_moved(task, tmp_path):
     torch.manual_seed(3)
     before = torch.get_rng_state()
