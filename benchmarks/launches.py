@@ -155,19 +155,9 @@ def covering(launches: list[Launch], architecture: int) -> list[Launch]:
 def widest(launches: list[Launch], architecture: int) -> list[Launch]:
     """Fewer yet: of each kernel the widest heads in float32, and in a dtype of 16 bits.
 
-    For sm_90 the widest of each row of its table, of rows with few warps, what spilled once, each switch, and each
-    argument with it and without. Rows of bfloat16 and float16 are one where both are multiplied as they are: but for
-    the name of a dtype, the code is the same.
+    For sm_90 also what spilled once, each switch, and each argument with it and without.
     """
-
-    def kind(launch: Launch) -> Any:
-        if architecture != 90:
-            return launch.precision == "tf32x3"
-        if launch.row is None or _few_warps(launch):
-            return launch.row is None
-        return launch.row._replace(dtype="16 bits" if launch.precision in ("bf16", "fp16") else launch.row.dtype)
-
-    return _chosen(launches, architecture, kind)
+    return _chosen(launches, architecture, lambda launch: launch.precision == "tf32x3")
 
 
 def _few_warps(launch: Launch) -> bool:

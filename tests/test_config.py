@@ -7,12 +7,10 @@ from seqzoo.config import CONFIGS, ConfigError, available, compose, from_dict, t
 
 
 def combinations():
-    """Every model and every task meets every recipe, which sets sizes by both; with -m slow each other too."""
+    """Every task meets every recipe, which sets sizes by it, with one model after another; with -m slow every model."""
     models, tasks, recipes = (available(group) for group in ("model", "task", "recipe"))
     soon = [
-        (models[n % len(models)], tasks[(n + r) % len(tasks)], recipe)
-        for r, recipe in enumerate(recipes)
-        for n in range(max(len(models), len(tasks)))
+        (models[n % len(models)], task, recipe) for n, (recipe, task) in enumerate(itertools.product(recipes, tasks))
     ]
     met = {case[:2] for case in soon}
     later = [
