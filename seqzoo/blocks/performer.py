@@ -134,8 +134,10 @@ def default_features(D: int) -> int:
 def orthogonal_gaussian(H: int, M: int, D: int) -> Tensor:
     """Rows with the distribution of N(0, I) each, orthogonal within every D of them: float32 [H, M, D].
 
-    Drawn on the CPU from torch's generator, so that a seed gives the same rows on any device.
+    Drawn on the CPU from torch's generator, so that a seed gives the same rows on any device; on "meta" none is drawn.
     """
+    if torch.get_default_device().type == "meta":
+        return torch.empty(H, M, D, dtype=torch.float32)
     blocks = -(-M // D)
     Q, R = torch.linalg.qr(torch.randn(H, blocks, D, D, dtype=torch.float32, device="cpu"))
     # QR leaves the sign of each direction to the algorithm; with these it is the uniform distribution's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,6 +58,7 @@ def fit_width(config: ModelConfig, spec: TaskSpec, size: str, *, causal: bool) -
     measure, n = parse_size(size)
     step = 2 * (config.num_heads or 4)  # heads of an even width
 
+    @cache
     def at(steps: int) -> float:
         sized = replace(config, d_model=steps * step)
         if measure == "params":

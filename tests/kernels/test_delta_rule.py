@@ -384,7 +384,9 @@ with computed(sys.argv[1]):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(
+    "decay", [decay if decay == "channel" else pytest.param(decay, marks=pytest.mark.slow) for decay in DECAYS]
+)
 def test_memory_is_a_few_times_that_of_its_inputs(decay, form):
     """In a process of its own, whose allocator has kept nothing from before."""
     root = Path(__file__).resolve().parents[2]

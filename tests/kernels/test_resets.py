@@ -16,8 +16,16 @@ SHUT = (-1e4, -math.inf)
 PLACES = (1, 30, 64, 79)  # of the first step that remembers nothing
 FORMS = [("reference", torch.float64), ("chunked", torch.float64), ("chunked", torch.float32), ("fused", torch.float32)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-forms = pytest.mark.parametrize(("backend", "dtype"), FORMS, ids=lambda value: str(value).removeprefix("torch."))
 shut_gates = pytest.mark.parametrize("shut", SHUT)
+shut_gates_in_all_forms = pytest.mark.parametrize(
+    ("shut", "backend", "dtype"),
+    [
+        pytest.param(shut, *form, marks=pytest.mark.slow if form[0] == "fused" and shut > -math.inf else ())
+        for shut in SHUT
+        for form in FORMS
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 
 
 def places(backend: str) -> tuple[int, ...]:
@@ -58,8 +66,7 @@ def attended(dtype: torch.dtype, per_channel: bool) -> dict[str, Tensor]:
     return {name: x.to(dtype) for name, x in {"q": q, "k": k, "v": v, "log_decay": gates}.items()}
 
 
-@forms
-@shut_gates
+@shut_gates_in_all_forms
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("per_channel", [False, True], ids=["step", "channel"])
@@ -99,8 +106,7 @@ def test_channels_of_linear_attention_forget_each_for_itself(causal, shut):
     assert_same(run(linear_attention, inputs, w, None, causal=causal), expected, 1e-12)
 
 
-@forms
-@shut_gates
+@shut_gates_in_all_forms
 @pytest.mark.parametrize("per_channel", [False, True], ids=["step", "channel"])
 def test_delta_rule(per_channel, shut, backend, dtype):
     w = torch.randn(B, T, H, DV).to(dtype)
@@ -120,8 +126,7 @@ def gated_scan(x: Tensor, log_decay: Tensor, **options) -> Tensor:
     return diagonal_scan(x, log_decay.exp(), **options)
 
 
-@forms
-@shut_gates
+@shut_gates_in_all_forms
 @pytest.mark.parametrize("reverse", [False, True])
 def test_diagonal_scan(reverse, shut, backend, dtype):
     options = {"factor": torch.rand(4).to(dtype), "reverse": reverse, "backend": backend}

@@ -86,7 +86,7 @@ def test_advice_names_the_recipe_for_the_machine(task, tmp_path, capsys, monkeyp
     ],
     ids=lambda block: block["name"],
 )
-@pytest.mark.parametrize("tuning", ["full", "ladder"])
+@pytest.mark.parametrize("tuning", ["full", pytest.param("ladder", marks=pytest.mark.slow)])
 def test_a_run_is_the_same_run_without_it(task, tmp_path, monkeypatch, block, tuning):
     found = []
     for name in ("told", "untold"):

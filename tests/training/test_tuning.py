@@ -42,8 +42,16 @@ def config(runs_dir, tuning, block="softmax_attention", **changes):
     return tiny_config(runs_dir, tuning=tuning, model=model, **deepcopy(SMALL), **changes)
 
 
-@pytest.mark.parametrize("tuning", ["full", *LITTLE])
-@pytest.mark.parametrize("block", BLOCKS)
+def tunings():
+    """Of every block two, with -m slow all."""
+    kinds = ["full", "lora", "head", "ladder"]
+    for n, block in enumerate(BLOCKS):
+        for i, kind in enumerate(kinds):
+            soon = i in (n % 2, 2 + n // 2 % 2)
+            yield pytest.param(block, kind, marks=() if soon else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("block", "tuning"), tunings())
 def test_what_moves(task, tmp_path, block, tuning):
     """A few steps move what they should, from where pretraining left it, and leave alone what is frozen."""
     settings = config(tmp_path, tuning, block, pretrain=True, pretraining={"tokens": 400}, finetuning={"tokens": 400})
