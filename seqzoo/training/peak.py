@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SIZES = {"cpu": 1024, "cuda": 8192}  # of square matrices, large enough to keep the device busy
 PRODUCTS = 8
+ENOUGH = 1.0  # seconds, which a processor takes for one product of numbers that it multiplies in software
 
 
 @cache
@@ -28,8 +29,8 @@ def matmul_flops_per_second(device: torch.device, precision: str) -> float:
     generator = torch.Generator(device).manual_seed(0)  # numbers that are all the same cost a GPU less power, and time
     a, b = (torch.randn(n, n, generator=generator, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    seconds = []
-    for _ in range(PRODUCTS):
+    seconds: list[float] = []
+    while len(seconds) < PRODUCTS and sum(seconds) < ENOUGH:
         wait_for(device)
         start = time.perf_counter()
         torch.mm(a, b, out=out)

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 
-from seqzoo.precision import native_precision
 from seqzoo.training.peak import SIZES, matmul_flops_per_second
 
 
@@ -20,7 +18,6 @@ def test_no_product_of_ours_is_faster_than_the_peak():
     assert matmul_flops_per_second(device, "fp32") == peak, "measured once"
 
 
-@pytest.mark.skipif(native_precision("cpu") == "fp32", reason="this processor multiplies no bfloat16, but in software")
 def test_half_precision_has_a_peak_of_its_own():
     device = torch.device("cpu")
     assert matmul_flops_per_second(device, "bf16") != matmul_flops_per_second(device, "fp32")
