@@ -207,7 +207,7 @@ print(*(peak(T, causal) for T in (4096, 16384) for causal in (True, False)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(f, marks=pytest.mark.slow if f != "loop" else ()) for f in FORMS])
 def test_memory(form):
     """What forward and backward take at most beside inputs, in what q, k, v and o take, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", MEMORY, form], capture_output=True, text=True, check=True)
