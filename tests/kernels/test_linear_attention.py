@@ -385,6 +385,7 @@ def test_errors():
         linear_attention(q, k, v, backend="fast")
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")
 @pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
 @pytest.mark.parametrize("shape", [(3,), (2, 5, 3), (2, 5, 3, 4)])
 def test_decays_that_grow_are_refused(shape, backend):
