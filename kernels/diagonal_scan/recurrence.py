@@ -204,9 +204,8 @@ def _scan_kernel(
         if after is not None and final:
             if BACKWARD:  # through the first step of the recurrence, the last one here
                 row = n.to(tl.int64) * 0 if CONSTANT else place(n - 1, n, down) * width
-                ar, ai = _pairs(
-                    tl.load(a + row + column, mask=column < tl.where(n > 0, width, 0), other=0.0).to(tl.float32), PARTS
-                )
+                here = tl.where(n > 0, inside, False)
+                ar, ai = _pairs(tl.load(a + row + column, mask=here, other=0.0).to(tl.float32), PARTS)
                 tr, ti = _product(ar, -ai, sr, si, PARTS)
                 sr, si = tl.where(n > 0, tr, sr), tl.where(n > 0, ti, si)
             tl.store(after + entry.to(tl.int64) * width + column, _side_by_side(sr, si, PARTS), mask=inside)

@@ -25,7 +25,7 @@ from .recurrence import _place
 @triton.jit
 def _of_step(x, row, channel, width, there):
     """[channels] of a row of x, 0 if it is not there."""
-    return tl.load(x + row * width + channel, mask=channel < tl.where(there, width, 0), other=0.0).to(tl.float32)
+    return tl.load(x + row * width + channel, mask=tl.where(there, channel < width, False), other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "segment_len", "segments"])

@@ -85,7 +85,9 @@ def _query_kernel(
         d_scores = weights * (d_weights - delta_t[:, None])
         if d_bias is not None:
             at, has = bias_entry(row[:, None], query[:, None], key[None, :], seen, H * offsets, offsets, CAUSAL)
-            tl.store(head_rows(d_bias, b, start, T, h, H, offsets) + at, d_scores, mask=has & (chunk == 0))
+            tl.store(
+                head_rows(d_bias, b, start, T, h, H, offsets) + at, d_scores, mask=tl.where(chunk == 0, has, False)
+            )
         keys_t = load_tile(head_rows(keys, b, low, T, h, H, D), column, H * D, channel, D, known)
         sums += dot(d_scores, keys_t, PRECISION)
 

@@ -87,7 +87,7 @@ def _outside_kernel(
         sums = tl.zeros([BLOCK], tl.float32)
         for step in range(N):
             block = N - 1 - step
-            there = inside & (block + 2 < N)
+            there = tl.where(block + 2 < N, inside, False)
             added = tl.load(x + (cell + block + 2) * size + at, mask=there, other=0.0)
             if GIVEN:
                 added *= tl.load(share + (cell + block + 2) * S + code, mask=there, other=0.0)
@@ -98,7 +98,7 @@ def _outside_kernel(
                 tl.store(out + (cell + block) * size + at, sums.to(out.dtype.element_ty), mask=inside)
         if whole is not None:
             for block in range(2):
-                there = inside & (block < N)
+                there = tl.where(block < N, inside, False)
                 added = tl.load(x + (cell + block) * size + at, mask=there, other=0.0)
                 sums += added * tl.load(share + (cell + block) * S + code, mask=there, other=0.0)
             tl.store(whole + head * size + at, sums, mask=inside)
@@ -109,7 +109,7 @@ def _outside_kernel(
         if start is not None:
             sums = tl.load(start + head * size + at, mask=inside, other=0.0)
         for block in range(N):
-            there = inside & (block >= 2)
+            there = tl.where(block >= 2, inside, False)
             added = tl.load(x + (cell + block - 2) * size + at, mask=there, other=0.0)
             if GIVEN:
                 added *= tl.load(share + (cell + block - 2) * S + code, mask=there, other=0.0)
