@@ -22,6 +22,7 @@ from block_cases import (
     sequences,
     soon,
 )
+from often import others_slow
 from torch import nn
 
 import seqzoo
@@ -115,8 +116,9 @@ def test_bidirectional_has_no_state(name, options, causal):
 
 
 @differentiable
-def test_gradcheck(name, options, causal):
-    contract.gradients_are_the_functions(builder(name, options, causal), d_model=8)
+@pytest.mark.parametrize("fast", others_slow([True, False], [True]))
+def test_gradcheck(name, options, causal, fast):
+    contract.gradients_are_the_functions(builder(name, options, causal), d_model=8, fast=fast)
 
 
 @every
