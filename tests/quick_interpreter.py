@@ -2,8 +2,9 @@
 
 It puts its own functions in the place of `triton.language`'s anew in every call of a function inside a kernel, where
 once a launch is enough, makes sums and products of integers twice, for an assertion that is off, and a table of all
-dtypes whenever it looks one up; it scans a tensor number by number, where a step takes all lanes at once. Its `tl.dot`
-is NumPy's, which sums in an order that depends on the processor and on where in a matrix a column stands.
+dtypes whenever it looks one up. It makes the type and the shape of every result anew, and scans a tensor number by
+number, where a step takes all lanes at once. Its `tl.dot` is NumPy's, which sums in an order that depends on the
+processor and on where in a matrix a column stands.
 """
 
 from __future__ import annotations

@@ -21,6 +21,14 @@ def test_default_number_of_features():
     assert Performer(32, num_heads=2, num_features=5).projection.shape == (2, 5, 16)
 
 
+def test_on_the_meta_device_no_number_is_drawn():
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        block = Performer(8192, num_heads=4)
+    assert (block.projection.device.type, block.projection.shape) == ("meta", (4, 15615, 2048))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_features_are_orthogonal_in_blocks_and_as_long_as_gaussian_rows():
     torch.manual_seed(0)
     H, M, D = 300, 20, 8

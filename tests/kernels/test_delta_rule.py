@@ -12,6 +12,7 @@ import pytest
 import torch
 from agreement import assert_close
 from delta_cases import DECAYS, FORMS, TIMED, computed, make, run, unit, weights, wide
+from often import others_slow
 
 from seqzoo.kernels import delta_rule, linear_attention
 
@@ -384,9 +385,7 @@ with computed(sys.argv[1]):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "decay", [decay if decay == "channel" else pytest.param(decay, marks=pytest.mark.slow) for decay in DECAYS]
-)
+@pytest.mark.parametrize("decay", others_slow(DECAYS, ["channel"]))
 def test_memory_is_a_few_times_that_of_its_inputs(decay, form):
     """In a process of its own, whose allocator has kept nothing from before."""
     root = Path(__file__).resolve().parents[2]

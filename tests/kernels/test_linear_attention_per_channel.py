@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from agreement import assert_close
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import linear_attention
@@ -207,7 +208,7 @@ print(*(peak(T, causal) for T in (4096, 16384) for causal in (True, False)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
-@pytest.mark.parametrize("form", [pytest.param(f, marks=pytest.mark.slow if f != "loop" else ()) for f in FORMS])
+@pytest.mark.parametrize("form", others_slow(FORMS, ["loop"]))
 def test_memory(form):
     """What forward and backward take at most beside inputs, in what q, k, v and o take, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", MEMORY, form], capture_output=True, text=True, check=True)

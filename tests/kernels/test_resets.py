@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from agreement import assert_close
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import delta_rule, diagonal_scan, linear_attention
@@ -17,13 +18,10 @@ PLACES = (1, 30, 64, 79)  # of the first step that remembers nothing
 FORMS = [("reference", torch.float64), ("chunked", torch.float64), ("chunked", torch.float32), ("fused", torch.float32)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 shut_gates = pytest.mark.parametrize("shut", SHUT)
+ALL = [(shut, *form) for shut in SHUT for form in FORMS]
 shut_gates_in_all_forms = pytest.mark.parametrize(
     ("shut", "backend", "dtype"),
-    [
-        pytest.param(shut, *form, marks=pytest.mark.slow if form[0] == "fused" and shut > -math.inf else ())
-        for shut in SHUT
-        for form in FORMS
-    ],
+    others_slow(ALL, [case for case in ALL if case[0] == -math.inf or case[1] != "fused"]),
     ids=lambda value: str(value).removeprefix("torch."),
 )
 

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+from often import others_slow
 
 from seqzoo.config import available, compose
 from seqzoo.models import build_model
@@ -30,15 +31,8 @@ def test_width_is_the_nearest_to_the_size(model, wanted):
     build_model(fitted, TOKENS, head="classify", causal=False)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(model, marks=pytest.mark.slow)
-        if model in ("gla", "hgrn2")
-        else model  # a loop over blocks of time
-        for model in available("model")
-    ],
-)
+# GLA and HGRN2 loop over blocks of time.
+@pytest.mark.parametrize("model", others_slow(available("model"), {*available("model")} - {"gla", "hgrn2"}))
 def test_width_is_the_nearest_to_the_operations(model):
     fitted = fit_width(tiny(model), PIXELS, "flops:0.5M", causal=True)
     assert abs(flops_per_token(fitted, PIXELS, causal=True) - 5e5) < 0.2 * 5e5

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from often import others_slow
 from tiny_runs import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -107,16 +108,14 @@ def stage_without_numbers(
     )
 
 
-def steps():
-    """Of every block two kinds of step, one with documents in one row; with -m slow all."""
-    kinds = list(itertools.product(["task", "masked", "causal", "joint"], [True, False]))
-    for n, block in enumerate(BLOCKS):
-        for i, kind in enumerate(kinds):
-            soon = i in (2 * n % len(kinds), (2 * n + 3) % len(kinds))
-            yield pytest.param(block, *kind, marks=() if soon else pytest.mark.slow)
+GOALS = ("task", "masked", "causal", "joint")
+# Of every block two goals, one of them with documents in one row.
+OFTEN = {(block, GOALS[(n + i) % 4], i == 0) for n, block in enumerate(BLOCKS) for i in (0, 1)}
 
 
-@pytest.mark.parametrize(("block", "objective", "packing"), steps())
+@pytest.mark.parametrize(
+    ("block", "objective", "packing"), others_slow(itertools.product(BLOCKS, GOALS, [True, False]), OFTEN)
+)
 def test_a_step_waits_for_no_device(task, tmp_path, monkeypatch, block, objective, packing):
     stage = stage_without_numbers(task, tmp_path, monkeypatch, objective=objective, block=block, packing=packing)
     with Copies() as copies:

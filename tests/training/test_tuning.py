@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 from copy import deepcopy
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from often import others_slow
 from tiny_runs import tiny_config
 
 from seqzoo.config import ConfigError, LadderConfig, LoraConfig, SearchConfig
@@ -42,16 +44,11 @@ def config(runs_dir, tuning, block="softmax_attention", **changes):
     return tiny_config(runs_dir, tuning=tuning, model=model, **deepcopy(SMALL), **changes)
 
 
-def tunings():
-    """Of every block two, with -m slow all."""
-    kinds = ["full", "lora", "head", "ladder"]
-    for n, block in enumerate(BLOCKS):
-        for i, kind in enumerate(kinds):
-            soon = i in (n % 2, 2 + n // 2 % 2)
-            yield pytest.param(block, kind, marks=() if soon else pytest.mark.slow)
+TUNINGS = ("full", *LITTLE)
+OFTEN = {(block, TUNINGS[(n + i) % 4]) for n, block in enumerate(BLOCKS) for i in (0, 2)}
 
 
-@pytest.mark.parametrize(("block", "tuning"), tunings())
+@pytest.mark.parametrize(("block", "tuning"), others_slow(itertools.product(BLOCKS, TUNINGS), OFTEN))
 def test_what_moves(task, tmp_path, block, tuning):
     """A few steps move what they should, from where pretraining left it, and leave alone what is frozen."""
     settings = config(tmp_path, tuning, block, pretrain=True, pretraining={"tokens": 400}, finetuning={"tokens": 400})

@@ -32,4 +32,4 @@ def test_memory_of_a_step_is_kept_for_the_next():
         how: int(subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True).stdout)
         for how in ("kept", "returned")
     }
-    assert faults["kept"] < 100 < 1000 < faults["returned"]
+    assert faults["kept"] < 16 < faults["returned"]  # of 128 MB: 64 where pages are huge
