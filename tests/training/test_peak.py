@@ -8,14 +8,20 @@ from seqzoo.training.peak import SIZES, matmul_flops_per_second
 
 
 def test_no_product_of_ours_is_faster_than_the_peak():
-    device = torch.device("cpu")
-    peak = matmul_flops_per_second(device, "fp32")
-    n = SIZES["cpu"]
+    """Measured before and behind it: others may have the processor meanwhile."""
+    device, n = torch.device("cpu"), SIZES["cpu"]
+    measure = matmul_flops_per_second.__wrapped__
+    before = measure(device, "fp32")
     a = torch.randn(n, n)
     start = time.perf_counter()
     a @ a
-    assert 1e8 < 2 * n**3 / (time.perf_counter() - start) < 2 * peak
-    assert matmul_flops_per_second(device, "fp32") == peak, "measured once"
+    seconds = time.perf_counter() - start
+    assert 1e8 < 2 * n**3 / seconds < 2 * max(before, measure(device, "fp32"))
+
+
+def test_a_peak_is_measured_once():
+    device = torch.device("cpu")
+    assert matmul_flops_per_second(device, "fp32") == matmul_flops_per_second(device, "fp32")
 
 
 def test_half_precision_has_a_peak_of_its_own():
