@@ -14,7 +14,8 @@ def flops(block: Block, T: int) -> int:
     """Floating-point operations of a forward pass over one sequence of T steps.
 
     Counts matrix products and attention, 2 for a multiplication and an addition, as `torch.utils.flop_counter` does;
-    scans, and the delta rule where it is a loop, count nothing. Nothing is computed: a copy without memory is run.
+    products of complex numbers, as S4D has, count like real ones, and scans, and the delta rule where it is a loop,
+    nothing. Nothing is computed: a copy without memory is run.
 
     Raises:
         ValueError: T is less than 1.

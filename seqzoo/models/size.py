@@ -28,9 +28,10 @@ def flops_per_token(
 ) -> float:
     """Floating-point operations of the forward pass for each position of a sequence of `spec.max_length`.
 
-    Counts matrix products and attention, 2 for a multiplication and an addition, as `torch.utils.flop_counter` does.
-    The model has the head that the task asks for, or `head`, one of those of `build_model`. One with two heads is
-    called as in training, in two passes where `passes` says so, in each of which a position counts.
+    Counts matrix products and attention, 2 for a multiplication and an addition, as `torch.utils.flop_counter` does;
+    products of complex numbers, as S4D has, count like real ones, and scans and the delta rule nothing. The model has
+    the head that the task asks for, or `head`, one of those of `build_model`. One with two heads is called as in
+    training, in two passes where `passes` says so, in each of which a position counts.
     """
     T = spec.max_length
     shape = (1,) if spec.num_inputs == 1 else (1, spec.num_inputs)
