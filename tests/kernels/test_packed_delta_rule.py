@@ -6,6 +6,7 @@ import pytest
 import torch
 from agreement import assert_close
 from delta_cases import DECAYS, FORMS, TIMED, computed, make, run, weights, wide
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import delta_rule
@@ -42,7 +43,7 @@ def each_alone(lengths, inputs, w, w_state) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("form", ["reference", *FORMS])
-@pytest.mark.parametrize("lengths", [LENGTHS, MANY, [197]], ids=["few", "many", "one"])
+@pytest.mark.parametrize("lengths", others_slow([LENGTHS, MANY, [197]], [LENGTHS, MANY]), ids=["few", "many", "one"])
 @pytest.mark.parametrize(("decay", "erase"), [("none", False), ("none", True), ("head", False), ("channel", True)])
 @pytest.mark.parametrize("state", ["", "last", "first and last"])
 def test_each_document_is_as_if_it_were_alone(state, decay, erase, lengths, form):

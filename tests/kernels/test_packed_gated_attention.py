@@ -9,6 +9,7 @@ import pytest
 import torch
 from agreement import assert_close
 from fused_cases import poisoned
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import gated_attention
@@ -22,6 +23,7 @@ PARTS = ("memory", "k_quad", "k_lin", "v")
 POSITION = torch.tensor([3, 16, 0, 21, 48, 7, 5])  # in a chunk of 16, at its beginning, past it
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 FORMS = [("reference", torch.float64), ("chunked", torch.float64), ("chunked", torch.float32), ("fused", torch.float32)]
+WAYS = ["both ways", "causal", "to a state", "from a state", "from a state to another"]
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -79,7 +81,7 @@ def to(dtype: torch.dtype, x: dict[str, Tensor] | None) -> dict[str, Tensor] | N
 
 @pytest.mark.parametrize(("backend", "dtype"), FORMS)
 @pytest.mark.parametrize("chunk_len", [3, 16, 100])
-@pytest.mark.parametrize("way", ["both ways", "causal", "to a state", "from a state", "from a state to another"])
+@pytest.mark.parametrize("way", others_slow(WAYS, ["both ways", "causal", "from a state to another"]))
 def test_documents_are_as_if_alone(way, chunk_len, backend, dtype):
     causal = way != "both ways"
     inputs = make(chunk_len, causal)

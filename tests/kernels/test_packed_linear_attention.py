@@ -8,6 +8,7 @@ import pytest
 import torch
 from agreement import assert_close
 from fused_cases import DEVICE, poisoned
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import linear_attention
@@ -87,7 +88,7 @@ def weights(lengths, inputs, normalize, *, state):
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-@pytest.mark.parametrize("lengths", [LENGTHS, MANY, [197]], ids=["few", "many", "one"])
+@pytest.mark.parametrize("lengths", others_slow([LENGTHS, MANY, [197]], [LENGTHS, MANY]), ids=["few", "many", "one"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     ("decay", "causal", "state"), [(*form, state) for form in FORMS for state in (False, True) if form[1] or not state]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from agreement import assert_close
 from fused_cases import poisoned
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import VQState, vq_attention
@@ -20,6 +21,7 @@ T, N, H, D, Dv, S = sum(LENGTHS), len(LENGTHS), 2, 4, 5, 6
 SEEN = torch.tensor([1, 9, 0, 40, 8, 17, 3])  # positions behind each state
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 FORMS = [("reference", torch.float64), ("chunked", torch.float64), ("chunked", torch.float32), ("fused", torch.float32)]
+WAYS = ["both ways", "causal", "to a state", "from a state", "from a state to another"]
 CODEBOOK = torch.randn(H, S, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CODES = torch.randint(S, (1, T, H), generator=torch.Generator().manual_seed(2))
 
@@ -101,7 +103,7 @@ def weights_of_state(block_len: int) -> list[Tensor]:
 
 @pytest.mark.parametrize(("backend", "dtype"), FORMS)
 @pytest.mark.parametrize(("block_len", "by_query"), [(3, True), (16, False), (100, True)])
-@pytest.mark.parametrize("way", ["both ways", "causal", "to a state", "from a state", "from a state to another"])
+@pytest.mark.parametrize("way", others_slow(WAYS, ["both ways", "causal", "from a state to another"]))
 def test_documents_are_as_if_alone(way, block_len, by_query, backend, dtype):
     causal = way != "both ways"
     inputs = make(block_len, causal, by_query)
