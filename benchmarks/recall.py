@@ -60,6 +60,7 @@ SIZE = ("model.d_model=64", "model.num_layers=2")
 # channels has more of the rotations that tell neighbours apart. FLASH is given positions in the embedding too, without
 # which it has nothing to count by. Transformer-VQ is scored over its codes at all times, but learns from exact keys at
 # first: over codes from the start it does not find the look-up.
+# Gated DeltaNet has one decay for all channels of a head, and starts with memories ten times as long as published.
 MODELS: dict[str, tuple[str, ...]] = {
     "transformer": ("model.num_heads=1",),
     "linear_transformer": (),
@@ -75,7 +76,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "s4d": (),
     "conv": (),
     **dict.fromkeys(("retnet", "mamba2", "mamba3", "mamba", "gla", "hgrn2", "mlstm", "rg_lru", "min_gru", "s5"), ()),
-    **dict.fromkeys(("delta_net", "gated_delta_net", "kda", "rwkv7"), ()),
+    **dict.fromkeys(("delta_net", "kda", "rwkv7"), ()),
+    "gated_delta_net": ("model.block.dt_max=0.01",),
 }
 
 
