@@ -157,11 +157,11 @@ def accuracy(network: nn.Module, recall: Recall, n: int, generator: Generator) -
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a model, its accuracy and what it took for each task."""
+    """A line a model and its options, its accuracy and what it took for each task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = [f"| model | parameters | {' | '.join(tasks)} |", "|---|---" + "|---" * len(tasks) + "|"]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == model]
+    for model, *chosen in dict.fromkeys((row["model"], *row["options"]) for row in rows):
+        mine = [row for row in rows if [row["model"], *row["options"]] == [model, *chosen]]
         cells = [
             "; ".join(
                 f"{100 * row['accuracy']:.1f} % after {row['tokens'] / 1e6:.1f} M tokens, lr {row['lr']:g}"
@@ -170,7 +170,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
             for task in tasks
         ]
-        lines.append(f"| {model} | {mine[0]['parameters']:,} | {' | '.join(cells)} |")
+        name = " ".join([model, *(option for option in chosen if option not in SIZE)])
+        lines.append(f"| {name} | {mine[0]['parameters']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -193,11 +194,11 @@ def main() -> None:
     file = options.out / "recall.json"
     made = provenance.of_benchmark({"T": T, "batch": BATCH, "steps": STEPS})
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
-    rows = [row for row in rows if row["made"]["setting"] == made["setting"] and row["options"] == asked(row["model"])]
+    rows = [row for row in rows if row["made"]["setting"] == made["setting"]]
     for model in chosen["models"]:
         for task in chosen["tasks"]:
-            cell = (model, task, options.seed)
-            known = [row for row in rows if (row["model"], row["task"], row["seed"]) == cell]
+            cell = (model, asked(model), task, options.seed)
+            known = [row for row in rows if (row["model"], row["options"], row["task"], row["seed"]) == cell]
             tried = [rate for row in known for rate in row["tried"]]
             left = [rate for rate in rates if rate not in tried and not any(row["solved"] for row in known)]
             if left:
