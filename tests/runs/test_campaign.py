@@ -253,15 +253,15 @@ def test_a_killed_campaign_goes_on_where_it_was(listops, tmp_path):
 
 
 def test_jobs_of_this_machine(listops, tmp_path, capsys):
-    sweep = [*listops, "model=lru", "pretrain=true", "finetuning.lr=1e-3,2e-3"]
+    sweep = [*listops, "model=lru", "pretrain=true", "finetuning.lr=1e-3,2e-3,3e-3"]
     assert main(["-m", *sweep, "launcher=local", "launcher.parallel=2"]) == 0
     said = capsys.readouterr().out
-    assert said.count("job ") == 2
-    assert "2 of 2 runs finished" in said
+    assert said.count("job ") == 3
+    assert "3 of 3 runs finished" in said
     finished = results(tmp_path / "runs").values()
     assert [result["pretrain_run"] is None for result in finished].count(True) == 1, "one pretraining for all"
     assert main(["-m", *sweep]) == 0
-    assert "2 runs: 2 finished" in capsys.readouterr().out
+    assert "3 runs: 3 finished" in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_jobs_of_this_machine(listops, tmp_path, monkeypatch, capsys):
