@@ -160,8 +160,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A line a model and its options, its accuracy and what it took for each task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = [f"| model | parameters | {' | '.join(tasks)} |", "|---|---" + "|---" * len(tasks) + "|"]
-    for model, *chosen in dict.fromkeys((row["model"], *row["options"]) for row in rows):
-        mine = [row for row in rows if [row["model"], *row["options"]] == [model, *chosen]]
+    models: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        models.setdefault((row["model"], *row["options"]), []).append(row)
+    for (model, *chosen), mine in models.items():
         cells = [
             "; ".join(
                 f"{100 * row['accuracy']:.1f} % after {row['tokens'] / 1e6:.1f} M tokens, lr {row['lr']:g}"
