@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from seqzoo import BLOCKS, build_block
+from seqzoo.blocks.cache import KeyValueCache
 from seqzoo.testing import parameter_gradients as parameter_gradients
 from seqzoo.testing import prepared
 from seqzoo.testing import sequences as sequences
@@ -99,6 +100,18 @@ OF_EACH_OPERATION = [case for case in CAUSAL_DEFAULTS if case.values[0] in ONE_E
 
 def make(name, options, causal, *, d_model=D, dtype=torch.float64, train=False):
     return prepared(lambda: build_block(name, d_model, causal=causal, **options), dtype=dtype, train=train)
+
+
+def assert_states_of_graphs_close(found, expected, **tolerances):
+    """States that graphs returned, as tuples, and what `extend` returns; of a cache, what is filled."""
+    if isinstance(expected, KeyValueCache):
+        found, filled = KeyValueCache(*found), expected.position.max()
+        assert torch.equal(found.written, torch.full_like(expected.written, -1)), "they are nobody's to write into"
+        found, expected = (
+            (state.keys[:, :filled], state.values[:, :filled], state.position) for state in (found, expected)
+        )
+    for part, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, other, **tolerances)
 
 
 def builder(name, options, causal):
