@@ -163,7 +163,9 @@ def mlstm(
     # In double precision: where nothing new is larger, m must fall by exactly as much as what it scales.
     i, log_f = i.double(), F.logsigmoid(f.double())
     start = i.new_zeros(B if documents is None else documents.N, H) if before is None else before.largest.double()
-    m, m_before = (_node if as_one() else _largest)(i.detach(), log_f.detach(), start, starts_of(documents))
+    # In compiled graphs too, of which there would be one for every doubling of T.
+    form = _node if as_one() or torch.compiler.is_compiling() else _largest
+    m, m_before = form(i.detach(), log_f.detach(), start, starts_of(documents))
     decay = log_f + torch.minimum(m_before - m, -log_f.detach())  # rounding never lets it be above 0
     scale = (i - m).exp() / math.sqrt(Dk)
     o = linear_attention(
