@@ -145,6 +145,6 @@ def test_every_run_of_a_study_composes(name):
     for part in study if isinstance(study, list) else [study]:
         axes = {key: str(values).split(",") for key, values in {"recipe": "tiny", **part}.items()}
         if isinstance(study, list):  # hundreds of runs: every model and every task is composed above
-            axes |= {"model": axes["model"][:2], "seed": ["0"]}
+            axes |= {"model": axes["model"][:1], "seed": ["0"]}
         cells += itertools.product(*([f"{key}={value}" for value in values] for key, values in axes.items()))
     assert len({repr(compose(cell)) for cell in cells}) == len(cells) > 1

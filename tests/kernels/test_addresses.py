@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 from addresses import Launch, faults, noting
 from fused_calls import CALLS, HALF, MODULES, RAGGED, SINGLE, Size
+from often import others_slow
 from passes import integers, meta
 
 from seqzoo.kernels import backends
@@ -40,8 +42,10 @@ def found_in(launch: Launch, program: int, length: int) -> list[str]:
     return faults(launch, program, loaded)
 
 
-@pytest.mark.parametrize("size", HUGE)
-@pytest.mark.parametrize("operation", CALLS)
+OFTEN = {(operation, [*HUGE][n % len(HUGE)]) for n, operation in enumerate(CALLS)}
+
+
+@pytest.mark.parametrize(("operation", "size"), others_slow(product(CALLS, HUGE), OFTEN))
 def test_beyond_two_to_the_31st(operation, size):
     for launch in launches(operation, HUGE[size], multiprocessors=132):
         assert launch.programs < 2**31, launch.name

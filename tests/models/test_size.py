@@ -31,8 +31,13 @@ def test_width_is_the_nearest_to_the_size(model, wanted):
     build_model(fitted, TOKENS, head="classify", causal=False)
 
 
-# GLA and HGRN2 loop over blocks of time.
-@pytest.mark.parametrize("model", others_slow(available("model"), {*available("model")} - {"gla", "hgrn2"}))
+OF_EACH_KIND = (
+    *("transformer", "linear_transformer", "performer", "vq_transformer", "flash"),
+    *("lru", "s4d", "mamba2", "kda"),
+)
+
+
+@pytest.mark.parametrize("model", others_slow(available("model"), OF_EACH_KIND))
 def test_width_is_the_nearest_to_the_operations(model):
     fitted = fit_width(tiny(model), PIXELS, "flops:0.5M", causal=True)
     assert abs(flops_per_token(fitted, PIXELS, causal=True) - 5e5) < 0.2 * 5e5
