@@ -27,6 +27,7 @@ CONFIG = ModelConfig(
     mlp_ratio=1.0,
 )
 STEPS = 3
+BATCH = 12  # as many for each of 2, 3 or 4 ranks
 
 
 def everything(cases: Any, shapes: Any, folder: Path) -> dict[str, Any]:
@@ -45,11 +46,11 @@ def build() -> nn.Module:
 
 
 def take_steps(model: nn.Module, optimizer: Any, rows: slice, steps: range) -> None:
-    """On the examples `rows` of batches of 8, of which steps have their own."""
+    """On the examples `rows` of batches, of which steps have their own."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        inputs, labels = (torch.randint(n, size, generator=generator) for n, size in ((7, (8, 12)), (3, (8,))))
-        scores = model(inputs[rows], torch.full((8,), 12)[rows])
+        inputs, labels = (torch.randint(n, size, generator=generator) for n, size in ((7, (BATCH, 12)), (3, (BATCH,))))
+        scores = model(inputs[rows], torch.full((BATCH,), 12)[rows])
         nn.functional.cross_entropy(scores, labels[rows]).backward()
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm = whole(nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
