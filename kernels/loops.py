@@ -29,6 +29,10 @@ class Sequences(NamedTuple):
     starts: np.ndarray  # int64 [R + 1], the first step of each, and where all end
     lengths: np.ndarray  # int64 [R]; behind them is padding, up to the next one
 
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max(initial=0))
+
 
 def sequences(what: str, x: Tensor, lengths: Tensor | None, starts: Tensor | None) -> Sequences:
     """Those of x [B, T, ...], or documents in it, with B = 1.
@@ -78,13 +82,27 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For a function that Python calls. Kept in a cache on disk, where there is a place for one."""
+
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return numba.njit(function, nogil=True, cache=True, **options)
-        except RuntimeError:  # nowhere to write a cache
-            return numba.njit(function, nogil=True, **options)
+            return numba.njit(function, nogil=True, no_cfunc_wrapper=True, cache=True, **options)
+        except RuntimeError:
+            return numba.njit(function, nogil=True, no_cfunc_wrapper=True, **options)
 
     return compile
+
+
+def part(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For a function that compiled ones alone call: each that does takes it in, and compiles it once more."""
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
+
+
+@part()
+def put(values, row):
+    """As row[:] = values, without the error of lengths that differ: Numba takes seconds to compile its message."""
+    for d in range(len(values)):
+        row[d] = values[d]
 
 
 def _declare_prefetch(context, array, byte):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, sequences, shared_out
+from ..loops import CACHE_LINE, Sequences, array, compiled, part, prefetch, sequences, shared_out
 from .chunks import Chunks
 
 # Columns of a state at a time, as tuples: their length is part of a type, so that the compiler knows and unrolls it.
@@ -82,7 +82,7 @@ def backward(
     d_first = d_last.clone(memory_format=torch.contiguous_format)
     rows, kept = (_lanes(last), *_rows(dtype, *given)), (array(states), _row(u), _row(do.to(dtype)), array(last))
     made = (dq, dk, dv, d_beta, dg, dr, array(d_first))
-    _in_parallel(_backward_items, last, G, of, *rows, *of, _slots(of, T, C, starts), C, *kept, *made)
+    _in_parallel(_backward_items, last, G, of, *rows, *of, _slots(of, T, C, starts), C, of.longest, *kept, *made)
     return *(y if x is None else y.to(x.dtype) for x, y in zip(given, found, strict=True)), d_first
 
 
@@ -136,14 +136,13 @@ def _forward_items(start, stop, lanes, q, k, v, beta, a, erase, starts, lengths,
 
 @compiled()
 def _backward_items(
-    start, stop, lanes, q, k, v, beta, a, erase, starts, lengths, slots, C, states, u, do, last, dq, dk, dv, d_beta,
-    dg, dr, d_state,
+    start, stop, lanes, q, k, v, beta, a, erase, starts, lengths, slots, C, longest, states, u, do, last, dq, dk,
+    dv, d_beta, dg, dr, d_state,
 ):  # fmt: skip
     H, Dv = v.shape[1:]
     G, Dk = q.shape[1:]
-    most = max(lengths.max(), 1)
-    dw, own_dr = np.empty((most, len(lanes)), do.dtype), np.empty((most, Dk), do.dtype)
-    behind = np.empty((-(-most // C), Dk))
+    dw, own_dr = np.empty((longest, len(lanes)), do.dtype), np.empty((longest, Dk), do.dtype)
+    behind = np.empty((-(-longest // C), Dk))
     for item in range(start, stop):
         r, g = item // G, item % G
         begin, end = starts[r], starts[r] + lengths[r]
@@ -186,7 +185,7 @@ def _backward_items(
             _sum_to_the_end(begin, end, h, behind, C, a, dg)
 
 
-@compiled()
+@part()
 def _sum_to_the_end(begin, end, h, behind, C, a, dg):
     """Of what each step adds, which dg has, from the ends of segments on; nothing goes past what is forgotten."""
     total = np.zeros(dg.shape[2])
@@ -204,20 +203,20 @@ def _sum_to_the_end(begin, end, h, behind, C, a, dg):
 # arrays of its own, which the compiler knows not to overlap.
 
 
-@compiled()
+@part()
 def _take(x, t, h, Dk, into):
     """A row, or one number in place of all of it."""
     for d in range(Dk):
         into[d] = x[t, h, d] if x.shape[2] > 1 else x[t, h, 0]
 
 
-@compiled()
+@part()
 def _ask(x, t, h, low, high):
     for byte in range(low * x.itemsize, high * x.itemsize, CACHE_LINE):
         prefetch(x[t, h], byte)
 
 
-@compiled(fastmath={"contract", "reassoc"})
+@part(fastmath={"contract", "reassoc"})
 def _write(lanes, begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u, states, state):
     Dk, high = q.shape[2], min(low + len(lanes), v.shape[2])
     rows, n, each = Dk + -Dk % 4, high - low, a.shape[2] > 1
@@ -277,7 +276,7 @@ def _write(lanes, begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, o, u,
             state[d, low + c] = S[d, c]
 
 
-@compiled(fastmath={"contract", "reassoc"})
+@part(fastmath={"contract", "reassoc"})
 def _back(
     lanes, begin, end, g, h, low, q, k, v, beta, a, erase, slot, C, states, last, u, do, dk, dv, d_beta, dg,
     d_state, dw, behind,
@@ -371,7 +370,7 @@ def _back(
             d_state[d, low + c] = D[d, c]
 
 
-@compiled(fastmath={"contract", "reassoc"})
+@part(fastmath={"contract", "reassoc"})
 def _forth(lanes, begin, end, g, h, low, q, k, beta, a, erase, first, u, do, dw, dq, dg, dr, own_dr):
     Dk, high = q.shape[2], min(low + len(lanes), u.shape[2])
     rows, n, each, zero = Dk + -Dk % 4, high - low, a.shape[2] > 1, q.dtype.type(0)

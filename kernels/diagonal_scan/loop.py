@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, rows, sequences, shared_out
+from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, put, rows, sequences, shared_out
 
 MIN_BLOCK = 32  # channels: narrower blocks waste vector width and cache lines
 MIN_WORK = 1 << 18  # elements: a thread is woken for as much, about 0.1 ms
@@ -144,7 +144,7 @@ def _scan_items(start, stop, block, x, a, factor, starts, lengths, reverse, h, s
                     s[d] = a_t[d] * s[d] + f[d] * x_t[d]
                     h_t[d] = s[d]
             t += step
-        state[b, channels] = s
+        put(s, state[b, channels])
         h[begin + n : end, channels] = 0
 
 
@@ -164,10 +164,10 @@ def _constant_backward_items(
         t, step = (begin, 1) if reverse else (begin + n - 1, -1)
         p = dh[t, channels] + d_state[b, channels]
         if factor is None:
-            dx[t, channels] = p
+            put(p, dx[t, channels])
         else:
             f = factor[channels]
-            dx[t, channels] = f * p
+            put(f * p, dx[t, channels])
             df_sum = p * np.conj(h[t, channels])
         ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
         a_conj, da_sum = np.conj(a[channels]), np.zeros_like(p)
@@ -191,10 +191,10 @@ def _constant_backward_items(
                 for d in range(p.shape[0]):
                     p[d] = p[d] * a_conj[d] + dh_t[d]
                     dx_t[d] = f[d] * p[d]
-        da[b, channels] = da_sum + p * np.conj(initial[b, channels])
-        d_state[b, channels] = p * a_conj
+        put(da_sum + p * np.conj(initial[b, channels]), da[b, channels])
+        put(p * a_conj, d_state[b, channels])
         if factor is not None:
-            d_factor[b, channels] = (df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real
+            put((df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real, d_factor[b, channels])
 
 
 @compiled()
@@ -214,10 +214,10 @@ def _varying_backward_items(
         t, step = (begin, 1) if reverse else (begin + n - 1, -1)
         p = dh[t, channels] + d_state[b, channels]
         if factor is None:
-            dx[t, channels] = p
+            put(p, dx[t, channels])
         else:
             f = factor[channels]
-            dx[t, channels] = f * p
+            put(f * p, dx[t, channels])
             df_sum = p * np.conj(h[t, channels])
         ahead = p.nbytes if p.nbytes >= LONG_ROW else 0
         for _ in range(1, n):
@@ -243,7 +243,7 @@ def _varying_backward_items(
                 for d in range(p.shape[0]):
                     p[d] = p[d] * np.conj(a_after[d]) + dh_t[d]
                     dx_t[d] = f[d] * p[d]
-        da[t, channels] = p * np.conj(initial[b, channels])
-        d_state[b, channels] = p * np.conj(a[t, channels])
+        put(p * np.conj(initial[b, channels]), da[t, channels])
+        put(p * np.conj(a[t, channels]), d_state[b, channels])
         if factor is not None:
-            d_factor[b, channels] = (df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real
+            put((df_sum - d_state[b, channels] * np.conj(initial[b, channels])).real, d_factor[b, channels])

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..loops import CACHE_LINE, Sequences, array, compiled, prefetch, sequences, shared_out
+from ..loops import CACHE_LINE, Sequences, array, compiled, part, prefetch, sequences, shared_out
 
 STEPS = 4  # at a time that the state is passed over
 WIDTH = 80  # columns of the state at a time: 64 and a normaliser's, at most
@@ -50,7 +50,8 @@ def forward(
     of = sequences("linear_attention", q, lengths, starts)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     state = _states(first, q, v, g, of)
-    _in_parallel(_forward_items, state, of, causal, *_rows(q, k, v, g.exp()), *of, *_rows(o), state.numpy())
+    given = _rows(q, k, v, g.exp())
+    _in_parallel(_forward_items, state, of, causal, _width(v.shape[3]), *given, *of, *_rows(o), state.numpy())
     return o, state.to(v.dtype)
 
 
@@ -72,7 +73,10 @@ def backward(
     state, d_first = _states(first, q, v, g, of), _states(d_state, q, v, g, of)
     given, made = _rows(q, k, v, g.exp(), do), _rows(*gradients)
     of_head = np.zeros(made[3].shape[:2] if g.shape[3] == 1 else (0, 0))  # what many channels sum up to is small
-    _in_parallel(_backward_items, state, of, causal, *given, *of, state.numpy(), *made, of_head, d_first.numpy())
+    sizes = _width(v.shape[3]), -(-of.longest // SEGMENT)
+    _in_parallel(
+        _backward_items, state, of, causal, *sizes, *given, *of, state.numpy(), *made, of_head, d_first.numpy()
+    )
     dq, dk, dv, dg = gradients
     return dq, dk, dv, dg, d_first.to(v.dtype)
 
@@ -91,6 +95,12 @@ def _rows(*tensors: Tensor) -> list[np.ndarray]:
     return [array(x).reshape(-1, *x.shape[2:]) for x in tensors]
 
 
+def _width(columns: int) -> int:
+    """Of equal parts of so many columns."""
+    parts = max(1, -(-columns // WIDTH))
+    return max(1, -(-columns // parts))
+
+
 def _in_parallel(items: Callable[..., None], state: Tensor, of: Sequences, *arguments: Any) -> None:
     """Calls items(start, stop, *arguments) on parts of the R * H items there are."""
     R, H, Dk, Dv = state.shape
@@ -99,70 +109,81 @@ def _in_parallel(items: Callable[..., None], state: Tensor, of: Sequences, *argu
 
 
 @compiled()
-def _width(columns):
-    """Of equal parts of so many columns."""
-    parts = max(1, -(-columns // WIDTH))
-    return max(1, -(-columns // parts))
-
-
-@compiled()
-def _forward_items(start, stop, causal, q, k, v, a, starts, lengths, o, state):
+def _forward_items(start, stop, causal, width, q, k, v, a, starts, lengths, o, state):
     _, H, Dk, Dv = state.shape
-    width = _width(Dv)
-    S = np.zeros((Dk, WIDTH), state.dtype)
+    S, none, of_none = np.zeros((Dk, WIDTH), state.dtype), np.empty((0, 0, 0), q.dtype), np.empty((0, 0))
+    taken = (k, v, q, none, none, o, none)
     for item in range(start, stop):
         r, h = item // H, item % H
         begin, end = starts[r], starts[r] + lengths[r]
         o[end : starts[r + 1], h] = 0
         for t in range(begin, end):
-            o[t, h] = _dot(q[t, h], k[t, h]) * v[t, h]
+            own = _dot(q[t, h], k[t, h])
+            for c in range(Dv):
+                o[t, h, c] = own * v[t, h, c]
         for low in range(0, Dv, width):
             high = min(low + width, Dv)
             _load(S, state[r, h], low, high)
-            _sweep(S, begin, end, end, a, k, v, q, None, None, h, low, high, o, None, None, None)
+            _sweep(S, begin, end, end, a, taken, h, low, high, none, of_none)
             for d in range(Dk):
                 for c in range(low, high):
                     state[r, h, d, c] = S[d, c - low]
             if not causal:
                 S[:] = 0
-                _sweep(S, end - 1, begin - 1, end, a, k, v, q, None, None, h, low, high, o, None, None, None)
+                _sweep(S, end - 1, begin - 1, end, a, taken, h, low, high, none, of_none)
 
 
 @compiled()
-def _backward_items(start, stop, causal, q, k, v, a, do, starts, lengths, state, dq, dk, dv, dg, of_head, d_state):
+def _backward_items(
+    start, stop, causal, width, segments, q, k, v, a, do, starts, lengths, state, dq, dk, dv, dg, of_head, d_state
+):
     _, H, Dk, Dv = state.shape
-    width, most = _width(Dv), -(-lengths.max() // SEGMENT)
-    S = np.zeros((Dk, WIDTH), state.dtype)
-    kept = np.empty((most + 1, Dk, WIDTH), state.dtype)  # the state ahead of each segment, and the last one
+    S, none = np.zeros((Dk, WIDTH), state.dtype), np.empty((0, 0, 0), q.dtype)
+    kept = np.empty((segments + 1, Dk, WIDTH), state.dtype)  # the state ahead of each segment, and the last one
     each = a.shape[2] > 1
-    known = np.empty((most + 1, a.shape[2]))  # the gradient of each segment's first decay, and of one behind them all
+    # The gradient of each segment's first decay, and of one behind them all.
+    known = np.empty((segments + 1, a.shape[2]))
     for item in range(start, stop):
         r, h = item // H, item % H
         begin, end = starts[r], starts[r] + lengths[r]
+        n = -(-(end - begin) // SEGMENT)
         known[:] = 0
         _start_gradients(begin, end, starts[r + 1], h, q, k, v, do, dq, dk, dv, dg)
         for low in range(0, Dv, width):
             high = min(low + width, Dv)
-            there = (k, v, None, do, q, None, dq)
-            back = (q, do, k, v, k, dv, dk)
-            _load(S, state[r, h], low, high)
-            _there(S, begin, end, there, a, h, low, high, kept, dg, of_head)
-            _load(S, d_state[r, h], low, high)
-            _back(S, begin, end, back, a, h, low, high, kept, known, dg, of_head)
-            for d in range(Dk):
-                for c in range(low, high):
-                    d_state[r, h, d, c] = S[d, c - low] * (a[begin, h, d * each] if begin < end else 1)
-            if not causal:
-                S[:] = 0
-                _there(S, begin, end, back, a, h, low, high, kept, dg, of_head)
-                S[:] = 0
-                _back(S, begin, end, there, a, h, low, high, kept, known, dg, of_head)
-        for i in range(-(-(end - begin) // SEGMENT)):
+            there, back = (k, v, none, do, q, none, dq), (q, do, k, v, k, dv, dk)
+            for way in range(1 if causal else 2):
+                if way == 0:
+                    _load(S, state[r, h], low, high)
+                else:
+                    S[:] = 0
+                for i in range(n):
+                    here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
+                    _load(kept[i], S, 0, WIDTH)
+                    _sweep(S, here, beyond, end, a, there, h, low, high, dg, of_head)
+                _load(kept[n], S, 0, WIDTH)
+                if way == 0:
+                    _load(S, d_state[r, h], low, high)
+                else:
+                    S[:] = 0
+                for d in range(Dk):
+                    known[n, d * each] += _exact_dot(kept[n, d], S[d])
+                for i in range(n - 1, -1, -1):
+                    here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
+                    _sweep(S, beyond - 1, here - 1, end, a, back, h, low, high, dg, of_head)
+                    for d in range(Dk):
+                        known[i, d * each] += a[here, h, d * each] * _exact_dot(kept[i, d], S[d])
+                if way == 0:
+                    for d in range(Dk):
+                        for c in range(low, high):
+                            d_state[r, h, d, c] = S[d, c - low] * (a[begin, h, d * each] if begin < end else 1)
+                there, back = back, there
+        for i in range(n):
             here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
             _sum_to_the_end(here, beyond, h, known[i], known[i + 1].copy(), a, dg, of_head)
 
 
-@compiled()
+@part()
 def _load(S, state, low, high):
     S[:] = 0
     for d in range(len(S)):
@@ -170,30 +191,7 @@ def _load(S, state, low, high):
             S[d, c - low] = state[d, c]
 
 
-@compiled()
-def _there(S, begin, end, taken, a, h, low, high, kept, dg, of_head):
-    x, y, u, w, partner, columns, rows = taken
-    for here in range(begin, end, SEGMENT):
-        _load(kept[(here - begin) // SEGMENT], S, 0, WIDTH)
-        beyond = min(here + SEGMENT, end)
-        _sweep(S, here, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg, of_head)
-    _load(kept[-(-(end - begin) // SEGMENT)], S, 0, WIDTH)
-
-
-@compiled()
-def _back(S, begin, end, taken, a, h, low, high, kept, known, dg, of_head):
-    x, y, u, w, partner, columns, rows = taken
-    segments, each = -(-(end - begin) // SEGMENT), a.shape[2] > 1
-    for d in range(len(S)):
-        known[segments, d * each] += _exact_dot(kept[segments, d], S[d])
-    for i in range(segments - 1, -1, -1):
-        here, beyond = begin + i * SEGMENT, min(begin + (i + 1) * SEGMENT, end)
-        _sweep(S, beyond - 1, here - 1, end, a, x, y, u, w, partner, h, low, high, columns, rows, dg, of_head)
-        for d in range(len(S)):
-            known[i, d * each] += a[here, h, d * each] * _exact_dot(kept[i, d], S[d])
-
-
-@compiled(fastmath={"contract", "reassoc"})
+@part(fastmath={"contract", "reassoc"})
 def _dot(x, y):
     total = x.dtype.type(0)
     for i in range(len(x)):
@@ -201,7 +199,7 @@ def _dot(x, y):
     return total
 
 
-@compiled(fastmath={"contract", "reassoc"})
+@part(fastmath={"contract", "reassoc"})
 def _exact_dot(x, y):
     total = 0.0
     for i in range(len(x)):
@@ -209,20 +207,22 @@ def _exact_dot(x, y):
     return total
 
 
-@compiled()
+@part()
 def _start_gradients(begin, end, beyond, h, q, k, v, do, dq, dk, dv, dg):
     """What steps have of themselves, and zeros behind the last one."""
     for t in range(begin, end):
         of_values, of_keys = _dot(v[t, h], do[t, h]), _dot(q[t, h], k[t, h])
-        dq[t, h] = of_values * k[t, h]
-        dk[t, h] = of_values * q[t, h]
-        dv[t, h] = of_keys * do[t, h]
-        dg[t, h] = 0
+        for d in range(k.shape[2]):
+            dq[t, h, d] = of_values * k[t, h, d]
+            dk[t, h, d] = of_values * q[t, h, d]
+        for d in range(v.shape[2]):
+            dv[t, h, d] = of_keys * do[t, h, d]
+    dg[begin:end, h] = 0
     for x in (dq, dk, dv, dg):
         x[end:beyond, h] = 0
 
 
-@compiled()
+@part()
 def _sum_to_the_end(begin, end, h, first, total, a, dg, of_head):
     """Of a segment's steps, of which dg has what each adds to the `total` behind, up to the `first`, which is known.
 
@@ -241,22 +241,64 @@ def _sum_to_the_end(begin, end, h, first, total, a, dg, of_head):
 # the compiler knows what overlaps and makes vectors of columns. Steps behind the last one decay and add nothing.
 
 
-@compiled(fastmath={"contract", "reassoc"})
-def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns, rows, change, of_head):
+@part(inline="always")
+def _pass(S, A, X, Y, U, W, O, R, eighths):
+    """Over the state, in few steps: O += Eᵀ u, where there is U, and R += E w, where there is W."""
+    for d in range(len(S)):
+        a0, a1, a2, a3 = A[0, d], A[1, d], A[2, d], A[3, d]
+        x0, x1, x2, x3 = X[0, d], X[1, d], X[2, d], X[3, d]
+        if U is not None:
+            u0, u1, u2, u3 = U[0, d], U[1, d], U[2, d], U[3, d]
+        if W is not None:
+            r0, r1, r2, r3 = R[0, d], R[1, d], R[2, d], R[3, d]
+        for c in range(8 * eighths):
+            e = a0 * S[d, c]
+            s = e + x0 * Y[0, c]
+            if W is not None:
+                r0 += e * W[0, c]
+            if U is not None:
+                O[0, c] += u0 * e
+            e = a1 * s
+            s = e + x1 * Y[1, c]
+            if W is not None:
+                r1 += e * W[1, c]
+            if U is not None:
+                O[1, c] += u1 * e
+            e = a2 * s
+            s = e + x2 * Y[2, c]
+            if W is not None:
+                r2 += e * W[2, c]
+            if U is not None:
+                O[2, c] += u2 * e
+            e = a3 * s
+            s = e + x3 * Y[3, c]
+            if W is not None:
+                r3 += e * W[3, c]
+            if U is not None:
+                O[3, c] += u3 * e
+            S[d, c] = s
+        if W is not None:
+            R[0, d], R[1, d], R[2, d], R[3, d] = r0, r1, r2, r3
+
+
+@part(fastmath={"contract", "reassoc"})
+def _sweep(S, first, beyond, end, a, taken, h, low, high, change, of_head):
     """Takes columns `low` to `high` of a head's state, S [Dk, WIDTH], through steps up or down, `first` to `beyond`.
 
-    What a step leaves of S is E, then S is E + x yᵀ, and the step has
+    Of `taken`, (x, y, u, w, partner, columns, rows), what a step leaves of S is E, then S is E + x yᵀ, and the step has
 
         columns += Eᵀ u        rows += E w        change += partner ∘ E w, or -= on the way down
 
-    None of what has no u or no w; where a head has one decay, the sum of the last is added to `of_head`. The sequence
-    ends before `end`.
+    None of what has an empty u or w; where a head has one decay, the sum of the last is added to `of_head`. The
+    sequence ends before `end`.
     """
+    x, y, u, w, partner, columns, rows = taken
+    to_columns, to_rows = len(u) > 0, len(w) > 0
     Dk, n, back, width = S.shape[0], abs(beyond - first), beyond < first, high - low
-    width += -width % 8
+    eighths = (width + 7) >> 3
     each = a.shape[2] > 1
-    A, X, U = np.empty((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype)
-    R = np.empty((STEPS, Dk), S.dtype)
+    A, X = np.empty((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype)
+    U, R = np.zeros((STEPS, Dk), S.dtype), np.empty((STEPS, Dk), S.dtype)
     Y, W = np.zeros((STEPS, WIDTH), S.dtype), np.zeros((STEPS, WIDTH), S.dtype)
     O = np.empty((STEPS, WIDTH), S.dtype)
     for i in range(0, n, STEPS):
@@ -271,10 +313,10 @@ def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns,
                 A[j, d] = a[decay, h, d * each] if decay < end else 1
             for c in range(high - low):
                 Y[j, c] = y[t, h, low + c]
-            if u is not None:
+            if to_columns:
                 for d in range(Dk):
                     U[j, d] = u[t, h, d]
-            if w is not None:
+            if to_rows:
                 for c in range(high - low):
                     W[j, c] = w[t, h, low + c]
             soon = t - STEPS if back else t + STEPS
@@ -282,60 +324,33 @@ def _sweep(S, first, beyond, end, a, x, y, u, w, partner, h, low, high, columns,
                 prefetch(x[soon, h], byte)
                 if each:
                     prefetch(a[soon, h], byte)
-                if u is not None:
+                if to_columns:
                     prefetch(u[soon, h], byte)
-                if w is not None:
+                if to_rows:
                     prefetch(rows[soon, h], byte)
                     if each:
                         prefetch(change[soon, h], byte)
                     prefetch(partner[soon, h], byte)
             for byte in range(low * S.itemsize, high * S.itemsize, CACHE_LINE):
                 prefetch(y[soon, h], byte)
-                if u is not None:
+                if to_columns:
                     prefetch(columns[soon, h], byte)
-                if w is not None:
+                if to_rows:
                     prefetch(w[soon, h], byte)
         R[:] = 0
         O[:] = 0
-        for d in range(Dk):
-            a0, a1, a2, a3 = A[0, d], A[1, d], A[2, d], A[3, d]
-            x0, x1, x2, x3 = X[0, d], X[1, d], X[2, d], X[3, d]
-            if u is not None:
-                u0, u1, u2, u3 = U[0, d], U[1, d], U[2, d], U[3, d]
-            r0, r1, r2, r3 = R[0, d], R[1, d], R[2, d], R[3, d]
-            for c in range(width):
-                e = a0 * S[d, c]
-                s = e + x0 * Y[0, c]
-                if w is not None:
-                    r0 += e * W[0, c]
-                if u is not None:
-                    O[0, c] += u0 * e
-                e = a1 * s
-                s = e + x1 * Y[1, c]
-                if w is not None:
-                    r1 += e * W[1, c]
-                if u is not None:
-                    O[1, c] += u1 * e
-                e = a2 * s
-                s = e + x2 * Y[2, c]
-                if w is not None:
-                    r2 += e * W[2, c]
-                if u is not None:
-                    O[2, c] += u2 * e
-                e = a3 * s
-                s = e + x3 * Y[3, c]
-                if w is not None:
-                    r3 += e * W[3, c]
-                if u is not None:
-                    O[3, c] += u3 * e
-                S[d, c] = s
-            R[0, d], R[1, d], R[2, d], R[3, d] = r0, r1, r2, r3
+        if not to_rows:
+            _pass(S, A, X, Y, U, None, O, None, eighths)
+        elif not to_columns:
+            _pass(S, A, X, Y, None, W, None, R, eighths)
+        else:
+            _pass(S, A, X, Y, U, W, O, R, eighths)
         for j in range(min(STEPS, n - i)):
             t = first - i - j if back else first + i + j
-            if u is not None:
+            if to_columns:
                 for c in range(high - low):
                     columns[t, h, low + c] += O[j, c]
-            if w is not None:
+            if to_rows:
                 sign = S.dtype.type(-1 if back else 1)
                 for d in range(Dk):
                     rows[t, h, d] += R[j, d]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..diagonal_scan.loop import LONG_ROW, in_parallel
 from ..exponentials import exp, exp_and_less_one
-from ..loops import CACHE_LINE, array, compiled, prefetch, rows, sequences
+from ..loops import CACHE_LINE, array, compiled, prefetch, put, rows, sequences
 from .plain import STEEPEST
 
 LEAST_ROOT = 0.5 / STEEPEST  # by which a slope is divided
@@ -105,7 +105,7 @@ def _scan_items(start, stop, block, v, gate, opening, rate, begins, starts, leng
                 s[d] = a[d] * s[d] + root[d] * v_t[d]
                 h_t[d] = s[d]
             t += step
-        state[b, channels] = s
+        put(s, state[b, channels])
         h[begin + n : end, channels] = 0
 
 
@@ -163,5 +163,5 @@ def _backward_items(
             for d in range(p.shape[0]):
                 p[d] *= a[d]
             t += step
-        d_rate[b, channels] = of_rate
-        d_state[b, channels] = p
+        put(of_rate, d_rate[b, channels])
+        put(p, d_state[b, channels])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..exponentials import exp
-from ..loops import Sequences, array, compiled, rows, sequences, shared_out
+from ..loops import Sequences, array, compiled, put, rows, sequences, shared_out
 from . import pieces
 from .pieces import PIECE
 
@@ -119,7 +119,8 @@ def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, piece, r
         for _ in range(n):
             place = t - row * T
             if keep and place % piece == edge:
-                marks[row, place // piece, :, low:high] = s
+                for j in range(N):
+                    put(s[j], marks[row, place // piece, j, low:high])
             v_t, dt_t = v[t, low:high], dt[t, low:high]
             out[:] = 0
             for j in range(N):
@@ -127,9 +128,10 @@ def _scan_items(start, stop, v, dt, A, write, read, starts, lengths, T, piece, r
                 for d in range(high - low):
                     s[j, d] = exp(dt_t[d] * rate[j, d]) * s[j, d] + w * v_t[d]
                     out[d] += r * s[j, d]
-            y[t, low:high] = out
+            put(out, y[t, low:high])
             t += step
-        state[b, :, low:high] = s
+        for j in range(N):
+            put(s[j], state[b, j, low:high])
         y[begin + n : end, low:high] = 0
 
 
@@ -157,10 +159,9 @@ def _backward_items(
             inside = (t - row * T) % piece
             count = min(left, (piece - inside if reverse else inside + 1))
             t -= (count - 1) * step
-            if count == left:
-                h[0] = initial[b, :, low:high]
-            else:
-                h[0] = marks[row, (t - row * T) // piece, :, low:high]
+            known = initial[b] if count == left else marks[row, (t - row * T) // piece]
+            for j in range(N):
+                put(known[j, low:high], h[0, j])
             for k in range(count):
                 v_t, dt_t = v[t + k * step, low:high], dt[t + k * step, low:high]
                 for j in range(N):
@@ -188,10 +189,11 @@ def _backward_items(
                         of_rate[j, d] += exponent * dt_t[d]
                     d_write[block, u, j] = of_w
                     d_read[block, u, j] = of_r
-                dv[u, low:high] = of_v
-                d_dt[u, low:high] = of_dt
+                put(of_v, dv[u, low:high])
+                put(of_dt, d_dt[u, low:high])
             left -= count
-        dA[b, :, low:high] = of_rate
-        d_state[b, :, low:high] = p
+        for j in range(N):
+            put(of_rate[j], dA[b, j, low:high])
+            put(p[j], d_state[b, j, low:high])
         dv[begin + n : end, low:high] = 0
         d_dt[begin + n : end, low:high] = 0
