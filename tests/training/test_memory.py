@@ -21,8 +21,7 @@ def step():
 
 if sys.argv[1] == "kept":
     keep_freed_memory()
-*_, last = (step() for _ in range(5))
-print(last)
+print(min(step() for _ in range(5)))  # the system may take pages back at any time
 """
 
 
