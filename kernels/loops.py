@@ -84,18 +84,21 @@ def _pool(process: int) -> ThreadPoolExecutor:
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """For a function that Python calls. Kept in a cache on disk, where there is a place for one."""
 
+    options = {"nogil": True, "no_cfunc_wrapper": True, **options}
+
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return numba.njit(function, nogil=True, no_cfunc_wrapper=True, cache=True, **options)
+            return numba.njit(function, cache=True, **options)
         except RuntimeError:
-            return numba.njit(function, nogil=True, no_cfunc_wrapper=True, **options)
+            return numba.njit(function, **options)
 
     return compile
 
 
 def part(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """For a function that compiled ones alone call: each that does takes it in, and compiles it once more."""
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **options}
+    return numba.njit(**options)
 
 
 @part()
