@@ -4,8 +4,8 @@
 # Expected: in compiled code assigning one array to a slice of another compiles about as fast as the loop it stands for.
 # Seen: it can raise "cannot assign slice of shape ... from input of shape ...", and to write the two shapes Numba
 # compiles its implementations of strings (concatenation, code points of each width), in every process that compiles a
-# function with such a line: many times as long as the function itself. The cache on disk keeps the function only.
-# Output: how often as long as with a loop, about 8 to 20.
+# function with such a line: many times as long as the function itself.
+# Output: processor time of both, such as "loop 0.18 s, slice 3.64 s: 20.7 times" (17.6 to 22.3 in five runs).
 # Why a user minds: a kernel of ten lines takes seconds at its first call, and nothing in a profile of what it does says
 # why; a loop, or a function of one's own that has it, compiles in a fraction of a second and runs as fast.
 set -euo pipefail

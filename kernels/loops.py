@@ -83,7 +83,6 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """For a function that Python calls. Kept in a cache on disk, where there is a place for one."""
-
     options = {"nogil": True, "no_cfunc_wrapper": True, **options}
 
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:

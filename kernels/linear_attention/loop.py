@@ -238,7 +238,8 @@ def _sum_to_the_end(begin, end, h, first, total, a, dg, of_head):
 
 
 # What the few steps have that the state is passed over for lies in local arrays with rows of a constant length, so that
-# the compiler knows what overlaps and makes vectors of columns. Steps behind the last one decay and add nothing.
+# the compiler knows what overlaps and makes vectors of columns: for that the pass has to be in the function that makes
+# them before it is compiled (`inline="always"`). Steps behind the last one decay and add nothing.
 
 
 @part(inline="always")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from often import in_turns
 
 from seqzoo.config import available, compose
 from seqzoo.runs import run
@@ -23,16 +24,11 @@ def few(task: Task) -> Task:
     )
 
 
-# Each model in either direction and on each task, not in both on each: half the time.
-CASES = [
-    (model, ("causal", "bidirectional")[(i + j) % 2], name)
-    for i, model in enumerate(available("model"))
-    for j, name in enumerate(["lra_listops", "lra_text", "lra_image"])
-]
+DIRECTIONS, TASKS = ("causal", "bidirectional"), ("lra_listops", "lra_text", "lra_image")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "direction", "name"), CASES)
+@pytest.mark.parametrize(("model", "direction", "name"), in_turns(available("model"), DIRECTIONS, TASKS))
 def test_learns_32_examples_by_heart(model, direction, name, short_task, tmp_path):
     causal = direction == "causal"
     task = few(short_task(name))

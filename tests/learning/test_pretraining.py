@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from often import in_turns
 from torch import Tensor
 
 from seqzoo.config import available, compose
@@ -40,16 +41,8 @@ def bigram_entropy(split: Split) -> float:
     return entropy(pairs) - entropy(before.bincount().double())
 
 
-# Each model with either objective and on either task; all four take another hour and a half.
-CASES = [
-    (model, ("masked", "causal")[(i + j) % 2], name)
-    for i, model in enumerate(available("model"))
-    for j, name in enumerate(SHARES)
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "objective", "name"), CASES)
+@pytest.mark.parametrize(("model", "objective", "name"), in_turns(available("model"), ("masked", "causal"), SHARES))
 def test_learns_more_than_frequencies(model, objective, name, short_task, tmp_path):
     task = short_task(name)
     batch_size, steps = 32, 400
