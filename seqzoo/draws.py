@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed that differs wherever one of `numbers`, none of them negative, does."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def uniform(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from .valid import Count, Epochs, Fraction, NotNegative, Number, Positive, Range, Text, Tokens, Width
+from .valid import BelowOne, Count, Epochs, Fraction, NotNegative, Number, Positive, Range, Text, Tokens, Width
 
 
 @dataclass(kw_only=True)
@@ -46,6 +46,11 @@ class JointConfig:
 
     weight: Positive = 1.0  # of the masked loss beside the task's
     passes: Annotated[int, Range(1, 2)] = 1  # over a batch: over its inputs with positions hidden; and as they are
+    whole: BelowOne = 0.0  # the probability that a sequence stays as it is; 0 in two passes, of which one reads all so
+
+    def __post_init__(self) -> None:
+        if self.passes == 2:
+            self.whole = 0.0
 
 
 @dataclass(kw_only=True)

@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .draws import uniform
+from .draws import derive_seed, uniform
 from .kernels.common import valid_positions
 from .messages import unknown
 from .metrics import METRICS, sums_of
 from .spec import IGNORED, Batch, TaskSpec
+
+WHOLE = 1  # what the seed that draws whole sequences has beside that of hidden positions
 
 
 class Measure(NamedTuple):
@@ -122,21 +124,36 @@ class SelfPretraining(Objective):
 class Masked(SelfPretraining):
     """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones.
 
-    Where no position of a batch is drawn, the first one of each sequence is hidden.
+    With probability `whole`, an example stays as it is, with nothing hidden. Where no position of a batch is drawn, the
+    first one of each sequence is hidden.
     """
 
     nothing = Classification.nothing
 
+    def __init__(self, spec: TaskSpec, *, regress: bool, whole: float = 0.0) -> None:
+        super().__init__(spec, regress=regress)
+        self.whole = whole
+
     def asked(self, batch: Batch, *, seed: int) -> Tensor:
         inputs, lengths = _sequences(batch, self.spec)
+        drawn = uniform(inputs.shape[:2], seed, inputs.device) < self.spec.mask_ratio
         if batch.cu_seqlens is not None:
-            mask = uniform(inputs.shape[:2], seed, inputs.device) < self.spec.mask_ratio
-            first = torch.zeros_like(mask).index_fill(1, batch.cu_seqlens[:-1], True)
+            first = torch.zeros_like(drawn).index_fill(1, batch.cu_seqlens[:-1], True)
+            positions = torch.arange(drawn.shape[1], device=drawn.device)
+            sequence = torch.searchsorted(batch.cu_seqlens, positions, right=True) - 1
+            mask = drawn & self._in_part(len(batch.cu_seqlens) - 1, seed, drawn.device)[sequence]
             return mask | (first & ~mask.any())
         valid = valid_positions(lengths, inputs.shape[1])
-        mask = valid & (uniform(valid.shape, seed, valid.device) < self.spec.mask_ratio)
+        mask = valid & drawn & self._in_part(len(drawn), seed, drawn.device)[:, None]
         mask[:, 0] |= valid[:, 0] & ~mask.any()
         return mask
+
+    def _in_part(self, n: int, seed: int, device: torch.device) -> Tensor:
+        """bool [n], true for the sequences in which positions may be hidden; the two of a pair share their lot."""
+        if not self.whole:
+            return torch.ones(n, dtype=torch.bool, device=device)
+        drawn = uniform((n // self.spec.num_inputs,), derive_seed(seed, WHOLE), device)
+        return (drawn >= self.whole).repeat_interleave(self.spec.num_inputs)
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
@@ -182,8 +199,9 @@ class Joint(Objective):
     """What the task asks and masked self-pretraining in one: a step minimises the mean over the answers of the first
     plus `weight` times the mean over the hidden positions of the second.
 
-    In one pass both are told from the same inputs, in which positions are hidden. In two passes, the task's answers are
-    told from whole inputs. What is measured are the task's answers, told from whole inputs, and nothing else.
+    In one pass both are told from the same inputs: some sequences whole, in the others positions are hidden. In two
+    passes, the task's answers are told from whole inputs. What is measured are the task's answers, told from whole
+    inputs, and nothing else: a model that has seen none in training may not know them.
     """
 
     def __init__(self, task: Classification | Positions, masked: Masked, *, weight: float, passes: int) -> None:
@@ -212,7 +230,13 @@ class Joint(Objective):
 
 
 def build_objective(
-    name: str, spec: TaskSpec, *, pixel_loss: str = "cross_entropy", weight: float = 1.0, passes: int = 1
+    name: str,
+    spec: TaskSpec,
+    *,
+    pixel_loss: str = "cross_entropy",
+    weight: float = 1.0,
+    passes: int = 1,
+    whole: float = 0.0,
 ) -> Objective:
     """An objective by name.
 
@@ -223,6 +247,7 @@ def build_objective(
         pixel_loss: of pretraining on pixels, "cross_entropy" over their levels or "l1" of normalised values.
         weight: of the masked loss in "joint".
         passes: of "joint" over a batch, 1 or 2.
+        whole: of "joint", the probability that a sequence stays as it is, with nothing hidden.
 
     Raises:
         ValueError: an unknown name, masking a task that has no mask id or asks for the next position, or cross entropy
@@ -248,7 +273,7 @@ def build_objective(
     if spec.kind == "tokens" and spec.mask_id is None:
         causal = "objective=causal" if name == "masked" else "pretrain=true objective=causal"
         raise ValueError(f"{spec.name} has no mask_id, so it cannot be masked; valid: {causal}")
-    masked = Masked(spec, regress=regress)
+    masked = Masked(spec, regress=regress, whole=whole if name == "joint" else 0.0)
     if name == "masked" or isinstance(task, LanguageModelling):
         return masked
     return Joint(task, masked, weight=weight, passes=passes)

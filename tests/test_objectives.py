@@ -12,6 +12,7 @@ from torch import nn
 from seqzoo.models import ModelConfig, build_model, task_head
 from seqzoo.objectives import build_objective
 from seqzoo.spec import IGNORED, Batch, TaskSpec
+from seqzoo.tasks import pack
 
 TOKENS = TaskSpec(
     name="tokens", kind="tokens", vocab_size=12, max_length=32, num_classes=3, pad_id=1, mask_id=0, mask_ratio=0.3
@@ -205,6 +206,38 @@ def test_one_phase_adds_two_means(passes):
     named = {f"masked/{name}": total for name, total in expected[1].totals.items()}
     assert measure.totals == {**expected[0].totals, **named}
     assert objective.count(data, seed=3).tolist() == [5, expected[1].totals["count"]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_one_phase_some_examples_stay_whole(packed):
+    data = Batch(torch.full((400, 32), 3), torch.full((400,), 32), torch.zeros(400), torch.arange(400))
+    objective = build_objective("joint", TOKENS, whole=0.25)
+    model = TwoHeaded((torch.zeros(400, 3), torch.zeros(400, 32, 12)))
+    objective.weighed(model, data, seed=3, shares=torch.ones(2))
+    mask = model.mask
+    if packed:
+        mask = objective.masked.asked(pack(data, TOKENS), seed=3).view(400, 32)
+    hidden = mask.any(1)
+    assert abs(hidden.double().mean() - 0.75) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    assert abs(mask[hidden].double().mean() - 0.3) < 4 * (0.3 * 0.7 / 9_600) ** 0.5
+    assert torch.equal(mask.view(-1), objective.masked.asked(pack(data, TOKENS) if packed else data, seed=3).view(-1))
+    assert not torch.equal(hidden, objective.masked.asked(data, seed=4).any(1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_both_of_a_pair_stay_whole(packed):
+    pairs = replace(TOKENS, num_inputs=2)
+    data = Batch(torch.full((50, 2, 32), 3), torch.full((50, 2), 32), torch.zeros(50), torch.arange(50))
+    masked = build_objective("joint", pairs, whole=0.5).masked
+    hidden = masked.asked(pack(data, pairs) if packed else data, seed=0).view(50, 2, 32).any(2)
+    assert torch.equal(hidden[:, 0], hidden[:, 1])
+    assert 10 < hidden[:, 0].sum() < 40
+
+
+def test_with_all_examples_whole_something_is_hidden_all_the_same():
+    data = batch(TOKENS)
+    masked = build_objective("joint", TOKENS, whole=1 - 1e-9).masked
+    assert masked.asked(data, seed=0).nonzero().tolist() == [[row, 0] for row in range(5)]
 
 
 def test_of_one_phase_the_task_alone_is_measured():

@@ -95,8 +95,9 @@ def _training(result: Result) -> str:
     direction = "causal" if result.causal else "bidirectional"
     finetuning = f"fine-tuned on {short(result.finetune_budget)}"
     if result.one_phase:
-        weight, passes = result.one_phase
+        weight, passes, whole = result.one_phase
         finetuning = f"one phase on {short(result.finetune_budget)}, masked loss times {weight:g}, passes {passes}"
+        finetuning += f", {whole:g} of inputs whole" if whole else ""
     return ", ".join(part for part in (direction, _pretraining(result.pretraining), finetuning) if part)
 
 

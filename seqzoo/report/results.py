@@ -27,6 +27,7 @@ class Pretraining(NamedTuple):
 class OnePhase(NamedTuple):
     weight: float  # of the masked loss beside the labels'
     passes: int  # over a batch in a step
+    whole: float = 0.0  # of the sequences, the share in which nothing was hidden, in [0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +291,10 @@ def _name(record: Any, key: str) -> str | None:
 
 
 def _one_phase(record: Any) -> OnePhase:
-    return OnePhase(_amount(record, "joint.weight"), _positive(record, "joint.passes"))
+    whole = _share(record, "joint.whole", 0.0)
+    if whole == 1:
+        raise ValueError("result.json: joint.whole is 1, outside [0, 1)")
+    return OnePhase(_amount(record, "joint.weight"), _positive(record, "joint.passes"), whole)
 
 
 def _budget(record: Any, *stages: str) -> int:

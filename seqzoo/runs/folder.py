@@ -1,6 +1,6 @@
 """Run folders: their names, what lies in them, and when one run's pretraining may serve another.
 
-<runs_dir>/<task>-<model>-<recipe>-<none|masked|causal|joint-w<weight>-p<passes>>[-augmented][-packed]-s<seed>-<hash>/
+<runs_dir>/<task>-<model>-<recipe>-<none|masked|causal|joint-w<weight>-p<passes>[-whole<share>]>[-augmented][-packed]-s<seed>-<hash>/
     config.yaml  task.json  metrics.jsonl  result.json  lock
     pretrain/    key  summary.json  best.safetensors  last.safetensors
     finetune/    best.safetensors  last.safetensors
@@ -156,6 +156,7 @@ def cell_name(config: Config, task: str) -> str:
     objective = config.objective if config.pretrain else "none"
     if config.objective == "joint":
         objective = f"joint-w{config.joint.weight:g}-p{config.joint.passes}"
+        objective += f"-whole{whole:g}" if (whole := config.joint.whole) else ""
     marks = f"{'-augmented' if config.augment else ''}{'-packed' if config.packing else ''}"
     return f"{task}-{config.model.name}-{config.recipe}-{objective}{marks}"
 
@@ -361,8 +362,11 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     if isinstance(config.pretrain, str):
         shaping["pretrain"] = Path(config.pretrain).name
     unused = [name for name in ("lora", "ladder") if name != config.tuning]
-    unused += ["joint"] if config.objective != "joint" else []
     # What they were before there was a choice counts as a key that is not there, see below.
+    if config.objective != "joint":
+        unused.append("joint")
+    elif not config.joint.whole:
+        unused.append("joint.whole")
     unused += ["tuning"] if config.tuning == "full" else []
     unused += ["model.init"] if config.model.init == "structured" else []
     unused += ["search"] if config.lr is None or config.search == SearchConfig() else []

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import Config, ConfigError
+from ..draws import derive_seed
 from ..models import ModelConfig, SequenceModel, build_model
 from ..models.size import fit_width
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..tasks import Split, Task, build_task, stratified
-from ..training.evaluation import derive_seed
 from ..training.ranks import arrange
 
 if TYPE_CHECKING:

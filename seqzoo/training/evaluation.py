@@ -1,4 +1,4 @@
-"""The metrics of a model on a split, and the seeds of everything random."""
+"""The metrics of a model on a split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,8 +95,3 @@ def module_metrics(model: nn.Module) -> dict[str, float]:
         if callable(report := getattr(module, "metrics", None))
         for name, value in report().items()
     }
-
-
-def derive_seed(*numbers: int) -> int:
-    """A seed that differs wherever one of `numbers`, none of them negative, does."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..blocks import after_step, auxiliary_loss
 from ..config import StageConfig
+from ..draws import derive_seed
 from ..models import JointModel
 from ..objectives import Objective
 from ..records import check
@@ -24,7 +25,7 @@ from .compilation import compile_model
 from .cores import Cores, cpu_share
 from .diagnosis import first_nonfinite
 from .errors import Interrupted, TrainingError
-from .evaluation import derive_seed, evaluate, means, module_metrics
+from .evaluation import evaluate, means, module_metrics
 from .guard import Guard
 from .interrupt import interruption
 from .optimizer import build_optimizer, restore, set_lr

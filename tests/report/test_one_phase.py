@@ -19,8 +19,8 @@ from seqzoo.report.tables import Sources
 
 @pytest.fixture
 def write_joint(write_run):
-    def write(*, budget=7000, weight=1.0, passes=1, **changes):
-        joint = {"weight": weight, "passes": passes}
+    def write(*, budget=7000, weight=1.0, passes=1, whole=0.0, **changes):
+        joint = {"weight": weight, "passes": passes} | ({"whole": whole} if whole else {})
         return write_run(budgets=(0, budget), objective="joint", joint=joint, **changes)
 
     return write
@@ -138,6 +138,21 @@ def test_weights_and_passes_do_not_mix(write_run, write_joint, cells):
     assert "one_phase_masked_loss_times_0.5_mean" in to_csv([comparison]).splitlines()[0].split(",")
 
 
+def test_shares_of_whole_inputs_do_not_mix(write_run, write_joint, cells):
+    write_run(budgets=(0, 7000))
+    for whole in (0.0, 0.25, 0.5):
+        write_joint(whole=whole)
+    found = cells()
+    (comparison,) = compare(found)
+    assert phases_of(comparison) == ["one phase", "one phase, 0.25 of inputs whole", "one phase, 0.5 of inputs whole"]
+    assert "one_phase_0.5_of_inputs_whole_mean" in to_csv([comparison]).splitlines()[0].split(",")
+    results = [result for cell in found for result in cell.results]
+    lines = run_lines(results, results[0].folder.parent)
+    assert any("passes 1, 0.5 of inputs whole" in entry for line in lines for entry in line)
+    with pytest.raises(ValueError, match=r"joint\.whole is 1"):
+        read_result(write_joint(whole=1.0, seed=1))
+
+
 def test_the_page_says_how_they_were_trained(write_run, write_joint, cells):
     curve = [{"stage": "finetune", "step": 1, "tokens": 7_000_000, "val/accuracy": 0.5}]
     write_run(metrics=curve, tokens_per_second={"finetune": 10.0})
@@ -158,7 +173,7 @@ def test_the_page_says_how_they_were_trained(write_run, write_joint, cells):
 
 def test_a_result_in_one_phase_is_read(write_joint, write_run):
     result = read_result(write_joint(weight=0.5, passes=2))
-    assert (result.one_phase, result.pretraining, result.augment) == ((0.5, 2), None, False)
+    assert (result.one_phase, result.pretraining, result.augment) == ((0.5, 2, 0.0), None, False)
     assert read_result(write_run()).one_phase is None
     with pytest.raises(ValueError, match=r"objective is 'joint'; valid: 'masked', 'causal'$"):
         read_result(write_run(objective="joint", pretrain=True))

@@ -42,7 +42,11 @@ def lines(result, key: str) -> list[dict]:
 def test_the_result_is_of_one_stage(result, task, tmp_path):
     folder = Path(result["folder"])
     assert folder.name.startswith("toy-transformer-tiny-joint-w1-p1-s0-")
-    assert (result["objective"], result["pretrain"], result["joint"]) == ("joint", False, {"weight": 1.0, "passes": 1})
+    assert (result["objective"], result["pretrain"], result["joint"]) == (
+        "joint",
+        False,
+        {"weight": 1.0, "passes": 1, "whole": 0.0},
+    )
     assert result["token_budget"] == {"pretrain": 0, "finetune": 2400}
     assert not (folder / "pretrain").exists()
     assert set(result["test"]) == set(result["val"]) - {"step"} == {"accuracy", "loss"}
@@ -50,7 +54,7 @@ def test_the_result_is_of_one_stage(result, task, tmp_path):
     for key in ("params", "trained_params", "flops_per_token", "tokens_seen", "n_test"):
         assert result[key] == scratch[key], key
     assert (scratch["objective"], scratch["joint"]) == ("masked", None)
-    assert read_result(folder).one_phase == (1.0, 1)
+    assert read_result(folder).one_phase == (1.0, 1, 0.0)
 
 
 def test_both_losses_are_logged_and_one_is_measured(result):
@@ -186,6 +190,25 @@ def test_answers_at_positions_have_a_head_of_their_own(recall, tmp_path):
     scores = load(result["folder"])(batch.inputs, batch.lengths)
     right = (scores.argmax(-1) == batch.targets)[batch.targets != IGNORED]
     assert right.double().mean().item() == result["test"]["accuracy"]
+
+
+def test_labels_are_told_from_whole_inputs_too(task, tmp_path):
+    asked = compose(["objective=joint", "recipe=tiny"]).joint
+    assert asked == JointConfig(whole=0.5), "whole inputs are what is tested"
+    assert compose(["objective=joint", "recipe=tiny", "joint.passes=2"]).joint == JointConfig(passes=2)
+    result = run(joint(tmp_path, joint=asked), task=task)
+    folder = Path(result["folder"])
+    assert folder.name.startswith("toy-transformer-tiny-joint-w1-p1-whole0.5-s0-")
+    assert read_result(folder).one_phase == (1.0, 1, 0.5)
+    assert read_config(folder).joint == asked
+
+
+def test_what_stays_whole_is_in_the_name(task, tmp_path):
+    plain, some, more = (run_name(joint(tmp_path, joint=JointConfig(whole=whole)), task) for whole in (0.0, 0.5, 0.6))
+    assert len({plain, some, more}) == 3
+    assert plain == run_name(joint(tmp_path), task)
+    twice = JointConfig(passes=2, whole=0.5)
+    assert run_name(joint(tmp_path, joint=twice), task) == run_name(joint(tmp_path, joint=JointConfig(passes=2)), task)
 
 
 def test_rates_are_searched_by_accuracy(task, tmp_path):
