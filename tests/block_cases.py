@@ -73,9 +73,11 @@ CASES = [
     for n, options in enumerate(VARIANTS.get(name, [{}]))
     for causal in (True, False)
 ]
-every = pytest.mark.parametrize(("name", "options", "causal"), CASES)
 DEFAULTS = [case for case in CASES if "-0-" in str(case.id)]
 defaults = pytest.mark.parametrize(("name", "options", "causal"), DEFAULTS)
+IN_ONE_DIRECTION = [
+    case for case in CASES if str(case.id).endswith(("-1-bidirectional", "-2-causal", "-3-bidirectional", "-4-causal"))
+]
 
 
 def soon(first, cases):
@@ -89,6 +91,8 @@ def soon(first, cases):
         ],
     )
 
+
+every = soon([*DEFAULTS, *IN_ONE_DIRECTION], CASES)
 
 CAUSAL_DEFAULTS = [case for case in DEFAULTS if case.values[2]]
 ONE_EACH = (

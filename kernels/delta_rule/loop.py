@@ -28,7 +28,7 @@ from ..loops import CACHE_LINE, Sequences, array, compiled, part, prefetch, sequ
 from .chunks import Chunks
 
 # Columns of a state at a time, as tuples: their length is part of a type, so that the compiler knows and unrolls it.
-WIDTHS = {width: (0,) * width for width in (64, 96, 128)}
+WIDTHS = {width: (0,) * width for width in (16, 32, 64, 96, 128)}
 AHEAD = 4  # steps, that rows are asked for before they are needed: they lie too far apart to be foreseen
 MIN_WORK = 1 << 19  # numbers of states that steps pass over, for which a thread is woken
 
