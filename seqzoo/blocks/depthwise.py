@@ -13,7 +13,7 @@ from ..kernels.documents import Documents
 from ..valid import Count
 from .parts import Part, with_neighbours
 
-CHANNELS = 32  # at a time, at least
+CHANNELS = 64  # at a time, at least
 CHUNK = 32
 FEW = 8  # positions of a kernel, whose gradient is a sum of products for each
 
@@ -153,7 +153,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, zeros: tuple[int, 
 
 class _Convolution(torch.autograd.Function):
     """PyTorch's on a CPU, whose gradient of the kernels takes far longer than the rest. It keeps the inputs alone,
-    convolves them once more for the slope of SiLU, and does so channel by channel, while they are cached."""
+    convolves them once more for the slope of SiLU, and does so in parts that are cached: rows, or channels of one."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, zeros, silu):
@@ -173,21 +173,22 @@ class _Convolution(torch.autograd.Function):
 
         def written():
             x, weight, bias = inputs
-            (D, W), dx, d_weight = weight.shape, torch.empty_like(x), torch.empty_like(weight)
-            d_bias = None if bias is None else torch.empty_like(bias)
+            (B, T, D), W, dx = x.shape, weight.shape[1], torch.empty_like(x)
+            d_weight, d_bias = _wide(torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias))
+            beyond = W - 1 - zeros[0], W - 1 - zeros[1]
             with without_autocast(dy.device):  # whatever `backward` is called under
-                for at in in_cache(-(-D // CHANNELS), 4 * CHANNELS * x.shape[0] * x.shape[1], x):
-                    c = slice(at.start * CHANNELS, at.stop * CHANNELS)
-                    x_c, weight_c, bias_c = _wide(x[..., c], weight[c], None if bias is None else bias[c])
-                    x_c, d = F.pad(x_c, (0, 0, *zeros)), dy[..., c].to(x_c.dtype)
-                    if silu:
-                        d = torch.ops.aten.silu_backward(d, _convolve(x_c, weight_c, bias_c, (0, 0), False))
-                    beyond = W - 1 - zeros[0], W - 1 - zeros[1]
-                    dx[..., c] = _convolve(d, weight_c.flip(1), None, beyond, False)
-                    d_weight[c] = _kernel_gradient(x_c, d, W)
-                    if d_bias is not None:
-                        d_bias[c] = d.sum((0, 1))
-            return dx, d_weight, d_bias
+                for rows in in_cache(B, T * D, x):
+                    for at in in_cache(-(-D // CHANNELS), CHANNELS * T * (rows.stop - rows.start), x):
+                        c = slice(at.start * CHANNELS, at.stop * CHANNELS)
+                        x_c, weight_c, bias_c = _wide(x[rows, :, c], weight[c], None if bias is None else bias[c])
+                        x_c, d = F.pad(x_c, (0, 0, *zeros)), dy[rows, :, c].to(x_c.dtype)
+                        if silu:
+                            d = torch.ops.aten.silu_backward(d, _convolve(x_c, weight_c, bias_c, (0, 0), False))
+                        dx[rows, :, c] = _convolve(d, weight_c.flip(1), None, beyond, False)
+                        d_weight[c] += _kernel_gradient(x_c, d, W)
+                        if d_bias is not None:
+                            d_bias[c] += d.sum((0, 1))
+            return dx, d_weight.to(weight.dtype), None if bias is None else d_bias.to(bias.dtype)
 
         return *gradient(written, form, inputs, (dy,)), None, None
 
