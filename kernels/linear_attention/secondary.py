@@ -88,7 +88,7 @@ def _of_later(q: Tensor, k: Tensor, v: Tensor, g: Tensor, lengths: Tensor | None
 def _in_parts(function: Callable[..., tuple[Tensor, ...]], *chunks: Tensor) -> tuple[Tensor, ...]:
     """function(*chunks), of a few chunks at a time: the pairs of a block take as much room as b times its queries.
 
-    In graphs, whose compiler sees to that, and in transforms of functions it is of all at once.
+    In graphs, whose compiler sees to that, in transforms of functions and on "meta" it is of all at once.
     """
     return _InParts.apply(function, *chunks) if by_hand() else function(*chunks)
 
@@ -121,7 +121,7 @@ class _InParts(torch.autograd.Function):
 
 def _parts(chunks: Sequence[Tensor]) -> list[slice]:
     G = len(chunks[0])
-    at_once = max(1, G // (2 * BLOCK))
+    at_once = max(1, G if chunks[0].is_meta else G // (2 * BLOCK))
     return [slice(start, start + at_once) for start in range(0, G, at_once)]
 
 

@@ -223,3 +223,13 @@ def test_second_derivatives_of_both_forms(form):
     call = partial(linear_attention, causal=True)
     leaves = [x.requires_grad_() for x in inputs.values()]
     assert torch.autograd.gradgradcheck(lambda q, k, v, g: call(q, k, v, log_decay=g), leaves, fast_mode=True)
+
+
+def test_what_takes_no_room_is_counted_at_once(monkeypatch):
+    from seqzoo.kernels.linear_attention import secondary
+
+    made, outputs = [], secondary._outputs
+    monkeypatch.setattr(secondary, "_outputs", lambda *chunks: made.append(len(chunks[0])) or outputs(*chunks))
+    inputs = {key: x.to("meta") for key, x in make(2, 500, 3, 8, 8).items()}
+    assert linear_attention(**inputs, causal=True).shape == (2, 500, 3, 8)
+    assert made == [2 * 3 * 8], "of all chunks of 64 steps"
