@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import StageConfig
 from ..models.model import Residual
 from .errors import TrainingError
+from .muon import Muon
 from .shards import cut_as
 
 
@@ -90,12 +91,8 @@ def _adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the group "matrices", AdamW for all others, with one state.
 
-    An update of Muon is a momentum with all its singular values near 1, scaled to be as large as AdamW's are: rates and
-    decay keep their meaning. As it has no fused form, which would leave that to the device, it asks before each step
-    whether that failed (see `Guard`).
-
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale: Liu et al.,
-    "Muon is Scalable for LLM Training" (2025), section 2.2.
+    As Muon has no fused form, which would leave that to the device, it asks before each step whether that failed (see
+    `Guard`).
     """
 
     found_inf: Tensor | None = None
@@ -104,7 +101,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {})
         self.parts = [
             (build(self._groups(matrices)), matrices)
-            for build, matrices in ((_muon, True), (_adamw, False))
+            for build, matrices in ((Muon, True), (_adamw, False))
             if self._groups(matrices)  # where only a head is trained there are no matrices
         ]
 
@@ -120,10 +117,6 @@ class MuonAdamW(torch.optim.Optimizer):
             part.param_groups = self._groups(matrices)
             part.step()
         return loss
-
-
-def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")
 
 
 def restore(optimizer: torch.optim.Optimizer, kept: Mapping[int, Mapping[str, Tensor]]) -> None:

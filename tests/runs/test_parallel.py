@@ -44,7 +44,7 @@ from pathlib import Path
 from seqzoo.runs import run
 from seqzoo.training.loop import Stage
 from tiny_runs import tiny_config, toy_task
-folder, block, strategy, parts = sys.argv[1:]
+folder, block, optimizer, strategy, parts = sys.argv[1:]
 losses, real = [], Stage.differentiate
 def differentiate(stage):
     loss = real(stage)
@@ -54,8 +54,9 @@ def differentiate(stage):
 Stage.differentiate = differentiate
 options = {"codebook_size": 8, "block_len": 8} if block == "vq_attention" else {}
 model = {"dropout": 0.0, "num_layers": 2, "block": {"name": block, **options}, "position": "sinusoidal"}
+stage = {"tokens": 4500, "optimizer": optimizer}
 result = run(
-    tiny_config(folder, model=model, finetuning={"tokens": 4500}, strategy=strategy, sequence_parallel=int(parts)),
+    tiny_config(folder, model=model, finetuning=stage, strategy=strategy, sequence_parallel=int(parts)),
     task=toy_task(),
 )
 told = {"losses": losses, "correct": round(result["test"]["accuracy"] * result["n_test"])}
@@ -135,16 +136,18 @@ def told(tmp_path: Path, name: str, *arguments: str, processes: int) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", ["lru", "vq_attention"])
-def test_processes_have_the_losses_of_one(block, tmp_path):
+@pytest.mark.parametrize(
+    ("block", "optimizer"), [("lru", "adamw"), ("vq_attention", "adamw"), ("softmax_attention", "muon")]
+)
+def test_processes_have_the_losses_of_one(block, optimizer, tmp_path):
     """Of the first 50 steps, whatever they share out; and of the test as many right but for one."""
-    one = told(tmp_path, "1", block, "auto", "1", processes=1)
+    one = told(tmp_path, "1", block, optimizer, "auto", "1", processes=1)
     cases = [(n, strategy, 1) for n in (2, 4) for strategy in ("ddp", "fsdp")]
     if block == "lru":
         cases += [(2, "ddp", 2), (4, "fsdp", 2)]
     for processes, strategy, parts in cases:
         case = f"{processes} {strategy} {parts}"
-        several = told(tmp_path, case, block, strategy, str(parts), processes=processes)
+        several = told(tmp_path, case, block, optimizer, strategy, str(parts), processes=processes)
         assert several["losses"][:50] == pytest.approx(one["losses"][:50], abs=1e-5), case
         assert abs(several["correct"] - one["correct"]) <= 1, case
 
