@@ -27,6 +27,7 @@ from ..spec import TaskSpec
 from ..tasks import Fingerprint, Task, fingerprint, origin_of
 from ..tasks.identity import digest_of_arrays
 from ..training import TrainingError
+from ..training.muon import VERSION as MUON
 
 BUSY = 4  # the status of an attempt at what another process has in hand
 WITHOUT_WEIGHTS = "a line of a study has no weights; valid: the folder of a run that trained here"
@@ -373,6 +374,8 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     unused += [name for name in ("augment", "packing") if not getattr(config, name)]
     for name in ("pretraining", "finetuning"):
         unused += [f"{name}.optimizer"] if getattr(config, name).optimizer == "adamw" else []
+        if getattr(config, name).optimizer == "muon":
+            shaping[name]["optimizer"] = f"muon {MUON}"
     for key in (*WITHOUT_EFFECT, *unused, *without):
         _drop(shaping, key)
     if task is not None:
