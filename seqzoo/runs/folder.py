@@ -373,9 +373,8 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     unused += ["search"] if config.lr is None or config.search == SearchConfig() else []
     unused += [name for name in ("augment", "packing") if not getattr(config, name)]
     for name in ("pretraining", "finetuning"):
-        unused += [f"{name}.optimizer"] if getattr(config, name).optimizer == "adamw" else []
-        if getattr(config, name).optimizer == "muon":
-            shaping[name]["optimizer"] = f"muon {MUON}"
+        kind = getattr(config, name).optimizer
+        shaping[name]["optimizer"] = f"muon {MUON}" if kind == "muon" else None
     for key in (*WITHOUT_EFFECT, *unused, *without):
         _drop(shaping, key)
     if task is not None:
