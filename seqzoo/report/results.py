@@ -60,7 +60,7 @@ class Result:
     tuning: str  # what fine-tuning moved: "full", "head", "lora" or "ladder"
     init: str  # what training began from: "structured" or "random"
     precision: str  # "fp32" or "bf16"
-    optimizer: str  # "adamw" or "muon", or, if pretraining had another than fine-tuning, "adamw after muon"
+    optimizer: str  # "adamw" or "muon 2", or, if pretraining had another than fine-tuning, "adamw after muon 2"
     augment: bool  # whether training batches were augmented
     packing: bool  # whether their sequences lay in one row
     learnt: bool | None  # whether pretraining got beyond the frequency of symbols; None: there was none, or not known

@@ -27,7 +27,7 @@ from ..spec import TaskSpec
 from ..tasks import Fingerprint, Task, fingerprint, origin_of
 from ..tasks.identity import digest_of_arrays
 from ..training import TrainingError
-from ..training.muon import VERSION as MUON
+from ..training.optimizer import recorded
 
 BUSY = 4  # the status of an attempt at what another process has in hand
 WITHOUT_WEIGHTS = "a line of a study has no weights; valid: the folder of a run that trained here"
@@ -373,8 +373,8 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     unused += ["search"] if config.lr is None or config.search == SearchConfig() else []
     unused += [name for name in ("augment", "packing") if not getattr(config, name)]
     for name in ("pretraining", "finetuning"):
-        kind = getattr(config, name).optimizer
-        shaping[name]["optimizer"] = f"muon {MUON}" if kind == "muon" else None
+        optimizer = getattr(config, name).optimizer
+        shaping[name]["optimizer"] = None if optimizer == "adamw" else recorded(optimizer)
     for key in (*WITHOUT_EFFECT, *unused, *without):
         _drop(shaping, key)
     if task is not None:

@@ -28,6 +28,7 @@ from ..training.forecast import forecast, training_rate
 from ..training.loggers import check_logger
 from ..training.loop import Stage
 from ..training.memory import keep_freed_memory
+from ..training.optimizer import recorded
 from ..training.tracker import Callback, Tracker
 from ..training.transfer import transfer_backbone
 from ..training.tuning import count_trained, tune
@@ -361,7 +362,7 @@ class _Run:
             "cpu_share": cpu_share(state.cpu_ran, state.cpu_waited),
             "val": state.best,
             "lr": stage.lr,
-            "optimizer": stage.optimizer,
+            "optimizer": recorded(stage.optimizer),
         }
 
     def describe(

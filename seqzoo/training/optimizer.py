@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import StageConfig
 from ..models.model import Residual
 from .errors import TrainingError
-from .muon import Muon
+from .muon import VERSION, Muon
 from .shards import cut_as
 
 
@@ -76,6 +76,11 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
         for name, params in members.items()
         if params
     ]
+
+
+def recorded(optimizer: str) -> str:
+    """What results and the names of runs call it: "muon" is PyTorch's, which it was at first."""
+    return f"muon {VERSION}" if optimizer == "muon" else optimizer
 
 
 def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.Optimizer:

@@ -134,7 +134,7 @@ def test_the_optimiser_of_a_reused_pretraining_is_that_it_had(pretrained, task, 
     muon = replace(config.finetuning, optimizer="muon")
     options = {"runs_dir": str(tmp_path), "pretrain": result["folder"], "pretraining": muon}
     assert run(replace(config, **options), task=task)["optimizer"] == "adamw"
-    assert run(replace(config, **options, finetuning=muon), task=task)["optimizer"] == "muon after adamw"
+    assert run(replace(config, **options, finetuning=muon), task=task)["optimizer"] == "muon 2 after adamw"
 
 
 @pytest.mark.parametrize(
