@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .draws import derive_seed, uniform
 from .kernels.common import valid_positions
+from .kernels.documents import Documents
 from .messages import unknown
 from .metrics import METRICS, sums_of
 from .spec import IGNORED, Batch, TaskSpec
@@ -136,24 +137,24 @@ class Masked(SelfPretraining):
 
     def asked(self, batch: Batch, *, seed: int) -> Tensor:
         inputs, lengths = _sequences(batch, self.spec)
-        drawn = uniform(inputs.shape[:2], seed, inputs.device) < self.spec.mask_ratio
+        mask = uniform(inputs.shape[:2], seed, inputs.device) < self.spec.mask_ratio
+        if self.whole:
+            mask &= self._in_part(inputs, batch.cu_seqlens, seed)
         if batch.cu_seqlens is not None:
-            first = torch.zeros_like(drawn).index_fill(1, batch.cu_seqlens[:-1], True)
-            positions = torch.arange(drawn.shape[1], device=drawn.device)
-            sequence = torch.searchsorted(batch.cu_seqlens, positions, right=True) - 1
-            mask = drawn & self._in_part(len(batch.cu_seqlens) - 1, seed, drawn.device)[sequence]
+            first = torch.zeros_like(mask).index_fill(1, batch.cu_seqlens[:-1], True)
             return mask | (first & ~mask.any())
         valid = valid_positions(lengths, inputs.shape[1])
-        mask = valid & drawn & self._in_part(len(drawn), seed, drawn.device)[:, None]
+        mask &= valid
         mask[:, 0] |= valid[:, 0] & ~mask.any()
         return mask
 
-    def _in_part(self, n: int, seed: int, device: torch.device) -> Tensor:
-        """bool [n], true for the sequences in which positions may be hidden; the two of a pair share their lot."""
-        if not self.whole:
-            return torch.ones(n, dtype=torch.bool, device=device)
-        drawn = uniform((n // self.spec.num_inputs,), derive_seed(seed, WHOLE), device)
-        return (drawn >= self.whole).repeat_interleave(self.spec.num_inputs)
+    def _in_part(self, inputs: Tensor, starts: Tensor | None, seed: int) -> Tensor:
+        """bool [B, 1], or [T] of documents in one row: where sequences may have hidden positions, both of a pair or
+        neither."""
+        n = len(inputs) if starts is None else len(starts) - 1
+        drawn = uniform((n // self.spec.num_inputs,), derive_seed(seed, WHOLE), inputs.device)
+        in_part = (drawn >= self.whole).repeat_interleave(self.spec.num_inputs)
+        return in_part[:, None] if starts is None else in_part[Documents(starts, inputs.shape[1]).of_steps()]
 
     def __call__(self, model: nn.Module, batch: Batch, *, seed: int) -> Measure:
         inputs, lengths = _sequences(batch, self.spec)
