@@ -7,8 +7,8 @@
 # step, like every small singular value, so that after five steps a gradient of rank 1 (64 x 64) has become an update
 # with 18 singular values above 0.1, and 69 % of its square lies outside the gradient's one direction; of rank 2 still
 # 40 %. The same iteration in float32 leaves less than a millionth there. float64 parameters fare alike.
-# A CPU without instructions for bfloat16 (AVX2 alone) takes long for it, too: 5.5 ms a step for one matrix of 64 x 64,
-# 2.4 s for 512 x 512, where float32 takes 0.3 and 62 ms.
+# A CPU without instructions for bfloat16 (AVX2 alone) takes long for it, too: 5 to 9 ms a step for one matrix of
+# 64 x 64, 2.4 s for 512 x 512, where float32 takes 0.3 and 60 to 100 ms.
 # Why a user minds: gradients of low rank are usual: few tokens in a batch, inputs behind a norm that takes their mean
 # away, a head of few classes. There the weights wander, at the full rate, and nothing shows it.
 set -euo pipefail
@@ -54,7 +54,7 @@ for dtype in (torch.float32, torch.float64):
               f"the same iteration in {dtype}: {100 * own_share:.1e} %")
         assert share > least and own_share < 1e-6, (dtype, rank, share, own_share)
 
-for n in (64, 256):
+for n in (64, 512):
     gradient, seconds = torch.randn(n, n), []
     for form in (by_pytorch, as_it_is):
         form(gradient)
