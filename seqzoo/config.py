@@ -176,12 +176,24 @@ def from_dict(plain: Any) -> Config:
 
     try:
         config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
-        _validate(config)
-    except ConfigError:
-        raise
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from None
     except (OverflowError, ValueError) as error:  # of a group's own checks, or a number that is no float
+        raise ConfigError(str(error)) from None
+    return validated(config)
+
+
+def validated(config: Config) -> Config:
+    """`config` with what its keys decide together decided, in place.
+
+    Raises:
+        ConfigError: a value that is not among the valid ones, or that does not go with another.
+    """
+    try:
+        _validate(config)
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError(str(error)) from None
     return config
 

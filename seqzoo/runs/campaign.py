@@ -9,15 +9,15 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIGS, Config, ConfigError, compose, is_text, seconds
+from ..config import CONFIGS, Config, ConfigError, compose, is_text, seconds, validated
 from ..messages import shortened, unknown
 from ..tasks import DataError
-from ..valid import check_ranges
 from .attempt import DONE, FAILED, INTERRUPTED, MISUSED, UNFINISHED, attempt, fail, say
 from .cell import Cell
 from .folder import BUSY, pretraining_key, run_name
@@ -26,7 +26,14 @@ from .launch import launch
 TASKS_FIRST = ("lra_image", "lra_pathfinder", "lra_listops", "lra_text")
 MODELS_FIRST = ("transformer", "lru")
 STUDY = "study="
-SEED = "seed="
+PLAIN: dict[str, Callable[[str], Any]] = {  # keys that nothing else is composed of, and what reads their values
+    "seed": int,
+    "share": float,
+    "objective": str,
+    "pretrain": lambda text: {"true": True, "false": False}[text.lower()],
+    "augment": lambda text: {"true": True, "false": False}[text.lower()],
+}
+QUIET = 3.0  # seconds until a long sweep says that it is being composed, and again
 CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)  # as Hydra writes them, beside a,b,c
 RANGE = re.compile(r"range\(.*\)", re.DOTALL)
 OUTSIDE_QUOTES = re.compile(r"""(?:^|(?<=,))(?:'[^']*'|"[^"]*"|[^,])*""", re.DOTALL)  # what commas part
@@ -109,39 +116,42 @@ def plan(sweep: Sequence[Sequence[Sequence[str]]]) -> tuple[list[Cell], list[str
     ranks: dict[Path, tuple[int, ...]] = {}
     failed = []
     known: dict[tuple[str, ...], Config] = {}
-    for number, part in enumerate(sweep):
-        for overrides in part:
-            try:
-                config = _compose(overrides, known)
-                cell = Cell(
-                    tuple(overrides),
-                    config,
-                    Path(config.runs_dir) / run_name(config),
-                    pretraining_key(config) if config.pretrain is True else None,
-                )
-            except (ConfigError, DataError) as error:
-                fail(str(error), MISUSED)
-                failed.append(" ".join(overrides))
-                continue
-            cells.setdefault(cell.folder, cell)
-            ranks.setdefault(cell.folder, (number, *_rank(config)))
+    said = time.monotonic()
+    runs = [(number, overrides) for number, part in enumerate(sweep) for overrides in part]
+    for done, (number, overrides) in enumerate(runs):
+        if time.monotonic() >= said + QUIET:
+            said = time.monotonic()
+            say(f"{done} of {len(runs)} runs composed")
+        try:
+            config = _compose(overrides, known)
+            cell = Cell(
+                tuple(overrides),
+                config,
+                Path(config.runs_dir) / run_name(config),
+                pretraining_key(config) if config.pretrain is True else None,
+            )
+        except (ConfigError, DataError) as error:
+            fail(str(error), MISUSED)
+            failed.append(" ".join(overrides))
+            continue
+        cells.setdefault(cell.folder, cell)
+        ranks.setdefault(cell.folder, (number, *_rank(config)))
     return sorted(cells.values(), key=lambda cell: ranks[cell.folder]), failed
 
 
 def _compose(overrides: Sequence[str], known: dict[tuple[str, ...], Config]) -> Config:
-    """As `compose` does, which takes a sixth of a second: once for all runs that differ in their seed alone."""
-    others = tuple(override for override in overrides if not override.startswith(SEED))
-    seeds = [override.removeprefix(SEED) for override in overrides if override.startswith(SEED)]
-    if len(seeds) != 1 or not seeds[0].isdecimal():
+    """As `compose` does, which takes a sixth of a second: once for all runs that differ in plain keys alone."""
+    given = {key: value for key, _, value in (override.partition("=") for override in overrides) if key in PLAIN}
+    others = tuple(override for override in overrides if override.partition("=")[0] not in PLAIN)
+    if len(given) + len(others) < len(overrides):
         return compose(overrides)
-    if others not in known:
-        known[others] = compose(overrides)
-    config = replace(known[others], seed=int(seeds[0]))
     try:
-        check_ranges(config)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return config
+        if others not in known:
+            known[others] = compose(others)
+        values = {key: PLAIN[key](value) for key, value in given.items()}
+        return validated(replace(deepcopy(known[others]), **values))
+    except (KeyError, ValueError):  # none of these alone, which may be for lack of the others
+        return compose(overrides)
 
 
 def _rank(config: Config) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from submitit.local.local import LocalJobEnvironment
 from tiny_runs import tiny_config, toy_task, wait_for_training
 
 from seqzoo.config import CONFIGS, ConfigError, compose
-from seqzoo.runs import run
+from seqzoo.runs import campaign, run
 from seqzoo.runs.campaign import expand, plan
 from seqzoo.runs.cli import main
 from seqzoo.runs.folder import Busy, in_hand
@@ -215,6 +215,35 @@ def test_every_study_can_be_run(study):
     assert not failed
     assert len(cells) >= 3
     assert any(cell.config.pretrain for cell in cells)
+
+
+def test_runs_that_differ_in_plain_keys_are_composed_once(monkeypatch):
+    composed = []
+    monkeypatch.setattr(campaign, "compose", lambda overrides: composed.append(overrides) or compose(overrides))
+    sweep = [
+        "task=lra_text",
+        "model=lru",
+        "recipe=tiny",
+        "seed=0,1",
+        "share=0,0.5",
+        "pretrain=true",
+        "augment=True,false",
+    ]
+    cells, failed = plan(expand(sweep))
+    assert not failed
+    assert len(cells) == 8
+    assert len(composed) == 1
+    assert all(cell.config == compose(cell.overrides) for cell in cells)
+    composed.clear()
+    _, failed = plan(expand([*sweep[:3], "seed=-1,0x1", "share=0.5,2"]))
+    assert len(failed) == 4
+    assert len(composed) == 5, "what cannot be run is told by what composes all of it"
+
+
+def test_a_long_sweep_says_that_it_is_being_composed(monkeypatch, capsys):
+    monkeypatch.setattr(campaign, "QUIET", 0.0)
+    plan(expand(["task=lra_text", "model=lru", "recipe=tiny", "seed=0,1"]))
+    assert capsys.readouterr().out.splitlines() == ["0 of 2 runs composed", "1 of 2 runs composed"]
 
 
 def test_half_of_a_budget_is_its_own_scratch_partner():
