@@ -1,7 +1,9 @@
 import math
+from itertools import product
 
 import pytest
 import torch
+from often import others_slow
 
 from seqzoo.analysis import distance_profile, effective_rank, mixing_matrix, mixing_report, row_entropy
 from seqzoo.config import available, compose
@@ -15,8 +17,13 @@ def model_of(name, task, *, causal=False):
     return build_model(config, task.spec, head="classify", causal=causal)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", available("model"))
+MODELS = available("model")
+
+
+@pytest.mark.parametrize(
+    ("name", "causal"),
+    others_slow(product(MODELS, (False, True)), [(name, n % 2 == 1) for n, name in enumerate(MODELS)]),
+)
 def test_every_model_of_the_zoo(name, causal, task):
     model = model_of(name, task, causal=causal).train()
     batch = task.test.batch(torch.arange(3))

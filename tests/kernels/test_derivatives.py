@@ -14,7 +14,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from seqzoo.kernels import diagonal_scan, nearest_code, vq_attention
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_second_derivatives(name, backend):
     case = CASES[name]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from agreement import assert_close
 from fused_cases import DEVICE, awkward, poisoned, wide
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels.favor_attention import FavorState, favor_attention, fused
@@ -91,7 +94,9 @@ CASES = [  # B, T, H, D, M, Dv, causal, state, lengths, dtype
 ]
 
 
-@pytest.mark.parametrize(("B", "T", "H", "D", "M", "Dv", "causal", "state", "lengths", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D", "M", "Dv", "causal", "state", "lengths", "dtype"), others_slow(CASES, CASES[::2])
+)
 def test_agrees_with_reference(B, T, H, D, M, Dv, causal, state, lengths, dtype):
     inputs = make(B, T, H, D, M, Dv, state=state, dtype=dtype)
     check(inputs, causal=causal, state=causal, lengths=lengths)
@@ -171,8 +176,7 @@ def test_one_projection_serves_all_heads():
     assert torch.equal(shared, favor_attention(q, k, v, projection[:1].repeat(3, 1, 1), backend="fused"))
 
 
-@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "packed"), others_slow(product((False, True), repeat=2), [(True, True)]))
 def test_operator(causal, packed):
     q, k, v, projection = make(1 if packed else 2, 5, 1, 16, 6, 16).values()
     state = (torch.rand(2, 1, 6, 16), torch.rand(2, 1, 6) + 1, torch.randn(2, 1, 6)) if causal else (None,) * 3

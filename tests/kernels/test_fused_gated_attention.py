@@ -6,6 +6,7 @@ import pytest
 import torch
 from agreement import assert_close
 from fused_cases import DEVICE, awkward, poisoned, wide
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import backends, gated_attention
@@ -103,7 +104,9 @@ CASES = [  # B, T, S, E, chunk_len, causal, bias, lengths, dtype, pieces that wo
 ]
 
 
-@pytest.mark.parametrize(("B", "T", "S", "E", "chunk_len", "causal", "bias", "lengths", "dtype", "pieces"), CASES)
+@pytest.mark.parametrize(
+    ("B", "T", "S", "E", "chunk_len", "causal", "bias", "lengths", "dtype", "pieces"), others_slow(CASES, CASES[::2])
+)
 def test_agrees_with_reference(B, T, S, E, chunk_len, causal, bias, lengths, dtype, pieces, monkeypatch):
     monkeypatch.setattr(fused, "_pieces", lambda programs, most, device: min(pieces, most))
     inputs = make(B, T, S, E, chunk_len, causal=causal, bias=bias, dtype=dtype)
@@ -167,7 +170,10 @@ STATES = [  # B, T, S, E, chunk_len, bias, positions of the state (None: none to
 ]
 
 
-@pytest.mark.parametrize(("B", "T", "S", "E", "chunk_len", "bias", "position", "lengths", "dtype", "pieces"), STATES)
+@pytest.mark.parametrize(
+    ("B", "T", "S", "E", "chunk_len", "bias", "position", "lengths", "dtype", "pieces"),
+    others_slow(STATES, STATES[::2]),
+)
 def test_state_agrees_with_reference(B, T, S, E, chunk_len, bias, position, lengths, dtype, pieces, monkeypatch):
     monkeypatch.setattr(fused, "_pieces", lambda programs, most, device: min(pieces, most))
     inputs = make(B, T, S, E, chunk_len, causal=True, bias=bias, dtype=dtype)
@@ -263,7 +269,9 @@ def test_state_compiles_whole():
         torch.testing.assert_close(value, right)
 
 
-@pytest.mark.parametrize(("causal", "T", "bias"), [(True, 9, True), (True, 4, False), (False, 9, True)])
+@pytest.mark.parametrize(
+    ("causal", "T", "bias"), others_slow([(True, 9, True), (True, 4, False), (False, 9, True)], [(True, 9, True)])
+)
 def test_operator(causal, T, bias):
     inputs = make(2, T, 16, 16, 4, causal=causal, bias=bias)
     tensors = [inputs[name].requires_grad_() if name in inputs else None for name in NAMES]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from agreement import assert_close
 from fused_cases import DEVICE, awkward, poisoned, wide
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import linear_attention
@@ -96,9 +97,12 @@ CASES = [  # B, T, H, Dk, Dv, causal, decay, normalize, state, lengths, dtype
 ]
 
 
-@pytest.mark.parametrize("segment_len", [None, 32], ids=["one segment", "segments"])
 @pytest.mark.parametrize(
-    ("B", "T", "H", "Dk", "Dv", "causal", "decay", "normalize", "state", "lengths", "dtype"), CASES
+    ("B", "T", "H", "Dk", "Dv", "causal", "decay", "normalize", "state", "lengths", "dtype", "segment_len"),
+    others_slow(
+        [(*case, segment_len) for case in CASES for segment_len in (None, 32)],
+        [(*case, (None, 32)[n % 2]) for n, case in enumerate(CASES)],
+    ),
 )
 def test_agrees_with_reference(
     B, T, H, Dk, Dv, causal, decay, normalize, state, lengths, dtype, segment_len, monkeypatch
@@ -163,7 +167,11 @@ def test_a_split_sequence_goes_on_where_it_stopped():
 
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
-    ("causal", "decay", "normalize"), [(True, "step", True), (True, "channel", True), (False, "none", False)]
+    ("causal", "decay", "normalize"),
+    others_slow(
+        [(True, "step", True), (True, "channel", True), (False, "none", False)],
+        [(True, "channel", True), (False, "none", False)],
+    ),
 )
 def test_operator(causal, decay, normalize, packed):
     inputs = make(1 if packed else 2, 9, 2, 4, 3, decay=decay, normalize=normalize, state=causal and not packed)

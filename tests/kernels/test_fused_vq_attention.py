@@ -6,6 +6,7 @@ import pytest
 import torch
 from agreement import assert_close
 from fused_cases import DEVICE, awkward, poisoned, wide
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import VQState, nearest_code, vq_attention
@@ -98,7 +99,10 @@ CASES = [  # B, T, H, D, Dv, S, L, causal, bias, resumed, lengths, dtype
 ]
 
 
-@pytest.mark.parametrize(("B", "T", "H", "D", "Dv", "S", "L", "causal", "bias", "resumed", "lengths", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D", "Dv", "S", "L", "causal", "bias", "resumed", "lengths", "dtype"),
+    others_slow(CASES, CASES[::2]),
+)
 def test_agrees_with_reference(B, T, H, D, Dv, S, L, causal, bias, resumed, lengths, dtype):
     made = make(B, T, H, D, Dv, S, L, causal=causal, bias=bias, resumed=resumed, dtype=dtype)
     check(*made, lengths=lengths, block_len=L, causal=causal)
@@ -130,7 +134,7 @@ def test_a_split_sequence_goes_on_where_it_stopped():
     assert_close(torch.cat([first, rest], 1), whole, 2e-6)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", others_slow([True, False], [True]))
 def test_operator(causal):
     inputs, _, codebook = make(2, 5, 1, 16, 16, 3, 2, causal=causal, bias="by head")
     q, k, v, bias, *_ = (None if x is None else x.requires_grad_() for x in inputs.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import product
 
 import pytest
 import torch
@@ -120,9 +121,13 @@ def test_in_single_precision_with_int64(decay, causal, lengths, normalize):
 FUSED = [(decay, causal) for decay, causal in FORMS if causal or decay == "none"]
 
 
-@pytest.mark.parametrize("segment_len", [None, 32], ids=["one segment", "segments"])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize(("decay", "causal"), FUSED)
+@pytest.mark.parametrize(
+    ("decay", "causal", "normalize", "segment_len"),
+    others_slow(
+        [(*form, *how) for form in FUSED for how in product((False, True), (None, 32))],
+        [(*form, *how) for form in FUSED for how in ((False, None), (True, 32))],
+    ),
+)
 def test_in_triton(decay, causal, normalize, segment_len, monkeypatch):
     fused = import_module("seqzoo.kernels.linear_attention.fused")
     monkeypatch.setattr(fused, "_segment_len", lambda programs, T, steps, device: segment_len or T)

@@ -21,6 +21,7 @@ T, N, H, D, Dv, S = sum(LENGTHS), len(LENGTHS), 2, 4, 5, 6
 SEEN = torch.tensor([1, 9, 0, 40, 8, 17, 3])  # positions behind each state
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 FORMS = [("reference", torch.float64), ("chunked", torch.float64), ("chunked", torch.float32), ("fused", torch.float32)]
+WHAT_LEAKS = [(False, False), (True, False), (True, True)]
 WAYS = ["both ways", "causal", "to a state", "from a state", "from a state to another"]
 CODEBOOK = torch.randn(H, S, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CODES = torch.randint(S, (1, T, H), generator=torch.Generator().manual_seed(2))
@@ -102,8 +103,13 @@ def weights_of_state(block_len: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("backend", "dtype"), FORMS)
-@pytest.mark.parametrize(("block_len", "by_query"), [(3, True), (16, False), (100, True)])
-@pytest.mark.parametrize("way", others_slow(WAYS, ["both ways", "causal", "from a state to another"]))
+@pytest.mark.parametrize(
+    ("way", "block_len", "by_query"),
+    others_slow(
+        [(way, *blocks) for way in WAYS for blocks in ((3, True), (16, False), (100, True))],
+        [("both ways", 3, True), ("causal", 100, True), ("from a state to another", 16, False)],
+    ),
+)
 def test_documents_are_as_if_alone(way, block_len, by_query, backend, dtype):
     causal = way != "both ways"
     inputs = make(block_len, causal, by_query)
@@ -123,8 +129,13 @@ def test_documents_are_as_if_alone(way, block_len, by_query, backend, dtype):
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "fused"])
-@pytest.mark.parametrize(("causal", "stateful"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("causal", "stateful", "backend"),
+    others_slow(
+        [(*way, backend) for way in WHAT_LEAKS for backend in ("reference", "chunked", "fused")],
+        [(True, True, "fused"), *((*way, backend) for way in WHAT_LEAKS for backend in ("reference", "chunked"))],
+    ),
+)
 def test_nothing_leaks_from_another_document(causal, stateful, backend):
     dtype = torch.float32 if backend == "fused" else torch.float64
     state, w_state = (make_state(8), weights_of_state(8)) if stateful else (None, None)
@@ -166,7 +177,11 @@ def test_documents_go_on_from_call_to_call():
 
 @pytest.mark.parametrize(
     ("backend", "causal", "stateful"),
-    [("chunked", True, True), ("chunked", False, False), ("fused", True, False)],
+    [
+        ("chunked", True, True),
+        ("chunked", False, False),
+        pytest.param("fused", True, False, marks=pytest.mark.slow),
+    ],
 )
 def test_graphs_do_not_depend_on_where_documents_end(backend, causal, stateful):
     inputs, codes, *_ = to(torch.float32, make(8, causal), None, None)

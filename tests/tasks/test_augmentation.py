@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from often import others_slow
 
 from seqzoo.spec import Batch, TaskSpec
 from seqzoo.tasks import AUGMENTATIONS, TASKS, TaskConfig, build_task, from_arrays
@@ -32,8 +33,13 @@ def moved(picture: np.ndarray, down: int, right: int, mirror: bool) -> np.ndarra
     return seen
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-@pytest.mark.parametrize(("side", "channels", "reach"), [(7, 2, 0), (16, 1, 2), (17, 3, 2)])
+@pytest.mark.parametrize(
+    ("side", "channels", "reach", "mirror"),
+    others_slow(
+        [(*size, mirror) for size in ((7, 2, 0), (16, 1, 2), (17, 3, 2)) for mirror in (False, True)],
+        [(7, 2, 0, True), (16, 1, 2, False), (17, 3, 2, True)],
+    ),
+)
 def test_pictures_are_moved_and_mirrored(side, channels, reach, mirror):
     batch, spec = pictures(side, channels=channels)
     changed = move(batch, spec, seed=3, mirror=mirror)

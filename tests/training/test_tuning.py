@@ -45,7 +45,7 @@ def config(runs_dir, tuning, block="softmax_attention", **changes):
 
 
 TUNINGS = ("full", *LITTLE)
-OFTEN = {(block, TUNINGS[(n + i) % 4]) for n, block in enumerate(BLOCKS) for i in (0, 2)}
+OFTEN = {(block, TUNINGS[n % 4]) for n, block in enumerate(BLOCKS)}
 
 
 @pytest.mark.parametrize(("block", "tuning"), others_slow(itertools.product(BLOCKS, TUNINGS), OFTEN))
@@ -93,7 +93,7 @@ def base(name: str) -> str:
     return f"{module}.base_layer.{parameter}"
 
 
-@pytest.mark.parametrize("tuning", LITTLE)
+@pytest.mark.parametrize("tuning", others_slow(LITTLE, ["lora"]))
 def test_an_interrupted_run_continues_alike(task, tmp_path, monkeypatch, tuning):
     settings = config(tmp_path / "cut", tuning, "lru", pretrain=True)
     whole = run(replace(settings, runs_dir=str(tmp_path / "whole")), task=task)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from often import others_slow
 
 from seqzoo.tasks.pathfinder.generator import generate
 from seqzoo.tasks.pathfinder.parameters import DIFFICULTIES, SIZES, parameters_of, published
@@ -57,8 +59,10 @@ def test_what_is_done_is_left_and_the_rest_completed():
     assert (resumed_labels[:256] == labels[:256]).all()
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+@pytest.mark.parametrize(
+    ("size", "difficulty"),
+    others_slow(itertools.product(SIZES, DIFFICULTIES), [*zip(SIZES, itertools.cycle(DIFFICULTIES), strict=False)]),
+)
 def test_labels_are_what_a_tracer_finds(size, difficulty):
     """It finds every contour, and takes few accidental chains of paddles for one."""
     n = 400 if size == 32 else 40
