@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import seqzoo
 from seqzoo import Block
+from seqzoo.blocks import state_of
 from seqzoo.testing import check_block
 from seqzoo.testing.contract import BIDIRECTIONAL, CAUSAL, CHECKS, PACKED
 
@@ -57,6 +60,55 @@ def test_what_is_broken_is_named():
     with pytest.raises(AssertionError, match="rows_know_nothing_of_each_other") as found:
         check_block(Reading)
     assert "reach" not in str(found.value)
+
+
+@state_of()
+class Total(NamedTuple):
+    total: Tensor  # [B, D]
+    position: Tensor  # [B]
+
+
+class Bare(NamedTuple):
+    total: Tensor
+    position: Tensor
+
+
+class Summing(Block):
+    """The sum of all that came before, with a state."""
+
+    kind: type = Total
+
+    def __init__(self, d_model, *, causal=True):
+        if not causal:
+            raise ValueError("Summing: valid: causal=True")
+        super().__init__(d_model, causal=True)
+        self.proj = nn.Linear(d_model, d_model, bias=False)
+
+    def initial_state(self, batch_size, device=None, dtype=None):
+        weight = self.proj.weight
+        total = torch.zeros(batch_size, self.d_model, device=device or weight.device, dtype=dtype or weight.dtype)
+        return self.kind(total, torch.zeros(batch_size, dtype=torch.int64, device=total.device))
+
+    def mix(self, x, state, lengths):
+        before = 0 if state is None else state.total[:, None]
+        y = self.over_time(lambda v: v.cumsum(1) + before, self.proj(x))
+        if state is None:
+            return y, None
+        return y, self.kind(y[:, -1], state.position + (x.shape[1] if lengths is None else lengths))
+
+
+def test_a_state_of_one_s_own():
+    assert "a_state_is_a_value (causal)" in check_block(Summing)
+
+    class Lacking(Summing):
+        kind = Bare
+
+    with pytest.raises(AssertionError) as found:
+        check_block(Lacking)
+    (line,) = str(found.value).splitlines()[1:]
+    assert line.startswith(
+        "a_state_is_a_value (causal): Bare has no fork, select, repeat, to; valid: @seqzoo.blocks.state_of()"
+    )
 
 
 def test_directions_that_are_refused_are_left_out():

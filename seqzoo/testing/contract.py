@@ -4,6 +4,7 @@ arguments."""
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 import sys
@@ -184,6 +185,32 @@ def extend_begins_without_a_state(build: Build) -> None:
     with torch.device("meta"):
         held = _parts(type(block)(**block.options).initial_state(3))
     expect({part.device.type for part in held} == {"meta"}, "a state does not lie where the block's parameters do")
+
+
+def a_state_is_a_value(build: Build) -> None:
+    """Saved, moved, forked and taken apart, it goes on as its sequences do, and stays what it was."""
+    block = build()
+    x = inputs_of(block, 3, 9)
+    y = block(x)[:, 6:]
+    _, state = block.extend(x[:, :6], None)
+    lacking = [name for name in ("fork", "select", "repeat", "to") if not hasattr(state, name)]
+    expect(
+        not lacking, f"{type(state).__name__} has no {', '.join(lacking)}; valid: @seqzoo.blocks.state_of() before it"
+    )
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    every, some = torch.arange(3), torch.tensor([2, 0])
+    for how, taken, rows in (
+        ("saved", torch.load(file, weights_only=True), every),
+        ("moved", state.to(x.device, x.dtype), every),
+        ("forked", state.fork(), every),
+        ("selected", state.select(some), some),
+        ("repeated", state.repeat(2), every.repeat_interleave(2)),
+        ("continued before", state, every),
+    ):
+        found, _ = block.extend(x[rows, 6:], taken)
+        assert_close(found, y[rows], 1e-10, f"from a state that was {how}")
 
 
 def a_state_of_other_sequences_is_refused(build: Build) -> None:
@@ -415,6 +442,7 @@ CAUSAL: tuple[Callable[[Build], None], ...] = (
     extend_equals_forward,
     extend_takes_ragged_steps,
     extend_begins_without_a_state,
+    a_state_is_a_value,
     a_state_of_other_sequences_is_refused,
 )
 BIDIRECTIONAL: tuple[Callable[[Build], None], ...] = (bidirectional_has_no_state,)

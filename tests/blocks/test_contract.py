@@ -106,6 +106,11 @@ def test_extend_begins_without_a_state(name, options, causal):
 
 
 @streaming
+def test_a_state_is_a_value(name, options, causal):
+    contract.a_state_is_a_value(builder(name, options, causal))
+
+
+@streaming
 def test_a_state_of_other_sequences_is_refused(name, options, causal):
     contract.a_state_of_other_sequences_is_refused(builder(name, options, causal))
 
