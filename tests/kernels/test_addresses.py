@@ -53,7 +53,9 @@ def test_beyond_two_to_the_31st(operation, size):
             assert not found_in(launch, program, HUGE[size].T)
 
 
-@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize(
+    "operation", others_slow(CALLS, ["attention", "delta_rule", "diagonal_scan", "gated_attention", "nearest_code"])
+)
 def test_lengths_that_no_sequence_has(operation):
     """They are not looked at on a GPU: a caller's slip must stay one."""
     for launch in launches(operation, RAGGED):

@@ -11,6 +11,7 @@ import torch
 from agreement import assert_close
 from delta_cases import DECAYS, TIMED, make, run, unit, weights, wide
 from fused_cases import DEVICE, awkward, poisoned
+from often import others_slow
 from passes import meta
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +47,9 @@ def expected_of(inputs: dict[str, Tensor], w: Tensor, w_state: Tensor | None = N
     return run(inputs, w, None if w_state is None else w_state.double().cpu(), **options, backend="reference")
 
 
-@pytest.mark.parametrize(("B", "T", "H", "G", "Dk", "Dv", "decay", "erase", "state", "lengths", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "G", "Dk", "Dv", "decay", "erase", "state", "lengths", "dtype"), others_slow(CASES, CASES[::2])
+)
 def test_agrees_with_reference(B, T, H, G, Dk, Dv, decay, erase, state, lengths, dtype):
     """What lies past the lengths is NaN."""
     inputs = given(B, T, H, Dk, Dv, G=G, decay=decay, erase=erase, state=state, dtype=dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from agreement import assert_close
 from fused_cases import DEVICE, awkward, poisoned, wide
+from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels import backends, diagonal_scan
@@ -63,10 +64,12 @@ CASES = [  # B, T, D, dtype, constant, reverse, lengths, with an initial state
 ]
 
 
-@pytest.mark.parametrize("chunk_len", [None, 16], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize(
-    ("B", "T", "D", "dtype", "constant", "reverse", "lengths", "state", "scaled"),
-    [(*case, number % 2 == 0) for number, case in enumerate(CASES)],
+    ("B", "T", "D", "dtype", "constant", "reverse", "lengths", "state", "scaled", "chunk_len"),
+    others_slow(
+        [(*case, n % 2 == 0, chunk_len) for n, case in enumerate(CASES) for chunk_len in (None, 16)],
+        [(*case, n % 2 == 0, (None, 16)[n // 2 % 2]) for n, case in enumerate(CASES)],
+    ),
 )
 def test_agrees_with_reference(B, T, D, dtype, constant, reverse, lengths, state, scaled, chunk_len, monkeypatch):
     monkeypatch.setattr(fused, "_chunk_len", lambda programs, T, steps, device: chunk_len or T)

@@ -178,8 +178,13 @@ def test_has_second_derivatives(causal):
     assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True)
 
 
-@pytest.mark.parametrize("state", [False, True])
-@pytest.mark.parametrize(("decay", "causal"), FORMS)
+@pytest.mark.parametrize(
+    ("decay", "causal", "state"),
+    others_slow(
+        [(*form, state) for form in FORMS for state in (False, True)],
+        [(*form, n % 2 == 0) for n, form in enumerate(FORMS)],
+    ),
+)
 def test_compiles_whole(decay, causal, state):
     state = state and causal
     inputs = make(LENGTHS, 2, 6, 4, decay=decay, state=state)

@@ -131,8 +131,10 @@ def test_a_recurrence_is_tuned_at_every_projection(task, tmp_path):
         before = after
 
 
-@pytest.mark.parametrize("tuning", LITTLE)
-@pytest.mark.parametrize("block", ["lru", "vq_attention"])
+@pytest.mark.parametrize(
+    ("block", "tuning"),
+    others_slow(itertools.product(["lru", "vq_attention"], LITTLE), [("lru", "lora"), ("vq_attention", "ladder")]),
+)
 def test_what_is_tuned_is_compiled_as_a_whole(task, tmp_path, tuning, block):
     settings = config(tmp_path, tuning, block)
     model = tune(build_model(settings.model, task.spec, head="classify", causal=False), settings).eval()
