@@ -193,7 +193,7 @@ def validated(config: Config) -> Config:
         _validate(config)
     except ConfigError:
         raise
-    except ValueError as error:
+    except (OverflowError, ValueError) as error:
         raise ConfigError(str(error)) from None
     return config
 

@@ -26,13 +26,6 @@ from .launch import launch
 TASKS_FIRST = ("lra_image", "lra_pathfinder", "lra_listops", "lra_text")
 MODELS_FIRST = ("transformer", "lru")
 STUDY = "study="
-PLAIN: dict[str, Callable[[str], Any]] = {  # keys that nothing else is composed of, and what reads their values
-    "seed": int,
-    "share": float,
-    "objective": str,
-    "pretrain": lambda text: {"true": True, "false": False}[text.lower()],
-    "augment": lambda text: {"true": True, "false": False}[text.lower()],
-}
 QUIET = 3.0  # seconds until a long sweep says that it is being composed, and again
 CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)  # as Hydra writes them, beside a,b,c
 RANGE = re.compile(r"range\(.*\)", re.DOTALL)
@@ -137,6 +130,20 @@ def plan(sweep: Sequence[Sequence[Sequence[str]]]) -> tuple[list[Cell], list[str
         cells.setdefault(cell.folder, cell)
         ranks.setdefault(cell.folder, (number, *_rank(config)))
     return sorted(cells.values(), key=lambda cell: ranks[cell.folder]), failed
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+# Keys that nothing else is composed of, and what reads their values.
+PLAIN: dict[str, Callable[[str], Any]] = {
+    "seed": int,
+    "share": float,
+    "objective": str,
+    "pretrain": _truth,
+    "augment": _truth,
+}
 
 
 def _compose(overrides: Sequence[str], known: dict[tuple[str, ...], Config]) -> Config:

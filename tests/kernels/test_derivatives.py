@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from agreement import assert_close
-from often import others_slow
 from operation_cases import CASES, B, Case, D, H, leaves, outputs, randn
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -16,7 +15,7 @@ from seqzoo.kernels import diagonal_scan, nearest_code, vq_attention
 
 
 @pytest.mark.parametrize("backend", ["chunked", pytest.param("reference", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", others_slow(CASES, [*CASES][::2]))
+@pytest.mark.parametrize("name", CASES)
 def test_second_derivatives(name, backend):
     case = CASES[name]
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Fused operations, and those that are chunked only, on inputs as users have them, against their definition in double.
 
 Where tensors lie in memory, what dtypes they have, of which of them a gradient is asked, which outputs a loss takes,
-how lengths are kept, and sizes of 1: all pairs of these occur, and, slowly, all triples.
+how lengths are kept, and sizes of 1: each of these occurs, and, slowly, any three of them together.
 """
 
 from __future__ import annotations
