@@ -12,11 +12,12 @@ Scalable for LLM Training" (2025), section 2.2.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 VERSION = 2  # of what it computes: the first one was PyTorch's
 MOMENTUM = 0.95
@@ -39,27 +40,35 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
         for group in self.param_groups:
+            # Matrices of one shape are orthogonalised together: small ones cost less than the calls for each would.
+            of_shape: dict[tuple[torch.Size, torch.dtype], list[nn.Parameter]] = defaultdict(list)
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
-                momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - MOMENTUM)
-                update = orthogonal(weight.grad.lerp(momentum, MOMENTUM))
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-SCALE * math.sqrt(max(weight.shape)) * group["lr"])
+                if weight.grad is not None:
+                    of_shape[weight.shape, weight.dtype].append(weight)
+            for (shape, _), weights in of_shape.items():
+                updates = orthogonal(torch.stack([self._moved(weight) for weight in weights]))
+                for weight, update in zip(weights, updates.unbind(), strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update, alpha=-SCALE * math.sqrt(max(shape)) * group["lr"])
         return loss
+
+    def _moved(self, weight: nn.Parameter) -> Tensor:
+        """Nesterov's momentum of a gradient."""
+        gradient, state = cast(Tensor, weight.grad), self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM), MOMENTUM)
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """[m, n] -> [m, n] with the same singular vectors, and singular values of 0.7 to 1.2 where they are not below a
-    thousandth of the norm, by Newton and Schulz's iteration."""
+    """[k, m, n] -> [k, m, n], k matrices with the same singular vectors, and singular values of 0.7 to 1.2 where they
+    are not below a thousandth of their matrix's norm, by Newton and Schulz's iteration."""
     y = x.to(torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else torch.bfloat16)
-    y = y.mT if len(x) > x.shape[1] else y
-    y = y / y.norm().clamp(min=SMALLEST_NORM)
+    tall = x.shape[1] > x.shape[2]
+    y = y.mT if tall else y
+    y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=SMALLEST_NORM)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = y @ y.mT
-        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y.mT if len(x) > x.shape[1] else y).to(x.dtype)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).to(x.dtype)

@@ -167,11 +167,11 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_adamws():
     assert nothing < 1e-3, "inputs behind a norm add up to 0: no gradient says how their mean counts"
 
 
-@pytest.mark.parametrize("shape", [(12, 12), (20, 7), (7, 20)])
+@pytest.mark.parametrize("shape", [(1, 12, 12), (3, 20, 7), (3, 7, 20)])
 def test_muon_iterates_on_singular_values(shape):
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    s = s / s.norm()
+    s = (s / s.norm(dim=1, keepdim=True))[:, None]
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     torch.testing.assert_close(orthogonal(x), u * s @ v, rtol=0, atol=1e-12)
@@ -180,17 +180,23 @@ def test_muon_iterates_on_singular_values(shape):
 
 
 def test_muon_takes_the_steps_of_pytorchs():
-    weights = [nn.Parameter(torch.zeros(24, 10)) for _ in range(2)]
-    ours = Muon([{"params": weights[:1], "lr": 0.01, "weight_decay": 0.1}])
-    theirs = torch.optim.Muon(weights[1:], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    """For matrices of one shape as for one alone, and whichever of them has a gradient."""
+    ours, theirs = ([nn.Parameter(torch.zeros(shape)) for shape in ((24, 10), (10, 10), (24, 10))] for _ in range(2))
+    optimizers = (
+        Muon([{"params": ours, "lr": 0.01, "weight_decay": 0.1}]),
+        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
     generator = torch.Generator().manual_seed(0)
-    for _ in range(10):
-        gradient = torch.randn(24, 10, generator=generator)
-        for weight, optimizer in zip(weights, (ours, theirs), strict=True):
-            weight.grad = gradient.clone()
+    for number in range(10):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            gradient = None if number % 4 == i else torch.randn(pair[0].shape, generator=generator)
+            for weight in pair:
+                weight.grad = None if gradient is None else gradient.clone()
+        for optimizer in optimizers:
             optimizer.step()
-    torch.testing.assert_close(ours.state[weights[0]], theirs.state[weights[1]], rtol=0, atol=0)
-    assert (weights[0] - weights[1]).norm() < 0.02 * weights[0].norm(), "theirs iterate in bfloat16"
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(optimizers[0].state[one], optimizers[1].state[other], rtol=0, atol=0)
+        assert (one - other).norm() < 0.02 * one.norm(), "theirs iterate in bfloat16"
 
 
 def test_muon_goes_on_from_what_it_kept():
