@@ -362,19 +362,21 @@ def _windows(x: Tensor, W: int, n: slice, around: Tensor | None) -> Tensor:
     L = x.shape[1]
     if around is not None:
         return x[around[n]].flatten(1, 2)
-    windows = x[n.start : n.stop + W - 1].flatten(0, 1).unfold(0, W * L, L).mT
-    # A view is enough for products in single precision; those in half would copy it, and transpose it meanwhile.
-    return windows.contiguous() if x.dtype == torch.bfloat16 else windows
+    return _dense(x[n.start : n.stop + W - 1].flatten(0, 1).unfold(0, W * L, L).mT)
 
 
 def _add_to_windows(sums: Tensor, W: int, n: slice, weights: Tensor, y: Tensor, around: Tensor | None) -> None:
     """Adds to every key in the windows of blocks `n` the sum of `y` [., L, D] by its column of `weights` [., L, WL]."""
-    L = y.shape[1]
-    for w, part in enumerate(torch.bmm(weights.mT, y).split(L, 1)):
+    for w, part in enumerate(weights.split(y.shape[1], -1)):
         if around is not None:
-            sums.index_add_(0, around[n, w], part)
+            sums.index_add_(0, around[n, w], torch.bmm(part.mT, y))
         else:
-            sums[n.start + w :][: len(y)].add_(part)
+            sums[n.start + w :][: len(y)].baddbmm_(_dense(part).mT, y)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A view is enough for products in single precision; those in half would copy it, and transpose it meanwhile."""
+    return x.contiguous() if x.dtype == torch.bfloat16 else x
 
 
 def _by_offset(scores: Tensor, offsets: int, W: int) -> Tensor:

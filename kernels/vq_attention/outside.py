@@ -105,8 +105,12 @@ def read_outside_backward(
     d_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     dy_of, weights_of, row = _blocks(dy), _blocks(weights), _rows(codes, weights.shape[-1])
     N, d_sums = len(row), _sums(weights, values)
-    d_values = d_sums.new_zeros(N, *values[:, 0].flatten(0, 1).shape)
+
+    def read(block: int) -> Tensor:  # [G, L, Dv]
+        return d_sums.flatten(0, 1)[row[block]].view_as(values[:, block])
+
     if starts is not None:
+        d_values = torch.zeros_like(values, dtype=d_sums.dtype, memory_format=torch.contiguous_format)
         visits = _visits(Documents(starts, N), causal)
         for i, sums in _sums_by_document(weights, values, codes, visits):
             d_weights[:, i] += torch.bmm(dy_of[i], sums.mT)
@@ -119,19 +123,27 @@ def read_outside_backward(
                 d_sums += torch.bmm(weights_of[i].mT, dy_of[i])
                 if fresh is not False:
                     d_sums.masked_fill_(fresh, 0)
-                d_values[other] += d_sums.flatten(0, 1)[row[other]]
-        return d_weights, _of_blocks(d_values, values)
+                d_values[:, other] += read(other)
+        return d_weights, d_values.to(values.dtype)
     for i, sums in _sums_of_values(weights, values, codes, causal):
         d_weights[:, i] = torch.bmm(dy_of[i], sums.mT)
-    for i in range(N - 1, 1 if causal else -1, -1):  # adds up the gradients of the sums that blocks from i on read
+    # d_sums adds up the gradients of the sums that blocks from i on read.
+    if causal:
+        d_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
+        for i in range(N - 1, 1, -1):
+            d_sums += torch.bmm(weights_of[i].mT, dy_of[i])
+            d_values[:, i - 2] = read(i - 2)
+        return d_weights, d_values
+    d_values = torch.zeros_like(values, dtype=d_sums.dtype, memory_format=torch.contiguous_format)
+    for i in range(N - 1, -1, -1):
         d_sums += torch.bmm(weights_of[i].mT, dy_of[i])
         if i >= 2:
-            torch.index_select(d_sums.flatten(0, 1), 0, row[i - 2], out=d_values[i - 2])
-        if not causal and i + 1 < N:
-            d_values[i + 1].sub_(d_sums.flatten(0, 1)[row[i + 1]])
-    for i in range(N if causal else 1, N):
-        d_values[i].add_(d_sums.flatten(0, 1)[row[i]])
-    return d_weights, _of_blocks(d_values, values)
+            d_values[:, i - 2] = read(i - 2)
+        if i + 1 < N:
+            d_values[:, i + 1] -= read(i + 1)
+    for i in range(1, N):
+        d_values[:, i] += read(i)
+    return d_weights, d_values.to(values.dtype)
 
 
 @read_outside.register_fake
@@ -149,10 +161,9 @@ def _(
 def _sums_of_values(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -> Iterator[tuple[int, Tensor]]:
     """Each block that has others outside its window, and the sums of their values by code, [G, S, Dv] to multiply."""
     N, row, sums = weights.shape[1], _rows(codes, weights.shape[-1]), _sums(weights, values)
-    values_of = [block.flatten(0, 1) for block in _blocks(values.to(sums.dtype))]
 
     def add(block: int, sign: int) -> None:
-        sums.flatten(0, 1).index_add_(0, row[block], values_of[block], alpha=sign)
+        sums.flatten(0, 1).index_add_(0, row[block], values[:, block].to(sums.dtype).flatten(0, 1), alpha=sign)
 
     for i in range(N if causal else 1, N):
         add(i, 1)
@@ -180,12 +191,6 @@ def _sums_by_document(
             if fresh is not False:
                 sums.masked_fill_(fresh, 0)
             yield i, sums.to(weights.dtype)
-
-
-def _of_blocks(d_values: Tensor, values: Tensor) -> Tensor:
-    """N of [G L, Dv], as `values` are."""
-    d_values = d_values.unflatten(1, values[:, 0].shape[:2]).transpose(0, 1)
-    return d_values.to(values.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _blocks(x: Tensor) -> tuple[Tensor, ...]:
