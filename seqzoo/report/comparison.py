@@ -3,7 +3,6 @@ cell, cells make a table."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -101,11 +100,11 @@ class Cell:
 
     @cached_property
     def interval(self) -> Interval | None:
-        """95 %, over seeds; of a single one over test examples, or None where its score is no accuracy."""
-        is_share = self.conditions.metric == "accuracy"
+        """95 %, over seeds and, of accuracies, test examples; None of a single score that is no accuracy."""
+        n = self.conditions.n_test if self.conditions.metric == "accuracy" else None
         if len(self.results) > 1:
-            return over_seeds(self.scores, largest=1.0 if is_share else math.inf)
-        return over_examples(self.mean, self.conditions.n_test) if is_share else None
+            return over_seeds(self.scores, n=n)
+        return None if n is None else over_examples(self.mean, n)
 
     @property
     def num_seeds(self) -> int:

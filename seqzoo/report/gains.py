@@ -102,8 +102,8 @@ def gain_over_budget(comparisons: Iterable[Comparison]) -> Chart | None:
             )
         )
     caption = (
-        "Self-pretrained minus from scratch on as many tokens as both stages together, with 95 % intervals: Welch's "
-        "where both have several seeds, else that of two proportions."
+        "Self-pretrained minus from scratch on as many tokens as both stages together, with 95 % intervals: over "
+        "seeds and test examples where both have several seeds, else that of two proportions."
     )
     return chart_of("gain_over_budget", "The budget at which pretraining begins to help", caption, drawn, findings)
 

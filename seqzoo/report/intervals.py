@@ -1,4 +1,4 @@
-"""95 % confidence intervals of scores: over seeds where there are several, over test examples where there is one.
+"""95 % confidence intervals of scores: over seeds and test examples, over the latter alone where there is one seed.
 
 From quantiles alone: `scipy.stats`, which has all of this, takes longer to import than most reports take.
 """
@@ -18,16 +18,17 @@ class Interval(NamedTuple):
 
     low: float
     high: float
-    kind: str  # "t": over seeds; "binomial": over test examples, nothing said of other seeds
+    kind: str  # "t": over seeds and test examples; "binomial": over the latter, nothing said of other seeds
 
 
-def over_seeds(scores: Sequence[float], *, largest: float = math.inf) -> Interval:
-    """The t-interval of the mean of two or more scores, within [0, largest]."""
-    from scipy.special import stdtrit
+def over_seeds(scores: Sequence[float], *, n: int | None = None) -> Interval:
+    """Of the mean of two or more scores: of accuracies measured on `n` test examples, within [0, 1], else at least 0.
 
-    mean, error = statistics.fmean(scores), math.sqrt(statistics.variance(scores) / len(scores))
-    half = error * -float(stdtrit(len(scores) - 1, TAIL))
-    return Interval(max(0.0, mean - half), min(largest, mean + half), "t")
+    The t-interval over seeds and that over examples, which further seeds do not narrow, their halves in quadrature.
+    """
+    mean = statistics.fmean(scores)
+    half = math.hypot(_half_over_seeds(scores), 0.0 if n is None else _half_over_examples([mean], n))
+    return Interval(max(0.0, mean - half), mean + half if n is None else min(1.0, mean + half), "t")
 
 
 def over_examples(share: float, n: int) -> Interval:
@@ -44,21 +45,27 @@ def over_examples(share: float, n: int) -> Interval:
 def of_difference(after: Sequence[float], before: Sequence[float], n: int) -> Interval:
     """The interval of mean(after) - mean(before), accuracies measured on `n` test examples.
 
-    Welch's where both have several seeds. Else the normal interval of two proportions, which says nothing of other
-    seeds, and is wide because it takes the examples of the two for different ones.
+    Welch's over seeds (B. L. Welch 1947, Biometrika 34 (1-2)) and that of two proportions over examples, their halves
+    in quadrature; the latter alone where either has a single seed, which says nothing of other seeds. It is wide,
+    because it takes the examples of the two for different ones.
     """
-    from scipy.special import ndtri, stdtrit
-
     means = statistics.fmean(after), statistics.fmean(before)
-    difference = means[0] - means[1]
-    if min(len(after), len(before)) == 1:
-        half = -float(ndtri(TAIL)) * math.sqrt(sum(mean * (1 - mean) / n for mean in means))
-        return Interval(difference - half, difference + half, "binomial")
-    parts = [statistics.variance(scores) / len(scores) for scores in (after, before)]
-    if not any(parts):
-        return Interval(difference, difference, "t")
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(scores) - 1) for part, scores in zip(parts, (after, before), strict=True)
-    )
-    half = -float(stdtrit(freedom, TAIL)) * math.sqrt(sum(parts))
-    return Interval(difference - half, difference + half, "t")
+    several = min(len(after), len(before)) > 1
+    half = math.hypot(_half_over_seeds(after, before) if several else 0.0, _half_over_examples(means, n))
+    return Interval(means[0] - means[1] - half, means[0] - means[1] + half, "t" if several else "binomial")
+
+
+def _half_over_seeds(*sides: Sequence[float]) -> float:
+    """Of the mean of one, or of the difference of two."""
+    from scipy.special import stdtrit
+
+    parts = [(statistics.variance(scores) / len(scores), len(scores) - 1) for scores in sides]
+    total, spread = sum(part for part, _ in parts), sum(part**2 / freedom for part, freedom in parts)
+    return -float(stdtrit(total**2 / spread, TAIL)) * math.sqrt(total) if spread else 0.0
+
+
+def _half_over_examples(shares: Sequence[float], n: int) -> float:
+    """Of a share of `n` examples, or of the difference of two."""
+    from scipy.special import ndtri
+
+    return -float(ndtri(TAIL)) * math.sqrt(sum(share * (1 - share) / n for share in shares))

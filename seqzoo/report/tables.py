@@ -24,7 +24,7 @@ IN_BITS = ("model", "params (M)", "bits per character")
 LEGENDS = {
     "accuracy": (
         "Test accuracy in percent: mean ± sample standard deviation over seeds (number of seeds); differences in "
-        "points.",
+        "points, with 95 % intervals over seeds and test examples, over the latter alone where a side has one seed.",
         "Published figures were reached with other budgets, sizes, position encodings and tuning than the runs beside "
         "them, and are left out where the task was shortened. x: reported as no better than chance.",
     ),
@@ -37,8 +37,7 @@ IN_FP32 = "In fp32 where no precision is named."
 SAME_TOTAL = "Same total: from scratch on as many tokens as both stages of the pretrained run together."
 IN_ONE_PHASE = (
     "One phase: the labels' loss and the masked loss together, on as many tokens as both stages of the pretrained run "
-    "or, where there is none, as from scratch. Its difference is to from scratch on as many tokens, with the 95 % "
-    "interval."
+    "or, where there is none, as from scratch. Its difference is to from scratch on as many tokens."
 )
 
 
@@ -236,20 +235,21 @@ def _csv_interval(name: str, interval: Interval | None) -> dict[str, object]:
 
 def _text_row(row: Row, with_matched: bool) -> tuple[str, ...]:
     measured = (row.size.model, millions(row.size.params), score(row.scratch), score(row.pretrained))
-    matched = (score(row.matched), points(row.gain)) if with_matched else ()
-    return *measured, points(row.difference), *matched
+    matched = (score(row.matched), _with_interval(row.gain, row.gain_interval)) if with_matched else ()
+    return *measured, _with_interval(row.difference, row.difference_interval), *matched
 
 
 def _in_one_phase(comparison: Comparison, row: Row, phases: Iterable[str]) -> Iterator[str]:
-    """For each of `phases` its score, and the difference to from scratch with the interval."""
+    """For each of `phases` its score, and the difference to from scratch."""
     in_one_phase = by_phase(comparison, row)
     for phase in phases:
         cell = in_one_phase.get(phase)
-        interval = row.interval_of(cell) if cell else None
         yield score(cell)
-        yield points(row.gain_of(cell) if cell else None) + (
-            f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})" if interval else ""
-        )
+        yield _with_interval(row.gain_of(cell), row.interval_of(cell)) if cell else ABSENT
+
+
+def _with_interval(difference: float | None, interval: Interval | None) -> str:
+    return points(difference) + (f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})" if interval else "")
 
 
 def score(cell: Cell | None) -> str:

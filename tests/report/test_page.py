@@ -119,7 +119,7 @@ def test_numbers_with_their_runs(write_run, page):
     write_run(budgets=(5000, 5000), accuracy=0.75)
     write_run(budgets=(0, 10_000), accuracy=0.7)
     shown = page()
-    assert "61.00 ± 1.41 (2) 48.3 to 73.7, t runs 1 2" in shown.words
+    assert "61.00 ± 1.41 (2) 47.4 to 74.6, t runs 1 2" in shown.words
     assert "75.00 (1) 70.5 to 79.0, binomial run 3" in shown.words
     assert "+14.00 7.6 to 20.4, binomial +5.00 -1.2 to 11.2, binomial" in shown.words
     assert "64.27 [1] ours -3.27" in shown.words
