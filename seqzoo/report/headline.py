@@ -108,8 +108,8 @@ def _one_phase(row: Row, cell: Cell | None, numbers: Mapping[Path, int]) -> tupl
 
 
 def _gain(value: float | None, interval: Interval | None) -> Entry:
-    """Bold where the interval leaves out zero."""
-    beyond_chance = interval is not None and not interval.low <= 0 <= interval.high
+    """Bold where the interval leaves out zero, and is one over seeds."""
+    beyond_chance = interval is not None and interval.kind == "t" and not interval.low <= 0 <= interval.high
     return Entry(points(value), _percent(interval), strong=beyond_chance)
 
 

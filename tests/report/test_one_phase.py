@@ -78,8 +78,9 @@ def test_it_is_a_column_of_every_table(three_columns):
     (page,) = main_tables(three_columns, numbers, Sources())
     entries = dict(zip(page.header, page.rows[0], strict=True))
     assert entries["one phase"].text == "76.00 ± 1.00 (3)"
-    assert entries["gain of one phase at the same total"].text == "+10.00"
-    assert entries["gain of one phase at the same total"].detail == "3.4 to 16.6, t"
+    gain = entries["gain of one phase at the same total"]
+    assert (gain.text, gain.detail, gain.strong) == ("+10.00", "3.4 to 16.6, t", True)
+    assert not entries["gain at the same total"].strong, "-1.5 to 11.5"
     assert page.header[-1].startswith("published")
 
     chart = scratch_against_pretrained(three_columns)
@@ -103,6 +104,10 @@ def test_without_pretraining_it_stands_beside_scratch(write_run, write_joint, ce
     assert "augmented" in other.title
     assert dict(zip(other.header, other.rows[0], strict=True))["difference, one phase"] == "-"
     assert dict(zip(table.header, table.rows[0], strict=True))["difference, one phase"].startswith("+10.00 (")
+    numbers = {run.folder: 1 for row in (*comparison.rows, *alone.rows) for cell in row.cells for run in cell.results}
+    (page, _) = main_tables([comparison, alone], numbers, Sources())
+    gain = dict(zip(page.header, page.rows[0], strict=True))["gain of one phase at the same total"]
+    assert (gain.detail, gain.strong) == ("3.7 to 16.3, binomial", False), "nothing is known of other seeds"
 
 
 def test_other_totals_are_not_put_side_by_side(write_run, write_joint, cells):
