@@ -36,14 +36,15 @@ class Conditions(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """The recipe, and the precision if that is not what runs are in where nothing is said."""
-        return self.recipe if self.precision == "fp32" else f"{self.recipe}, {self.precision}"
+        """The recipe, and the precision and optimizer if those are not what runs have where nothing is said."""
+        named = ((self.precision, "fp32"), (self.optimizer, "adamw"))
+        return ", ".join((self.recipe, *(value for value, usual in named if value != usual)))
 
     @property
     def plain(self) -> bool:
         """Whether these are the conditions of the comparison itself, and not a variant that another study is about."""
-        variant = (self.train_fraction, self.tuning, self.init, self.optimizer, self.augment, self.packing)
-        return variant == (1.0, "full", "structured", "adamw", False, False)
+        variant = (self.train_fraction, self.tuning, self.init, self.augment, self.packing)
+        return variant == (1.0, "full", "structured", False, False)
 
 
 class Size(NamedTuple):

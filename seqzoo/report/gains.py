@@ -52,7 +52,9 @@ def scratch_against_pretrained(comparisons: Iterable[Comparison]) -> Chart | Non
         panels.append(
             Panel(title, "model", score_label(conditions), series, kind="bars", level=majority_level(conditions))
         )
-    caption = "Test scores with 95 % intervals: over seeds (t) where there are several, else over test examples."
+    caption = (
+        "Test scores with 95 % intervals over seeds and test examples, over the latter alone where there is one seed."
+    )
     return chart_of("scratch_and_pretrained", "From scratch against self-pretrained", caption, panels)
 
 
@@ -84,12 +86,13 @@ def gain_over_budget(comparisons: Iterable[Comparison]) -> Chart | None:
         panels[panel][label].append(point)
     drawn, findings = [], []
     for title, by_series in panels.items():
-        if any(len(points) > 1 for points in by_series.values()):  # shares tried at one budget have their own chart
-            by_series = {label: points for label, points in by_series.items() if len(points) > 1}
         series = tuple(
             Series(label, tuple(sorted(points, key=lambda point: float(point.x))), label)
             for label, points in sorted(by_series.items())
+            if len(points) > 1  # one budget says nothing of others
         )
+        if not series:
+            continue
         findings += [f"{title.splitlines()[0]}, {one.label}: {_begins(one.points)}" for one in series]
         drawn.append(
             Panel(

@@ -33,7 +33,7 @@ LEGENDS = {
         "seeds).",
     ),
 }
-IN_FP32 = "In fp32 where no precision is named."
+AS_USUAL = "In fp32 where no precision is named, with AdamW where no optimizer is."
 SAME_TOTAL = "Same total: from scratch on as many tokens as both stages of the pretrained run together."
 IN_ONE_PHASE = (
     "One phase: the labels' loss and the masked loss together, on as many tokens as both stages of the pretrained run "
@@ -86,7 +86,7 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
             header = IN_BITS
             rows = [(row.size.model, millions(row.size.params), score(row.scratch)) for row in comparison.rows]
         tables.append(Table(title(comparison), header, rows))
-        notes += () if comparison.conditions.precision == "fp32" else (IN_FP32,)
+        notes += () if comparison.conditions.setting == comparison.conditions.recipe else (AS_USUAL,)
         legend += [line for line in notes if line not in legend]
     return Report(tables, [*legend, *sources.notes], [printable(f"{run.folder}: {run.reason}") for run in left_out])
 
@@ -135,7 +135,6 @@ def variant(conditions: Conditions) -> str:
         f"{100 * conditions.train_fraction:g} % of the train split" if conditions.train_fraction != 1 else "",
         f"{conditions.tuning} tuning" if conditions.tuning != "full" else "",
         f"{conditions.init} initialisation" if conditions.init != "structured" else "",
-        conditions.optimizer if conditions.optimizer != "adamw" else "",
         "augmented" if conditions.augment else "",
         "packed" if conditions.packing else "",
     ]

@@ -24,8 +24,8 @@ LEGEND = (
     "its mean speed."
 )
 CSV_HEADER = (
-    *("task", "recipe", "precision", "causal", "n_test", "task_note", "hardware", "model", "params", "training"),
-    *("accuracy", "seconds", "seeds_that_reach_it", "seeds_timed", "seeds_disturbed"),
+    *("task", "recipe", "precision", "optimizer", "causal", "n_test", "task_note", "hardware"),
+    *("model", "params", "training", "accuracy", "seconds", "seeds_that_reach_it", "seeds_timed", "seeds_disturbed"),
 )
 
 
@@ -107,8 +107,8 @@ def to_csv(times: Iterable[Times]) -> str:
     for one in times:
         conditions = one.cell.conditions
         cell = (
-            *(conditions.task, conditions.recipe, conditions.precision, conditions.causal, conditions.n_test),
-            *(conditions.task_note, one.hardware, *one.cell.size, stages(one.cell)),
+            *(conditions.task, conditions.recipe, conditions.precision, conditions.optimizer, conditions.causal),
+            *(conditions.n_test, conditions.task_note, one.hardware, *one.cell.size, stages(one.cell)),
         )
         for wanted, seconds in one.reached.items():
             mean = statistics.fmean(seconds) if seconds else None

@@ -104,20 +104,22 @@ def test_sizes_do_not_mix(write_run, tmp_path):
     ]
 
 
-def test_precisions_do_not_mix(write_run, tmp_path):
+@pytest.mark.parametrize("other", [{"precision": "bf16"}, {"optimizer": "muon 2"}])
+def test_precisions_and_optimizers_do_not_mix(write_run, tmp_path, other):
+    ((name, value),) = other.items()
     write_run(accuracy=0.6)
     write_run(accuracy=0.7, pretrain=True)
-    write_run(accuracy=0.8, pretrain=True, precision="bf16")
+    write_run(accuracy=0.8, pretrain=True, **other)
     comparisons, left_out = compared(tmp_path)
     assert left_out == []
-    found = {comparison.conditions.precision: comparison.rows[0] for comparison in comparisons}
-    assert found["fp32"].difference == pytest.approx(0.1)
-    assert found["bf16"].scratch is None
+    found = {getattr(comparison.conditions, name): comparison.rows[0] for comparison in comparisons}
+    assert found.pop(value).scratch is None
+    (usual,) = found.values()
+    assert usual.difference == pytest.approx(0.1)
     report = build_report(comparisons, [])
-    first, second = (table.title for table in report.tables)
-    assert "recipe short, bf16; bidirectional" in first
-    assert "recipe short; bidirectional" in second
-    assert "In fp32 where no precision is named." in report.notes
+    titles = {table.title.split("; ")[0] for table in report.tables}
+    assert titles == {"lra_text: recipe short", f"lra_text: recipe short, {value}"}
+    assert "In fp32 where no precision is named, with AdamW where no optimizer is." in report.notes
 
 
 @pytest.mark.parametrize("variant", [{"train_fraction": 0.1}, {"tuning": "head"}, {"init": "random"}])

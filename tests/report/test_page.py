@@ -55,6 +55,8 @@ def study(write_run):
             write_run(budgets=(5000, 5000), accuracy=accuracy + 0.1 + 0.01 * seed, tokens_per_second=speed, **common)
             write_run(budgets=(0, 5000), accuracy=accuracy + 0.01 * seed, tokens_per_second=speed, **common)
             write_run(budgets=(0, 10_000), accuracy=accuracy + 0.05 + 0.01 * seed, **common)
+            write_run(model=model, seed=seed, budgets=(10_000, 10_000), accuracy=accuracy + 0.2)
+            write_run(model=model, seed=seed, budgets=(0, 20_000), accuracy=accuracy + 0.1)
         write_run(model=model, budgets=(2500, 7500), accuracy=0.7)
         write_run(model=model, budgets=(0, 5000), train_fraction=0.1, accuracy=0.5)
         write_run(model=model, budgets=(0, 5000), params=9_000_000, accuracy=0.7)
@@ -85,6 +87,15 @@ def test_every_section(study, write_run, page):
     ]
     assert {address[1:] for address in shown.addresses if address.startswith("#")} >= set(sections)
     assert len(set(shown.ids)) == len(shown.ids)
+
+
+def test_a_study_with_muon_has_its_tables_and_charts(write_run, page):
+    for budgets, accuracy in (((0, 5000), 0.6), ((0, 10_000), 0.7), ((5000, 5000), 0.75)):
+        write_run(budgets=budgets, accuracy=accuracy, optimizer="muon 2", metrics=CURVE)
+    shown = page()
+    assert {"table-1", "scratch_and_pretrained", "curves_1"} <= set(shown.ids)
+    assert "lra_text: test accuracy in percent; recipe short, muon 2; bidirectional" in shown.words
+    assert "+5.00 -1.2 to 11.2, binomial" in shown.words
 
 
 def test_sections_without_data_are_left_out(write_run, page):
@@ -191,8 +202,8 @@ def test_csv_holds_what_the_page_shows(study, page, tmp_path):
             if line["difference_same_total"]:
                 assert f"{100 * float(line['difference_same_total']):+.2f}" in words
     with (files / "gain_over_budget.csv").open() as file:
-        point = next(point for point in csv.DictReader(file) if "50%" in point["series"])
-    assert (float(point["x"]), point["x_label"]) == (0.01, "tokens of both stages (millions)")
+        point = max(csv.DictReader(file), key=lambda point: float(point["y"]))
+    assert (float(point["x"]), point["x_label"]) == (0.02, "tokens of both stages (millions)")
     assert float(point["low"]) < float(point["y"]) < float(point["high"])
     assert f"{float(point['y']):+.2f} points" in words
     assert all((tmp_path / "out" / run / "result.json").is_file() for run in point["runs"].split())

@@ -42,17 +42,19 @@ def test_the_budget_at_which_pretraining_begins_to_help(write_run, cells):
 
 def test_precisions_have_lines_of_their_own(write_run, cells):
     for precision, accuracy in (("fp32", 0.7), ("bf16", 0.8)):
-        write_run(budgets=(2000, 2000), accuracy=accuracy, precision=precision)
-        write_run(budgets=(0, 4000), accuracy=0.6, precision=precision)
+        for half in (2000, 4000):
+            write_run(budgets=(half, half), accuracy=accuracy, precision=precision)
+            write_run(budgets=(0, 2 * half), accuracy=0.6, precision=precision)
     assert lines(gain_over_budget(compare(cells()))) == {
-        "transformer, short, 50% masked pretraining": [(0.004, 10)],
-        "transformer, short, bf16, 50% masked pretraining": [(0.004, 20)],
+        "transformer, short, 50% masked pretraining": [(0.004, 10), (0.008, 10)],
+        "transformer, short, bf16, 50% masked pretraining": [(0.004, 20), (0.008, 20)],
     }
 
 
 def test_a_gain_within_its_interval_is_not_clear(write_run, cells):
-    write_run(budgets=(2000, 2000), accuracy=0.61)
-    write_run(budgets=(0, 4000), accuracy=0.6)
+    for half, pretrained in ((2000, 0.61), (4000, 0.6)):
+        write_run(budgets=(half, half), accuracy=pretrained)
+        write_run(budgets=(0, 2 * half), accuracy=0.6)
     (finding,) = gain_over_budget(compare(cells())).findings
     assert "no clear gain at any budget measured; the largest is +1.00 points" in finding
 
@@ -187,8 +189,9 @@ def test_distances_of_the_seeds_that_were_analysed(write_run, cells):
 
 
 def test_a_plain_comparison_is_no_study(write_run, cells):
-    write_run()
-    write_run(pretrain=True)
+    write_run(budgets=(0, 5000))
+    write_run(budgets=(0, 7000))
+    write_run(budgets=(2000, 5000))
     found = cells()
     assert gain_over_budget(compare(found)) is None
     for study in (
