@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DPI = 150
 WIDTH, HEIGHT = 11.0, 3.7  # inches, of a row of panels at most
 BAR = 0.32  # inches, with the number over it
+NUMBER = 0.25  # inches, under which the number stands upright
 LETTER, LINE = 0.07, 0.14  # inches
 EDGE, NUMBERS = 0.12, 0.42  # inches: free, and of the numbers at an axis
 SLANT = math.radians(30)
@@ -94,7 +95,7 @@ def _draw(chart: Chart) -> Figure:
             axes = figure.add_axes((*corner, frame.across / width, frame.up / height))
             left += frame.width
             if panel.kind == "bars":
-                _draw_bars(axes, panel, colours, frame.slanted)
+                _draw_bars(axes, panel, colours, frame)
             else:
                 for series in panel.series:
                     _draw_line(axes, panel, series, colours[series.hue], markers[series.hue])
@@ -164,11 +165,12 @@ def _frame(panel: Panel, width: float) -> Frame:
     return Frame(width, left, bottom, width - left - EDGE, HEIGHT - bottom - top, slanted, title)
 
 
-def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str], slanted: bool) -> None:
+def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str], frame: Frame) -> None:
     from matplotlib.transforms import ScaledTranslation
 
     categories = _categories(panel)
     width = 0.8 / len(panel.series)
+    upright = frame.across * width / len(categories) < NUMBER
     highest = 0.0
     above = axes.transData + ScaledTranslation(0, 2 / 72, axes.figure.dpi_scale_trans)
     for side, series in enumerate(panel.series):
@@ -190,12 +192,13 @@ def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str], slanted: bool)
             highest = max(highest, top)
             text = f"{point.y:.1f}" if panel.in_percent else f"{point.y:,.0f}" if point.y >= 100 else f"{point.y:.4g}"
             text = f"{text}\n{point.note}" if point.note else text
-            axes.text(place, top, text, transform=above, ha="center", va="baseline", fontsize=6.5)
+            how: dict[str, Any] = {"rotation": 90, "va": "bottom"} if upright else {"va": "baseline"}
+            axes.text(place, top, text, transform=above, ha="center", fontsize=6.5, **how)
     axes.set_xticks(
         range(len(categories)),
         categories,
-        rotation=math.degrees(SLANT) if slanted else 0,
-        ha="right" if slanted else "center",
+        rotation=math.degrees(SLANT) if frame.slanted else 0,
+        ha="right" if frame.slanted else "center",
         rotation_mode="anchor",
     )
     if panel.in_percent:

@@ -50,12 +50,14 @@ def test_one_legend_without_repetitions():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["side 0", "side 1", "majority class"]
 
 
-@pytest.mark.parametrize("models", [1, 2, 7, 12])
-def test_numbers_over_bars_do_not_meet(models):
-    figure = draw(chart(bars(models, sides=2, note="100k"), bars(2, note="100k")))
+@pytest.mark.parametrize(
+    ("models", "sides", "note"), [(1, 2, "100k"), (2, 2, "100k"), (7, 2, "100k"), (12, 2, "100k"), (12, 4, "")]
+)
+def test_numbers_over_bars_do_not_meet(models, sides, note):
+    figure = draw(chart(bars(models, sides, note), bars(2, note=note)))
     figure.canvas.draw()
     boxes = [text.get_window_extent() for axes in figure.get_axes() for text in axes.texts]
-    assert len(boxes) == 2 * models + 4
+    assert len(boxes) == sides * models + 4
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
