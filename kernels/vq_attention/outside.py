@@ -1,9 +1,10 @@
 """What attention takes from outside the windows, by code: a loop over blocks, forward and backward.
 
 The loop holds the values summed by code once, where a product over all blocks would hold a sum for each: from block to
-block what enters the window is taken out and what leaves it, if not causal, is put back. It is a
-registered operator, or a graph compiler would unroll it. A block's window ends with its neighbours, so that the first
-block outside is two away. G = B H sequences, N blocks of L positions each, S codes.
+block what enters the window is taken out and what leaves it, if not causal, is put back. Where all these sums are
+small they are made at once; not if causal, where a product would carry a NaN back in time. It is a registered operator,
+or a graph compiler would unroll it. A block's window ends with its neighbours, so that the first block outside is two
+away. G = B H sequences, N blocks of L positions each, S codes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..common import accumulation_dtype
 from ..diagonal_scan import diagonal_scan
 from ..documents import Documents
+
+AT_ONCE = 2**19  # numbers in the sums of all blocks, two megabytes of them
 
 
 def sums_outside(blocks: Tensor, causal: bool, starts: Tensor | None = None) -> Tensor:
@@ -86,6 +89,8 @@ def read_outside(weights: Tensor, values: Tensor, codes: Tensor, causal: bool, s
 
     Returns: [G, N, L, Dv].
     """
+    if not causal and starts is None and _few(weights, values):
+        return torch.bmm(weights.flatten(0, 1), _sums_at_once(values, codes, weights)).view(values.shape)
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     by_block = _blocks(weights)
     if starts is not None:
@@ -102,6 +107,11 @@ def read_outside_backward(
     dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights and values from `dy`, that of what was read."""
+    if not causal and starts is None and _few(weights, values):
+        d_weights = torch.bmm(dy.flatten(0, 1), _sums_at_once(values, codes, weights).mT)
+        d_sums = torch.bmm(weights.flatten(0, 1).mT, dy.flatten(0, 1)).to(accumulation_dtype(values.dtype))
+        d_values = _outside(d_sums, weights.shape[1]).flatten(0, 1)[_rows_at_once(codes, weights)]
+        return d_weights.view(weights.shape), d_values.view(values.shape).to(values.dtype)
     d_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     dy_of, weights_of, row = _blocks(dy), _blocks(weights), _rows(codes, weights.shape[-1])
     N, d_sums = len(row), _sums(weights, values)
@@ -156,6 +166,31 @@ def _(
     dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return weights.new_empty(weights.shape), values.new_empty(values.shape)
+
+
+def _few(weights: Tensor, values: Tensor) -> bool:
+    """Whether sums for all blocks at once take less time than the calls for each block."""
+    return weights[:, :, 0].numel() * values.shape[-1] <= AT_ONCE
+
+
+def _rows_at_once(codes: Tensor, weights: Tensor) -> Tensor:
+    """Where the keys of all blocks have their codes in sums [G N S, Dv]: [G N L]."""
+    S = weights.shape[-1]
+    return (codes.flatten(0, 1) + S * torch.arange(len(codes) * codes.shape[1], device=codes.device)[:, None]).flatten()
+
+
+def _sums_at_once(values: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
+    """The sums of values by code outside the window of each block, [G N, S, Dv] to multiply."""
+    (G, N, _, S), Dv = weights.shape, values.shape[-1]
+    sums = values.new_zeros(G * N * S, Dv, dtype=accumulation_dtype(values.dtype))
+    sums.index_add_(0, _rows_at_once(codes, weights), values.to(sums.dtype).reshape(-1, Dv))
+    return _outside(sums.view(G * N, S, Dv), N).to(weights.dtype)
+
+
+def _outside(sums: Tensor, N: int) -> Tensor:
+    """Sums over the blocks outside each block's window on both sides, of what N blocks have each: [G N, S, Dv]."""
+    ones = sums.new_ones(N, N)
+    return torch.matmul(ones.tril(-2) + ones.triu(2), sums.view(-1, N, sums[0].numel())).view(sums.shape)
 
 
 def _sums_of_values(weights: Tensor, values: Tensor, codes: Tensor, causal: bool) -> Iterator[tuple[int, Tensor]]:

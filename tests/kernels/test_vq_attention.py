@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from agreement import assert_close
@@ -186,14 +188,26 @@ def test_bias_goes_by_offset(causal, backend):
                 torch.testing.assert_close(y[0, i], v[0, i + entry - reach])
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_operators_are_registered_right(causal):
+@pytest.mark.parametrize(("causal", "at_once"), [(True, 0), (False, 0), (False, 10**9)])
+def test_what_is_outside_the_windows(causal, at_once, monkeypatch):
+    """Block by block and at once, against what it is: a weight for every key, zero in the windows."""
+    monkeypatch.setattr(import_module("seqzoo.kernels.vq_attention.outside"), "AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64).requires_grad_()
     values, dy = torch.randn(2, 2, 5, 3, 6, generator=generator, dtype=torch.float64)
+    values.requires_grad_()
     codes = torch.randint(4, (2, 5, 3), generator=generator)
-    torch.library.opcheck(read_outside, (weights, values, codes, causal))
-    torch.library.opcheck(read_outside_backward, (dy, weights, values, codes, causal))
+    block = torch.arange(15) // 3
+    ahead = block[:, None] - block
+    outside = ahead >= 2 if causal else ahead.abs() >= 2
+    of_keys = weights.flatten(1, 2).gather(-1, codes.view(2, 1, 15).expand(2, 15, 15)) * outside
+    expected = (of_keys @ values.flatten(1, 2)).view_as(values)
+    assert_close(read_outside(weights.detach(), values.detach(), codes, causal), expected, 1e-14)
+    found = read_outside_backward(dy, weights.detach(), values.detach(), codes, causal)
+    for one, other in zip(found, torch.autograd.grad(expected, (weights, values), dy), strict=True):
+        assert_close(one, other, 1e-14)
+    torch.library.opcheck(read_outside, (weights.detach(), values.detach(), codes, causal))
+    torch.library.opcheck(read_outside_backward, (dy, weights.detach(), values.detach(), codes, causal))
 
 
 def test_a_block_of_the_state_that_is_not_full_counts_as_far_as_it_is():
