@@ -89,7 +89,7 @@ def read_outside(weights: Tensor, values: Tensor, codes: Tensor, causal: bool, s
 
     Returns: [G, N, L, Dv].
     """
-    if not causal and starts is None and _few(weights, values):
+    if _at_once(weights, values, causal, starts):
         return torch.bmm(weights.flatten(0, 1), _sums_at_once(values, codes, weights)).view(values.shape)
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     by_block = _blocks(weights)
@@ -107,20 +107,22 @@ def read_outside_backward(
     dy: Tensor, weights: Tensor, values: Tensor, codes: Tensor, causal: bool, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights and values from `dy`, that of what was read."""
-    if not causal and starts is None and _few(weights, values):
+    if _at_once(weights, values, causal, starts):
         d_weights = torch.bmm(dy.flatten(0, 1), _sums_at_once(values, codes, weights).mT)
         d_sums = torch.bmm(weights.flatten(0, 1).mT, dy.flatten(0, 1)).to(accumulation_dtype(values.dtype))
-        d_values = _outside(d_sums, weights.shape[1]).flatten(0, 1)[_rows_at_once(codes, weights)]
+        d_values = _outside(d_sums, weights.shape[1]).flatten(0, 1)[_rows_at_once(codes, weights.shape[-1])]
         return d_weights.view(weights.shape), d_values.view(values.shape).to(values.dtype)
     d_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     dy_of, weights_of, row = _blocks(dy), _blocks(weights), _rows(codes, weights.shape[-1])
     N, d_sums = len(row), _sums(weights, values)
+    # If causal, a block's gradient is written once, else it is a sum.
+    dtype = values.dtype if causal else d_sums.dtype
+    d_values = torch.zeros_like(values, dtype=dtype, memory_format=torch.contiguous_format)
 
     def read(block: int) -> Tensor:  # [G, L, Dv]
         return d_sums.flatten(0, 1)[row[block]].view_as(values[:, block])
 
     if starts is not None:
-        d_values = torch.zeros_like(values, dtype=d_sums.dtype, memory_format=torch.contiguous_format)
         visits = _visits(Documents(starts, N), causal)
         for i, sums in _sums_by_document(weights, values, codes, visits):
             d_weights[:, i] += torch.bmm(dy_of[i], sums.mT)
@@ -137,21 +139,13 @@ def read_outside_backward(
         return d_weights, d_values.to(values.dtype)
     for i, sums in _sums_of_values(weights, values, codes, causal):
         d_weights[:, i] = torch.bmm(dy_of[i], sums.mT)
-    # d_sums adds up the gradients of the sums that blocks from i on read.
-    if causal:
-        d_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
-        for i in range(N - 1, 1, -1):
-            d_sums += torch.bmm(weights_of[i].mT, dy_of[i])
-            d_values[:, i - 2] = read(i - 2)
-        return d_weights, d_values
-    d_values = torch.zeros_like(values, dtype=d_sums.dtype, memory_format=torch.contiguous_format)
-    for i in range(N - 1, -1, -1):
+    for i in range(N - 1, 1 if causal else -1, -1):  # adds up the gradients of the sums that blocks from i on read
         d_sums += torch.bmm(weights_of[i].mT, dy_of[i])
         if i >= 2:
             d_values[:, i - 2] = read(i - 2)
-        if i + 1 < N:
+        if not causal and i + 1 < N:
             d_values[:, i + 1] -= read(i + 1)
-    for i in range(1, N):
+    for i in range(N if causal else 1, N):
         d_values[:, i] += read(i)
     return d_weights, d_values.to(values.dtype)
 
@@ -168,27 +162,28 @@ def _(
     return weights.new_empty(weights.shape), values.new_empty(values.shape)
 
 
-def _few(weights: Tensor, values: Tensor) -> bool:
-    """Whether sums for all blocks at once take less time than the calls for each block."""
-    return weights[:, :, 0].numel() * values.shape[-1] <= AT_ONCE
+def _at_once(weights: Tensor, values: Tensor, causal: bool, starts: Tensor | None) -> bool:
+    """Whether sums for all blocks take less time at once than with calls for each block, and may be made so."""
+    return not causal and starts is None and weights[:, :, 0].numel() * values.shape[-1] <= AT_ONCE
 
 
-def _rows_at_once(codes: Tensor, weights: Tensor) -> Tensor:
+def _rows_at_once(codes: Tensor, S: int) -> Tensor:
     """Where the keys of all blocks have their codes in sums [G N S, Dv]: [G N L]."""
-    S = weights.shape[-1]
-    return (codes.flatten(0, 1) + S * torch.arange(len(codes) * codes.shape[1], device=codes.device)[:, None]).flatten()
+    (rows,) = _rows(codes.flatten(0, 1)[:, None], S)
+    return rows
 
 
 def _sums_at_once(values: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
     """The sums of values by code outside the window of each block, [G N, S, Dv] to multiply."""
-    (G, N, _, S), Dv = weights.shape, values.shape[-1]
-    sums = values.new_zeros(G * N * S, Dv, dtype=accumulation_dtype(values.dtype))
-    sums.index_add_(0, _rows_at_once(codes, weights), values.to(sums.dtype).reshape(-1, Dv))
-    return _outside(sums.view(G * N, S, Dv), N).to(weights.dtype)
+    sums = _sums(weights.flatten(0, 1), values)
+    rows = _rows_at_once(codes, weights.shape[-1])
+    sums.flatten(0, 1).index_add_(0, rows, values.flatten(0, 2).to(sums.dtype))
+    return _outside(sums, weights.shape[1]).to(weights.dtype)
 
 
 def _outside(sums: Tensor, N: int) -> Tensor:
-    """Sums over the blocks outside each block's window on both sides, of what N blocks have each: [G N, S, Dv]."""
+    """As `sums_outside`, on both sides, of what N blocks have each: [G N, S, Dv]. For so few a product takes less time
+    than cumulative sums."""
     ones = sums.new_ones(N, N)
     return torch.matmul(ones.tril(-2) + ones.triu(2), sums.view(-1, N, sums[0].numel())).view(sums.shape)
 
@@ -215,14 +210,13 @@ def _sums_by_document(
 ) -> Iterator[tuple[int, Tensor]]:
     """As `_sums_of_values`, once on each way through the blocks of documents."""
     row, sums = _rows(codes, weights.shape[-1]), _sums(weights, values)
-    values_of = [block.flatten(0, 1) for block in _blocks(values.to(sums.dtype))]
     for way in visits:
         sums.zero_()
         for i, other, fresh in way:
             if fresh is True:
                 sums.zero_()
                 continue
-            sums.flatten(0, 1).index_add_(0, row[other], values_of[other])
+            sums.flatten(0, 1).index_add_(0, row[other], values[:, other].to(sums.dtype).flatten(0, 1))
             if fresh is not False:
                 sums.masked_fill_(fresh, 0)
             yield i, sums.to(weights.dtype)

@@ -10,7 +10,7 @@ from .charts import by_phase, direction, family, folders, namer, phases_of, shor
 from .comparison import Cell, Comparison, Conditions, Row
 from .intervals import Interval
 from .published import Figure
-from .tables import ABSENT, Sources, points, published_beside, score, variant
+from .tables import ABSENT, Sources, percents, points, published_beside, score, variant
 
 MEASURED = (
     "model",
@@ -121,7 +121,7 @@ def _score(cell: Cell | None, numbers: Mapping[Path, int]) -> Entry:
 
 
 def _percent(interval: Interval | None) -> str:
-    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}, {interval.kind}" if interval else ""
+    return f"{percents(interval)}, {interval.kind}" if interval else ""
 
 
 def _plain(interval: Interval | None) -> str:

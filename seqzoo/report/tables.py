@@ -248,7 +248,7 @@ def _in_one_phase(comparison: Comparison, row: Row, phases: Iterable[str]) -> It
 
 
 def _with_interval(difference: float | None, interval: Interval | None) -> str:
-    return points(difference) + (f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})" if interval else "")
+    return points(difference) + (f" ({percents(interval)})" if interval else "")
 
 
 def score(cell: Cell | None) -> str:
@@ -264,6 +264,11 @@ def score(cell: Cell | None) -> str:
 def points(difference: float | None) -> str:
     """A difference of two accuracies, in points."""
     return ABSENT if difference is None else f"{100 * difference:+.2f}"
+
+
+def percents(interval: Interval) -> str:
+    """From where to where, of accuracies."""
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
 
 
 def millions(count: int) -> str:
