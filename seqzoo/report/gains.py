@@ -115,9 +115,14 @@ def _begins(points: tuple[Point, ...]) -> str:
     """Where a line of gains first clears zero, in words."""
     for point in points:
         if point.interval and point.interval.low > 0:
-            low, high, _ = point.interval
+            low, high, kind = point.interval
+            over = "seeds and test examples" if kind == "t" else "test examples alone, nothing said of other seeds"
             return (
-                f"the first clear gain at {point.x:g} million tokens ({point.y:+.2f} points, {low:.2f} to {high:.2f})."
+                f"the first gain whose interval leaves out zero is at {point.x:g} million tokens "
+                f"({point.y:+.2f} points, {low:.2f} to {high:.2f} over {over})."
             )
     best = max(points, key=lambda point: point.y)
-    return f"no clear gain at any budget measured; the largest is {best.y:+.2f} points at {best.x:g} million tokens."
+    return (
+        "no interval of a gain leaves out zero at any budget measured; the largest is "
+        f"{best.y:+.2f} points at {best.x:g} million tokens."
+    )

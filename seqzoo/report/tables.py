@@ -70,7 +70,14 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
             with_matched = any(row.matched for row in comparison.rows)
             phases = phases_of(comparison)
             in_one_phase = (column for name in phases for column in (name, f"difference, {name}"))
-            header = (*MEASURED, *(MATCHED if with_matched else ()), *in_one_phase, *PUBLISHED)
+            beside = [published_beside(comparison, row) for row in comparison.rows]
+            with_published = any(map(any, beside))
+            header = (
+                *MEASURED,
+                *(MATCHED if with_matched else ()),
+                *in_one_phase,
+                *(PUBLISHED if with_published else ()),
+            )
             notes += (SAME_TOTAL,) if with_matched else ()
             notes += (IN_ONE_PHASE,) if phases else ()
             notes += () if all(cell.learnt for row in comparison.rows for cell in row.cells) else (OF_UNLEARNT,)
@@ -78,9 +85,9 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
                 (
                     *_text_row(row, with_matched),
                     *_in_one_phase(comparison, row, phases),
-                    *map(sources.cite, published_beside(comparison, row)),
+                    *(map(sources.cite, figures) if with_published else ()),
                 )
-                for row in comparison.rows
+                for row, figures in zip(comparison.rows, beside, strict=True)
             ]
         else:
             header = IN_BITS
