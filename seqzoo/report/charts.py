@@ -15,7 +15,7 @@ from .sheet import to_sheet
 
 SCRATCH, PRETRAINED, MATCHED = "from scratch", "self-pretrained", "from scratch, same total"
 ONE_PHASE = "one phase"
-CSV_HEADER = ("panel", "series", "x_label", "x", "y_label", "y", "low", "high", "interval", "note", "runs")
+CSV_HEADER = ("figure", "panel", "series", "x_label", "x", "y_label", "y", "low", "high", "interval", "note", "runs")
 Kind = Literal["bars", "lines", "scatter"]
 
 
@@ -76,17 +76,23 @@ def chart_of(name: str, title: str, caption: str, panels: list[Panel], findings:
     return Chart(name, title, caption, tuple(panels), tuple(findings)) if panels else None
 
 
-def to_csv(chart: Chart, base: Path) -> str:
+def to_csv(charts: Iterable[Chart], base: Path) -> str:
     """One line a point, as drawn; run folders relative to `base`."""
     lines: list[Sequence[object]] = [CSV_HEADER]
-    for panel in chart.panels:
-        for series in panel.series:
-            for point in series.points:
-                low, high, kind = point.interval or (None, None, None)
-                runs = " ".join(relative(run, base) for run in point.runs)
-                place = one_line(panel.title), series.label, panel.x_label, point.x, panel.y_label, point.y
-                lines.append([*place, low, high, kind, point.note, runs])
+    lines += [
+        [chart.title, one_line(panel.title), series.label, *_csv_point(panel, point, base)]
+        for chart in charts
+        for panel in chart.panels
+        for series in panel.series
+        for point in series.points
+    ]
     return to_sheet(lines)
+
+
+def _csv_point(panel: Panel, point: Point, base: Path) -> Sequence[object]:
+    low, high, kind = point.interval or (None, None, None)
+    runs = " ".join(relative(run, base) for run in point.runs)
+    return panel.x_label, point.x, panel.y_label, point.y, low, high, kind, point.note, runs
 
 
 def relative(path: Path, base: Path) -> str:

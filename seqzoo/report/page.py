@@ -57,7 +57,7 @@ def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], t
 def page_files(
     path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], times: Sequence[Times] = ()
 ) -> dict[Path, bytes]:
-    """The page, and what lies beside it in `<stem>_files/`: each figure as PNG and CSV and the tables as CSV.
+    """The page, and what lies beside it in `<stem>_files/`: each figure as PNG, and as CSV each section and the tables.
 
     Args:
         path: of the page.
@@ -78,7 +78,7 @@ def page_files(
     if timed:
         contents[files / "time_to_accuracy.csv"] = times_csv(times).encode()
     sources = Sources()
-    sections = [_section(charts, files, contents) for charts in _charts(cells, plain) if charts]
+    sections = [_section(name, charts, files, contents) for name, charts in _charts(cells, plain).items() if charts]
     page = _template().render(
         overview=overview(results),
         tables=main_tables(tabled, numbers, sources),
@@ -101,12 +101,13 @@ def _page_table(table: Table) -> PageTable:
     return PageTable(table.title, [*table.header], [[Entry(text) for text in row] for row in table.rows])
 
 
-def _charts(cells: Sequence[Cell], plain: Sequence[Comparison]) -> list[list[Chart]]:
-    """The charts of each section, in the order of the page; a section without data is empty."""
+def _charts(cells: Sequence[Cell], plain: Sequence[Comparison]) -> dict[str, list[Chart]]:
+    """The charts of each section by its name, in the order of the page; a section without data is empty."""
     cells = list(cells)
     in_stages = [cell for cell in cells if cell.one_phase is None]
-    single = [
-        scratch_against_pretrained(plain),
+    first = scratch_against_pretrained(plain)
+    losses = pretraining_losses(cells)
+    others = [
         gain_over_budget(plain),
         studies.share_of_pretraining(in_stages),
         studies.data_scale(in_stages),
@@ -117,26 +118,29 @@ def _charts(cells: Sequence[Cell], plain: Sequence[Comparison]) -> list[list[Cha
         studies.speed(cells),
         distances(in_stages),
     ]
-    sections = [[chart] if chart else [] for chart in single]
-    losses = pretraining_losses(cells)
-    curves = [*learning_curves(cells), *([losses] if losses else [])]
-    return [sections[0], curves, *sections[1:]]
+    return {
+        **({first.name: [first]} if first else {}),
+        "learning_curves": [*learning_curves(cells), *([losses] if losses else [])],
+        **{chart.name: [chart] for chart in others if chart},
+    }
 
 
-def _section(charts: Sequence[Chart], files: Path, contents: dict[Path, bytes]) -> Section:
+def _section(name: str, charts: Sequence[Chart], files: Path, contents: dict[Path, bytes]) -> Section:
     """The section of these charts, whose files in the folder `files` are added to `contents`."""
+    sheet = files / f"{name}.csv"
+    contents[sheet] = to_csv(charts, files.parent).encode()
     pictures = []
     for chart in charts:
         picture = to_png(chart)
-        contents[files / f"{chart.name}.png"] = picture
-        contents[files / f"{chart.name}.csv"] = to_csv(chart, files.parent).encode()
-        address, data = (_address(files / f"{chart.name}.{kind}", files.parent) for kind in ("png", "csv"))
+        file = files / f"{chart.name}.png"
+        contents[file] = picture
+        address, data = (_address(path, files.parent) for path in (file, sheet))
         heading = f"{chart.title}. " if len(charts) > 1 else ""
         links = [("PNG", address), ("CSV", data)]
         pictures.append(
             Picture(chart.alt, heading + chart.caption, address, _css_width(picture), links, chart.findings)
         )
-    return Section(charts[0].name, "Learning curves" if len(charts) > 1 else charts[0].title, pictures)
+    return Section(name, "Learning curves" if len(charts) > 1 else charts[0].title, pictures)
 
 
 def _mixing(results: Iterable[Result], base: Path) -> list[Picture]:

@@ -1,5 +1,7 @@
 """A report of studies is that of the run folders they were packed from."""
 
+import csv
+import io
 import json
 import shutil
 
@@ -67,7 +69,8 @@ def test_tables_and_figures_are_the_same(runs, tmp_path, capsys):
     assert found[0] == found[1] == found[2]
     assert {"figure.png", "table.md", "table.csv", "main.csv", "distances.csv", "pretraining.png"} <= {*found[0][0]}
     assert found[0][1] == 4
-    assert len(found[0][0]["curves_1.csv"].splitlines()) == 1 + 12 * 2
+    points = csv.DictReader(io.StringIO(found[0][0]["learning_curves.csv"].decode()))
+    assert sum(point["figure"].startswith("Learning curves") for point in points) == 12 * 2
 
 
 def test_there_and_back(runs, tmp_path, capsys):
