@@ -12,7 +12,8 @@ import seqzoo
 from seqzoo import Block
 from seqzoo.blocks import state_of
 from seqzoo.testing import check_block
-from seqzoo.testing.contract import BIDIRECTIONAL, CAUSAL, CHECKS, PACKED
+from seqzoo.testing.contract import CHECKS, PACKED
+from seqzoo.testing.states import BIDIRECTIONAL, CAUSAL
 
 
 class Fading(Block):
@@ -60,6 +61,18 @@ def test_what_is_broken_is_named():
     with pytest.raises(AssertionError, match="rows_know_nothing_of_each_other") as found:
         check_block(Reading)
     assert "reach" not in str(found.value)
+
+    class Writing(Fading):
+        def mix(self, x, state, lengths):
+            y, state = super().mix(x, state, lengths)
+            if not torch.is_grad_enabled():
+                x.mul_(0.5)
+            return y, state
+
+    with pytest.raises(AssertionError) as found:
+        check_block(Writing)
+    lines = str(found.value).splitlines()[1:]
+    assert "inputs_are_left_as_they_were (bidirectional): the inputs are others after a call" in lines
 
 
 @state_of()

@@ -10,14 +10,16 @@ import torch
 from ..blocks import Block
 from .agreement import assert_close
 from .cases import parameter_gradients, prepared, sequences
-from .contract import BIDIRECTIONAL, CAUSAL, CHECKS, PACKED
+from .contract import CHECKS, PACKED
+from .states import BIDIRECTIONAL, CAUSAL, streams
 
 __all__ = ["assert_close", "check_block", "parameter_gradients", "prepared", "sequences"]
 
 
 def check_block(kind: type[Block], *, d_model: int = 16, **options: Any) -> list[str]:
     """Holds a block to what every block promises, in both directions: shapes, what sees what, padding by lengths and by
-    masks, documents in one row where `mix` takes them, streaming, gradients, autocast, saving, determinism.
+    masks, inputs that stay as they are, documents in one row where `mix` takes them, streaming, gradients, autocast,
+    saving, determinism.
 
     A direction that the class refuses with a ValueError is left out; a causal block without `initial_state` is not
     streamed. Some seconds, on the CPU.
@@ -48,7 +50,7 @@ def check_block(kind: type[Block], *, d_model: int = 16, **options: Any) -> list
             checks += PACKED
         if not causal:
             checks += BIDIRECTIONAL
-        elif kind.initial_state is not Block.initial_state:
+        elif streams(block):
             checks += CAUSAL
         for check in checks:
             name = f"{check.__name__} ({direction})"

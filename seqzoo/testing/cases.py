@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..blocks import Block
 
+Build = Callable[..., Block]
+
 
 def prepared(make: Callable[[], Block], *, dtype: torch.dtype = torch.float64, train: bool = False) -> Block:
     """A block that `make` makes, the same each time; layers that begin with zeros, which would hide what stands behind
@@ -24,6 +26,11 @@ def prepared(make: Callable[[], Block], *, dtype: torch.dtype = torch.float64, t
 def sequences(B: int, T: int, *, d_model: int = 16, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     """[B, T, d_model] of N(0, 1), the same for the same arguments."""
     return torch.randn(B, T, d_model, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def inputs_of(block: Block, B: int, T: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    """Inputs of the block's width."""
+    return sequences(B, T, d_model=block.d_model, dtype=dtype, seed=seed)
 
 
 def parameter_gradients(block: Block, y: Tensor, seed: int = 2) -> Sequence[Tensor | None]:

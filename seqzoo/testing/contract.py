@@ -1,33 +1,26 @@
-"""The checks. Each takes what builds the block, `build(dtype=torch.float64, train=False)`, the same one for the same
-arguments."""
+"""The checks, but for those of states. Each takes what builds the block, `build(dtype=torch.float64, train=False)`, the
+same one for the same arguments."""
 
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Block, after_step, auxiliary_loss
+from ..blocks import after_step, auxiliary_loss
 from .agreement import assert_close, expect
-from .cases import parameter_gradients, sequences
+from .cases import Build, inputs_of, parameter_gradients
+from .states import streams
 
-Build = Callable[..., Block]
-SPLITS = ([1] * 23, [7, 16], [22, 1], [1, 22], [8, 8, 7], [2, 21], [1, 2, 3, 17])
 FRONT, COUNT, WHOLE = (0, 3, 8, 0, 2), (12, 9, 4, 5, 7), 12  # nothing is padded; in front; in front; behind; both
 COUNTS = torch.tensor([[front <= t < front + n for t in range(WHOLE)] for front, n in zip(FRONT, COUNT, strict=True)])
 DOCUMENTS = (5, 0, 37, 1, 64, 90, 2)  # lengths
-
-
-def inputs_of(block: Block, B: int, T: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-    """Inputs of the block's width."""
-    return sequences(B, T, d_model=block.d_model, dtype=dtype, seed=seed)
 
 
 def shape_and_dtype(build: Build, T: int = 31) -> None:
@@ -117,6 +110,26 @@ def padding_on_either_side(build: Build, name: str = "attention_mask", mask: Ten
     expect((dx[~COUNTS] == 0).all(), "padding has a gradient")
 
 
+def inputs_are_left_as_they_were(build: Build) -> None:
+    """Without gradients, where PyTorch does not see it, too."""
+    block, T = build(), 12
+    given = inputs_of(block, 2, T)
+    x = given.clone()
+    ways: list[Callable[[], Any]] = [
+        lambda: block(x),
+        lambda: block(x, lengths=torch.tensor([5, T])),
+        lambda: block(x, attention_mask=(torch.arange(T) >= torch.tensor([[4], [0]])).long()),
+    ]
+    if block._packs:
+        ways.append(lambda: block(x[:1], cu_seqlens=torch.tensor([0, 5, T])))
+    if block.causal and streams(block):
+        ways.append(lambda: block.extend(x, None))
+    for way in ways:
+        with torch.no_grad():
+            way()
+        expect(torch.equal(x, given), "the inputs are others after a call")
+
+
 def rows_know_nothing_of_each_other(build: Build) -> None:
     block = build()
     x = inputs_of(block, 3, 37).requires_grad_()
@@ -129,100 +142,6 @@ def rows_know_nothing_of_each_other(build: Build) -> None:
         assert_close(dx[b : b + 1], torch.autograd.grad(alone.square().sum(), row)[0], 1e-9, "gradient of a row")
         others = dx[[other for other in range(3) if other != b]]
         expect((others == 0).all(), "a row has a gradient by another")
-
-
-def extend_equals_forward(build: Build, splits: Sequence[Sequence[int]] = SPLITS) -> None:
-    block = build()
-    x = inputs_of(block, 2, 23)
-    whole = block(x)
-    for split in splits:
-        state = block.initial_state(2, dtype=torch.float64)
-        parts = []
-        for part in x.split(list(split), 1):
-            y, state = block.extend(part, state)
-            parts.append(y)
-        assert_close(torch.cat(parts, 1), whole, 1e-10, f"extend by {list(split)}, beside forward")
-        expect(state.position.tolist() == [23, 23], f"position is {state.position.tolist()} after 23 steps")
-
-
-def extend_takes_ragged_steps(build: Build) -> None:
-    block = build()
-    x = inputs_of(block, 2, 30)
-    whole = block(x)
-    state = block.initial_state(2, dtype=torch.float64)
-    position = torch.zeros(2, dtype=torch.int64)
-    for lengths in ([5, 1], [9, 9], [1, 4], [10, 3]):
-        steps = torch.tensor(lengths)
-        piece = torch.full((2, 10, block.d_model), math.nan, dtype=torch.float64)
-        for b in range(2):
-            piece[b, : lengths[b]] = x[b, position[b] : position[b] + lengths[b]]
-        y, state = block.extend(piece, state, lengths=steps)
-        for b in range(2):
-            here = slice(int(position[b]), int(position[b]) + lengths[b])
-            assert_close(y[b, : lengths[b]], whole[b, here], 1e-10, f"extend by lengths={lengths}")
-            expect((y[b, lengths[b] :] == 0).all(), "outputs past a length are not zero")
-        position += steps
-    expect(state.position.tolist() == position.tolist(), f"position is {state.position.tolist()}, not {position}")
-
-
-def extend_begins_without_a_state(build: Build) -> None:
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        block = build(dtype=dtype)
-        x = inputs_of(block, 2, 12, dtype)
-        given, begun = block.initial_state(2), None
-        expect(
-            all(part.dtype in (torch.int64, dtype, torch.float32) for part in _parts(given)),
-            f"a state of a block in {dtype} is kept in {[part.dtype for part in _parts(given)]}",
-        )
-        for part in x.split([1, 7, 4], 1):
-            y, given = block.extend(part, given)
-            z, begun = block.extend(part, begun)
-            expect(torch.equal(y, z), "from None, extend gives something else than from initial_state")
-        same = all(map(torch.equal, _parts(given), _parts(begun)))
-        expect(same, "from None, extend leaves another state than from initial_state")
-        wide = dtype != torch.float64 or {part.dtype for part in _parts(given)} <= {torch.int64, dtype}
-        expect(wide, f"a state in {dtype} is kept in {[part.dtype for part in _parts(given)]}")
-    with torch.device("meta"):
-        held = _parts(type(block)(**block.options).initial_state(3))
-    expect({part.device.type for part in held} == {"meta"}, "a state does not lie where the block's parameters do")
-
-
-def a_state_is_a_value(build: Build) -> None:
-    """Saved, moved, forked and taken apart, it goes on as its sequences do, and stays what it was."""
-    block = build()
-    x = inputs_of(block, 3, 9)
-    y = block(x)[:, 6:]
-    _, state = block.extend(x[:, :6], None)
-    lacking = [name for name in ("fork", "select", "repeat", "to") if not hasattr(state, name)]
-    expect(
-        not lacking, f"{type(state).__name__} has no {', '.join(lacking)}; valid: @seqzoo.blocks.state_of() before it"
-    )
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    every, some = torch.arange(3), torch.tensor([2, 0])
-    for how, taken, rows in (
-        ("saved", torch.load(file, weights_only=True), every),
-        ("moved", state.to(x.device, x.dtype), every),
-        ("forked", state.fork(), every),
-        ("selected", state.select(some), some),
-        ("repeated", state.repeat(2), every.repeat_interleave(2)),
-        ("continued before", state, every),
-    ):
-        found, _ = block.extend(x[rows, 6:], taken)
-        assert_close(found, y[rows], 1e-10, f"from a state that was {how}")
-
-
-def a_state_of_other_sequences_is_refused(build: Build) -> None:
-    block = build()
-    _, state = block.extend(inputs_of(block, 2, 5), None)
-    _refused(lambda: block.extend(inputs_of(block, 3, 1), state), "a state of 2 sequences for x of 3; valid: ")
-
-
-def bidirectional_has_no_state(build: Build) -> None:
-    block = build()
-    _refused(lambda: block.extend(inputs_of(block, 1, 3), None), "causal=True")
-    _refused(lambda: block.initial_state(1), "causal=True")
 
 
 def gradients_are_the_functions(build: Build, d_model: int | None = None, *, fast: bool = False) -> None:
@@ -298,7 +217,7 @@ def empty_batches(build: Build) -> None:
         after_step(block)
         expect(x.grad is not None and y.shape == x.grad.shape == shape, f"an empty batch gives {list(y.shape)}")
         expect(all((p.grad == 0).all() for p in block.parameters() if p.grad is not None), "it has a gradient")
-        if block.causal and _streams(block):
+        if block.causal and streams(block):
             y, state = block.extend(x, None, lengths=lengths)
             y, state = block.extend(x, state, lengths=lengths)
             expect((y.shape, state.position.shape) == (shape, (0,)), f"extended by nothing, it gives {list(y.shape)}")
@@ -324,7 +243,7 @@ def lengths_of_any_integers(build: Build, dtype: torch.dtype = torch.int32) -> N
     x = inputs_of(block, 3, 10)
     expected = block(x, lengths=lengths)
     expect(torch.equal(block(x, lengths=lengths.to(dtype)), expected), f"lengths in {dtype} give something else")
-    if block.causal and _streams(block):
+    if block.causal and streams(block):
         y, state = block.extend(x, None, lengths=lengths.to(dtype))
         assert_close(y, expected, 1e-12, f"extend with lengths in {dtype}")
         expect(state.position.dtype == torch.int64, f"position is {state.position.dtype}, not int64")
@@ -401,24 +320,6 @@ def options_build_the_same(build: Build) -> None:
     expect(shapes[0] == shapes[1], f"built with its options {block.options}, it is another")
 
 
-def _streams(block: Block) -> bool:
-    return type(block).initial_state is not Block.initial_state
-
-
-def _parts(state: Any) -> list[Tensor]:
-    """The tensors of a state."""
-    return [part for part in state if isinstance(part, Tensor)]
-
-
-def _refused(call: Callable[[], Any], message: str) -> None:
-    try:
-        call()
-    except ValueError as error:
-        expect(message in str(error), f"it is refused by {str(error)!r}; expected: {message!r}")
-    else:
-        raise AssertionError(f"nothing is raised; expected: a ValueError with {message!r}")
-
-
 CHECKS: tuple[Callable[[Build], None], ...] = (
     shape_and_dtype,
     options_build_the_same,
@@ -426,6 +327,7 @@ CHECKS: tuple[Callable[[Build], None], ...] = (
     one_linear_operation,
     padding_has_no_effect,
     padding_on_either_side,
+    inputs_are_left_as_they_were,
     rows_know_nothing_of_each_other,
     gradients_are_the_functions,
     autocast,
@@ -438,12 +340,4 @@ CHECKS: tuple[Callable[[Build], None], ...] = (
     two_runs_are_equal_to_the_bit,
     after_step_leaves_evaluation_alone,
 )
-CAUSAL: tuple[Callable[[Build], None], ...] = (
-    extend_equals_forward,
-    extend_takes_ragged_steps,
-    extend_begins_without_a_state,
-    a_state_is_a_value,
-    a_state_of_other_sequences_is_refused,
-)
-BIDIRECTIONAL: tuple[Callable[[Build], None], ...] = (bidirectional_has_no_state,)
 PACKED: tuple[Callable[[Build], None], ...] = (each_document_is_as_if_alone,)

@@ -27,7 +27,7 @@ from torch import nn
 
 import seqzoo
 from seqzoo import auxiliary_loss, build_block
-from seqzoo.testing import contract
+from seqzoo.testing import contract, states
 
 OPERATIONS = (
     "attention",
@@ -85,39 +85,44 @@ def test_padding_has_no_effect(name, options, causal):
 
 
 @every
+def test_inputs_are_left_as_they_were(name, options, causal):
+    contract.inputs_are_left_as_they_were(builder(name, options, causal))
+
+
+@every
 def test_rows_know_nothing_of_each_other(name, options, causal):
     contract.rows_know_nothing_of_each_other(builder(name, options, causal))
 
 
 @streaming
-@pytest.mark.parametrize("splits", [[1] * 23, [7, 16], [22, 1], [1, 22], [8, 8, 7], [2, 21], [1, 2, 3, 17]])
+@pytest.mark.parametrize("splits", states.SPLITS)
 def test_extend_equals_forward(name, options, causal, splits):
-    contract.extend_equals_forward(builder(name, options, causal), [splits])
+    states.extend_equals_forward(builder(name, options, causal), [splits])
 
 
 @streaming
 def test_extend_takes_ragged_steps(name, options, causal):
-    contract.extend_takes_ragged_steps(builder(name, options, causal))
+    states.extend_takes_ragged_steps(builder(name, options, causal))
 
 
 @streaming
 def test_extend_begins_without_a_state(name, options, causal):
-    contract.extend_begins_without_a_state(builder(name, options, causal))
+    states.extend_begins_without_a_state(builder(name, options, causal))
 
 
 @streaming
 def test_a_state_is_a_value(name, options, causal):
-    contract.a_state_is_a_value(builder(name, options, causal))
+    states.a_state_is_a_value(builder(name, options, causal))
 
 
 @streaming
 def test_a_state_of_other_sequences_is_refused(name, options, causal):
-    contract.a_state_of_other_sequences_is_refused(builder(name, options, causal))
+    states.a_state_of_other_sequences_is_refused(builder(name, options, causal))
 
 
 @bidirectional
 def test_bidirectional_has_no_state(name, options, causal):
-    contract.bidirectional_has_no_state(builder(name, options, causal))
+    states.bidirectional_has_no_state(builder(name, options, causal))
 
 
 @differentiable
