@@ -176,7 +176,7 @@ def pack(runs: Iterable[Path], into: Path) -> tuple[int, list[tuple[Path, str]]]
     pictures of their mixing beside it. Returns how many lines it has then, and the runs left out, each with why.
 
     Args:
-        runs: their folders, or lines of other studies.
+        runs: their folders, or lines of other studies. Of two with one name the later is left out.
         into: the file, which is made where there is none.
 
     Raises:
@@ -190,10 +190,13 @@ def pack(runs: Iterable[Path], into: Path) -> tuple[int, list[tuple[Path, str]]]
             raise ValueError(f"{into}, {study.faults[0]}; valid: a study whose lines can all be read")
         lines = {name: _encoded(record) for name, record in study.runs.items()}
     left_out = []
+    packed: dict[str, Path] = {}
     pictures = inside(into.parent, PICTURES)
     for run in runs:
         try:
             name, line = run.resolve().name, line_of(run)
+            if packed.setdefault(name, run) != run:
+                raise ValueError(f"a run of that name is {packed[name]}; valid: names that differ")
             picture = picture_of(run)
             if picture.is_file() and picture != pictures / f"{name}.png":
                 write_bytes(pictures / f"{name}.png", picture.read_bytes())

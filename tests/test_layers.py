@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; rooms of one storey do not know each other either
-    ("draws", "extras", "kernels", "messages", "metrics", "spec", "valid", "version"),
+    ("draws", "extras", "kernels", "messages", "metrics", "settings", "spec", "valid", "version"),
     ("failures", "records"),
     ("files", "plugins"),
     ("blocks", "groups", "precision", "study", "tasks.store"),

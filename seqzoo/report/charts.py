@@ -186,13 +186,17 @@ def stages(cell: Cell) -> str:
 
 
 def namer(cells: Iterable[Cell]) -> Callable[[Cell], str]:
-    """What to call the model of each cell: with its number of parameters where it comes in several on one task."""
+    """What to call the model of each cell: with its number of parameters where it comes in several on one task, and
+    that in full where a short one is that of another, too."""
     sizes = {(cell.conditions.task, cell.size) for cell in cells}
     counts = Counter((task, size.model) for task, size in sizes)
+    alike = Counter((task, size.model, short(size.params)) for task, size in sizes)
 
     def name(cell: Cell) -> str:
-        several = counts[cell.conditions.task, cell.size.model] > 1
-        return f"{cell.size.model} {short(cell.size.params)}" if several else cell.size.model
+        task, (model, params) = cell.conditions.task, cell.size
+        if counts[task, model] == 1:
+            return model
+        return f"{model} {short(params) if alike[task, model, short(params)] == 1 else f'{params:,}'}"
 
     return name
 

@@ -164,6 +164,8 @@ def _pack(arguments: Sequence[str]) -> int:
     if given.into.suffix != SUFFIX or given.into.is_dir():
         parser.error(f"--into {given.into}: valid: a file whose name ends in {SUFFIX}")
     runs, unreadable = find_runs(given.inputs)
+    kept = given.into.resolve()
+    runs = [run for run in runs if run.parent.resolve() != kept]
     try:
         lines, left_out = pack(runs, given.into)
     except (OSError, ValueError) as error:

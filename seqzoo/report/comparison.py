@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .intervals import Interval, of_difference, over_examples, over_seeds
 from .published import TASKS
+from .repetitions import difference
 from .results import LeftOut, OnePhase, Pretraining, Result
 
 
@@ -90,6 +91,11 @@ class Cell:
     def scores(self) -> list[float]:
         return [result.score for result in self.results]
 
+    @property
+    def independent(self) -> list[float]:
+        """Of each training from its beginning: fine-tunings of one pretraining count as one, with their mean."""
+        return [self.mean] if self.shares_pretraining else self.scores
+
     @cached_property
     def mean(self) -> float:
         return statistics.fmean(self.scores)
@@ -103,13 +109,19 @@ class Cell:
     def interval(self) -> Interval | None:
         """95 %, over seeds and, of accuracies, test examples; None of a single score that is no accuracy."""
         n = self.conditions.n_test if self.conditions.metric == "accuracy" else None
-        if len(self.results) > 1:
-            return over_seeds(self.scores, n=n)
+        if len(self.independent) > 1:
+            return over_seeds(self.independent, n=n)
         return None if n is None else over_examples(self.mean, n)
 
     @property
     def num_seeds(self) -> int:
         return len(self.results)
+
+    @property
+    def shares_pretraining(self) -> bool:
+        """Whether seeds are those of fine-tuning alone, after one pretraining."""
+        sources = [result.pretrain_run for result in self.results if result.pretrain_run]
+        return len(set(sources)) < len(sources)
 
     @property
     def learnt(self) -> bool:
@@ -182,7 +194,7 @@ class Comparison:
 def cells_of(results: Iterable[Result]) -> tuple[list[Cell], list[LeftOut]]:
     """The cells, in reading order, and the runs that no cell can hold.
 
-    Runs of a cell must be repetitions: where two have the same seed they differ in a setting the cell does not name,
+    Runs of a cell must be repetitions: where two have the same seed, or differ in a setting the cell does not name,
     their mean would mean nothing, and all of that cell's runs are left out.
     """
     repetitions: dict[tuple, list[Result]] = defaultdict(list)
@@ -193,11 +205,8 @@ def cells_of(results: Iterable[Result]) -> tuple[list[Cell], list[LeftOut]]:
     cells: list[Cell] = []
     left_out: list[LeftOut] = []
     for runs in repetitions.values():
-        seeds = [run.seed for run in runs]
-        if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-            text = ", ".join(map(str, repeated))
-            reason = f"several runs of its cell have the same seed ({text}): {_what_differs(runs)}"
-            left_out += [LeftOut(run.folder, reason) for run in runs]
+        if fault := _no_repetitions(runs):
+            left_out += [LeftOut(run.folder, fault) for run in runs]
         else:
             cells.append(Cell(tuple(sorted(runs, key=lambda run: run.seed))))
     return sorted(cells, key=_reading_order), left_out
@@ -257,7 +266,19 @@ def compare(cells: Iterable[Cell]) -> list[Comparison]:
     return sorted(comparisons, key=lambda comparison: _conditions_order(comparison.conditions))
 
 
-def _what_differs(runs: list[Result]) -> str:
+def _no_repetitions(runs: list[Result]) -> str | None:
+    """Why runs cannot be one cell."""
+    if len(runs) == 1:
+        return None
+    differing, seeds = difference(runs), [run.seed for run in runs]
+    if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        text = ", ".join(map(str, repeated))
+        return f"several runs of its cell have the same seed ({text}): {differing or _rates(runs)}"
+    return differing and f"runs of its cell differ in more than the seed: {differing}"
+
+
+def _rates(runs: list[Result]) -> str:
+    """What differs where configurations do not."""
     for stage, name in (("pretrain", "pretraining"), ("finetune", "fine-tuning")):
         rates = sorted({run.rates[stage] for run in runs if stage in run.rates})
         if len(rates) > 1:
@@ -268,7 +289,7 @@ def _what_differs(runs: list[Result]) -> str:
 def _difference_interval(after: Cell | None, before: Cell | None) -> Interval | None:
     if after is None or before is None or after.conditions.metric != "accuracy":
         return None
-    return of_difference(after.scores, before.scores, after.conditions.n_test)
+    return of_difference(after.independent, before.independent, after.conditions.n_test)
 
 
 def _reading_order(cell: Cell) -> tuple:

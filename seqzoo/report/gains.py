@@ -76,7 +76,8 @@ def gain_over_budget(comparisons: Iterable[Comparison]) -> Chart | None:
         label = (
             f"{name_of(row.cells[0])}, {conditions.setting}, {share:.0%} {pretrained.pretraining.objective} pretraining"
         )
-        panel = f"{conditions.task}, {direction(conditions)}\n{conditions.task_note}".strip()
+        shared = f"{conditions.task}, {direction(conditions)}, {conditions.n_test:,} test examples"
+        panel = f"{shared}\n{conditions.task_note}".strip()
         point = Point(
             pretrained.total_budget / 1e6,
             100 * (pretrained.mean - matched.mean),

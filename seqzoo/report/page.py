@@ -21,7 +21,7 @@ from .headline import Entry, PageTable, main_tables
 from .locality import distances
 from .origins import RUN_HEADER, overview, run_lines
 from .results import FIGURES, LeftOut, Result
-from .tables import OF_UNLEARNT, Sources, Table
+from .tables import Sources, Table, of_marks
 from .tables import to_csv as table_csv
 from .time_to_accuracy import LEGEND, Times, time_tables
 from .time_to_accuracy import to_csv as times_csv
@@ -84,7 +84,7 @@ def page_files(
         tables=main_tables(tabled, numbers, sources),
         table_file=_address(files / "main.csv", path.parent),
         sources=sources.notes,
-        unlearnt="" if all(cell.learnt for each in tabled for row in each.rows for cell in row.cells) else OF_UNLEARNT,
+        marks=of_marks(cell for each in tabled for row in each.rows for cell in row.cells),
         timed=timed,
         timed_file=_address(files / "time_to_accuracy.csv", path.parent),
         timed_legend=LEGEND,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ class Result:
     train_fraction: float  # part of the train split that both stages saw, in (0, 1]
     tuning: str  # what fine-tuning moved: "full", "head", "lora" or "ladder"
     init: str  # what training began from: "structured" or "random"
-    precision: str  # "fp32" or "bf16"
+    precision: str  # "fp32" or "bf16", or, if pretraining had another than fine-tuning, "fp32 after bf16"
     optimizer: str  # "adamw" or "muon 2", or, if pretraining had another than fine-tuning, "adamw after muon 2"
     augment: bool  # whether training batches were augmented
     packing: bool  # whether their sequences lay in one row
@@ -93,11 +94,12 @@ class LeftOut(NamedTuple):
     reason: str
 
 
-def run_folders(folder: Path) -> Iterator[Path]:
+def run_folders(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """The run folders and study files at or below `folder`, in order of their names.
 
-    A run is not searched for further runs. A folder with nothing below it counts as a run that left no result, but
-    for what belongs to a page or a study: its figures, and a folder of the study's name.
+    A run is not searched for further runs, nor is a link to a folder `above` it. A folder with nothing below it counts
+    as a run that left no result, but for what belongs to a page or a study: its figures, and a folder of the study's
+    name.
     """
     if _is_run(folder):
         yield folder
@@ -107,7 +109,10 @@ def run_folders(folder: Path) -> Iterator[Path]:
     except OSError:  # what cannot be looked into has no result to give, and is named
         yield folder
         return
-    folders = {child for child in children if os.path.isdir(child)}
+    above |= {folder.resolve()}
+    folders = {
+        child for child in children if os.path.isdir(child) and not (child.is_symlink() and child.resolve() in above)
+    }
     studies = {child for child in children if is_study(child)}
     if not studies and not folders:
         yield folder
@@ -116,7 +121,7 @@ def run_folders(folder: Path) -> Iterator[Path]:
         if child in studies:
             yield child
         elif child in folders and not _is_of_page(child):
-            below = list(run_folders(child))
+            below = list(run_folders(child, above))
             if below != [child] or child.name not in of_studies or _is_run(child):
                 yield from below
 
@@ -204,7 +209,8 @@ def read_result(folder: Path) -> Result:
 
 
 def load_results(folders: Iterable[Path]) -> tuple[list[Result], list[LeftOut]]:
-    """Every result of `folders`, or at or below them, and what has none to give. A run found twice counts once.
+    """Every result of `folders`, or at or below them, and what has none to give. A run found twice counts once, and so
+    do a run and its copies, such as its line of a study; a folder of it before a line.
 
     Args:
         folders: of runs, at any depth, or study files.
@@ -216,7 +222,20 @@ def load_results(folders: Iterable[Path]) -> tuple[list[Result], list[LeftOut]]:
             results.append(read_result(run))
         except (OSError, ValueError) as error:
             left_out.append(LeftOut(run, str(error)))
-    return results, left_out
+    return _once(results), left_out
+
+
+def _once(results: Iterable[Result]) -> list[Result]:
+    """The results without those of copies of a run, which have its name and all else that it has."""
+    found: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        same = found[result.folder.resolve().name]
+        copy = next((place for place, other in enumerate(same) if replace(other, folder=result.folder) == result), None)
+        if copy is None:
+            same.append(result)
+        elif is_packed(same[copy].folder) and not is_packed(result.folder):
+            same[copy] = result
+    return [result for same in found.values() for result in same]
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:

@@ -84,6 +84,7 @@ def model_size(cells: list[Cell]) -> Chart | None:
         lambda cell: cell.size.params,
         "parameters",
         by_size=False,
+        least_ratio=1.1,  # an option that adds some parameters is no other size
     )
     return chart_of("model_size", "Accuracy against model size", "Equal budgets within a line. 95 % intervals.", panels)
 
@@ -209,10 +210,12 @@ def _lines(
     x_label: str,
     *,
     by_size: bool,
+    least_ratio: float = 1.0,
 ) -> list[Panel]:
     """Lines over `x` for each model and pretraining; a setting is the panel's conditions and what else a line shares.
 
-    A line needs two points. One with two cells at the same x would mix settings, and is not drawn.
+    A line needs two points, the last at least `least_ratio` times as far as the first. One with two cells at the same x
+    would mix settings, and is not drawn.
     """
     name_of = namer(cells)
     lines: dict[Any, list[Cell]] = defaultdict(list)
@@ -221,7 +224,8 @@ def _lines(
         lines[setting(cell), cell.size if by_size else cell.size.model, objective].append(cell)
     series: dict[tuple[Conditions, str], list[Series]] = defaultdict(list)
     for ((shared, budgets), _, objective), line in lines.items():
-        if len({x(cell) for cell in line}) == len(line) > 1:
+        places = {x(cell) for cell in line}
+        if len(places) == len(line) > 1 and max(places) >= least_ratio * min(places):
             first = min(line, key=x)
             name = name_of(first) if by_size else first.size.model
             how = stages(first) if budgets else (f"{objective} pretraining" if objective else SCRATCH)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..messages import printable
 from .charts import by_phase, phases_of
-from .comparison import Cell, Comparison, Conditions, Row
+from .comparison import Cell, Comparison, Conditions, Row, Size
 from .intervals import Interval
 from .published import Figure, published
 from .results import LeftOut
@@ -41,8 +41,9 @@ IN_ONE_PHASE = (
 )
 
 
-UNLEARNT = "†"
+UNLEARNT, SHARED = "†", "‡"
 OF_UNLEARNT = f"{UNLEARNT} A pretraining learnt nothing beyond how frequent symbols are."
+OF_SHARED = f"{SHARED} Seeds of fine-tuning alone, after one pretraining: intervals are those of a single seed."
 
 
 class Table(NamedTuple):
@@ -66,6 +67,7 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
     for comparison in comparisons:
         metric = comparison.conditions.metric
         notes = LEGENDS[metric]
+        sizes = _sizes(row.size for row in comparison.rows)
         if metric == "accuracy":
             with_matched = any(row.matched for row in comparison.rows)
             phases = phases_of(comparison)
@@ -80,18 +82,18 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
             )
             notes += (SAME_TOTAL,) if with_matched else ()
             notes += (IN_ONE_PHASE,) if phases else ()
-            notes += () if all(cell.learnt for row in comparison.rows for cell in row.cells) else (OF_UNLEARNT,)
+            notes += of_marks(cell for row in comparison.rows for cell in row.cells)
             rows = [
                 (
-                    *_text_row(row, with_matched),
+                    *_text_row(row, size, with_matched),
                     *_in_one_phase(comparison, row, phases),
                     *(map(sources.cite, figures) if with_published else ()),
                 )
-                for row, figures in zip(comparison.rows, beside, strict=True)
+                for row, size, figures in zip(comparison.rows, sizes, beside, strict=True)
             ]
         else:
             header = IN_BITS
-            rows = [(row.size.model, millions(row.size.params), score(row.scratch)) for row in comparison.rows]
+            rows = [(*size, score(row.scratch)) for row, size in zip(comparison.rows, sizes, strict=True)]
         tables.append(Table(title(comparison), header, rows))
         notes += () if comparison.conditions.setting == comparison.conditions.recipe else (AS_USUAL,)
         legend += [line for line in notes if line not in legend]
@@ -239,8 +241,15 @@ def _csv_interval(name: str, interval: Interval | None) -> dict[str, object]:
     return {f"{name}_low": low, f"{name}_high": high, f"{name}_interval": kind}
 
 
-def _text_row(row: Row, with_matched: bool) -> tuple[str, ...]:
-    measured = (row.size.model, millions(row.size.params), score(row.scratch), score(row.pretrained))
+def _sizes(sizes: Iterable[Size]) -> list[tuple[str, str]]:
+    """Models, and their parameters in millions: with two digits, or all where two of one model would look alike."""
+    given = list(sizes)
+    short = [(size.model, f"{size.params / 1e6:.2f}") for size in given]
+    return short if len({*short}) == len(short) else [(size.model, f"{size.params / 1e6:.6f}") for size in given]
+
+
+def _text_row(row: Row, size: tuple[str, str], with_matched: bool) -> tuple[str, ...]:
+    measured = (*size, score(row.scratch), score(row.pretrained))
     matched = (score(row.matched), _with_interval(row.gain, row.gain_interval)) if with_matched else ()
     return *measured, _with_interval(row.difference, row.difference_interval), *matched
 
@@ -264,8 +273,18 @@ def score(cell: Cell | None) -> str:
         return ABSENT
     scale, digits = (100, 2) if cell.conditions.metric == "accuracy" else (1, 3)
     spread = "" if cell.std is None else f" ± {scale * cell.std:.{digits}f}"
-    mark = "" if cell.learnt else f" {UNLEARNT}"
-    return f"{scale * cell.mean:.{digits}f}{spread} ({cell.num_seeds}){mark}"
+    marks = "".join(f" {mark}" for mark in _marks(cell))
+    return f"{scale * cell.mean:.{digits}f}{spread} ({cell.num_seeds}){marks}"
+
+
+def of_marks(cells: Iterable[Cell]) -> tuple[str, ...]:
+    """What the marks behind the scores of these cells mean."""
+    found = {mark for cell in cells for mark in _marks(cell)}
+    return tuple(text for text in (OF_UNLEARNT, OF_SHARED) if text[0] in found)
+
+
+def _marks(cell: Cell) -> list[str]:
+    return [*([] if cell.learnt else [UNLEARNT]), *([SHARED] if cell.shares_pretraining else [])]
 
 
 def points(difference: float | None) -> str:
@@ -276,10 +295,6 @@ def points(difference: float | None) -> str:
 def percents(interval: Interval) -> str:
     """From where to where, of accuracies."""
     return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
-
-
-def millions(count: int) -> str:
-    return f"{count / 1e6:.2f}"
 
 
 def published_beside(comparison: Comparison, row: Row) -> tuple[Figure | None, Figure | None]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import Config
+from ..config import Config, ConfigError
 from .folder import finished_run
 
 
@@ -18,7 +18,11 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        return finished_run(self.folder) is not None
+        """Whether it has a result that can be read; a run with a damaged one says so when it is started."""
+        try:
+            return finished_run(self.folder) is not None
+        except ConfigError:
+            return False
 
     @property
     def begun(self) -> bool:

@@ -23,6 +23,7 @@ from ..extras import require
 from ..files import inside, lock, remove_left, write_json, write_text
 from ..messages import say_once, unknown
 from ..records import NUMBER
+from ..settings import OF_FINE_TUNING, OF_PRETRAINING, WITHOUT_EFFECT
 from ..spec import TaskSpec
 from ..tasks import Fingerprint, Task, fingerprint, origin_of
 from ..tasks.identity import digest_of_arrays
@@ -43,7 +44,7 @@ TASK = {  # the shape of a task.json, see `records.check`: a `TaskSpec`, and the
 SUMMARY = {  # what fine-tuning, and its result, take from a pretraining's
     **dict.fromkeys(("tokens_seen", "seconds", "tokens_per_second", "lr"), NUMBER),
     **dict.fromkeys(("token_budget", "mfu?", "cpu_share?"), (*NUMBER, NoneType)),
-    "optimizer?": str,
+    **{"optimizer?": str, "precision?": str},
     "learnt?": ({"learnt": bool, "loss": NUMBER, "symbols": NUMBER, "neighbours": NUMBER}, NoneType),
 }
 RESULT = {  # what is said of a finished run
@@ -51,16 +52,6 @@ RESULT = {  # what is said of a finished run
     "test": {"accuracy": NUMBER, "bits_per_character?": NUMBER},
 }
 FOLDERS = ("pretrain", "finetune", "wandb", ".wandb", "tensorboard")  # that a run, or W&B, makes in its own
-# Where a run reads, writes and computes, which is not what it computes.
-WITHOUT_EFFECT = (
-    *("runs_dir", "data_dir", "cache_dir", "wandb", "device", "resume", "task.workers"),
-    *("budget", "launcher", "logger", "plugins", "strategy", "sequence_parallel"),
-)
-OF_PRETRAINING = ("objective", "pixel_loss", "pretraining")
-OF_FINE_TUNING = (
-    *("finetuning", "tuning", "lora", "ladder", "pretrain", "recipe", "n_test"),
-    *("model.pooling", "model.head"),
-)
 # The head of a classifier and dropout are fine-tuning's own business.
 MAY_DIFFER = ("model.pooling", "model.head", "model.dropout", "task.workers")
 
@@ -142,8 +133,14 @@ def in_hand(folder: Path) -> Iterator[None]:
 
 
 def finished_run(folder: Path) -> Path | None:
-    """Where the run of this folder has ended: there, or as a line of a study beside it; None: it has not."""
-    return folder if (folder / "result.json").exists() else study.packed_run(folder.parent, folder.name)
+    """Where the run of this folder has ended: there, or as a line of a study beside it; None: it has not.
+
+    Raises:
+        ConfigError: its result is damaged.
+    """
+    if read_result(folder, RESULT) is not None:
+        return folder
+    return study.packed_run(folder.parent, folder.name)
 
 
 def require_weights(run: Path) -> None:
@@ -321,7 +318,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
-    """The summary of the pretraining in the folder `config.pretrain`, once it is known to suit `config`.
+    """The summary of the pretraining in the folder `config.pretrain`, once it is known to suit `config`, with its
+    precision.
 
     Raises:
         ConfigError: it is no run folder, its pretraining is unfinished, or the two runs differ in their data or in a
@@ -333,7 +331,7 @@ def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"pretrain={folder}: no such folder; valid: true, false, or the folder of a run")
     there, here = read_config(folder), config
-    for key in ("causal", "objective", "size", "train_fraction", "augment", "packing", "model", "task"):
+    for key in ("causal", "objective", "pixel_loss", "size", "train_fraction", "augment", "packing", "model", "task"):
         for name, (theirs, ours) in _differences(key, getattr(there, key), getattr(here, key)):
             if name not in MAY_DIFFER:
                 raise ConfigError(f"pretrain={folder}: {name} is {theirs} there and {ours} here")
@@ -343,7 +341,7 @@ def reusable_pretraining(config: Config, task: Task) -> dict[str, Any]:
     summary = read_summary(folder)
     if summary is None:
         raise ConfigError(f"pretrain={folder}: that run has no finished pretraining of its own")
-    return summary
+    return {"precision": there.precision, **summary}
 
 
 def _differences(prefix: str, there: Any, here: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -363,6 +363,7 @@ class _Run:
             "val": state.best,
             "lr": stage.lr,
             "optimizer": recorded(stage.optimizer),
+            "precision": config.precision,
         }
 
     def describe(
@@ -376,8 +377,9 @@ class _Run:
         def of_stages(key: str) -> dict[str, Any]:
             return {name: stage[key] for name, stage in stages.items()}
 
-        # Summaries of before there was a choice do not say which.
-        optimizers = [stage.get("optimizer", "adamw") for stage in (finetuning, pretraining) if stage]
+        def of_training(key: str, before: str) -> str:  # summaries of before there was a choice do not say which
+            return " after ".join(dict.fromkeys(each.get(key, before) for each in (finetuning, pretraining) if each))
+
         seconds = of_stages("seconds")
         return {
             "schema": 1,
@@ -388,14 +390,14 @@ class _Run:
             "pretrain": pretraining is not None,
             "pretrain_run": None if own else source.name,
             "recipe": config.recipe,
-            "precision": config.precision,
+            "precision": of_training("precision", config.precision),
             "seed": config.seed,
             "params": self.params,
             "trained_params": self.trained,
             "init": config.model.init,
             "tuning": config.tuning,
             "joint": asdict(config.joint) if config.objective == "joint" else None,
-            "optimizer": " after ".join(dict.fromkeys(optimizers)),
+            "optimizer": of_training("optimizer", "adamw"),
             "augment": config.augment,
             "packing": config.packing,
             "train_fraction": 1.0 if config.train_fraction is None else config.train_fraction,

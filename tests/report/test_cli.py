@@ -17,7 +17,7 @@ def test_compares_runs(write_run, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["figure.png", "table.csv", "table.md"]
     printed = capsys.readouterr().out
     (line,) = (line for line in printed.splitlines() if line.lstrip().startswith("linear_transformer"))
-    assert " ".join(line.split()) == "linear_transformer 1.00 60.00 (1) 70.00 (1) +10.00 (3.4 to 16.6) 65.9 [1] -"
+    assert " ".join(line.split()) == "linear_transformer 1.00 60.00 (1) 70.00 (1) +10.00 (3.4 to 16.5) 65.9 [1] -"
     assert "\x1b" not in printed
     assert "…" not in printed
     assert f"{runs / 'broken'}: result.json cannot be read" in printed

@@ -1,6 +1,10 @@
+import json
+
 import pytest
 
-from seqzoo.report import Pretraining, build_report, cells_of, compare, load_results
+from seqzoo.report import Pretraining, build_report, cells_of, compare, load_results, studies
+from seqzoo.report.charts import namer
+from seqzoo.study import pack
 
 
 def compared(folder):
@@ -165,3 +169,71 @@ def test_order_is_the_benchmarks_then_alphabetical(write_run, tmp_path):
         for task in ("lra_listops", "lra_image", "lra_pathx", "own_task")
         for budget, models in ((900, ["gau"]), (5000, ["gau", "lru"]))
     ]
+
+
+def configured(folder, **settings):
+    """Gives a run a configuration of these sections, of which it takes its seed."""
+    seed = json.loads((folder / "result.json").read_text())["seed"]
+    lines = [f"seed: {seed}", *(f"{name}: {json.dumps(value)}" for name, value in settings.items())]
+    (folder / "config.yaml").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_runs_that_differ_in_more_than_the_seed_are_no_cell(write_run, tmp_path, packed):
+    usual = {"model": {"dropout": 0.0}, "finetuning": {"lr": 1e-3, "batch_size": 8}, "budget": None}
+    for seed, settings in enumerate((usual, {**usual, "finetuning": {"lr": 1e-3, "batch_size": 2}})):
+        configured(write_run(seed=seed), **settings)
+        configured(write_run(model="lru", seed=seed), **usual)
+    place = tmp_path
+    if packed:
+        place = tmp_path / "study.jsonl"
+        pack(sorted((tmp_path / "runs").iterdir()), place)
+    (comparison,), left_out = compared(place)
+    assert [(row.size.model, row.scratch.num_seeds) for row in comparison.rows] == [("lru", 2)]
+    assert [one.reason for one in left_out] == [
+        "runs of its cell differ in more than the seed: finetuning.batch_size 2, 8"
+    ] * 2
+
+
+def test_what_does_not_shape_a_run_may_differ_between_seeds(write_run, tmp_path):
+    """So may what only one of them has, the other being older, and what would shape a pretraining if there were one."""
+    usual = {"finetuning": {"lr": 1e-3}, "tuning": "full", "lora": {"rank": 8}}
+    configured(write_run(seed=0), **usual, budget=None, pretraining={"lr": 1e-3}, task={"workers": 0})
+    configured(write_run(seed=1), **usual, budget="8h", pretraining={"lr": 2e-3}, task={"workers": 4}, share=0)
+    configured(write_run(seed=2), finetuning={"lr": 1e-3, "clip": 1.0}, lora={"rank": 16}, compile=True)
+    (comparison,), left_out = compared(tmp_path)
+    assert (comparison.rows[0].scratch.num_seeds, left_out) == (3, [])
+
+
+def test_fine_tunings_of_one_pretraining_are_no_seeds_of_it(write_run, tmp_path):
+    for seed, accuracy in enumerate((0.70, 0.71, 0.72)):
+        write_run(pretrain=True, seed=seed, accuracy=accuracy, pretrain_run="source")
+        write_run(model="lru", pretrain=True, seed=seed, accuracy=accuracy, pretrain_run=f"source-{seed}")
+        write_run(seed=seed, accuracy=accuracy - 0.3)
+        write_run(model="lru", seed=seed, accuracy=accuracy - 0.3)
+    (comparison,), _ = compared(tmp_path)
+    lru, transformer = comparison.rows
+    assert (lru.pretrained.interval.kind, lru.difference_interval.kind) == ("t", "t")
+    assert (transformer.pretrained.interval.kind, transformer.difference_interval.kind) == ("binomial", "binomial")
+    report = build_report([comparison], [])
+    assert [row[3] for row in report.tables[0].rows] == ["71.00 ± 1.00 (3)", "71.00 ± 1.00 (3) ‡"]
+    assert any(note.startswith("‡ Seeds of fine-tuning alone") for note in report.notes)
+
+
+def test_precisions_of_two_stages_are_a_setting_of_their_own(write_run, tmp_path):
+    write_run(seed=0, pretrain=True)
+    write_run(seed=1, pretrain=True, precision="fp32 after bf16")
+    comparisons, _ = compared(tmp_path)
+    assert [comparison.conditions.setting for comparison in comparisons] == ["short", "short, fp32 after bf16"]
+
+
+def test_sizes_that_would_look_alike_are_told_apart(write_run, tmp_path):
+    for params, accuracy in ((107_394, 0.6), (107_426, 0.7)):
+        write_run(params=params, accuracy=accuracy)
+        write_run(params=params, accuracy=accuracy, pretrain=True)
+    (comparison,), _ = compared(tmp_path)
+    assert [row[1] for row in build_report([comparison], []).tables[0].rows] == ["0.107394", "0.107426"]
+    cells = [cell for row in comparison.rows for cell in row.cells]
+    assert {*map(namer(cells), cells)} == {"transformer 107,394", "transformer 107,426"}
+    assert studies.model_size(cells) is None, "some parameters more are no other size"

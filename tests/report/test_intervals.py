@@ -21,11 +21,11 @@ def test_an_interval_of_accuracies_stays_within_them():
 
 
 def test_seeds_that_agree_leave_what_examples_leave_to_chance():
-    half = 1.959964 * math.sqrt(0.25 / 400)
-    assert over_seeds([0.5, 0.5, 0.5], n=400)[:2] == pytest.approx((0.5 - half, 0.5 + half))
-    low, high, kind = of_difference([0.7, 0.7], [0.5, 0.5], 400)
-    half = 1.959964 * math.sqrt((0.21 + 0.25) / 400)
-    assert (low, high, kind) == (pytest.approx(0.2 - half), pytest.approx(0.2 + half), "t")
+    assert over_seeds([0.5, 0.5, 0.5], n=400)[:2] == pytest.approx(over_examples(0.5, 400)[:2])
+    assert over_seeds([1.0, 1.0], n=400)[:2] == over_examples(1.0, 400)[:2]
+    together = of_difference([0.7, 0.7], [0.5, 0.5], 400)
+    assert together[:2] == of_difference([0.7], [0.5], 400)[:2]
+    assert together.kind == "t"
 
 
 def test_an_interval_holds_what_is_so_nineteen_times_of_twenty():
@@ -50,10 +50,21 @@ def test_over_examples_is_wilsons():
     assert over_examples(1.0, 10).low == pytest.approx(0.72247, abs=1e-5)
 
 
-def test_difference_of_single_seeds_is_of_two_proportions():
-    low, high, kind = of_difference([0.6], [0.5], 400)
-    half = 1.959964 * math.sqrt((0.24 + 0.25) / 400)
-    assert (low, high, kind) == (pytest.approx(0.1 - half), pytest.approx(0.1 + half), "binomial")
+def test_difference_of_single_seeds_is_newcombes():
+    # Newcombe 1998, table II, example (c): 9 of 10 and 3 of 10 by method 10.
+    low, high, kind = of_difference([0.9], [0.3], 10)
+    assert (low, high, kind) == (pytest.approx(0.1705, abs=1e-4), pytest.approx(0.8090, abs=1e-4), "binomial")
+    low, high, _ = of_difference([0.6], [0.5], 40_000)
+    half = 1.959964 * math.sqrt((0.24 + 0.25) / 40_000)
+    assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=1e-4)
+
+
+def test_a_difference_at_the_end_of_the_scale():
+    """Where accuracies are whole, and examples few, what chance does is not nothing (Fisher's exact p: 0.12, 0.21)."""
+    for after, before, n in (([1.0], [0.98], 200), ([1.0, 1.0], [0.7, 0.7], 10)):
+        low, high, _ = of_difference(after, before, n)
+        assert low < 0 < high
+    assert of_difference([0.9, 0.1], [0.8, 0.9], 50)[:2] == (-1.0, 1.0)
 
 
 def test_difference_of_seeds_is_welchs_and_examples():
@@ -62,8 +73,10 @@ def test_difference_of_seeds_is_welchs_and_examples():
     half = 2.77645 * 0.02 * math.sqrt(2 / 3)
     assert (low, high, kind) == (pytest.approx(0.1 - half, abs=1e-6), pytest.approx(0.1 + half, abs=1e-6), "t")
     low, high, _ = of_difference([0.70, 0.72, 0.74], [0.60, 0.62, 0.64], 400)
-    half = math.hypot(half, 1.959964 * math.sqrt((0.72 * 0.28 + 0.62 * 0.38) / 400))
-    assert (low, high) == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)
+    by_examples = of_difference([0.72], [0.62], 400)
+    assert (0.1 - low, high - 0.1) == pytest.approx(
+        (math.hypot(half, 0.1 - by_examples.low), math.hypot(half, by_examples.high - 0.1)), abs=1e-6
+    )
 
 
 def test_difference_to_a_single_seed_is_over_examples():

@@ -9,6 +9,7 @@ import pytest
 
 from seqzoo.report import load_results
 from seqzoo.report.cli import main
+from seqzoo.study import read_study
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\rIHDR" + (300).to_bytes(4, "big") + (100).to_bytes(4, "big")
 
@@ -91,7 +92,27 @@ def test_one_run_of_a_study(runs, tmp_path):
     assert main([str(study / "run-00")]) == 0
     assert sorted(path.name for path in (tmp_path / "study").iterdir()) == ["figure.png", "table.csv", "table.md"]
     results, left_out = load_results([tmp_path])  # the folders too, but no figures of the study
-    assert (len(results), left_out) == (24, [])
+    assert (len(results), left_out) == (12, [])
+    assert {result.folder.parent for result in results} == {runs}, "a folder has more than a line"
+
+
+def test_a_run_that_changed_is_packed_anew(runs, tmp_path):
+    study = runs / "runs.jsonl"  # found among the runs, and after them
+    main(["pack", str(runs), "--into", str(study)])
+    path = runs / "run-00" / "result.json"
+    path.write_text(path.read_text().replace('"n_test": 400', '"n_test": 401'))
+    assert main(["pack", str(runs), "--into", str(study)]) == 0
+    assert read_study(study).runs["run-00"]["result"]["n_test"] == 401
+
+
+def test_of_two_runs_with_one_name_the_second_is_left_out(runs, tmp_path, capsys):
+    other = tmp_path / "other" / "run-00"
+    shutil.copytree(runs / "run-01", other)
+    study = tmp_path / "study.jsonl"
+    assert main(["pack", str(runs), str(other.parent), "--into", str(study)]) == 0
+    said = capsys.readouterr()
+    assert f"left out: {other}: a run of that name is {runs / 'run-00'}; valid: names that differ" in said.err
+    assert "12 runs, 12 of them from what was given" in said.out
 
 
 def test_damage_is_named_and_costs_no_other_run(runs, tmp_path, capsys):

@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import pytest
 
 from seqzoo.report import load_results, read_result
+from seqzoo.study import pack
 
 
 def test_reads_every_field(write_run):
@@ -127,3 +129,23 @@ def test_a_run_given_twice_counts_once(write_run):
     results, left_out = load_results([folder, folder.parent, folder.parent / ".." / "runs"])
     assert [result.folder for result in results] == [folder]
     assert left_out == []
+
+
+def test_a_run_and_its_copies_count_once(write_run, tmp_path):
+    folder = write_run()
+    study = tmp_path / "study.jsonl"
+    pack([folder], study)
+    copies = shutil.copytree(tmp_path / "runs", tmp_path / "copies")
+    results, left_out = load_results([study, folder, copies])
+    assert ([result.folder for result in results], left_out) == ([folder], [])
+    changed = json.loads((copies / folder.name / "result.json").read_text()) | {"seed": 1}
+    (copies / folder.name / "result.json").write_text(json.dumps(changed))
+    assert [result.seed for result in load_results([study, copies])[0]] == [0, 1], "another run of that name"
+
+
+def test_links_to_folders_above_are_not_followed(write_run):
+    folder = write_run()
+    for name in ("here", "there"):
+        (folder.parent / name).symlink_to(".", target_is_directory=True)
+    results, left_out = load_results([folder.parent])
+    assert ([result.folder for result in results], left_out) == ([folder], [])

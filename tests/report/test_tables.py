@@ -33,7 +33,7 @@ def test_text_of_a_table(comparisons):
             "1.00",
             "61.00 ± 1.41 (2)",
             "72.00 ± 2.83 (2)",
-            "+11.00 (-4.3 to 26.3)",
+            "+11.00 (-4.3 to 26.2)",
             "64.27 [2]",
             "89.27 recalled [3]",
         ),
@@ -111,7 +111,7 @@ def test_scratch_of_the_same_total_has_columns_where_there_is_one(write_run, cel
     assert (shown["scratch"], shown["scratch, same total"], shown["difference, same total"]) == (
         "-",
         "65.00 (1)",
-        "+5.00 (-1.5 to 11.5)",
+        "+5.00 (-1.5 to 11.4)",
     )
     assert any(note.startswith("Same total:") for note in report.notes)
     (line,) = csv.DictReader(io.StringIO(to_csv(comparisons)))

@@ -13,6 +13,7 @@ from wandb_log import read_run
 
 from seqzoo.config import ConfigError, LadderConfig, LoraConfig, WandbConfig, compose
 from seqzoo.runs import evaluate_run, load, run
+from seqzoo.runs.cell import Cell
 from seqzoo.runs.folder import read_config, run_name
 from seqzoo.tasks import nested
 from seqzoo.training import TrainingError
@@ -135,6 +136,21 @@ def test_the_optimiser_of_a_reused_pretraining_is_that_it_had(pretrained, task, 
     options = {"runs_dir": str(tmp_path), "pretrain": result["folder"], "pretraining": muon}
     assert run(replace(config, **options), task=task)["optimizer"] == "adamw"
     assert run(replace(config, **options, finetuning=muon), task=task)["optimizer"] == "muon 2 after adamw"
+
+
+def test_the_precision_of_a_reused_pretraining_is_that_it_had(pretrained, task, tmp_path):
+    config, result = pretrained
+    options = {"runs_dir": str(tmp_path), "pretrain": result["folder"]}
+    assert run(replace(config, **options, precision="bf16"), task=task)["precision"] == "bf16 after fp32"
+
+
+def test_a_damaged_result_is_none(pretrained, task, tmp_path):
+    config, result = pretrained
+    folder = shutil.copytree(result["folder"], tmp_path / Path(result["folder"]).name)
+    (folder / "result.json").write_text("")
+    assert not Cell((), config, folder, None).finished
+    with pytest.raises(ConfigError, match="result.json is damaged: .*; delete it, and the same command tests the run"):
+        run(replace(config, runs_dir=str(tmp_path)), task=task)
 
 
 @pytest.mark.parametrize(
