@@ -73,9 +73,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def write_all(contents: Mapping[Path, bytes]) -> None:
     """Files of which all are replaced or, where one of them cannot be written, none: they are renamed once all are
-    whole."""
+    whole. Of two paths to one place the later counts."""
+    once = {os.path.abspath(path): path for path in contents}
     with ExitStack() as stack:
-        temporaries = {path: stack.enter_context(_beside(path)) for path in contents}
+        temporaries = {path: stack.enter_context(_beside(path)) for path in once.values()}
         for path, temporary in temporaries.items():
             with naming(path), temporary.open("xb") as file:
                 file.write(contents[path])

@@ -100,7 +100,7 @@ def _accuracies(text: str) -> tuple[str, tuple[float, ...]]:
         accuracies = ()
     if not (task and accuracies and all(0 < accuracy <= 1 for accuracy in accuracies)):
         raise argparse.ArgumentTypeError(f"{text!r}: valid: a task and percentages, such as lra_text=60,65")
-    return task, accuracies
+    return task, tuple(dict.fromkeys(accuracies))
 
 
 def _report(folders: list[Path], out: Path, page: Path | None, reach: Accuracies) -> int:
@@ -163,6 +163,7 @@ def _pack(arguments: Sequence[str]) -> int:
             parser.error(f"{str(path)!r} is neither a folder nor a study")
     if given.into.suffix != SUFFIX or given.into.is_dir():
         parser.error(f"--into {given.into}: valid: a file whose name ends in {SUFFIX}")
+    _check_folder(parser, given.into.parent)
     runs, unreadable = find_runs(given.inputs)
     kept = given.into.resolve()
     runs = [run for run in runs if run.parent.resolve() != kept]
@@ -186,6 +187,7 @@ def _unpack(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not named_as_study(given.study):
         parser.error(f"{str(given.study)!r} is not a study")
+    _check_folder(parser, given.into)
     written = 0
     try:
         for fault in read_study(given.study).faults:
@@ -198,6 +200,11 @@ def _unpack(arguments: Sequence[str]) -> int:
         return _fail(str(error))
     print(printable_lines(f"{given.into}: {written} run folders written"))
     return 0
+
+
+def _check_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
+    if (there := next(place for place in (folder, *folder.parents) if place.exists())) and not there.is_dir():
+        parser.error(f"--into: {there} is a file; valid: a folder, which is made where there is none")
 
 
 def _fail(message: str) -> int:

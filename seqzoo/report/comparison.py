@@ -212,6 +212,12 @@ def cells_of(results: Iterable[Result]) -> tuple[list[Cell], list[LeftOut]]:
     return sorted(cells, key=_reading_order), left_out
 
 
+def by_hardware(cell: Cell) -> list[Cell]:
+    """A cell's runs on each kind of hardware."""
+    kinds = dict.fromkeys(result.hardware for result in cell.results)
+    return [Cell(tuple(result for result in cell.results if result.hardware == kind)) for kind in kinds]
+
+
 def compare(cells: Iterable[Cell]) -> list[Comparison]:
     """One comparison for each (conditions, pretraining objective and budget).
 

@@ -25,6 +25,7 @@ BAR = 0.32  # inches, with the number over it
 NUMBER = 0.25  # inches, under which the number stands upright
 LETTER, LINE = 0.07, 0.14  # inches
 EDGE, NUMBERS = 0.12, 0.42  # inches: free, and of the numbers at an axis
+NAME = 40  # letters of a name under bars
 SLANT = math.radians(30)
 STAGES = {SCRATCH: "#9aa5b1", MATCHED: "#d08a2e", PRETRAINED: "#1f5fa8", ONE_PHASE: "#2f8f6b"}
 # Paul Tol's "bright" and two of his "vibrant" colours: told apart with any colour vision.
@@ -156,7 +157,7 @@ def _frame(panel: Panel, width: float) -> Frame:
     bottom, slanted = EDGE + 2.8 * LINE, False
     if panel.kind == "bars":
         categories = _categories(panel)
-        longest = LETTER * max(map(len, categories))
+        longest = LETTER * max(len(_fitting(name)) for name in categories)
         slanted = longest > 0.8 * width / len(categories)
         bottom = EDGE + LINE + (longest * math.sin(SLANT) if slanted else LINE)
         if slanted:  # the first name reaches to the left
@@ -196,7 +197,7 @@ def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str], frame: Frame) 
             axes.text(place, top, text, transform=above, ha="center", fontsize=6.5, **how)
     axes.set_xticks(
         range(len(categories)),
-        categories,
+        [_fitting(name) for name in categories],
         rotation=math.degrees(SLANT) if frame.slanted else 0,
         ha="right" if frame.slanted else "center",
         rotation_mode="anchor",
@@ -262,6 +263,11 @@ def _ticks(panel: Panel) -> list[float]:
 
 def _categories(panel: Panel) -> list[str]:
     return list(dict.fromkeys(str(point.x) for series in panel.series for point in series.points))
+
+
+def _fitting(name: str) -> str:
+    """A name under bars, with its middle left out where there is no room for it."""
+    return name if len(name) <= NAME else f"{name[: NAME // 2]}…{name[-(NAME // 2) + 1 :]}"
 
 
 def _error(point: Point) -> tuple[float, float]:

@@ -35,7 +35,7 @@ RUN_HEADER = (
 def overview(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
     """(what, its values) of all runs together: models, tasks, budgets, seeds, hardware, commits, versions."""
     pretrained = [result for result in results if result.pretraining]
-    seconds = sum(result.seconds or 0 for result in results)
+    seconds = _seconds(results)
     in_one_phase = sum(result.one_phase is not None for result in results)
     from_scratch = len(results) - len(pretrained) - in_one_phase
     finished = f"{len(results)}: {from_scratch} from scratch, {len(pretrained)} self-pretrained"
@@ -55,6 +55,15 @@ def overview(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
         ("Commits", _counted(_short(result.commit) for result in results)),
         ("Versions", sorted(versions)),
     ]
+
+
+def _seconds(results: Iterable[Result]) -> float:
+    """Of all training, a pretraining that several runs have in common counted once."""
+    total, pretrained = 0.0, dict[str, float]()
+    for result in results:
+        total += (result.seconds or 0.0) - result.pretrain_seconds
+        pretrained[result.pretrain_run or result.folder.name] = result.pretrain_seconds
+    return total + sum(pretrained.values())
 
 
 def run_lines(results: Iterable[Result], base: Path) -> list[list[str]]:

@@ -73,6 +73,7 @@ class Result:
     cpu_shares: dict[str, float]  # of each stage that trained on a CPU: part of the time it could run in which it did
     utilisation: float | None  # of fine-tuning: its model-flops over those of a large matrix product, in [0, 1]
     seconds: float | None  # both stages
+    pretrain_seconds: float
     rates: dict[str, float]  # learning rate of each stage that trained
     commit: str
     versions: dict[str, str]
@@ -145,8 +146,9 @@ def read_result(folder: Path) -> Result:
     """
     try:
         record = read(folder / "result.json")
-    except FileNotFoundError:
-        raise FileNotFoundError("no result.json: the run is unfinished") from None
+    except FileNotFoundError as error:
+        reason = str(error) if is_packed(folder) else "no result.json: the run is unfinished"
+        raise FileNotFoundError(reason) from None
     except ValueError as error:
         raise ValueError(f"result.json cannot be read: {error}") from None
 
@@ -199,6 +201,7 @@ def read_result(folder: Path) -> Result:
         cpu_shares=_of_stages(record, "cpu_share", stages),
         utilisation=_optional(record, "mfu.finetune", None, float, int, NoneType),
         seconds=_optional(record, "seconds.total", None, float, int, NoneType),
+        pretrain_seconds=_optional(record, "seconds.pretrain", None, float, int, NoneType) or 0.0,
         rates=_of_stages(record, "lr", stages),
         commit=_optional(record, "commit", "unknown", str),
         versions={

@@ -25,7 +25,7 @@ from .charts import (
     stages,
     training,
 )
-from .comparison import Cell, Conditions
+from .comparison import Cell, Conditions, by_hardware
 from .results import disturbed_left_out
 
 
@@ -96,17 +96,15 @@ def speed(cells: list[Cell]) -> Chart | None:
     name_of = namer(plain)
     series: dict[tuple[Conditions, str], list[Series]] = defaultdict(list)
     disturbed = 0
-    for cell in plain:
-        hardware = {result.hardware for result in cell.results}
-        if len(hardware) > 1 or not all(result.speed for result in cell.results):
-            continue
-        speeds = [result.speed for result in cell.results if result.speed and result.undisturbed("finetune")]
-        disturbed += cell.num_seeds - len(speeds)
+    for cell, part in [(one, part) for one in plain for part in by_hardware(one)]:
+        timed = [result for result in part.results if result.speed]
+        speeds = [result.speed for result in timed if result.speed and result.undisturbed("finetune")]
+        disturbed += len(timed) - len(speeds)
         if not speeds:
             continue
         label = f"{name_of(cell)}, {training(cell)}"
         point = score_point(sum(speeds) / len(speeds), cell)
-        series[family(cell.compared_under), hardware.pop()].append(
+        series[family(cell.compared_under), part.results[0].hardware].append(
             Series(label, (point,), name_of(cell), filled=cell.pretraining is not None)
         )
     panels = _panels(series, "tokens per second in fine-tuning", kind="scatter")

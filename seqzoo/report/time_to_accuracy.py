@@ -11,7 +11,7 @@ from functools import cached_property
 from ..records import is_finite
 from ..study import read_metrics
 from .charts import direction, family, namer, stages
-from .comparison import Cell, Conditions
+from .comparison import Cell, Conditions, by_hardware
 from .results import Result, disturbed_left_out
 from .sheet import to_sheet
 from .tables import ABSENT, Report, Table
@@ -53,16 +53,17 @@ class Times:
 
 
 def times_of(cells: Iterable[Cell], accuracies: Accuracies = REACH) -> list[Times]:
-    """The times of the plain cells on tasks that have accuracies to be reached, each on one kind of hardware."""
+    """The times of the plain cells on tasks that have accuracies to be reached, on each kind of hardware by itself."""
     found = []
     for cell in cells:
         wanted = accuracies.get(cell.conditions.task, ())
-        if not wanted or not cell.conditions.plain or len({result.hardware for result in cell.results}) > 1:
+        if not wanted or not cell.conditions.plain:
             continue
-        timed = [(result, seed) for result in cell.results if (seed := _validations(result))]
-        quiet = [seed for result, seed in timed if result.undisturbed("pretrain", "finetune")]
-        if timed:
-            found.append(Times(cell, tuple(quiet), len(timed) - len(quiet), wanted))
+        for part in by_hardware(cell):
+            timed = [(result, seed) for result in part.results if (seed := _validations(result))]
+            quiet = [seed for result, seed in timed if result.undisturbed("pretrain", "finetune")]
+            if timed:
+                found.append(Times(part, tuple(quiet), len(timed) - len(quiet), wanted))
     return found
 
 

@@ -188,3 +188,30 @@ def test_a_deep_result_costs_no_more_than_its_run(write_run, capsys):
         (other / name).write_text("[" * 100_000)
     assert main([str(runs), "--report", str(runs / "page.html")]) == 0
     assert "nested too deeply" in capsys.readouterr().out
+
+
+def test_two_names_of_one_folder(write_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(metrics=[{"stage": "finetune", "step": 1, "tokens": 5000, "val/accuracy": 0.6, "training_seconds": 1.0}])
+    assert main(["runs", "--out", str(tmp_path / "r_files"), "--report", "r.html"]) == 0
+    assert (tmp_path / "r_files" / "time_to_accuracy.csv").is_file()
+
+
+@pytest.mark.parametrize("command", ["pack runs --into file/x.jsonl", "unpack x.jsonl --into file"])
+def test_a_file_where_a_folder_is_needed(write_run, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    write_run()
+    assert main(["pack", "runs", "--into", "x.jsonl"]) == 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    assert ended.value.code == 2
+    assert "--into: file is a file; valid: a folder, which is made where there is none" in capsys.readouterr().err
+
+
+def test_a_run_that_a_study_does_not_have(write_run, tmp_path, capsys):
+    write_run()
+    study = tmp_path / "x.jsonl"
+    main(["pack", str(tmp_path / "runs"), "--into", str(study)])
+    assert main([str(study / "misspelt")]) == 1
+    assert f"{study} has no result.json of a run misspelt" in capsys.readouterr().out

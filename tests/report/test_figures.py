@@ -77,3 +77,10 @@ def test_a_dollar_is_no_formula():
 
 def test_equal_charts_give_equal_bytes():
     assert to_png(chart(bars(2))) == to_png(chart(bars(2)))
+
+
+def test_a_long_name_leaves_room_for_bars():
+    points = tuple(Point(name * 90, 50.0, ()) for name in "ab")
+    (axes,) = draw(chart(Panel("task", "model", "test accuracy (%)", (Series("x", points, "x"),), "bars"))).get_axes()
+    assert axes.get_position().height > 0.3
+    assert axes.get_xticklabels()[0].get_text() == f"{'a' * 20}…{'a' * 19}"

@@ -98,6 +98,14 @@ def test_a_study_with_muon_has_its_tables_and_charts(write_run, page):
     assert "+5.00 -1.2 to 11.1, binomial" in shown.words
 
 
+def test_a_shared_pretraining_takes_its_time_once(write_run, page):
+    seconds = {"pretrain": 3600.0, "finetune": 1800.0, "total": 5400.0}
+    source = write_run(pretrain=True, seconds=seconds)
+    for finetuned in (6000, 7000):
+        write_run(budgets=(2000, finetuned), seconds=seconds, pretrain_run=source.name)
+    assert "2.5 hours in all" in page().words
+
+
 def test_sections_without_data_are_left_out(write_run, page):
     write_run()
     shown = page()

@@ -86,6 +86,13 @@ def test_recipes_hardware_and_precision_are_not_mixed(write_run, cells):
     assert sorted(len(table.rows) for table in time_tables(times_of(cells()))) == [1, 1, 1, 2]
 
 
+def test_seeds_on_two_kinds_of_hardware_are_timed_apart(write_run, cells):
+    for seed, (seconds, hardware) in enumerate(((10, "2 CPU cores"), (30, "2 CPU cores"), (1, "1 x GPU"))):
+        write_run(metrics=curve(0.7, seconds=seconds), seed=seed, hardware=hardware)
+    shown = {table.title.split("; ")[-1]: table.rows[0][2] for table in time_tables(times_of(cells()))}
+    assert shown == {"2 CPU cores": "20 (2 of 2)", "1 x GPU": "1 (1 of 1)"}
+
+
 @pytest.mark.parametrize("change", [{"task": "lra_listops"}, {"tuning": "head"}, {"accuracy": 0.5}])
 def test_what_has_no_time_to_show(write_run, cells, change):
     write_run(metrics=curve(0.7) if "accuracy" not in change else curve(0.3), **change)

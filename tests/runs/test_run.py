@@ -149,7 +149,7 @@ def test_a_damaged_result_is_none(pretrained, task, tmp_path):
     folder = shutil.copytree(result["folder"], tmp_path / Path(result["folder"]).name)
     (folder / "result.json").write_text("")
     assert not Cell((), config, folder, None).finished
-    with pytest.raises(ConfigError, match="result.json is damaged: .*; delete it, and the same command tests the run"):
+    with pytest.raises(ConfigError, match=r"result\.json is damaged: .*; delete it, and the same command"):
         run(replace(config, runs_dir=str(tmp_path)), task=task)
 
 
