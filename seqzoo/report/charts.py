@@ -186,17 +186,17 @@ def stages(cell: Cell) -> str:
 
 
 def namer(cells: Iterable[Cell]) -> Callable[[Cell], str]:
-    """What to call the model of each cell: with its number of parameters where it comes in several on one task, and
-    that in full where a short one is that of another, too."""
-    sizes = {(cell.conditions.task, cell.size) for cell in cells}
-    counts = Counter((task, size.model) for task, size in sizes)
-    alike = Counter((task, size.model, short(size.params)) for task, size in sizes)
+    """What to call the model of each cell: with its number of parameters where it comes in several under the same
+    conditions, budgets aside, and that in full where a short one is that of another, too."""
+    sizes = {(family(cell.compared_under), cell.size) for cell in cells}
+    counts = Counter((shared, size.model) for shared, size in sizes)
+    alike = Counter((shared, size.model, short(size.params)) for shared, size in sizes)
 
     def name(cell: Cell) -> str:
-        task, (model, params) = cell.conditions.task, cell.size
-        if counts[task, model] == 1:
+        shared, (model, params) = family(cell.compared_under), cell.size
+        if counts[shared, model] == 1:
             return model
-        return f"{model} {short(params) if alike[task, model, short(params)] == 1 else f'{params:,}'}"
+        return f"{model} {short(params) if alike[shared, model, short(params)] == 1 else f'{params:,}'}"
 
     return name
 
