@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+AUGMENTED, WHOLE = 1, 2  # what the seeds of these have beside that of a batch's masks, each its own
+
 
 def derive_seed(*numbers: int) -> int:
     """A seed that differs wherever one of `numbers`, none of them negative, does."""

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .draws import derive_seed, uniform
+from .draws import WHOLE, derive_seed, uniform
 from .kernels.common import valid_positions
 from .kernels.documents import Documents
 from .messages import unknown
 from .metrics import METRICS, sums_of
 from .spec import IGNORED, Batch, TaskSpec
 
-WHOLE = 1  # what the seed that draws whole sequences has beside that of hidden positions
+DRAWS = 2  # how whole sequences are drawn: 1, before, moved what stayed whole the other way than what did not
 
 
 class Measure(NamedTuple):
@@ -125,8 +125,8 @@ class SelfPretraining(Objective):
 class Masked(SelfPretraining):
     """Self-pretraining on hidden positions; `seed` draws them, so that validation always hides the same ones.
 
-    With probability `whole`, an example stays as it is, with nothing hidden. Where no position of a batch is drawn, the
-    first one of each sequence is hidden.
+    With probability `whole`, an example stays as it is, with nothing hidden. Where that is 0 and no position of a batch
+    is drawn, the first one of each sequence is hidden.
     """
 
     nothing = Classification.nothing
@@ -138,15 +138,15 @@ class Masked(SelfPretraining):
     def asked(self, batch: Batch, *, seed: int) -> Tensor:
         inputs, lengths = _sequences(batch, self.spec)
         mask = uniform(inputs.shape[:2], seed, inputs.device) < self.spec.mask_ratio
-        if self.whole:
-            mask &= self._in_part(inputs, batch.cu_seqlens, seed)
         if batch.cu_seqlens is not None:
             first = torch.zeros_like(mask).index_fill(1, batch.cu_seqlens[:-1], True)
-            return mask | (first & ~mask.any())
-        valid = valid_positions(lengths, inputs.shape[1])
-        mask &= valid
-        mask[:, 0] |= valid[:, 0] & ~mask.any()
-        return mask
+        else:
+            valid = valid_positions(lengths, inputs.shape[1])
+            mask &= valid
+            first = valid & (torch.arange(inputs.shape[1], device=inputs.device) == 0)
+        if self.whole:
+            return mask & self._in_part(inputs, batch.cu_seqlens, seed)
+        return mask | (first & ~mask.any())
 
     def _in_part(self, inputs: Tensor, starts: Tensor | None, seed: int) -> Tensor:
         """bool [B, 1], or [T] of documents in one row: where sequences may have hidden positions, both of a pair or

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from seqzoo.draws import AUGMENTED, WHOLE, derive_seed, uniform
 from seqzoo.models import ModelConfig, build_model, task_head
-from seqzoo.objectives import build_objective
+from seqzoo.objectives import Masked, build_objective
 from seqzoo.spec import IGNORED, Batch, TaskSpec
 from seqzoo.tasks import pack
 
@@ -224,6 +225,21 @@ def test_in_one_phase_some_examples_stay_whole(packed):
     assert not torch.equal(hidden, objective.masked.asked(data, seed=4).any(1))
 
 
+def test_what_is_to_stay_whole_has_nothing_hidden_in_any_batch():
+    objective = build_objective("joint", TOKENS, whole=0.5).masked
+    few = Batch(torch.full((1, 32), 3), torch.full((1,), 32), torch.zeros(1), torch.arange(1))
+    whole = [not objective.asked(few, seed=seed).any() for seed in range(400)]
+    assert abs(sum(whole) / 400 - 0.5) < 4 * (0.25 / 400) ** 0.5
+    assert Masked(replace(TOKENS, mask_ratio=0.0), regress=False).asked(few, seed=0).tolist() == [[True] + [False] * 31]
+
+
+def test_whether_an_example_stays_whole_and_how_it_is_augmented_are_two_draws():
+    whole = [uniform((64,), derive_seed(seed, WHOLE), torch.device("cpu")) for seed in range(50)]
+    moved = [uniform((64,), derive_seed(seed, AUGMENTED), torch.device("cpu")) for seed in range(50)]
+    together = torch.corrcoef(torch.stack((torch.cat(whole), torch.cat(moved))))
+    assert abs(together[0, 1]) < 4 / 3200**0.5
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_both_of_a_pair_stay_whole(packed):
     pairs = replace(TOKENS, num_inputs=2)
@@ -234,10 +250,12 @@ def test_both_of_a_pair_stay_whole(packed):
     assert 10 < hidden[:, 0].sum() < 40
 
 
-def test_with_all_examples_whole_something_is_hidden_all_the_same():
-    data = batch(TOKENS)
-    masked = build_objective("joint", TOKENS, whole=1 - 1e-9).masked
-    assert masked.asked(data, seed=0).nonzero().tolist() == [[row, 0] for row in range(5)]
+def test_with_all_examples_whole_the_labels_alone_are_learnt():
+    data, scores = batch(TOKENS), (torch.randn(5, 3), torch.randn(5, 32, 12))
+    joint = build_objective("joint", TOKENS, whole=1 - 1e-9)
+    assert joint.count(data, seed=0).tolist() == [5, 0]
+    measure = joint.weighed(TwoHeaded(scores), data, seed=0, shares=torch.ones(2))
+    torch.testing.assert_close(measure.loss, build_objective("task", TOKENS)(Recorder(scores[0]), data, seed=0).loss)
 
 
 def test_of_one_phase_the_task_alone_is_measured():

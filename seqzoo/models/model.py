@@ -362,6 +362,8 @@ def build_model(config: ModelConfig, spec: TaskSpec, *, head: str, causal: bool)
     first, *others = head.split("+")
     if len(others) > 1 or not {first, *others} <= set(HEADS):
         raise ValueError(f"head={head!r}; valid: {', '.join(HEADS)}, or two of them, such as {HEADS[0]}+{HEADS[1]}")
+    if causal and config.pooling == "first" and "classify" in (first, *others):
+        raise ValueError("model.pooling=first: a causal model has read one position there; valid: mean, max, last")
     backbone = Backbone(config, spec, causal=causal)
     model = SequenceModel(backbone, _head(config, spec, first), num_inputs=spec.num_inputs)
     for second in others:

@@ -151,13 +151,14 @@ def training(cell: Cell) -> str:
 def one_phase(cell: Cell, conditions: Conditions) -> str:
     """The name of a cell's one phase among `conditions`: what is not as usual, and not said there, stands in it."""
     assert cell.one_phase
-    weight, passes, whole = cell.one_phase
+    weight, passes, whole, tied = cell.one_phase
     parts = [
         ONE_PHASE,
         f"masked loss times {weight:g}" if weight != 1 else "",
         "two passes" if passes == 2 else "",
         f"{whole:g} of inputs whole" if whole else "",
         "augmented" if cell.conditions.augment and not conditions.augment else "",
+        "by the same draw" if tied else "",
     ]
     return ", ".join(part for part in parts if part)
 

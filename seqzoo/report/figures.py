@@ -75,8 +75,9 @@ def _draw(chart: Chart) -> Figure:
     from matplotlib.figure import Figure
 
     hues = sorted({series.hue: None for panel in chart.panels for series in panel.series}, key=_stages_first)
-    free = iter(PALETTE * len(hues))
-    colours = {hue: STAGES.get(hue) or next(free) for hue in hues}
+    of_stages = _stage_colours(hues)
+    free = iter((PALETTE[1:] if of_stages else PALETTE) * len(hues))  # its first is much like that of a stage
+    colours = {hue: of_stages.get(hue) or next(free) for hue in hues}
     markers = {hue: MARKERS[place % len(MARKERS)] for place, hue in enumerate(hues)}
 
     rows = _rows(chart)
@@ -164,6 +165,14 @@ def _frame(panel: Panel, width: float) -> Frame:
             left = max(left, longest * math.cos(SLANT) - 0.4 * (width - left) / len(categories))
     top = EDGE + LINE * (1 + len(title.splitlines()))
     return Frame(width, left, bottom, width - left - EDGE, HEIGHT - bottom - top, slanted, title)
+
+
+def _stage_colours(hues: Sequence[str]) -> dict[str, str]:
+    """Of those that are stages; where one phase has only names that say more, of the first of them."""
+    one_phase = [hue for hue in hues if hue.startswith(ONE_PHASE)]
+    first = ONE_PHASE if ONE_PHASE in one_phase or not one_phase else one_phase[0]
+    colours = STAGES | {first: STAGES[ONE_PHASE]}
+    return {hue: colours[hue] for hue in hues if hue in colours}
 
 
 def _draw_bars(axes: Axes, panel: Panel, colours: dict[str, str], frame: Frame) -> None:

@@ -104,9 +104,10 @@ def _training(result: Result) -> str:
     direction = "causal" if result.causal else "bidirectional"
     finetuning = f"fine-tuned on {short(result.finetune_budget)}"
     if result.one_phase:
-        weight, passes, whole = result.one_phase
+        weight, passes, whole, tied = result.one_phase
         finetuning = f"one phase on {short(result.finetune_budget)}, masked loss times {weight:g}, passes {passes}"
         finetuning += f", {whole:g} of inputs whole" if whole else ""
+        finetuning += " by the draw that augments them" if tied else ""
     return ", ".join(part for part in (direction, _pretraining(result.pretraining), finetuning) if part)
 
 

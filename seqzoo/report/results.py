@@ -29,6 +29,7 @@ class OnePhase(NamedTuple):
     weight: float  # of the masked loss beside the labels'
     passes: int  # over a batch in a step
     whole: float = 0.0  # of the sequences, the share in which nothing was hidden, in [0, 1)
+    tied: bool = False  # one draw decided that and how a sequence was augmented
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +317,8 @@ def _one_phase(record: Any) -> OnePhase:
     whole = _share(record, "joint.whole", 0.0)
     if whole == 1:
         raise ValueError("result.json: joint.whole is 1, outside [0, 1)")
-    return OnePhase(_amount(record, "joint.weight"), _positive(record, "joint.passes"), whole)
+    tied = whole > 0 and _optional(record, "augment", False, bool) and _optional(record, "joint.draws", 1, int) == 1
+    return OnePhase(_amount(record, "joint.weight"), _positive(record, "joint.passes"), whole, tied)
 
 
 def _budget(record: Any, *stages: str) -> int:

@@ -22,6 +22,7 @@ from ..config import Config, ConfigError, SearchConfig, from_dict, to_dict
 from ..extras import require
 from ..files import inside, lock, remove_left, write_json, write_text
 from ..messages import say_once, unknown
+from ..objectives import DRAWS
 from ..records import NUMBER
 from ..settings import OF_FINE_TUNING, OF_PRETRAINING, WITHOUT_EFFECT
 from ..spec import TaskSpec
@@ -83,7 +84,9 @@ def run_name(config: Config, task: Task | None = None) -> str:
 
 def pretraining_key(config: Config, task: Task | None = None) -> str:
     """Equal for two runs, of `pretrain=true`, if and only if their pretraining is the same; see `run_name`."""
-    return _digest(config, task, without=OF_FINE_TUNING)
+    # The head is counted in a size that widths are fitted to.
+    dropped = [name for name in OF_FINE_TUNING if config.size is None or name != "model.head"]
+    return _digest(config, task, without=tuple(dropped))
 
 
 def shared_pretraining(config: Config, folder: Path, key: str) -> Path | None:
@@ -157,6 +160,11 @@ def cell_name(config: Config, task: str) -> str:
         objective += f"-whole{whole:g}" if (whole := config.joint.whole) else ""
     marks = f"{'-augmented' if config.augment else ''}{'-packed' if config.packing else ''}"
     return f"{task}-{config.model.name}-{config.recipe}-{objective}{marks}"
+
+
+def joint_record(config: Config) -> dict[str, Any]:
+    """How a run learns in one phase."""
+    return {**asdict(config.joint), **({"draws": DRAWS} if config.joint.whole else {})}
 
 
 def write_description(folder: Path, config: Config, task: Task) -> None:
@@ -364,8 +372,9 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     # What they were before there was a choice counts as a key that is not there, see below.
     if config.objective != "joint":
         unused.append("joint")
-    elif not config.joint.whole:
-        unused.append("joint.whole")
+    else:
+        shaping["joint"] = joint_record(config)
+        unused += [] if config.joint.whole else ["joint.whole"]
     unused += ["tuning"] if config.tuning == "full" else []
     unused += ["model.init"] if config.model.init == "structured" else []
     unused += ["search"] if config.lr is None or config.search == SearchConfig() else []

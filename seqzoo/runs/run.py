@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from .folder import (
     checked_task,
     finished_run,
     in_hand,
+    joint_record,
     pretraining_key,
     read_config,
     read_result,
@@ -396,7 +397,7 @@ class _Run:
             "trained_params": self.trained,
             "init": config.model.init,
             "tuning": config.tuning,
-            "joint": asdict(config.joint) if config.objective == "joint" else None,
+            "joint": joint_record(config) if config.objective == "joint" else None,
             "optimizer": of_training("optimizer", "adamw"),
             "augment": config.augment,
             "packing": config.packing,

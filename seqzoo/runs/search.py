@@ -60,12 +60,9 @@ def search_lr(
                 evaluations=1,
                 warmup_steps=math.ceil(search.share * stage.warmup_steps),
             )
+            attempt = Stage(copy.deepcopy(model), objective, train, val, short, folder=trial, **options)
             try:
-                best = (
-                    Stage(copy.deepcopy(model), objective, train, val, short, folder=trial, **options)
-                    .run()
-                    .best[objective.monitor]
-                )
+                best = attempt.run().best[objective.monitor]
             except Interrupted:
                 raise Interrupted(folder.parents[1]) from None  # the run, of which a trial's folder is a part
             except TrainingError as failure:

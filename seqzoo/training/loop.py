@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..blocks import after_step, auxiliary_loss
 from ..config import StageConfig
-from ..draws import derive_seed
+from ..draws import AUGMENTED, derive_seed
 from ..models import JointModel
 from ..objectives import Objective
 from ..records import check
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 READ_EVERY = 16  # steps, between two looks at how a GPU fares
 CURVE_POINTS = 200  # training lines in metrics.jsonl, per stage
-AUGMENTED = 1  # what the seed of a batch's augmentation has beside that of its masks
 
 
 @dataclass
@@ -300,8 +299,9 @@ class Stage:
             if self.augmentation is not None:
                 batch = self.augmentation(batch, self.train.spec, seed=derive_seed(seed, AUGMENTED))
             if self.packing:
-                batch = pack(batch, self.train.spec, self.train.lengths[index] if self.augmentation is None else None)
-            batch = batch._replace(part=self.place.part(batch.inputs.shape[self.train.spec.num_inputs]))
+                batch = pack(batch, self.train.spec, None if self.augmentation else self.train.lengths[index])
+            length = batch.inputs.shape[1 if self.packing else self.train.spec.num_inputs]
+            batch = batch._replace(part=self.place.part(length))
             micros.append(MicroBatch(index, batch, seed))
         if len(micros) * self.fabric.world_size == 1:
             return micros

@@ -1,4 +1,5 @@
 import pytest
+from matplotlib.colors import to_hex
 
 from seqzoo.report.charts import Chart, Panel, Point, Series
 from seqzoo.report.figures import draw, to_png
@@ -84,3 +85,12 @@ def test_a_long_name_leaves_room_for_bars():
     (axes,) = draw(chart(Panel("task", "model", "test accuracy (%)", (Series("x", points, "x"),), "bars"))).get_axes()
     assert axes.get_position().height > 0.3
     assert axes.get_xticklabels()[0].get_text() == f"{'a' * 20}…{'a' * 19}"
+
+
+def test_one_phase_has_its_colour_whatever_else_its_name_says():
+    names = ("from scratch", "self-pretrained", "one phase, 0.5 of inputs whole", "one phase, augmented")
+    series = tuple(Series(name, (Point("lru", 50.0, ()),), name) for name in names)
+    (axes,) = draw(chart(Panel("one", "x", "y (%)", series, kind="bars"))).get_axes()
+    colours = [to_hex(bar.get_facecolor()) for bar in axes.patches]
+    assert colours[:3] == ["#9aa5b1", "#1f5fa8", "#2f8f6b"]
+    assert colours[3] not in ("#4477aa", *colours[:3]), "not a second blue"

@@ -19,8 +19,9 @@ from seqzoo.report.tables import Sources
 
 @pytest.fixture
 def write_joint(write_run):
-    def write(*, budget=7000, weight=1.0, passes=1, whole=0.0, **changes):
+    def write(*, budget=7000, weight=1.0, passes=1, whole=0.0, draws=None, **changes):
         joint = {"weight": weight, "passes": passes} | ({"whole": whole} if whole else {})
+        joint |= {"draws": draws} if draws else {}
         return write_run(budgets=(0, budget), objective="joint", joint=joint, **changes)
 
     return write
@@ -143,6 +144,19 @@ def test_weights_and_passes_do_not_mix(write_run, write_joint, cells):
     assert "one_phase_masked_loss_times_0.5_mean" in to_csv([comparison]).splitlines()[0].split(",")
 
 
+def test_augmentation_by_the_draw_that_hides_is_told_apart(write_run, write_joint, cells):
+    write_run(budgets=(0, 7000))
+    write_joint(whole=0.5, augment=True)
+    write_joint(whole=0.5, draws=2, augment=True)
+    write_joint(whole=0.5, seed=1)
+    (comparison,) = compare(cells())
+    assert phases_of(comparison) == [
+        "one phase, 0.5 of inputs whole",
+        "one phase, 0.5 of inputs whole, augmented",
+        "one phase, 0.5 of inputs whole, augmented, by the same draw",
+    ]
+
+
 def test_shares_of_whole_inputs_do_not_mix(write_run, write_joint, cells):
     write_run(budgets=(0, 7000))
     for whole in (0.0, 0.25, 0.5):
@@ -178,7 +192,7 @@ def test_the_page_says_how_they_were_trained(write_run, write_joint, cells):
 
 def test_a_result_in_one_phase_is_read(write_joint, write_run):
     result = read_result(write_joint(weight=0.5, passes=2))
-    assert (result.one_phase, result.pretraining, result.augment) == ((0.5, 2, 0.0), None, False)
+    assert (result.one_phase, result.pretraining, result.augment) == ((0.5, 2, 0.0, False), None, False)
     assert read_result(write_run()).one_phase is None
     with pytest.raises(ValueError, match=r"objective is 'joint'; valid: 'masked', 'causal'$"):
         read_result(write_run(objective="joint", pretrain=True))

@@ -54,7 +54,7 @@ def test_the_result_is_of_one_stage(result, task, tmp_path):
     for key in ("params", "trained_params", "flops_per_token", "tokens_seen", "n_test"):
         assert result[key] == scratch[key], key
     assert (scratch["objective"], scratch["joint"]) == ("masked", None)
-    assert read_result(folder).one_phase == (1.0, 1, 0.0)
+    assert read_result(folder).one_phase == (1.0, 1, 0.0, False)
 
 
 def test_both_losses_are_logged_and_one_is_measured(result):
@@ -199,7 +199,8 @@ def test_labels_are_told_from_whole_inputs_too(task, tmp_path):
     result = run(joint(tmp_path, joint=asked), task=task)
     folder = Path(result["folder"])
     assert folder.name.startswith("toy-transformer-tiny-joint-w1-p1-whole0.5-s0-")
-    assert read_result(folder).one_phase == (1.0, 1, 0.5)
+    assert read_result(folder).one_phase == (1.0, 1, 0.5, False)
+    assert result["joint"]["draws"] == 2
     assert read_config(folder).joint == asked
 
 

@@ -75,6 +75,22 @@ def test_pairs_have_the_loss_that_they_have_in_rows():
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"pretrain": True}, {"objective": "joint"}])
+def test_pairs_are_trained_on_in_one_row(tmp_path, changes):
+    inputs = [[[1, 2, 3], [4, 5]], [[6], [7, 8, 9, 1]]] * 8
+    task = from_arrays(
+        "pairs",
+        kind="tokens",
+        inputs=inputs,
+        labels=[0, 1] * 8,
+        val=(inputs[:2], [0, 1]),
+        test=(inputs[:2], [0, 1]),
+        num_inputs=2,
+    )
+    result = run(tiny_config(tmp_path, packing=True, **changes), task=task)
+    assert result["tokens_seen"]["finetune"] >= 2400
+
+
 def test_a_batch_is_packed_in_order():
     spec = TaskSpec(name="t", kind="tokens", vocab_size=50, max_length=8, num_classes=2, num_inputs=2)
     sequences = [torch.arange(n) + 5 * n for n in (3, 1, 8, 2)]
