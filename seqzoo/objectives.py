@@ -138,15 +138,16 @@ class Masked(SelfPretraining):
     def asked(self, batch: Batch, *, seed: int) -> Tensor:
         inputs, lengths = _sequences(batch, self.spec)
         mask = uniform(inputs.shape[:2], seed, inputs.device) < self.spec.mask_ratio
-        if batch.cu_seqlens is not None:
-            first = torch.zeros_like(mask).index_fill(1, batch.cu_seqlens[:-1], True)
-        else:
-            valid = valid_positions(lengths, inputs.shape[1])
-            mask &= valid
-            first = valid & (torch.arange(inputs.shape[1], device=inputs.device) == 0)
+        if batch.cu_seqlens is None:
+            mask &= valid_positions(lengths, inputs.shape[1])
         if self.whole:
             return mask & self._in_part(inputs, batch.cu_seqlens, seed)
-        return mask | (first & ~mask.any())
+        nothing = ~mask.any()
+        if batch.cu_seqlens is None:
+            mask[:, 0] |= (lengths > 0) & nothing
+            return mask
+        first = torch.zeros_like(mask).index_fill(1, batch.cu_seqlens[:-1], True)
+        return mask | (first & nothing)
 
     def _in_part(self, inputs: Tensor, starts: Tensor | None, seed: int) -> Tensor:
         """bool [B, 1], or [T] of documents in one row: where sequences may have hidden positions, both of a pair or

@@ -203,7 +203,8 @@ def _unpack(arguments: Sequence[str]) -> int:
 
 
 def _check_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
-    if (there := next(place for place in (folder, *folder.parents) if place.exists())) and not there.is_dir():
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
         parser.error(f"--into: {there} is a file; valid: a folder, which is made where there is none")
 
 

@@ -120,8 +120,7 @@ class Cell:
     @property
     def shares_pretraining(self) -> bool:
         """Whether seeds are those of fine-tuning alone, after one pretraining."""
-        sources = [result.pretrain_run for result in self.results if result.pretrain_run]
-        return len(set(sources)) < len(sources)
+        return self.pretraining is not None and len({run.pretrained_in for run in self.results}) < self.num_seeds
 
     @property
     def learnt(self) -> bool:

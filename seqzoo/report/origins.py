@@ -62,7 +62,7 @@ def _seconds(results: Iterable[Result]) -> float:
     total, pretrained = 0.0, dict[str, float]()
     for result in results:
         total += (result.seconds or 0.0) - result.pretrain_seconds
-        pretrained[result.pretrain_run or result.folder.name] = result.pretrain_seconds
+        pretrained[result.pretrained_in] = result.pretrain_seconds
     return total + sum(pretrained.values())
 
 

@@ -79,6 +79,11 @@ class Result:
     commit: str
     versions: dict[str, str]
 
+    @property
+    def pretrained_in(self) -> str:
+        """The name of the run folder whose pretraining it has: its own where it reused none."""
+        return self.pretrain_run or self.folder.name
+
     def undisturbed(self, *stages: str) -> bool:
         """Whether other processes left these stages their cores, as far as that is known."""
         return all(self.cpu_shares.get(stage, 1.0) >= UNDISTURBED for stage in stages)

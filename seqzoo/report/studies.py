@@ -97,8 +97,8 @@ def speed(cells: list[Cell]) -> Chart | None:
     series: dict[tuple[Conditions, str], list[Series]] = defaultdict(list)
     disturbed = 0
     for cell, part in [(one, part) for one in plain for part in by_hardware(one)]:
-        timed = [result for result in part.results if result.speed]
-        speeds = [result.speed for result in timed if result.speed and result.undisturbed("finetune")]
+        timed = [(result.speed, result.undisturbed("finetune")) for result in part.results if result.speed]
+        speeds = [speed for speed, undisturbed in timed if undisturbed]
         disturbed += len(timed) - len(speeds)
         if not speeds:
             continue

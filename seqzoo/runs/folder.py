@@ -85,8 +85,8 @@ def run_name(config: Config, task: Task | None = None) -> str:
 def pretraining_key(config: Config, task: Task | None = None) -> str:
     """Equal for two runs, of `pretrain=true`, if and only if their pretraining is the same; see `run_name`."""
     # The head is counted in a size that widths are fitted to.
-    dropped = [name for name in OF_FINE_TUNING if config.size is None or name != "model.head"]
-    return _digest(config, task, without=tuple(dropped))
+    dropped = tuple(name for name in OF_FINE_TUNING if config.size is None or name != "model.head")
+    return _digest(config, task, without=dropped)
 
 
 def shared_pretraining(config: Config, folder: Path, key: str) -> Path | None:

@@ -175,6 +175,10 @@ def test_errors_say_what_is_valid():
         model(torch.full((1, 3), 12), torch.tensor([3]))
     with pytest.raises(ValueError, match="valid: mean, max, last, first"):
         build_model(config(pooling="sum"), TOKENS, head="classify", causal=False)
+    with pytest.raises(
+        ValueError, match="pooling=first: a causal model has read one position there; valid: mean, max, last"
+    ):
+        build_model(config(pooling="first"), TOKENS, head="classify", causal=True)
     with pytest.raises(ValueError, match="valid: none, sinusoidal, learned"):
         build_model(config(position="rope"), TOKENS, head="classify", causal=False)
     with pytest.raises(ValueError, match="valid: linear, mlp"):

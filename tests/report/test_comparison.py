@@ -207,8 +207,10 @@ def test_what_does_not_shape_a_run_may_differ_between_seeds(write_run, tmp_path)
 
 
 def test_fine_tunings_of_one_pretraining_are_no_seeds_of_it(write_run, tmp_path):
+    source = None  # the first has its own
     for seed, accuracy in enumerate((0.70, 0.71, 0.72)):
-        write_run(pretrain=True, seed=seed, accuracy=accuracy, pretrain_run="source")
+        run = write_run(pretrain=True, seed=seed, accuracy=accuracy, pretrain_run=source)
+        source = source or run.name
         write_run(model="lru", pretrain=True, seed=seed, accuracy=accuracy, pretrain_run=f"source-{seed}")
         write_run(seed=seed, accuracy=accuracy - 0.3)
         write_run(model="lru", seed=seed, accuracy=accuracy - 0.3)

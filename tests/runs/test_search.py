@@ -6,6 +6,7 @@ from tiny_runs import tiny_config, toy_task
 from seqzoo.config import SearchConfig
 from seqzoo.runs import run
 from seqzoo.runs import search as search_module
+from seqzoo.runs.folder import pretraining_key
 from seqzoo.training import TrainingError
 
 
@@ -45,6 +46,23 @@ def test_finished_trials_are_kept_and_failures_are_out(task, tmp_path, monkeypat
     (tmp_path / result["folder"] / "result.json").unlink()
     assert run(tiny_config(tmp_path, lr="search"), task=task)["lr"] == result["lr"]
     assert calls == SearchConfig().rates
+
+
+def test_a_trial_that_cannot_be_gone_on_with_is_no_rate_that_fails(task, tmp_path, monkeypatch):
+    class Damaged(search_module.Stage):
+        def __init__(self, *arguments, **options):
+            raise TrainingError("last.safetensors is damaged")
+
+    monkeypatch.setattr(search_module, "Stage", Damaged)
+    with pytest.raises(TrainingError, match=r"last\.safetensors is damaged"):
+        run(tiny_config(tmp_path, lr="search"), task=task)
+    assert not [*tmp_path.glob("*/finetune/search/*/summary.json")]
+
+
+def test_pretrainings_of_widths_that_a_head_shifts_are_two(tmp_path):
+    for size, shared in ((None, True), ("params:14k", False)):
+        keys = {pretraining_key(tiny_config(tmp_path, size=size, model={"head": head})) for head in ("linear", "mlp")}
+        assert (len(keys) == 1) == shared
 
 
 def test_a_size_is_reached_and_stored(task, tmp_path):
