@@ -108,9 +108,9 @@ def linear_attention(
     g = {"none": None, "head": meta(H), "step": meta(B, T, H), "channel": meta(B, T, H, D)}[decay]
     inputs = (q, k, v, g, initial, lengths, starts)
     options = (causal, normalize, state)
-    o, last, inverse = linear._linear_attention._init_fn(*inputs, *options)
+    o, last, norms = linear._linear_attention._init_fn(*inputs, *options)
     backward = linear._linear_attention_backward._init_fn
-    backward(o, last if state else None, *inputs, o, last, inverse, *options, g is not None)
+    backward(o, last if state else None, *inputs, o, last, norms, *options, g is not None)
 
 
 def delta_rule(

@@ -37,7 +37,7 @@ def _channel_kernel(
     q_more,  # [B, T, H], float32, one more channel of q, or None: 1 if k has one more
     k_more,  # the same of k
     o,  # [B, T, H, Dv], or None: only the states are wanted
-    inverse,  # [B, T, H], float32: 1 / the normaliser, or None: no normaliser
+    norms,  # [B, T, H], float32: the normaliser, infinite where it is 0, or None: there is none
     memory,  # [B·H·segments, Dk, Dv], [..., Dk], [..., Dv] to start from, or None: zero
     keys,
     values,
@@ -154,14 +154,14 @@ def _channel_kernel(
 
         if o is not None:
             if not OF_VALUES:
-                if inverse is not None:
+                if norms is not None:
                     norm = tl.sum(read * z[None, :], 1) + tl.sum(pairs, 1)
-                    norm = tl.where(norm == 0, 0.0, 1 / norm)
+                    norm = tl.where(valid & (norm != 0), norm, float("inf"))
                     if block == 0:
-                        tl.store(inverse + row, tl.where(valid, norm, 0.0), mask=step < end)
+                        tl.store(norms + row, norm, mask=step < end)
                 out = dot(read, S, PRECISION) + dot(pairs, v_t, PRECISION)
-                if inverse is not None:
-                    out *= norm[:, None]
+                if norms is not None:
+                    out /= norm[:, None]
             out = tl.where(valid[:, None], out, 0.0).to(o.dtype.element_ty)
             tl.store(o + row[:, None] * Dv + dv[None, :], out, mask=(step < end)[:, None] & in_v[None, :])
         if OF_VALUES:
@@ -169,7 +169,7 @@ def _channel_kernel(
                 r = r * tl.exp(total) + tl.sum(f[:, None] * added, 0)
             S = S * tl.exp(total)[None, :] + dot(tl.trans(k_t), added, PRECISION)
         else:
-            if inverse is not None or keys_end is not None:
+            if norms is not None or keys_end is not None:
                 z = z * tl.exp(total) + tl.sum(added, 0)
             S = S * tl.exp(total)[:, None] + dot(tl.trans(added), v_t, PRECISION)
         decayed += total

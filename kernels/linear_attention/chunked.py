@@ -235,8 +235,8 @@ class _WithoutDecay(torch.autograd.Function):
             n = torch.bmm(q, total)  # [G, C, 1]
             if causal:
                 n.add_(weights.sum(-1, keepdim=True))
-            n = torch.where(n == 0, 0, n.reciprocal())
-            o.mul_(n)
+            n = torch.where(n == 0, torch.inf, n)
+            o.div_(n)
         ctx.causal, ctx.pieces = causal, pieces
         ctx.save_for_backward(q, k, v, first, memory, total, o, n)
         return o, torch.cat([S, z], -1).view_as(first)
@@ -265,7 +265,7 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     with without_autocast(do.device):  # whatever `backward` is called under
         Dv = v.shape[-1]
-        p = do if n is None else do * n
+        p = do if n is None else do / n
         dn = None if n is None else (p * o).sum(-1, keepdim=True).neg_()  # [G, C, 1]
         dS, dz = d_final[..., :Dv].flatten(0, 1), d_final[..., Dv:].flatten(0, 1)
         d_memory = _of_all(torch.bmm(q.mT, p), pieces)
@@ -314,7 +314,7 @@ def _accumulate(state: Tensor, updates: Tensor, reverse: bool = False) -> Tensor
 
     State [B * H, ...] and updates [B * H * N, ...]; with `reverse`, the last chunk is the first that is reached.
     """
-    chunks = updates.view(state.shape[0], -1, *state.shape[1:])
+    chunks = updates.view(len(state), len(updates) // max(1, len(state)), *state.shape[1:])
     if torch.compiler.is_compiling():
         reached, state = carried(chunks, None, state, 1, reverse)
         chunks.copy_(reached)

@@ -120,7 +120,7 @@ def one_pass(
     of_values: bool = False,  # whose channels g has
     q_more: Tensor | None = None,  # [B, T, H]
     k_more: Tensor | None = None,
-    inverse: Tensor | None = None,  # [B, T, H], to be filled
+    norms: Tensor | None = None,  # [B, T, H], to be filled
     start: State | None = None,
     want_end: bool = False,
     causal: bool = True,
@@ -130,7 +130,7 @@ def one_pass(
 ) -> tuple[Tensor, State | None]:
     """One pass of the kernel: [B, T, H, Dv] in `dtype`, q's by default, and the state behind the last step."""
     plan = _plan(q, v, g, packed)
-    keys, values = inverse is not None, q_more is not None or k_more is not None
+    keys, values = norms is not None, q_more is not None or k_more is not None
     directions = {"late": late, "down": down, "more": values, "of_values": of_values}
     end = _empty(k, v, keys=keys, values=values, packed=packed) if want_end else None
     if packed is not None and end is not None:  # where a document has no step, no program comes by
@@ -146,7 +146,7 @@ def one_pass(
     elif causal and packed is not None and start is not None:
         start = State(*(None if x is None else _by_piece(x, packed.pieces) for x in start))
     o = q.new_empty(*v.shape, dtype=dtype or q.dtype)
-    arrays = (q, k, v, g, q_more, k_more, o, inverse)
+    arrays = (q, k, v, g, q_more, k_more, o, norms)
     _launch(plan, arrays, start, end, None, lengths, packed, causal=causal, **directions)
     return o, end
 
@@ -253,7 +253,7 @@ def _carry(
 
 def _launch(
     plan: Plan,
-    arrays: tuple[Tensor | None, ...],  # q, k, v, g, q_more, k_more, o, inverse
+    arrays: tuple[Tensor | None, ...],  # q, k, v, g, q_more, k_more, o, norms
     start: State | None,
     end: State | None,
     through: Tensor | None,
@@ -266,7 +266,7 @@ def _launch(
     more: bool,
     of_values: bool = False,
 ) -> None:
-    q, k, v, g, q_more, k_more, o, inverse = arrays
+    q, k, v, g, q_more, k_more, o, norms = arrays
     assert q is not None
     assert v is not None
     (B, T, H, Dk), Dv = q.shape, v.shape[-1]
@@ -280,7 +280,7 @@ def _launch(
         B * H * plan.segments * triton.cdiv(Dv, plan.DV),
         *contiguous(q, k, v, g, q_more, k_more),
         o,
-        inverse,
+        norms,
         *(start or State(None)),
         *(end or State(None)),
         through,

@@ -60,18 +60,18 @@ def _linear_attention(
     normalize: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o; the last state, if asked for or if all see it; 1 / the normaliser [B, T, H], if there is one."""
+    """o; the last state, if asked for or if all see it; normalisers [B, T, H], infinite for 0, if there are any."""
     B, T, H, _ = q.shape
-    inverse = q.new_empty((B, T, H) if normalize else (0,), dtype=torch.float32)
+    norms = q.new_empty((B, T, H) if normalize else (0,), dtype=torch.float32)
     ends: dict[str, Any] = {"lengths": lengths, "packed": pack(starts, q)}
-    options = {**ends, "inverse": inverse if normalize else None}
+    options = {**ends, "norms": norms if normalize else None}
     if causal:
         start = _split(initial_state, normalize)
         o, end = one_pass(q, k, v, g=log_decay, start=start, want_end=output_final_state, **options)
     else:
         end = whole_state(k, v, **ends, keys=normalize)
         o, _ = one_pass(q, k, v, start=end, causal=False, **options)
-    return o, q.new_empty(0, dtype=torch.float32) if end is None else _joined(end, H), inverse
+    return o, q.new_empty(0, dtype=torch.float32) if end is None else _joined(end, H), norms
 
 
 @_linear_attention.register_fake
@@ -79,8 +79,8 @@ def _(q, k, v, log_decay, initial_state, lengths, starts, causal, normalize, out
     (B, T, H, Dk), Dv = q.shape, v.shape[-1]
     rows = count_of(starts, B)
     state = (rows, H, Dk, Dv + normalize) if output_final_state or not causal else (0,)
-    inverse = (B, T, H) if normalize else (0,)
-    return v.new_empty(v.shape), *(q.new_empty(shape, dtype=torch.float32) for shape in (state, inverse))
+    norms = (B, T, H) if normalize else (0,)
+    return v.new_empty(v.shape), *(q.new_empty(shape, dtype=torch.float32) for shape in (state, norms))
 
 
 @torch.library.custom_op("seqzoo::linear_attention_fused_backward", mutates_args=())
@@ -96,7 +96,7 @@ def _linear_attention_backward(
     starts: Tensor | None,
     o: Tensor,
     state: Tensor,
-    inverse: Tensor,
+    norms: Tensor,
     causal: bool,
     normalize: bool,
     output_final_state: bool,
@@ -106,7 +106,7 @@ def _linear_attention_backward(
     H = q.shape[2]
     p, dn = do, None
     if normalize:
-        p = (do * inverse[..., None]).to(q.dtype)
+        p = (do / norms[..., None]).to(q.dtype)
         dn = (p.float() * o).sum(-1).neg_()  # [B, T, H], of p as the kernel has it: the two cancel in a first step
     p = p.to(q.dtype)
     ends: dict[str, Any] = {"lengths": lengths, "packed": pack(starts, q)}
@@ -141,7 +141,7 @@ def _linear_attention_backward(
 
 
 @_linear_attention_backward.register_fake
-def _(do, d_state, q, k, v, log_decay, initial_state, lengths, starts, o, state, inverse, causal, *options):
+def _(do, d_state, q, k, v, log_decay, initial_state, lengths, starts, o, state, norms, causal, *options):
     *_, decays = options
     d_inputs = [x.new_empty(x.shape) for x in (q, k, v)]
     dg = log_decay.shape if decays else (0,)

@@ -70,8 +70,8 @@ class _Packed(torch.autograd.Function):
             total = k_added.sum(1)[..., None]  # [G, Dk, 1]
             _carry_(total, masks.keeps)
             n = _masked_(torch.bmm(q, total), masks.reads).add_(weights.sum(-1, keepdim=True))
-            n = torch.where(n == 0, 0, n.reciprocal())
-            o.mul_(n)
+            n = torch.where(n == 0, torch.inf, n)
+            o.div_(n)
         ctx.normalize = normalize
         ctx.save_for_backward(of, q, k, v, memory, total, o, n)
         return o
@@ -96,7 +96,7 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     with without_autocast(do.device):  # whatever `backward` is called under
         masks = _Masks.of(of, q.dtype)
-        p = do if n is None else do * n
+        p = do if n is None else do / n
         p_read = _masked_(p.clone(), masks.reads)
         d_memory = torch.bmm(q.mT, p_read)
         _carry_(d_memory, masks.keeps, reverse=True)

@@ -27,7 +27,7 @@ def _linear_kernel(
     q_more,  # [B, T, H], float32, one more channel of q, or None: 1 if k has one more
     k_more,  # the same of k
     o,  # [B, T, H, Dv], or None: only the states are wanted
-    inverse,  # [B, T, H], float32: 1 / the normaliser, or None: no normaliser
+    norms,  # [B, T, H], float32: the normaliser, infinite where it is 0, or None: there is none
     memory,  # [B·H·segments, Dk, Dv], [..., Dk], [..., Dv] to start from, or None: zero
     keys,
     values,
@@ -125,11 +125,11 @@ def _linear_kernel(
             out = dot(q_t, S, PRECISION)
             if MORE:
                 out += e[:, None] * r[None, :]
-            if inverse is not None:
+            if norms is not None:
                 norm = tl.sum(q_t.to(tl.float32) * z[None, :], 1)
             if g is not None:
                 out *= tl.exp(since)[:, None]
-                if inverse is not None:
+                if norms is not None:
                     norm *= tl.exp(since)
             if CAUSAL:
                 pairs = dot(q_t, tl.trans(k_t), PRECISION)
@@ -139,13 +139,13 @@ def _linear_kernel(
                     pairs *= tl.exp(between)
                 pairs = tl.where(i[:, None] >= i[None, :], pairs, 0.0)
                 out += dot(pairs, v_t, PRECISION)
-                if inverse is not None:
+                if norms is not None:
                     norm += tl.sum(pairs, 1)
-            if inverse is not None:
-                norm = tl.where(norm == 0, 0.0, 1 / norm)
-                out *= norm[:, None]
+            if norms is not None:
+                norm = tl.where(valid & (norm != 0), norm, float("inf"))
+                out /= norm[:, None]
                 if block == 0:
-                    tl.store(inverse + row, tl.where(valid, norm, 0.0), mask=step < end)
+                    tl.store(norms + row, norm, mask=step < end)
             out = tl.where(valid[:, None], out, 0.0).to(o.dtype.element_ty)
             tl.store(o + row[:, None] * Dv + dv[None, :], out, mask=(step < end)[:, None] & in_v[None, :])
         if CAUSAL or o is None:
@@ -155,7 +155,7 @@ def _linear_kernel(
                 S, z, r = S * tl.exp(total), z * tl.exp(total), r * tl.exp(total)
                 decayed += total
             S += dot(tl.trans(k_t), u_t, PRECISION)
-            if inverse is not None or keys_end is not None:
+            if norms is not None or keys_end is not None:
                 k_f = k_t.to(tl.float32)
                 if g is not None:
                     k_f *= tl.exp(until)[:, None]

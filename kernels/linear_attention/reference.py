@@ -58,4 +58,4 @@ def linear_attention_reference(
 def divide_by_normalizer(o: Tensor) -> Tensor:
     """Divides [..., Dv + 1] by its last column: [..., Dv], zero in value and gradient where that column is 0."""
     o, n = o[..., :-1], o[..., -1:]
-    return o * torch.where(n == 0, 0.0, 1 / torch.where(n == 0, 1.0, n))
+    return o / torch.where(n == 0, torch.inf, n)

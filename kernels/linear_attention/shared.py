@@ -34,7 +34,8 @@ def linear_attention_shared(
 ) -> tuple[Tensor, Tensor | None]:
     (B, T, _, Dk), (H, Dv) = q.shape, v.shape[2:]
     states = initial_state is not None or output_final_state
-    if not causal or normalize or log_decay is None or log_decay.dim() == 4 or (documents is not None and states):
+    channels = log_decay is not None and log_decay.dim() == 4
+    if not (B and causal) or normalize or log_decay is None or channels or (documents is not None and states):
         q, k = query_heads(q, H), query_heads(k, H)
         return linear_attention_chunked(
             q, k, v, log_decay, causal, normalize, initial_state, lengths, documents, output_final_state

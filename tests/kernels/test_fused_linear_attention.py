@@ -181,10 +181,10 @@ def test_operator(causal, decay, normalize, packed):
     options = (causal, normalize, causal)
     torch.library.opcheck(torch.ops.seqzoo.linear_attention_fused.default, (*tensors, lengths, starts, *options))
     plain = [y if y is None else y.detach() for y in tensors]
-    o, state, inverse = torch.ops.seqzoo.linear_attention_fused(*plain, lengths, starts, *options)
+    o, state, norms = torch.ops.seqzoo.linear_attention_fused(*plain, lengths, starts, *options)
     torch.library.opcheck(
         torch.ops.seqzoo.linear_attention_fused_backward.default,
-        (o, state, *plain, lengths, starts, o, state, inverse, *options, decay != "none"),
+        (o, state, *plain, lengths, starts, o, state, norms, *options, decay != "none"),
     )
 
 

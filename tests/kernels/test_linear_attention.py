@@ -250,6 +250,21 @@ def test_zero_denominator_gives_zero(backend):
     assert_close(values["o"][:, 4], inputs["v"][:, 4], 1e-14)  # the only step seen so far, with weight 1
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference", "fused"])
+@pytest.mark.parametrize("starts", [None, torch.tensor([0, 20, 70])], ids=["row", "packed"])
+@pytest.mark.parametrize(
+    ("causal", "decay"), [(True, "none"), (False, "none"), (True, "head"), (True, "step"), (True, "channel")]
+)
+def test_sums_of_weights_too_small_for_their_inverse(causal, decay, starts, backend):
+    inputs = make(1, 70, 1, 4, 3, decay=decay, normalize=True)
+    options = {"causal": causal, "normalize": True, "cu_seqlens": starts}
+    scale = {"q": 2.0**-69, "k": 2.0**-69}
+    small = {name: x.float() * scale.get(name, 1) for name, x in inputs.items() if x is not None}
+    o = linear_attention(**small, **options, backend=backend)
+    wide = {name: x.double() for name, x in small.items()}
+    assert_close(o, linear_attention(**wide, **options, backend="reference"), 1e-4)
+
+
 @pytest.mark.parametrize("decay", ["step", "channel"])
 def test_layouts_of_inputs_and_gradients(decay):
     inputs = make(2, 70, 3, 4, 4, decay=decay, state=True)
