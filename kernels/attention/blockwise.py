@@ -130,7 +130,7 @@ def _blocks(q: Tensor, k: Tensor, ends: Ends, left: int, right: int) -> Iterator
             continue
         # As many queries as there are keys beside them, or as weights fit.
         span = min(n, 1 + before + behind)
-        rows = min(max(FEWEST, span // 2), max(1, BLOCK // (sequences * H * min(n, span + FEWEST))))
+        rows = min(max(FEWEST, span // 2), max(1, BLOCK // max(1, sequences * H * min(n, span + FEWEST))))
         for i in range(first, last, rows):
             j, here = min(i + rows, last), position + i
             low, high = max(0, here - before), min(n, position + j + behind)

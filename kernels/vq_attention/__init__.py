@@ -112,9 +112,9 @@ def vq_attention(
     Source: Lingle, "Transformer-VQ" (ICLR 2024), section 3; the bidirectional form: Su, post 9844 (2023).
     """
     B, T, H, D = q.shape
-    if k.shape != q.shape or v.shape[:3] != (B, T, H):
+    if k.shape != q.shape or v.shape[:3] != (B, T, H) or T < 1:
         given = ", ".join(str(list(x.shape)) for x in (q, k, v))
-        raise ValueError(f"vq_attention: q and k must be [B, T, H, D] and v [B, T, H, Dv], got {given}")
+        raise ValueError(f"vq_attention: q and k must be [B, T, H, D] and v [B, T, H, Dv] with T >= 1, got {given}")
     if codebook.dim() != 3 or codebook.shape[0] != H or codebook.shape[2] != D:
         raise ValueError(f"vq_attention: codebook must be [{H}, S, {D}], got {list(codebook.shape)}")
     if codes is not None and codes.shape != (B, T, H):
@@ -139,6 +139,8 @@ def vq_attention(
         )
     lengths = check_lengths("vq_attention", lengths, B, T)
     run = choose("vq_attention", backend, FORMS, fit(q, k, v, channels=CHANNELS))
+    if not B:  # there are no blocks to be cut
+        run = vq_attention_reference
     if codes is None:
         codes = nearest_code(k, codebook, lengths=lengths)
     y, state = run(

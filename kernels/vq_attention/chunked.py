@@ -336,11 +336,10 @@ def seen_in_window(valid: Tensor, W: int, starts: Tensor | None) -> Tensor:
 
 def _prior(visible: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to the scores of a block's queries, but for the future: [G, 1, WL + S]."""
-    B, H, N, _ = counts.shape
-    never = torch.finfo(dtype).min
-    hidden = torch.zeros(B, H, N, visible.shape[-1], device=counts.device, dtype=dtype).masked_fill_(~visible, never)
-    log_counts = counts.to(dtype).log().clamp_(min=never)
-    return torch.cat([hidden, log_counts], -1).view(B * H * N, 1, -1)
+    H, never = counts.shape[1], torch.finfo(dtype).min
+    hidden = torch.where(visible, counts.new_zeros((), dtype=dtype), never).expand(-1, H, -1, -1)
+    log_counts = counts.to(dtype).log().clamp(min=never)
+    return torch.cat([hidden, log_counts], -1).flatten(0, 2)[:, None]
 
 
 def _number(counts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,10 +42,11 @@ def vq_attention_reference(
             documents=None,
         )
         return documents.unpadded(y), state
-    (B, T, H, _), S, Dv = q.shape, codebook.shape[1], v.shape[-1]
+    (B, T, H, _), S, Dv, out_dtype = q.shape, codebook.shape[1], v.shape[-1], v.dtype
     q, k, v = (zero_padding(x, lengths).to(accumulation_dtype(x.dtype)) for x in (q, k, v))
     codebook = codebook.to(q.dtype)
     past = initial_state or VQState.empty(B, H, S, Dv, block_len, device=q.device, dtype=v.dtype)
+    past = past._replace(values=past.values.to(v.dtype), sums=past.sums.to(v.dtype))
 
     i, j = torch.arange(T)[:, None], torch.arange(-block_len, T)[None, :]
     quantised = torch.cat([codebook[torch.arange(H), past.codes], straight_through(k, codebook, codes)], 1)
@@ -74,4 +75,4 @@ def vq_attention_reference(
     y = torch.einsum("bhij,bjhd->bihd", weights[..., :-S], torch.cat([past.values, v], 1))
     y = y + torch.einsum("bhis,bhsd->bihd", weights[..., -S:], means)
     state = past.advance(codes, v, lengths) if output_final_state else None
-    return zero_padding(y.to(v.dtype), lengths), state
+    return zero_padding(y, lengths).to(out_dtype), state

@@ -121,3 +121,45 @@ def test_results_do_not_depend_on_how_much_is_held_in_the_cache(name, causal, mo
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for one, other in zip(*results, strict=True):
         assert_close(one, other, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_batch_of_nothing(name, causal, backend):
+    q = torch.rand(0, T, 2 * H, D, requires_grad=True)
+    k, flat = q[:, :, :H], q.flatten(2)
+    to = {"backend": backend, "lengths": torch.zeros(0, dtype=torch.int64)}
+    directed = to | {"causal": causal}
+    calls = {
+        "attention": [lambda: attention(q, q, q, **directed), lambda: attention(q, q, q, window=2, **directed)],
+        "delta_rule": [lambda: delta_rule(q, q, q, q[..., 0], log_decay=-q, **to)],
+        "diagonal_scan": [lambda: diagonal_scan(flat, flat, **to)],
+        "favor_attention": [lambda: favor_attention(q, q, q, torch.rand(2 * H, 3, D), **directed)],
+        "gated_attention": [lambda: gated_attention(*(flat,) * 6, chunk_len=2, **directed)],
+        "linear_attention": [
+            lambda: linear_attention(q, q, q, normalize=True, **directed),
+            lambda: linear_attention(k, k, q, log_decay=-q[..., 0], **directed),
+            lambda: linear_attention(q, q, q, log_decay=-q, **directed),
+        ],
+        "vq_attention": [lambda: vq_attention(q, q, q, torch.rand(2 * H, 4, D), block_len=2, **directed)],
+    }
+    for call in calls[name]:
+        y = call()
+        assert y.shape[:2] == (0, T)
+        assert torch.autograd.grad(y.sum(), q)[0].shape == q.shape
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "attention"])
+def test_sequences_of_no_steps_are_refused(name):
+    q, flat = torch.rand(B, 0, H, D), torch.rand(B, 0, D)
+    calls = {
+        "delta_rule": lambda: delta_rule(q, q, q, q[..., 0]),
+        "diagonal_scan": lambda: diagonal_scan(flat, flat),
+        "favor_attention": lambda: favor_attention(q, q, q, torch.rand(H, 3, D)),
+        "gated_attention": lambda: gated_attention(*(flat,) * 6, chunk_len=2),
+        "linear_attention": lambda: linear_attention(q, q, q),
+        "vq_attention": lambda: vq_attention(q, q, q, torch.rand(H, 4, D), block_len=2),
+    }
+    with pytest.raises(ValueError, match=f"{name}: .*with T >= 1"):
+        calls[name]()

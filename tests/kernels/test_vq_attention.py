@@ -292,6 +292,20 @@ def test_errors_say_what_is_valid():
         vq_attention(q, k, v, codebook, block_len=4, output_final_state=True)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_and_out_with_states_in_single(dtype, backend):
+    options = {"block_len": 4, "causal": True, "backend": backend}
+    whole = [x.to(dtype) for x in inputs(1, 12, 2, 8, 8, 4)]
+    *parts, codebook = whole
+    first, state = vq_attention(*(x[:, :7] for x in parts), codebook, output_final_state=True, **options)
+    halved = state._replace(values=state.values.to(dtype), sums=state.sums.to(dtype))
+    second = vq_attention(*(x[:, 7:] for x in parts), codebook, initial_state=halved, **options)
+    assert first.dtype == second.dtype == dtype
+    assert state.values.dtype == state.sums.dtype == torch.float32
+    assert_close(torch.cat([first, second], 1).float(), vq_attention(*whole, **options).float(), 1e-2)
+
+
 @pytest.mark.parametrize("spread", [1.0, 0.05])
 def test_the_nearest_code_is_found_under_autocast(spread):
     torch.manual_seed(0)
