@@ -22,7 +22,7 @@ def flops(block: Block, T: int) -> int:
     """
     if T < 1:
         raise ValueError(f"flops: T={T}; valid: 1 step and more")
-    shape = copy.deepcopy(block).to("meta").eval()
+    shape = copy.deepcopy(block).to("meta").float().eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         shape(torch.zeros(1, T, block.d_model, device="meta"))

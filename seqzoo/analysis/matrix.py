@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..blocks import Block
 from ..blocks.masks import check_padding
-from ..kernels.common import valid_positions, zero_padding
+from ..kernels.common import accumulation_dtype, valid_positions, zero_padding
 
 CHANNELS = 16  # of an input, tried at a time: what bounds memory
 
@@ -152,13 +152,14 @@ def _gain_by_lag(block: Block, x: Tensor) -> Tensor:
     """
     _, T, D = x.shape
     operation = _observe(block, x[:1, :1], None, lambda operation, values: operation)
-    _, sigma, directions = torch.linalg.svd(x.flatten(0, 1), full_matrices=False)
-    energy = x.new_zeros(2, T)
+    wide = accumulation_dtype(x.dtype)
+    _, sigma, directions = torch.linalg.svd(x.flatten(0, 1).to(wide), full_matrices=False)
+    energy = x.new_zeros(2, T, dtype=wide)
     for rows in (sigma[:, None] * directions).split(CHANNELS):
         impulses = x.new_zeros(2, len(rows), T, D)
         impulses[0, :, 0] = impulses[1, :, -1] = rows
         responses, *_ = operation(impulses.flatten(0, 1))
-        energy += responses.unflatten(0, (2, -1)).square().sum((1, 3))
+        energy += responses.to(wide).unflatten(0, (2, -1)).square().sum((1, 3))
     first, last = (energy / sigma.square().sum()).sqrt()
     return torch.cat([last[:-1], first])
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.common import valid_positions
+from ..kernels.common import accumulation_dtype, valid_positions
 
 
 def shares(weights: Tensor) -> Tensor:
-    """Each position's share of a row's magnitude, p[t, s] = |A[t, s]| / Σ_s |A[t, s]|: [..., T, T], rows sum to 1."""
-    size = weights.abs()
+    """Each position's share of a row's magnitude, p[t, s] = |A[t, s]| / Σ_s |A[t, s]|: [..., T, T], rows sum to 1.
+
+    In single precision at least, as all that is told here.
+    """
+    size = weights.abs().to(accumulation_dtype(weights.dtype))
     return size / size.sum(-1, keepdim=True)
 
 
@@ -48,7 +51,7 @@ def effective_rank(weights: Tensor) -> Tensor:
 
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (2007).
     """
-    sigma = torch.linalg.svdvals(weights)
+    sigma = torch.linalg.svdvals(weights.to(accumulation_dtype(weights.dtype)))
     return torch.special.entr(sigma / sigma.sum(-1, keepdim=True)).sum(-1).exp()
 
 

@@ -79,6 +79,9 @@ def test_operations_of_a_block():
     assert flops(build_block("softmax_attention", d), T) == 2 * T * 4 * d * d + 2 * 2 * T * T * d
     assert flops(build_block("min_gru", d), T) == 2 * T * 2 * d * d
     assert seqzoo.flops is flops
+    for dtype in (torch.bfloat16, torch.float64):
+        block = build_block("mlstm", d)
+        assert flops(block.to(dtype), T) == flops(build_block("mlstm", d), T)
     block = build_block("lru", d, causal=True).train()
     flops(block, T)
     assert block.training

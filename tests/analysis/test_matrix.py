@@ -393,6 +393,14 @@ def test_of_a_convolution_is_the_size_of_its_jacobian(name, causal):
     assert_close(mixing_matrix(block, x)[0, 0], size_of(J.transpose(1, 2), x), 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lru", "s4d", "s5", "conv"])
+def test_of_a_convolution_in_half_precision(name, dtype):
+    block, x = make(name, True).float(), inputs()[:1].float()
+    expected = mixing_matrix(block, x)
+    assert_close(mixing_matrix(block.to(dtype), x.to(dtype)).float(), expected, 3e-2)
+
+
 def test_rows_of_normalised_attention_sum_to_one():
     for case in ("softmax_attention", "linear_attention", "performer", "vq_attention", "gau_softmax"):
         _, name, options = CASES[case]

@@ -100,3 +100,13 @@ def test_statistics_are_taken_of_any_leading_dimensions():
     for statistic in (row_entropy, effective_rank, distance_profile, mean_distance):
         together = statistic(weights)
         assert torch.allclose(together[1, 2], statistic(weights[1, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_half_precision_are_in_single(dtype):
+    torch.manual_seed(0)
+    weights = torch.rand(3, T, T).softmax(-1).to(dtype)
+    for statistic in (row_entropy, effective_rank, distance_profile, mean_distance):
+        value = statistic(weights)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, statistic(weights.float()))
