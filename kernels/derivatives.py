@@ -42,6 +42,21 @@ def mapped() -> bool:
     return all(level.key() == TransformType.Vmap for level in get_interpreter_stack())
 
 
+def differentiable_twice(*tensors: Tensor) -> bool:
+    """Whether a second derivative may be asked for: of a gradient that torch.func makes, by itself or by autograd."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    levels = sum(level.key() == TransformType.Grad for level in get_interpreter_stack())
+    return levels > 1 or (levels == 1 and any(_unwrapped(x).requires_grad for x in tensors))
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """As it is outside of transforms of functions."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def gradient(
     written: Callable[[], Sequence[Tensor | None]],
     form: Callable[..., Sequence[Tensor | None]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common import can_be_looked_at
+from ..derivatives import transformed
 from ..documents import Documents, starts_of
 from .blockwise import Ends, attention_blockwise
 from .packed import attention_masked, attention_packed
@@ -27,9 +28,10 @@ def attention_chunked(
     if documents is None and window is None:
         return attention_of_rows(q, k, v, causal=causal, lengths=lengths, scale=scale, position=position)
     q = (q * scale).to(q.dtype)
-    if documents is not None and window is None and can_be_looked_at(documents.starts):
+    known = all(each is None or can_be_looked_at(each.starts) for each in (documents, queries))
+    if documents is not None and window is None and known:
         return attention_packed(q, k, v, causal, documents, queries)
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or (transformed() and not known):
         if documents is not None:
             return attention_masked(q, k, v, causal, window, documents, queries)
         return attention_of_rows(q, k, v, causal=causal, lengths=lengths, scale=1.0, position=position, window=window)

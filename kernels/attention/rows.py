@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import can_be_looked_at, zero_padding
-from ..derivatives import forward_mode, gradient, pullback
+from ..derivatives import differentiable_twice, forward_mode, gradient, pullback
 from .kept import attention_kept, keeps
 from .plain import plain_attention
 
@@ -88,7 +88,7 @@ def attention_of_one(
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """By q [B, T, H, D], scaled, to the keys that are seen, `mask` [B, 1, T or 1, S]: [B, T, H, Dv]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if forward_mode():
+    if forward_mode() or differentiable_twice(q, k, v):
         y = plain_attention(mask, causal, q, k, v)
     else:
         y = _sdpa(mask, causal, q, k, v)

@@ -9,6 +9,7 @@ from ..kernels.documents import Documents
 from ..valid import BelowOne, Count
 from .base import Block, advance
 from .depthwise import Depthwise
+from .forward_mode import GLU
 from .parts import Part
 from .states import state_of
 
@@ -40,7 +41,7 @@ class Conv(Block):
         super().__init__(d_model, causal=causal)
         self.conv = Depthwise(d_model, width, causal=causal)
         self.reach = self.conv.past
-        self.gate = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(d_model, 2 * d_model), nn.GLU())
+        self.gate = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(d_model, 2 * d_model), GLU())
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> ConvState:
         device, dtype = self._state_options(device, dtype)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..kernels.derivatives import transformed
+
 PATIENCE = 256  # passes without an `after_step`, before that is said
 # What a module knows of passes and of a loop, which no copy or file of it does.
 FRESH = {"_auxiliary": None, "_spent": False, "_passes": 0, "_optimizer": None, "_hook": None}
@@ -40,10 +42,16 @@ class Learning(nn.Module):
         """Whether this forward pass is one to learn from: training, with gradients, not a recomputation in backward.
 
         Raises:
-            RuntimeError: reentrant checkpointing recomputes in backward what it ran without gradients before.
+            RuntimeError: in a transform of functions, from which nothing may be kept; or reentrant checkpointing
+                recomputes in backward what it ran without gradients before.
         """
         if not (self.training and torch.is_grad_enabled()):
             return False
+        if transformed():
+            raise RuntimeError(
+                f"{type(self).__name__} learns from passes in training, which torch.func and forward mode allow no "
+                "block to keep anything of; valid: eval() of this block first, whose codebook then stays as it is"
+            )
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return True
         if not _recomputes_recorded():

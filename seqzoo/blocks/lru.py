@@ -11,6 +11,7 @@ from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import BelowOne, Count
 from .base import Block, advance
+from .forward_mode import GLU
 from .over_parts import diagonal_scan
 from .parts import Part
 from .states import state_of
@@ -47,7 +48,7 @@ class ComplexRecurrence(Block):
         self.out_proj = nn.Linear(2 * states, d_model, bias=False)  # C
         self.out_proj_reverse = None if causal else nn.Linear(2 * states, d_model, bias=False)
         self.skip = nn.Parameter(torch.randn(d_model))  # D
-        self.gate = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(d_model, 2 * d_model), nn.GLU())
+        self.gate = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(d_model, 2 * d_model), GLU())
 
     def _draw_readers(self, std: float) -> None:
         readers = [layer.weight for layer in (self.out_proj, self.out_proj_reverse) if layer is not None]

@@ -16,6 +16,7 @@ from .base import Block, advance, last_steps
 from .block_diagonal import BlockDiagonal
 from .depthwise import short_convolution
 from .directions import Directions
+from .forward_mode import layer_norm
 from .gates import GateBias
 from .states import state_of
 from .wide import default_dtype
@@ -129,7 +130,7 @@ class MLSTM(Block):
         if state is not None:
             h, after = h
             state = MLSTMState(after.memory, after.largest, inputs, advance(state.position, x, lengths, documents))
-        h = F.layer_norm(h, h.shape[-1:], eps=NORM_EPS).flatten(2)
+        h = layer_norm(h, NORM_EPS).flatten(2)
         return self.out_proj((h * self.norm_weight + self.skip * u) * F.silu(z)), state
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.common import can_be_looked_at
+from ..kernels.derivatives import transformed
 
 
 def rotate(x: Tensor, position: Tensor, *, base: float = 10_000.0) -> Tensor:
@@ -24,7 +25,7 @@ def rotate(x: Tensor, position: Tensor, *, base: float = 10_000.0) -> Tensor:
 
 def turns(position: Tensor, channels: int, dtype: torch.dtype, *, base: float = 10_000.0) -> Tensor:
     """By what `rotate` turns each pair of channels: complex [T, 1, D // 2], or with a batch in front."""
-    if can_be_looked_at(position):  # to a single step, making rates anew is half the work
+    if can_be_looked_at(position) and not transformed():  # what a transform makes, none after it can use
         rates, one = _rates_and_one(channels // 2, dtype, base)
         return torch.polar(one, position[..., None, None] * rates)
     angle = position[..., None, None].to(dtype) * _rates(channels // 2, dtype, base, position.device)
@@ -35,7 +36,7 @@ def _rates(pairs: int, dtype: torch.dtype, base: float, device: torch.device) ->
     return base ** (-torch.arange(pairs, device=device, dtype=dtype) / max(pairs, 1))
 
 
-@cache
+@cache  # to a single step, making them anew is half the work
 def _rates_and_one(pairs: int, dtype: torch.dtype, base: float) -> tuple[Tensor, Tensor]:
     device = torch.device("cpu")
     return _rates(pairs, dtype, base, device), torch.ones((), dtype=dtype, device=device)

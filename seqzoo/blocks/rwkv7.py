@@ -4,7 +4,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import delta_rule
@@ -15,6 +14,7 @@ from .base import Block, advance, head_dim
 from .delta import unit
 from .depthwise import Window
 from .directions import Directions
+from .forward_mode import layer_norm
 from .gates import GateBias
 from .states import state_of
 from .wide import default_dtype
@@ -121,7 +121,7 @@ class RWKV7(Block):
         if state is not None:
             o, memory = o
             state = RWKV7State(memory, previous, advance(state.position, x, lengths, documents))
-        o = F.layer_norm(o, o.shape[-1:], eps=NORM_EPS * self.head_dim).flatten(2) * self.norm_weight + self.norm_bias
+        o = layer_norm(o, NORM_EPS * self.head_dim).flatten(2) * self.norm_weight + self.norm_bias
         present = (r * k * self.r_k.view(self.num_heads, -1)).sum(-1, keepdim=True) * v
         return self.out_proj((o + present.flatten(2)) * self.gate_proj(x_g)), state
 

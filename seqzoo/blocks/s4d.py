@@ -22,6 +22,7 @@ from ..kernels.documents import Documents, Pieces, documents_from, starts_of
 from ..kernels.nodes import as_node, as_one
 from ..valid import BelowOne, Positive
 from .base import Block, advance
+from .forward_mode import GLU
 from .lru import RecurrentState
 from .parts import Part, carried
 from .timescales import log_steps
@@ -83,7 +84,7 @@ class S4D(Block):
         self.dynamics = S4DDynamics(d_model, P, dt_min, dt_max, init, frequency_scale)
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, P, 2) * math.sqrt(0.5))
         self.skip = nn.Parameter(torch.randn(d_model))  # D
-        self.gate = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(d_model, 2 * d_model), nn.GLU())
+        self.gate = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.Linear(d_model, 2 * d_model), GLU())
 
     def initial_state(self, batch_size, *, device=None, dtype=None) -> RecurrentState:
         device, dtype = self._state_options(device, dtype)

@@ -24,8 +24,12 @@ class TokenEmbedding(nn.Module):
         self.mask_id = spec.mask_id
         self.table = nn.Embedding(spec.vocab_size, d_model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.table.weight.dtype
+
     def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        if inputs.device.type == "cpu" and inputs.numel() and not torch.compiler.is_compiling():
+        if inputs.numel() and can_be_looked_at(inputs):
             low, high = inputs.aminmax()
             size = self.table.num_embeddings
             if low < 0 or high >= size:
@@ -47,9 +51,13 @@ class PixelEmbedding(nn.Module):
         self.spec = spec
         self.proj = nn.Linear(spec.channels + 1, d_model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj.weight.dtype
+
     def normalise(self, inputs: Tensor) -> Tensor:
         """[B, T, channels] of integers -> what `proj` takes, of mean zero and unit variance over the data."""
-        return self.spec.normalise(inputs).to(self.proj.weight.dtype)
+        return self.spec.normalise(inputs).to(self.dtype)
 
     def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         values = self.normalise(inputs)
@@ -72,6 +80,7 @@ class Embedding(nn.Module):
             raise ValueError(f"position={position!r}; valid: {', '.join(POSITIONS)}")
         self.d_model = d_model
         self.position = position
+        self.kind = spec.kind
         self.max_length = spec.max_length
         self.inputs = TokenEmbedding(spec, d_model) if spec.kind == "tokens" else PixelEmbedding(spec, d_model)
         if position == "learned":
@@ -122,7 +131,7 @@ class Embedding(nn.Module):
         """Of the first positions, [steps, d_model]."""
         if self.position == "learned":
             return self.learned[:steps]
-        return sinusoids(steps, self.d_model, device=device).to(next(self.parameters()).dtype)
+        return sinusoids(steps, self.d_model, device=device).to(self.inputs.dtype)
 
     def _from(self, position: Tensor, T: int, lengths: Tensor | None) -> Tensor:
         """Of T steps behind the first `position`: [B, T, d_model]."""
@@ -131,7 +140,7 @@ class Embedding(nn.Module):
         place = (position[:, None] + torch.arange(T, device=position.device)).clamp(max=self.max_length - 1)
         if self.position == "learned":
             return self.learned[place]
-        return _sinusoids(place, self.d_model).to(next(self.parameters()).dtype)
+        return _sinusoids(place, self.d_model).to(self.inputs.dtype)
 
 
 def sinusoids(length: int, d_model: int, *, device: torch.device | None = None) -> Tensor:

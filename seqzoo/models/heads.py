@@ -131,5 +131,6 @@ class PositionHead(nn.Module):
 def _pooled(x: Tensor, lengths: Tensor | None, documents: Documents | None, part: Part | None, how: str) -> Tensor:
     if documents is not None:
         return pool_documents(x, documents, how)
-    assert lengths is not None
+    if lengths is None:
+        lengths = torch.full((len(x),), x.shape[1] if part is None else part.T, device=x.device)
     return pool(x, lengths, how) if part is None else pool_parts(x, lengths, how, part)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Part
+from ..blocks.forward_mode import LayerNorm
 from .model import Residual, SequenceModel, mlp
 from .streaming import ModelState
 
@@ -40,7 +41,7 @@ class Ladder(nn.Module):
         self.down = nn.ModuleList(nn.Linear(d_model, width) for _ in range(num_layers + 1))
         self.gates = nn.Parameter(torch.zeros(num_layers))
         self.layers = nn.ModuleList(Residual(mlp(width, 4 * width), width, 0.0, mixes=False) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.up = nn.Linear(width, d_model)
 
     def forward(self, outputs: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks import BLOCKS, Part, build_block, check_block
 from ..blocks.base import advance
+from ..blocks.forward_mode import LayerNorm
 from ..blocks.states import Held
 from ..kernels.documents import Documents, check_documents
 from ..spec import TaskSpec
@@ -74,7 +75,7 @@ class Residual(nn.Module):
 
     def __init__(self, branch: nn.Module, d_model: int, dropout: float, *, mixes: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = LayerNorm(d_model)
         self.branch = branch
         self.dropout = nn.Dropout(dropout)
         self.mixes = mixes
@@ -146,7 +147,7 @@ class Backbone(nn.Module):
                 if hidden < 1:
                     raise ValueError(f"mlp_ratio={config.mlp_ratio} of d_model={D}: valid: 0, or a width of 1 or more")
                 self.layers.append(Residual(mlp(D, hidden), D, config.dropout, mixes=False))
-        self.norm = nn.LayerNorm(D)
+        self.norm = LayerNorm(D)
 
     def forward(
         self,
@@ -225,7 +226,7 @@ class SequenceModel(Streaming):
 
     Args of the call:
         inputs: as in `Batch`; pairs [B, 2, T, ...] are read as 2B sequences.
-        lengths: int64 [B] or, of pairs, [B, 2].
+        lengths: int64 [B] or, of pairs, [B, 2]; None: every step counts.
         mask: bool, shaped as the positions; true where the input is to be hidden.
         cu_seqlens: int32 or int64 [N + 1], in place of lengths (None), with inputs [1, T, ...]: where each of N
             documents begins that lie one behind the other in the row, and T. Of pairs, two follow each other.
@@ -280,9 +281,11 @@ class SequenceModel(Streaming):
         self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The two sequences of each pair as rows of their own."""
-        if self.num_inputs == 2 and lengths is not None and lengths.dim() == 2:
-            return inputs.flatten(0, 1), lengths.flatten(), None if mask is None else mask.flatten(0, 1)
-        return inputs, lengths, mask
+        axes = 2 + (self.backbone.embedding.kind == "pixels")
+        if self.num_inputs == 1 or inputs.dim() == axes:
+            return inputs, lengths, mask
+        lengths = None if lengths is None else lengths.flatten()
+        return inputs.flatten(0, 1), lengths, None if mask is None else mask.flatten(0, 1)
 
 
 class JointModel(SequenceModel):

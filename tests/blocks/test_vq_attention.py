@@ -209,3 +209,11 @@ def test_exact_steps_are_of_training_alone_and_end():
     assert torch.equal(resumed(x), block(x))
     with pytest.raises(ValueError, match="exact_steps=-1: valid: 0 or more"):
         build_block("vq_attention", 16, exact_steps=-1)
+
+
+@pytest.mark.parametrize("transform", [lambda f: torch.func.grad(f), lambda f: lambda x: torch.func.jvp(f, (x,), (x,))])
+def test_nothing_is_learnt_inside_a_transform_of_functions(transform):
+    block, x = build_block("vq_attention", 16, block_len=4, codebook_size=8), torch.randn(1, 9, 16)
+    with pytest.raises(RuntimeError, match=r"VQAttention learns from passes in training.*valid: eval\(\) of this"):
+        transform(lambda x: block.train()(x).sum())(x)
+    transform(lambda x: block.eval()(x).sum())(x)

@@ -1,6 +1,10 @@
+import copy
+
 import pytest
 import torch
+from agreement import assert_close
 from model_cases import PAIRS, PIXELS, TOKENS, config, inputs
+from torch.func import functional_call, grad, jvp, vmap
 
 from seqzoo.blocks import BLOCKS
 from seqzoo.models import build_model
@@ -71,6 +75,13 @@ def test_padding_never_changes_a_score(block, causal):
     torch.testing.assert_close(model(garbage, lengths), together)
 
 
+@pytest.mark.parametrize("spec", [TOKENS, PIXELS, PAIRS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("head", ["classify", "per_position"])
+def test_without_lengths_every_step_counts(spec, head):
+    model, x = build_model(config(), spec, head=head, causal=False).eval(), inputs(spec)
+    assert torch.equal(model(x, None), model(x, torch.full((4, spec.num_inputs)[: spec.num_inputs], 20)))
+
+
 def test_a_pair_is_two_sequences_in_neighbouring_rows():
     torch.manual_seed(0)
     model = build_model(config(), PAIRS, head="classify", causal=False).eval()
@@ -131,6 +142,40 @@ def test_weights_are_all_that_a_model_is(spec, position, head):
         model = build_model(settings, spec, **options).eval()
     model.load_state_dict(weights, assign=True)
     assert torch.equal(model(x, lengths), trained(x, lengths))
+
+
+@pytest.mark.parametrize("spec", [TOKENS, PIXELS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("position", ["none", "sinusoidal", "learned"])
+def test_replicas_have_no_parameters_of_their_own(spec, position):
+    """`nn.DataParallel` gives them tensors by the same names."""
+    model = build_model(config(position=position), spec, head="classify", causal=False).eval()
+    x, lengths = inputs(spec), torch.tensor([20, 7, 1, 13])
+    expected = model(x, lengths)
+    replica = copy.deepcopy(model)
+    for module in replica.modules():
+        parameters, module._parameters = module._parameters, {}
+        for name, parameter in parameters.items():
+            setattr(module, name, None if parameter is None else parameter.detach())
+    assert torch.equal(replica(x, lengths), expected)
+
+
+@pytest.mark.parametrize("spec", [TOKENS, PIXELS], ids=lambda spec: spec.name)
+def test_a_model_under_vmap_and_its_second_derivatives(spec):
+    torch.manual_seed(0)
+    settings = config(block={"name": "softmax_attention", "num_heads": 2}, position="learned", mlp_ratio=1)
+    model = build_model(settings, spec, head="classify", causal=False).double().eval()
+    x, weights = inputs(spec), {name: weight.detach() for name, weight in model.named_parameters()}
+    way = {name: torch.randn_like(weight) for name, weight in weights.items()}
+
+    def score(weights, x):
+        return functional_call(model, weights, (x[None], None)).square().sum()
+
+    each = vmap(score, (None, 0))(weights, x)
+    assert_close(each, torch.stack([score(weights, one) for one in x]), 1e-12)
+    slope = grad(lambda weights: jvp(lambda w: score(w, x[0]), (weights,), (way,))[1])(weights)
+    expected = jvp(grad(lambda weights: score(weights, x[0])), (weights,), (way,))[1]
+    for name in weights:
+        assert_close(slope[name], expected[name], 1e-10, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
