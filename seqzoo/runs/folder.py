@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -367,7 +368,7 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
     """Of everything that shapes what `config` computes but the keys `without`."""
     shaping = to_dict(config)
     if isinstance(config.pretrain, str):
-        shaping["pretrain"] = Path(config.pretrain).name
+        shaping["pretrain"] = _pretraining_of(Path(config.pretrain))
     unused = [name for name in ("lora", "ladder") if name != config.tuning]
     # What they were before there was a choice counts as a key that is not there, see below.
     if config.objective != "joint":
@@ -390,6 +391,14 @@ def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> s
         shaping["task"] |= origin_of(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir)
     # A key that is not set counts as one that is not there: adding an option leaves the names of old runs as they are.
     return hashlib.sha256(json.dumps(_without_none(shaping), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _pretraining_of(folder: Path) -> str:
+    """What tells the pretraining there from others: its run's name, and beside a name that it was given, its key."""
+    key = folder / "pretrain" / "key"
+    if re.fullmatch(r".+-s\d+-[0-9a-f]{8}", folder.name) or not key.exists():
+        return folder.name
+    return f"{folder.name} {_key_in(key)}"
 
 
 def _drop(values: dict[str, Any], key: str) -> None:

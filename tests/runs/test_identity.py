@@ -202,3 +202,17 @@ def test_a_run_on_a_task_of_ones_own_goes_on_with_that(stopped, task, tmp_path):
     with pytest.raises(ConfigError, match=r"other data: arrays in memory \(sha256 .* given: arrays in memory"):
         run(resume, task=replace(task, train=toy_task(seed=1).train))
     assert run(resume, task=task)["folder"] == str(folder)
+
+
+def test_pretrainings_in_folders_of_the_same_name_are_two(task, tmp_path):
+    config = tiny_config(tmp_path / "runs", finetuning={"tokens": 300}, pretraining={"tokens": 300}, pretrain=True)
+    folders = []
+    for number in (1, 2):
+        folders.append(tmp_path / str(number) / "mine")
+        folders[-1].parent.mkdir()
+        shutil.move(run(replace(config, seed=number), task=task)["folder"], folders[-1])
+    names = {run_name(replace(config, pretrain=str(folder)), task) for folder in folders}
+    assert len(names) == 2
+    shutil.move(folders[0].parent, tmp_path / "elsewhere")
+    moved = replace(config, pretrain=str(tmp_path / "elsewhere" / "mine"))
+    assert run_name(moved, task) in names, "where the folder lies computes nothing"
