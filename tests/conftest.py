@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 import pytest
 
@@ -16,6 +17,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
+SAID_ONCE = (
+    ("seqzoo.kernels.backends", "_say_once"),
+    ("seqzoo.blocks.learning", "_warn_once"),
+    ("seqzoo.messages", "say_once"),
+)
+
 
 def pytest_collection_finish() -> None:
     """What has been imported stays, and is not searched for garbage again and again."""
@@ -25,9 +32,15 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed():
-    """The same draws in every run: a test passes or fails for what it tests, whichever others run before it."""
+def _alone():
+    """A test passes or fails for what it tests, whichever others run before it: what is drawn, compiled and said once
+    begins anew."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    for module, name in SAID_ONCE:
+        if module in sys.modules:
+            getattr(sys.modules[module], name).cache_clear()
 
 
 @pytest.fixture

@@ -159,7 +159,6 @@ def test_compiles_whole(name, options, causal):
     block = make(name, options, causal, dtype=torch.float32, train=name == "vq_attention")
     x = sequences(2, 40, dtype=torch.float32)
     lengths = torch.tensor([40, 9])
-    torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     y = compiled(x, lengths=lengths)
     expected = block(x, lengths=lengths)
@@ -173,7 +172,6 @@ def test_compiles_whole(name, options, causal):
 def test_compiles_with_inductor(name, options, causal):
     block = make(name, options, causal, dtype=torch.float32)
     x = sequences(2, 40, dtype=torch.float32)
-    torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x), rtol=1e-4, atol=1e-4)
 
 

@@ -104,7 +104,6 @@ def test_an_exported_block_trains(name, options, causal):
 @often(("s4d",))
 def test_compiles_at_any_order_of_lengths(name, options, causal):
     block = make(name, options, causal, dtype=torch.float32)
-    torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     for T in (70, 130, 33, 64, 2, 1, 3, 5, 9, 17, 20, 40, 12, 8, 128):
         x = sequences(2, T, dtype=torch.float32).requires_grad_()

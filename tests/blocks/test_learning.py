@@ -16,17 +16,6 @@ from seqzoo import after_step, attach, auxiliary_loss, build_block
 from seqzoo.blocks import learning
 
 
-@pytest.fixture(autouse=True)
-def _nothing_said_yet():
-    learning._warn_once.cache_clear()
-
-
-@pytest.fixture
-def nothing_compiled_yet():
-    """What has been compiled at one size is compiled for all of them the next time, which takes six times as long."""
-    torch._dynamo.reset()
-
-
 def vq(**options):
     return build_block("vq_attention", 16, codebook_size=8, block_len=8, **options)
 
@@ -36,7 +25,7 @@ def sequences(*shape):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_losses_of_several_passes_add_up(compiled, nothing_compiled_yet):
+def test_losses_of_several_passes_add_up(compiled):
     block = vq()
     call = torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block
     passes = sequences(2, 2)
@@ -75,7 +64,7 @@ def test_losses_that_nobody_reads_hold_no_graph_and_are_said_once(caplog):
     assert "loss of its own that nobody reads: add seqzoo.auxiliary_loss(model)" in caplog.text
 
 
-def test_a_compiled_block_trains_though_nobody_reads_its_loss(nothing_compiled_yet):
+def test_a_compiled_block_trains_though_nobody_reads_its_loss():
     block, x = vq(), sequences(2)
     call = torch.compile(block, fullgraph=True, backend="aot_eager")
     for _ in range(4):

@@ -77,7 +77,6 @@ def test_a_mask_that_hides_nothing_changes_nothing(name, options, causal, key):
 )
 def test_compiles_whole_with_a_mask(name, options, causal):
     block, x = make(name, options, causal, dtype=torch.float32), rows().float().nan_to_num()
-    torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, key_padding_mask=~COUNTS), block(x, key_padding_mask=~COUNTS))
 

@@ -176,7 +176,6 @@ def test_every_form_takes_documents(name, options, causal, form, monkeypatch):
 def test_compiles_whole_without_looking_at_documents(name, options, causal):
     block = make(name, options, causal, dtype=torch.float32, train=name == "vq_attention")
     x = sequences(1, 60, dtype=torch.float32)
-    torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for ends in ([0, 20, 20, 51, 60], [0, 1, 2, 3, 60]):  # in one graph
         starts = torch.tensor(ends)

@@ -24,6 +24,8 @@ def build(transformers):
             "Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
             "Mistral": (transformers.MistralForCausalLM, transformers.MistralConfig),
             "Gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config),
+            "GPTNeoX": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig),
+            "GPTBigCode": (transformers.GPTBigCodeForCausalLM, transformers.GPTBigCodeConfig),
             "GptOss": (transformers.GptOssForCausalLM, transformers.GptOssConfig),
             "Bert": (transformers.BertModel, transformers.BertConfig),
             "Bart": (transformers.BartModel, transformers.BartConfig),

@@ -249,7 +249,6 @@ def test_features_are_those_of_their_seed(transformers):
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_in_one_graph_with_a_mask(build, ids, both_sides, kind):
     model = build("Llama", f"seqzoo_{kind}", use_cache=False)
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for mask in (torch.ones_like(both_sides), both_sides):
         y = compiled(ids, attention_mask=mask).logits[mask.bool()]

@@ -12,6 +12,7 @@ from block_cases import VARIANTS, D, make, sequences
 from safetensors.torch import load_file, save_file
 from tiny_runs import tiny_config, toy_task
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import seqzoo
 from seqzoo import BLOCKS, from_pretrained, save_pretrained
@@ -228,6 +229,31 @@ def test_other_refusals(tmp_path):
     for source in (tmp_path / "nowhere", "me/it"):
         with pytest.raises(ValueError, match="is no folder, and no repository of the Hub that is reached: "):
             from_pretrained(source, local_files_only=True, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "undo"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), lambda layer: prune.remove(layer, "weight")),
+        (parametrizations.orthogonal, lambda layer: parametrize.remove_parametrizations(layer, "weight")),
+    ],
+    ids=["pruned", "parametrized"],
+)
+def test_changes_of_a_layer_are_made_permanent_first(change, undo, tmp_path):
+    block, x = make("softmax_attention", {}, True, dtype=torch.float32), sequences(2, 9, dtype=torch.float32)
+    change(block.out_proj)
+    message = r"the block was changed since it was built, out_proj.*valid: .*prune\.remove, parametrize\.remove_param"
+    with pytest.raises(ValueError, match=message):
+        save_pretrained(block, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    undo(block.out_proj)
+    assert torch.equal(from_pretrained(save_pretrained(block, tmp_path / "a"))(x), block(x))
+
+
+def test_a_block_quantized_is_refused(tmp_path):
+    block = torch.ao.quantization.quantize_dynamic(make("lru", {}, True, dtype=torch.float32), {nn.Linear})
+    with pytest.raises(ValueError, match="the block was changed since it was built, "):
+        save_pretrained(block, tmp_path / "a")
 
 
 def test_a_configuration_imports_nothing(tmp_path, monkeypatch):

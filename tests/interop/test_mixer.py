@@ -35,6 +35,19 @@ def test_generates_as_if_it_saw_everything_anew(model, ids, in_front):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["GPTNeoX", "GPTBigCode"])
+def test_a_cache_of_another_name_is_its_history(name, build, ids, in_front):
+    model = build(name, "seqzoo_softmax")
+    kind = next(type(layer) for layer in model.modules() if type(layer).__name__ == f"{name}Attention")
+    replace(model, kind, lambda old: build_block("lru", 32, causal=True))
+    whole, first = model(ids).logits, model(ids[:, :11], use_cache=True)
+    last = model(ids[:, 11:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(last[:, 0], whole[:, 11], atol=1e-4, rtol=1e-4)
+    options = {"attention_mask": in_front, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+@torch.no_grad()
 def test_its_state_does_not_grow(model, ids):
     cache = model(ids, use_cache=True).past_key_values
     assert cache.get_seq_length() == 12

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stock_models import SIZES
 from torch import nn
 
 from seqzoo import build_block, replace
@@ -35,6 +36,23 @@ def test_weights_of_pytorch_fit():
         for n in range(2)
     ]
     assert not model.layers[0].self_attn.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("places", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("assigned", [False, True], ids=["replaced", "assigned"])
+def test_padded_batches_of_an_encoder_that_nests_them(places, assigned):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, H, 32, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 9, D), torch.arange(9) >= torch.tensor([[9], [5]])
+    before, old = model(x, src_key_padding_mask=padding), [layer.self_attn for layer in model.layers]
+    assert model.use_nested_tensor
+    replace(model, nn.MultiheadAttention, lambda each: softmax(each) if each in [old[n] for n in places] else None)
+    assert not model.use_nested_tensor
+    if assigned:
+        model.use_nested_tensor = True
+    y = model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(y[~padding], before[~padding], atol=1e-6, rtol=1e-6)
 
 
 def test_what_does_not_fit_is_said():
@@ -107,6 +125,32 @@ def test_nothing_is_changed_by_what_is_refused():
 
     with pytest.raises(RuntimeError):
         replace(model, nn.MultiheadAttention, second_fails)
+    assert list(model.modules()) == before
+
+
+STRANGERS = {
+    "T5Attention": ("t5", "is called with mask, position_bias, which no block takes"),
+    "T5LayerSelfAttention": ("t5", "is called with position_bias, which no block takes"),
+    "BloomAttention": ("bloom", "is called with residual, alibi, which no block takes; valid: a build that returns"),
+    "LlamaMLP": ("llama", "is called with x, which no block takes"),
+    "BertAttention": (
+        "bert",
+        "is a layer around the BertSelfAttention in its self; valid: BertSelfAttention, or a build",
+    ),
+    "JetMoeAttention": ("jetmoe", "returns 3; valid: 2 values, outputs and weights, or a build that returns"),
+    "MobileViTSelfAttention": ("mobilevit", "returns 1; valid: 2 values"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_layers_of_transformers_that_no_block_can_stand_for(transformers, name):
+    model, message = STRANGERS[name]
+    sizes = {} if model == "mobilevit" else SIZES
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model, **sizes))
+    before = list(model.modules())
+    kind = next(type(layer) for layer in before if type(layer).__name__ == name)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        replace(model, kind, lambda old: build_block("lru", 32))
     assert list(model.modules()) == before
 
 

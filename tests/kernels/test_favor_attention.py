@@ -376,7 +376,6 @@ def test_compiles_whole(causal, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(import_module("seqzoo.kernels.favor_attention.chunked"), "eager", lambda *_: False)
         expected = run(inputs, w, w_state, **options)
-    torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES if name in inputs}
     if causal:

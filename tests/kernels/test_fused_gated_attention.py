@@ -9,7 +9,7 @@ from fused_cases import DEVICE, awkward, poisoned, wide
 from often import others_slow
 from torch import Tensor
 
-from seqzoo.kernels import backends, gated_attention
+from seqzoo.kernels import gated_attention
 from seqzoo.kernels.gated_attention import GatedAttentionState, fused
 
 NAMES = ("u", "q_quad", "k_quad", "q_lin", "k_lin", "v", "bias")
@@ -262,7 +262,6 @@ def test_state_compiles_whole():
     options = {"chunk_len": 8, "causal": True, "output_final_state": True, "backend": "fused"}
     past = GatedAttentionState(**state)
     expected = gated_attention(**inputs, **options, initial_state=past)
-    torch._dynamo.reset()
     compiled = torch.compile(gated_attention, fullgraph=True, backend="aot_eager")
     found = compiled(**inputs, **options, initial_state=past)
     for value, right in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
@@ -288,7 +287,6 @@ def test_operator(causal, T, bias):
 
 
 def test_what_no_kernel_takes_runs_without_one(caplog):
-    backends._say_once.cache_clear()
     inputs = make(1, 1, 4, 3, 4, causal=True)
     options = {"chunk_len": 4, "causal": True, "output_final_state": True}
     o, state = gated_attention(**inputs, **options, backend="fused")

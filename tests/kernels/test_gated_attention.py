@@ -289,7 +289,6 @@ def test_compiles_whole_and_repeats_itself(causal, position):
     for name, value in run(inputs, w, state, w_state, **options).items():
         assert torch.equal(value, expected[name]), name
     leaves = {name: y.requires_grad_() for name, y in inputs.items()}
-    torch._dynamo.reset()
     compiled = torch.compile(gated_attention, fullgraph=True, backend="aot_eager")
     if state is None:
         outputs, weights = (compiled(**leaves, **options),), (w,)
@@ -302,7 +301,6 @@ def test_compiles_whole_and_repeats_itself(causal, position):
 
 
 def test_compiles_whole_with_dynamic_shapes():
-    torch._dynamo.reset()
     compiled = torch.compile(gated_attention, fullgraph=True, dynamic=True, backend="eager")
     for T in (20, 33):
         inputs = make(2, T, 4, 3)

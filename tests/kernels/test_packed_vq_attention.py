@@ -186,7 +186,6 @@ def test_documents_go_on_from_call_to_call():
 def test_graphs_do_not_depend_on_where_documents_end(backend, causal, stateful):
     inputs, codes, *_ = to(torch.float32, make(8, causal), None, None)
     options = {"block_len": 8, "causal": causal, "output_final_state": stateful, "backend": backend, "codes": codes}
-    torch._dynamo.reset()
     compiled = torch.compile(vq_attention, fullgraph=True, backend="aot_eager")
     for ends in (STARTS, torch.tensor([0, 30, 30, 35, 50, 51, 90, T])):
         with torch.compiler.set_stance("fail_on_recompile" if ends is not STARTS else "default"):

@@ -248,7 +248,6 @@ def test_compiles_whole(dynamic):
     w, lengths = cotangents(inputs), torch.tensor([40, 5])
     expected = run(inputs, w, lengths=lengths)
     leaves = [x.requires_grad_() for x in inputs]
-    torch._dynamo.reset()
     compiled = torch.compile(selective_scan, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     outputs = compiled(*leaves[:5], initial_state=leaves[5], output_final_state=True, lengths=lengths)
     for value, target in zip([*outputs, *torch.autograd.grad(outputs, leaves, w)], expected, strict=True):
