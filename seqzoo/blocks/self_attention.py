@@ -2,9 +2,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .base import Block
+
+
+class _NoWeight:
+    """What stands where weights of attention would, and tells PyTorch to compute nothing from it."""
+
+    weight = bias = None
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        return NotImplemented
 
 
 class AsSelfAttention(nn.Module):
@@ -23,6 +34,7 @@ class AsSelfAttention(nn.Module):
     # What PyTorch looks at before it would compute the layer from the weights of an attention of its own.
     batch_first = True
     in_proj_bias = None
+    in_proj_weight = out_proj = _NoWeight()
     _qkv_same_embed_dim = False
 
     def __init__(self, block: Block) -> None:
@@ -35,7 +47,7 @@ class AsSelfAttention(nn.Module):
         """The block's outputs [B, T, d_model], and no weights.
 
         Args:
-            query, key, value: the same [B, T, d_model].
+            query, key, value: the same [B, T, d_model], or nested, as PyTorch makes padded batches, B of [T_i, D].
             masks: `key_padding_mask`, `attn_mask` and `is_causal`, as `Block.forward` takes them.
 
         Raises:
@@ -51,4 +63,9 @@ class AsSelfAttention(nn.Module):
                 f"{type(self.block).__name__} has no weights to return; valid: need_weights=False, and "
                 "seqzoo.analysis.mixing_matrix, which computes them"
             )
-        return self.block(query, **masks), None
+        if not query.is_nested:
+            return self.block(query, **masks), None
+        lengths = [len(each) for each in query.unbind()]
+        padded = torch.nested.to_padded_tensor(query, 0.0)
+        y = self.block(padded, lengths=torch.tensor(lengths, device=padded.device), **masks)
+        return torch.nested.as_nested_tensor([row[:length] for row, length in zip(y, lengths, strict=True)]), None

@@ -152,16 +152,21 @@ def _described(module: nn.Module) -> dict[str, Any]:
     """The content of config.json."""
     made_by: dict[str, Any] = {"seqzoo": __version__, "format": FORMAT}
     if isinstance(module, Block):
-        return {**made_by, "kind": "block", "block": block_name(module), "options": module.options}
-    if not isinstance(module, SequenceModel):
+        described = {**made_by, "kind": "block", "block": block_name(module), "options": module.options}
+    elif not isinstance(module, SequenceModel):
         raise ValueError(f"{type(module).__name__}: valid: a block, or a model of seqzoo.models.build_model")
-    if module.plan is None:
+    elif module.plan is None:
         raise ValueError(
             f"{type(module).__name__} is not as build_model made it; valid: a model tuned whole, or its head"
         )
-    described = json.loads(json.dumps({**made_by, "kind": "model", **asdict(module.plan)}))  # as it will be read
+    else:
+        described = {**made_by, "kind": "model", **asdict(module.plan)}
+    described = json.loads(json.dumps(described))  # as it will be read
     if problems := misfits(module.state_dict(), _built(described).state_dict()):
-        raise ValueError(f"the model was changed since it was built, {problems}; valid: low-rank changes merged first")
+        raise ValueError(
+            f"the {described['kind']} was changed since it was built, {problems}; valid: low-rank changes merged "
+            "first, pruning and parametrizations made permanent (prune.remove, parametrize.remove_parametrizations)"
+        )
     return described
 
 

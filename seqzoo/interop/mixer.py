@@ -14,6 +14,10 @@ from .state_cache import StateLayer
 
 PARAMETERS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
 OF_OTHERS = ("encoder_hidden_states", "key_value_states")
+POSITIONS = ("position_ids", "cache_position", "relative_position_embeddings", "rotary_pos_emb", "sinusoidal_pos")
+SIZES = ("height", "width")  # of a picture
+NEEDLESS = ("use_cache", "encoder_attention_mask", "shared_kv_states", "codebook_idx")  # where a block stands
+TAKEN = frozenset((*PARAMETERS, "layer_past", "output_attentions", *OF_OTHERS, *POSITIONS, *SIZES, *NEEDLESS))
 
 
 class Mixer(nn.Module):
@@ -39,8 +43,8 @@ class Mixer(nn.Module):
     def forward(self, *given: Any, **named: Any) -> tuple[Tensor, None]:
         """The block's outputs [B, T, d_model], and no weights, as a layer of transformers calls its attention.
 
-        Of its arguments, `hidden_states`, `attention_mask` and `past_key_values` are looked at; positions are not,
-        which a block has of its own.
+        Of its arguments, `hidden_states`, `attention_mask` and the cache, whatever its name, are looked at; positions
+        are not, which a block has of its own.
 
         Raises:
             ValueError: a mask or a cache that the block cannot keep to, keys of another sequence, or weights are asked
@@ -51,7 +55,8 @@ class Mixer(nn.Module):
             raise ValueError(f"{name} has no weights to return; valid: seqzoo.analysis.mixing_matrix, which makes them")
         if any(asked.get(other) is not None for other in OF_OTHERS):
             raise ValueError(f"{name}: keys of another sequence; valid: the attention of a sequence to itself")
-        x, cache, seen = asked["hidden_states"], asked.get("past_key_values"), self._seen(asked.get("attention_mask"))
+        x, seen = asked["hidden_states"], self._seen(asked.get("attention_mask"))
+        cache = next((value for value in asked.values() if isinstance(value, Cache)), None)
         check_packed(name, asked.get("position_ids"), seen, x.shape[1])
         counts = seen.new_steps(x.shape[1])
         if cache is None and seen.starts is None:

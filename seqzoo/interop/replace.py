@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import AsSelfAttention, Block
+
+OWN = "a build that returns a module of your own around a block"
 
 
 class Replaced(NamedTuple):
@@ -46,7 +50,8 @@ def replace(
     (`seqzoo.hf.Mixer`), or of timm (as it is). It is moved to the old layer's device, dtype and mode. Weights fit where
     a block has queries, keys and values as the old layer had them: the same heads of the same width. With
     `build_block("softmax_attention", d, num_heads=..., rotary=False, bias=True)`, or `rotary=True` for a layer of
-    transformers that rotates by PyTorch's usual base of 10,000, outputs are then what they were.
+    transformers that rotates by PyTorch's usual base of 10,000, outputs are then what they were. An
+    `nn.TransformerEncoder` with a new layer makes no nested tensors of padded batches any more.
 
     Args:
         model: it is changed in place, once everything is built.
@@ -58,7 +63,7 @@ def replace(
 
     Raises:
         ValueError: there is no such layer in the model, the model is one itself, or a layer is called with what no
-            block takes.
+            block takes, returns what no block does, or is a layer around attention.
     """
     if isinstance(model, kind):
         raise ValueError(
@@ -91,6 +96,10 @@ def replace(
         new = made[id(old)][0]
         if new is not None:
             parent._modules[child] = new
+    put = {id(new) for new, _ in made.values() if new is not None}
+    for stack in model.modules():
+        if isinstance(stack, nn.TransformerEncoder) and any(id(each) in put for each in stack.modules()):
+            stack.use_nested_tensor = False  # for which weights are read out of its first layer's attention
     return report
 
 
@@ -114,19 +123,45 @@ def _callable_as(name: str, old: nn.Module, block: Block) -> nn.Module:
         if not old.batch_first:
             raise ValueError(f"{name}: batch_first=False; valid: a model with batch_first=True, as blocks are")
         return AsSelfAttention(block)
-    if _is_of_transformers(old):
-        from .mixer import Mixer
+    given = list(inspect.signature(old.forward).parameters)
+    if not _is_of_transformers(old):
+        _check_arguments(name, old, {*given[:1], *inspect.signature(block.forward).parameters})
+        return block
+    from .mixer import TAKEN, Mixer
 
-        return Mixer(block, getattr(old, "layer_idx", None), list(inspect.signature(old.forward).parameters))
-    takes = set(inspect.signature(block.forward).parameters)
-    _, *given = inspect.signature(old.forward).parameters.values()
-    others = [each.name for each in given if each.name not in takes and each.kind is not each.VAR_KEYWORD]
+    _check_arguments(name, old, TAKEN)
+    _check_attention(name, old)
+    return Mixer(block, getattr(old, "layer_idx", None), given)
+
+
+def _check_arguments(name: str, old: nn.Module, taken: Collection[str]) -> None:
+    given = inspect.signature(old.forward).parameters.values()
+    others = [each.name for each in given if each.name not in taken and each.kind is not each.VAR_KEYWORD]
     if others:
-        raise ValueError(
-            f"{name}: {_name(old)} is called with {', '.join(others)}, which no block takes; valid: a build that "
-            "returns a module of your own around a block"
-        )
-    return block
+        raise ValueError(f"{name}: {_name(old)} is called with {', '.join(others)}, which no block takes; valid: {OWN}")
+
+
+def _check_attention(name: str, old: nn.Module) -> None:
+    """Of a layer of transformers, that it is attention and nothing around it, and returns outputs and weights."""
+    for inside, layer in old.named_modules():
+        if inside and "Attention" in _name(layer) and "hidden_states" in inspect.signature(layer.forward).parameters:
+            around = f"{name}: {_name(old)} is a layer around the {_name(layer)} in its {inside}"
+            raise ValueError(f"{around}; valid: {_name(layer)}, or {OWN}")
+    if others := _returned(old) - {2}:
+        raise ValueError(f"{name}: {_name(old)} returns {max(others)}; valid: 2 values, outputs and weights, or {OWN}")
+
+
+def _returned(old: nn.Module) -> set[int]:
+    """How many values its `forward` returns, as far as its source tells: annotations in transformers tell otherwise."""
+    forward: Any = type(old).forward
+    if inspect.signature(forward).return_annotation is Tensor:
+        return {1}
+    try:
+        source = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, SyntaxError):
+        return set()
+    given = (each.value for each in ast.walk(source) if isinstance(each, ast.Return))
+    return {len(values.elts) for values in given if isinstance(values, ast.Tuple)}
 
 
 def _copy(old: nn.Module, block: Block) -> tuple[set[str], str]:

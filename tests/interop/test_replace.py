@@ -40,8 +40,9 @@ def test_weights_of_pytorch_fit():
 
 @torch.no_grad()
 @pytest.mark.parametrize("places", [(0,), (1,), (0, 1)])
-@pytest.mark.parametrize("assigned", [False, True], ids=["replaced", "assigned"])
-def test_padded_batches_of_an_encoder_that_nests_them(places, assigned):
+@pytest.mark.parametrize("nested", [False, True])
+def test_padded_batches_of_an_encoder_that_nests_them(places, nested):
+    """As it does where a block was assigned, not replaced."""
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, H, 32, batch_first=True), 2).eval()
     x, padding = torch.randn(2, 9, D), torch.arange(9) >= torch.tensor([[9], [5]])
@@ -49,8 +50,7 @@ def test_padded_batches_of_an_encoder_that_nests_them(places, assigned):
     assert model.use_nested_tensor
     replace(model, nn.MultiheadAttention, lambda each: softmax(each) if each in [old[n] for n in places] else None)
     assert not model.use_nested_tensor
-    if assigned:
-        model.use_nested_tensor = True
+    model.use_nested_tensor = nested
     y = model(x, src_key_padding_mask=padding)
     torch.testing.assert_close(y[~padding], before[~padding], atol=1e-6, rtol=1e-6)
 
@@ -133,10 +133,7 @@ STRANGERS = {
     "T5LayerSelfAttention": ("t5", "is called with position_bias, which no block takes"),
     "BloomAttention": ("bloom", "is called with residual, alibi, which no block takes; valid: a build that returns"),
     "LlamaMLP": ("llama", "is called with x, which no block takes"),
-    "BertAttention": (
-        "bert",
-        "is a layer around the BertSelfAttention in its self; valid: BertSelfAttention, or a build",
-    ),
+    "BertAttention": ("bert", "is a layer around the BertSelfAttention in its self; valid: BertSelfAttention, or"),
     "JetMoeAttention": ("jetmoe", "returns 3; valid: 2 values, outputs and weights, or a build that returns"),
     "MobileViTSelfAttention": ("mobilevit", "returns 1; valid: 2 values"),
 }
