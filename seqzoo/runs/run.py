@@ -21,7 +21,7 @@ from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
 from ..spec import TaskSpec
 from ..study import is_packed, read_metrics
-from ..tasks import AUGMENTATIONS, Task, nested
+from ..tasks import AUGMENTATIONS, OWN, Task, build_task, nested
 from ..training.cores import cpu_share
 from ..training.evaluation import evaluate, require_questions
 from ..training.forecast import forecast, training_rate
@@ -110,6 +110,8 @@ def run(
     with _reaching(folder):
         result = read_result(folder, RESULT)
     if result is not None:
+        if task is None and config.task.name in OWN:  # only what it builds says which data these are
+            check_task(folder, build_task(config.task, data_dir=config.data_dir, cache_dir=config.cache_dir))
         again = "another runs_dir runs it again" if is_packed(folder) else "delete it to run again"
         print(printable(f"{folder} is finished; {again}"), file=sys.stderr)
         return {**result, "folder": str(folder)}

@@ -74,7 +74,9 @@ TASKS: dict[str, Callable[..., Task]] = {
 ORIGINS: dict[str, Callable[..., dict[str, Any]]] = {
     "acl_retrieval": acl_retrieval.origin,
     "char_lm": char_lm.origin,
+    "fsdd": fsdd.origin,
     "lra_listops": lra_listops.origin,
+    "lra_text": lra_text.origin,
     **dict.fromkeys(lra_pathfinder.SIZES, lra_pathfinder.origin),
 }
 
@@ -146,9 +148,11 @@ def build_task(
         raise ValueError(f"no task {config.name!r}; valid: {', '.join(TASKS)}")
     with reading(None if filled is None else _user_path(filled)):
         task = TASKS[config.name](config, **_places(data_dir, cache_dir))
+    if not isinstance(task, Task):
+        raise ValueError(f"what builds it returned a {type(task).__name__}; valid: a Task, such as from_arrays makes")
     if task.spec.name != config.name:
         raise ValueError(f"it built a task named {task.spec.name!r}; valid: a TaskSpec of the name {config.name!r}")
-    return task if config.permuted else replace(task, augmentation=AUGMENTATIONS.get(config.name))
+    return task if config.permuted else replace(task, augmentation=AUGMENTATIONS.get(config.name, task.augmentation))
 
 
 def _places(data_dir: Path | str | None, cache_dir: Path | str | None) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from ..records import is_name
 from ..spec import TaskSpec
 from .data import Task, assemble, hold_out, split_arrays, token_dtype
 
+LARGEST = 2**31 - 3  # of counts: ids are int32, and <mask> and <pad> stand behind them
+
 
 class _Examples(NamedTuple):
     name: str
@@ -60,6 +62,14 @@ def from_arrays(
         raise ValueError(f"{name}: kind is {kind!r}; valid: 'tokens', 'pixels'")
     if num_inputs not in (1, 2):
         raise ValueError(f"{name}: num_inputs is {num_inputs}; valid: 1, 2")
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"{name}: mask_ratio is {mask_ratio}; valid: between 0 and 1")
+    for what, count in (("vocab_size", vocab_size), ("num_classes", num_classes), ("max_length", max_length)):
+        if count is not None and not (isinstance(count, int | np.integer) and 0 < count <= LARGEST):
+            raise ValueError(f"{name}: {what} is {count!r}; valid: an integer from 1 to {LARGEST:,}, or None")
+    for what, held_out in (("val", val), ("test", test)):
+        if held_out is not None and len(held_out) != 2:
+            raise ValueError(f"{name}: {what} is of {len(held_out)} parts; valid: inputs and labels")
     given = {"train": (inputs, labels), "val": val, "test": test}
     splits = {
         split: _examples(f"{name}, {split}", *pair, kind, num_inputs)
@@ -69,7 +79,7 @@ def from_arrays(
 
     sequences = [sequence for split in splits.values() for sequence in split.sequences]
     if vocab_size is None:
-        vocab_size = 256 if kind == "pixels" else 1 + max(int(sequence.max()) for sequence in sequences)
+        vocab_size = 256 if kind == "pixels" else min(LARGEST, 1 + max(0, *(int(x.max()) for x in sequences)))
     if kind == "pixels" and not 2 <= vocab_size <= 256:
         raise ValueError(f"{name}: vocab_size is {vocab_size}; pixels are uint8, valid: 2 to 256")
     if num_classes is None:
@@ -118,18 +128,25 @@ def from_arrays(
 
 def _examples(name: str, inputs: Sequence[Any], labels: Sequence[int], kind: str, num_inputs: int) -> _Examples:
     """Inputs and labels of whatever form as arrays, their number and shapes checked."""
+    for what, them in (("inputs", inputs), ("labels", labels)):
+        if not hasattr(them, "__len__") or isinstance(them, np.ma.MaskedArray):
+            raise ValueError(f"{name}: {what} are a {type(them).__name__}; valid: a list, an array or a tensor")
     if len(inputs) != len(labels) or len(inputs) == 0:
         raise ValueError(f"{name}: {len(inputs)} inputs and {len(labels)} labels; valid: as many of both, at least one")
     if num_inputs > 1:
         for i, example in enumerate(inputs):
-            if len(example) != num_inputs:
-                raise ValueError(f"{name}: example {i} has {len(example)} sequences; valid: {num_inputs}")
+            count = len(example) if hasattr(example, "__len__") else 0
+            if count != num_inputs:
+                raise ValueError(f"{name}: example {i} has {count} sequences; valid: {num_inputs}")
         inputs = [sequence for example in inputs for sequence in example]
     dimensions = (1,) if kind == "tokens" else (1, 2)
     sequences = []
     for i, given in enumerate(inputs):
-        sequence = np.asarray(given)
         where = _where(name, i, num_inputs)
+        try:
+            sequence = np.asarray(given)
+        except ValueError as error:
+            raise ValueError(f"{where} has rows of unequal length, or no numbers: {error}") from error
         if sequence.size == 0:
             raise ValueError(f"{where} is empty; valid: one position and more")
         if sequence.ndim not in dimensions or sequence.dtype.kind not in "iu":

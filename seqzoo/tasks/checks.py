@@ -62,7 +62,7 @@ def verify(task: Task) -> Verdict:
         found = [f"{name}: {fault}" for fault in _faults(split)]
         faults += found
         notes.append(f"{name}: {len(split):,} examples, {len(split.values):,} values")
-        if task.spec.name in ANSWERS and not found:
+        if task.folder is not None and task.spec.name in ANSWERS and not found:
             fault, agreed, asked = _compare_labels(split, ANSWERS[task.spec.name], request)
             faults += [f"{name}: {fault}"] if fault else []
             notes.append(f"{name}: {agreed:,} of {asked:,} labels worked out anew are the same")

@@ -296,6 +296,8 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     Raises:
         ValueError: nothing would be kept, or nothing held out.
     """
+    if len(labels) < 2:
+        raise ValueError(f"none of {len(labels)} can be held out; valid: 2 examples and more")
     n = round(len(labels) * fraction)
     if not 0 < n < len(labels):
         raise ValueError(f"cannot hold {n} of {len(labels)} examples out; valid: 1 to {len(labels) - 1}")

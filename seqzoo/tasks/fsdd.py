@@ -8,41 +8,77 @@ speaker is heard in training. Validation is a tenth of the others, stratified by
 
 from __future__ import annotations
 
+import hashlib
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from . import sound
 from .config import TaskConfig
 from .data import Task, hold_out
-from .store.sources import DataError, given_folder
+from .store.sources import DataError, MissingData, given_folder
 
 FOLDER = "fsdd"
 ADVICE = f"Put its folder recordings into a folder {FOLDER} and set data_dir to the folder that holds it."
 RATE = 8_000
 TEST_TAKES = range(5)
 NUM_CLASSES = 10
+LONGEST = 8_192  # samples, to which a few recordings are cut unless more is asked for
 
 
 def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task:
-    """The task as `config` describes it, from the cache where it has been built before.
+    """The task as `config` describes it, from the cache where it has been built before from the same recordings.
 
     Raises:
         DataError: the recordings are missing, incomplete or damaged.
         ValueError: a key of `config` is missing or does not belong to this task.
     """
     settings = config.settings("val_fraction", "split_seed")
+    recordings = given_folder(FOLDER, data_dir, ADVICE) / "recordings"
 
     def find() -> dict[str, list[Path]]:
-        trained, tested = find_recordings(given_folder(FOLDER, data_dir, ADVICE) / "recordings")
+        trained, tested = find_recordings(recordings)
         digits = np.array([_digit(path) for path in trained], np.int64)
         train, val = hold_out(digits, settings["val_fraction"], settings["split_seed"])
         return {"train": [trained[i] for i in train], "val": [trained[i] for i in val], "test": tested}
 
     return sound.build(
-        config, settings, find, _digit, rate=RATE, num_classes=NUM_CLASSES, source=FOLDER, cache_dir=cache_dir
+        config,
+        {**settings, **_digest(recordings)},
+        find,
+        _digit,
+        rate=RATE,
+        num_classes=NUM_CLASSES,
+        source=FOLDER,
+        note="" if config.max_length >= LONGEST else f"recordings cut to {config.max_length:,} samples",
+        cache_dir=cache_dir,
     )
+
+
+def origin(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> dict[str, Any]:
+    """What the recordings are, of which every version has more; nothing where there are none."""
+    try:
+        return {"origin": _digest(given_folder(FOLDER, data_dir, ADVICE) / "recordings")}
+    except MissingData:
+        return {}
+
+
+def _digest(recordings: Path) -> dict[str, str]:
+    """SHA-256 of the names and contents of all files."""
+    files = sorted(recordings.glob("*.wav"))
+    return {"recordings": _sha256(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))}
+
+
+@cache
+def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files that have these sizes and dates: asked for several times by one run, read once."""
+    digest = hashlib.sha256()
+    for path, size, _ in files:
+        digest.update(b"%b\0%d\0%b" % (path.name.encode(), size, path.read_bytes()))
+    return digest.hexdigest()
 
 
 def _digit(recording: Path) -> int:

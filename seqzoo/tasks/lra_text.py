@@ -14,8 +14,11 @@ Analysis"). What published pipelines leave open or do differently is decided thu
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +43,8 @@ PUBLISHED = {  # SHA-256 of what is in a folder: of each review, by number, its 
     "test/neg": "7ad02c3a3fa32620280743182380908275f9840a63ca376798f7d375bd810d86",
     "test/pos": "09adcbbb39b0e835d61094dd905363efc386018cb5bce48d03538f4f0e775b57",
 }
+PUBLISHED_SIZES = "8ac751435df60eee17195fd852a393964912d96c28968d40b9b14aeb4ab274d9"  # of all of them, in this order
+CHANGED = "reviews that are not the published ones"
 CLASSES = ("neg", "pos")
 PUBLISHED_LENGTH = 4096
 
@@ -57,11 +62,47 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         folder = provide(ACL_IMDB, data_dir, inside(cache_dir, "downloads"))
         return _prepare(folder, config.max_length, **settings)
 
-    stored = cached(cache_dir, config.name, {"max_length": config.max_length, **settings}, prepare)
+    request = {"max_length": config.max_length, **settings, **_changed_sizes(data_dir, cache_dir)}
+    stored = cached(cache_dir, config.name, request, prepare)
     symbols = stored.facts["symbols"]
     spec = text_spec(config, symbols, num_classes=len(CLASSES))
-    note = "" if config.max_length == PUBLISHED_LENGTH else f"text cut to {config.max_length:,} characters"
-    return assemble(spec, stored.arrays, note=note, symbols=symbols)
+    notes = [CHANGED] if stored.source != ACL_IMDB.folder else []
+    if config.max_length != PUBLISHED_LENGTH:
+        notes.append(f"text cut to {config.max_length:,} characters")
+    return assemble(spec, stored.arrays, note=", ".join(notes), symbols=symbols)
+
+
+def origin(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> dict[str, Any]:
+    """What tells reviews from the published ones, which are the default, by names and sizes."""
+    changed = _changed_sizes(data_dir, cache_dir)
+    return {"origin": changed} if changed else {}
+
+
+def _changed_sizes(data_dir: Path | None, cache_dir: Path) -> dict[str, str]:
+    """A digest of names and sizes where reviews are unpacked whose ones are not the published ones."""
+    for place in (data_dir, cache_dir / "downloads"):
+        if place is not None and (place / ACL_IMDB.folder).is_dir():
+            folders = [place / ACL_IMDB.folder / name for name in PUBLISHED]
+            sizes = _sizes(tuple((folder, folder.stat().st_mtime_ns) for folder in folders if folder.is_dir()))
+            return {} if sizes == PUBLISHED_SIZES else {"reviews": sizes}
+    return {}
+
+
+@cache
+def _sizes(folders: tuple[tuple[Path, int], ...]) -> str:
+    """SHA-256 of names and sizes of what is in folders of these dates: asked for by every run, listed once."""
+    digest = hashlib.sha256()
+    for folder, _ in folders:
+        for name, size in sorted((entry.name, _size(entry)) for entry in os.scandir(folder)):
+            digest.update(f"{name} {size}\n".encode())
+    return digest.hexdigest()
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a link to nowhere, which `_read` names
+        return -1
 
 
 def _prepare(folder: Path, max_length: int, *, val_fraction: float, split_seed: int, min_frequency: int) -> Stored:

@@ -70,21 +70,29 @@ def save_sheet(task: Task, name: str, examples: Sequence[int], path: Path) -> No
     for panel in panels:
         panel.set_axis_off()
     for panel, example in zip(panels, examples, strict=False):
-        (sequence,) = sequences(split, example)
-        side = math.isqrt(len(sequence))
-        square = side * side == len(sequence) == task.spec.max_length
+        shown = sequences(split, example)
+        side = math.isqrt(task.spec.max_length)
+        square = all(len(sequence) == side * side == task.spec.max_length for sequence in shown)
         if square and task.spec.vocab_size <= 256:  # sound has more levels
-            picture = sequence.reshape(side, side, -1)
-            picture = picture[..., 0] if picture.shape[-1] == 1 else picture
-            panel.imshow(picture, cmap="gray", vmin=0, vmax=task.spec.vocab_size - 1, interpolation="nearest")
+            picture = _picture(shown, side, task.spec.vocab_size - 1)
+            panel.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         else:
-            panel.plot(sequence, linewidth=0.5)
+            for sequence in shown:
+                panel.plot(sequence, linewidth=0.5)
         panel.set_title(f"{example}: label {int(split.labels[example])}", fontsize=9)
     figure.suptitle(f"{task.spec.name}, {name}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent}")
     with replacing(path) as file:
         figure.savefig(file, dpi=150, format=path.suffix[1:] or "png")
+
+
+def _picture(shown: Sequence[np.ndarray], side: int, brightest: int) -> np.ndarray:
+    """Sequences [T, channels] beside each other, from 0 to 1; three channels are colours, others pictures each."""
+    pictures = [sequence.reshape(side, side, -1) / brightest for sequence in shown]
+    if pictures[0].shape[-1] != 3:
+        pictures = [picture[..., channel] for picture in pictures for channel in range(picture.shape[-1])]
+    return np.concatenate(pictures, 1)
 
 
 def sequences(split: Split, example: int) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from seqzoo.plugins import PluginError
 from seqzoo.report.cli import main as report
 from seqzoo.runs.cli import main
 from seqzoo.runs.folder import run_name
+from seqzoo.tasks.__main__ import main as tasks_command
 
 PLUGIN = """
 import numpy as np
@@ -26,7 +27,7 @@ import seqzoo
 from seqzoo.tasks import from_arrays
 from seqzoo.training.loggers import Logger
 
-ENTRIES, RESULTS = [], []
+ENTRIES, RESULTS, DRAWN = [], [], 0
 
 
 @seqzoo.register_block("own_mean", model={"mlp_ratio": 1, "block": {"decay": 0.25}})
@@ -42,7 +43,7 @@ class Mean(seqzoo.Block):
 
 @seqzoo.register_task("own_parity", max_length=8, num_train=64, options={"symbols": 3})
 def build(config, *, data_dir, cache_dir):
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(DRAWN)
     inputs = [generator.integers(0, config.options["symbols"], 8) for _ in range(config.num_train)]
     labels = [int(row[0] > 0) for row in inputs]
     return from_arrays(config.name, kind="tokens", inputs=inputs, labels=labels, val_fraction=0.25, test_fraction=0.25)
@@ -115,6 +116,11 @@ def test_train_runs_what_a_plugin_brings(plugin, capsys):
 
     assert main([f"resume={folder}", "plugins=own_plugin"]) == 0
     assert "is finished" in capsys.readouterr().err
+    assert tasks_command(["prepare", "own_parity", "plugins=[own_plugin]", f"cache_dir={plugin}"]) == 0
+    sys.modules["own_plugin"].DRAWN = 1
+    assert main(asked) == 2
+    assert f"{folder} was trained on other data" in capsys.readouterr().err
+    sys.modules["own_plugin"].DRAWN = 0
     assert report([f"checkpoint={folder}", "plugins=[own_plugin]"]) == 0
     assert f"own_recall {result['test']['own_recall']:.4f}" in capsys.readouterr().out
 

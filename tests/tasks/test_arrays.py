@@ -97,6 +97,22 @@ def replaced(values: list, at: int, value) -> list:
         ({"val": (ONES, LABELS[:3])}, "val: 40 inputs and 3 labels"),
         ({"test": ([[]], [0])}, "test: sequence 0 is empty"),
         ({"inputs": ONES[:3], "labels": [0, 1, 0]}, "no test examples are given, and cannot hold 0 of 3"),
+        (
+            {"inputs": ONES[:1], "labels": [0]},
+            "no test examples are given, and none of 1 can be held out; valid: 2 exam",
+        ),
+        (
+            {"inputs": replaced(ONES, 7, [2**31])},
+            "train: sequence 7 has 2147483648 at position 0; valid: 0 to 2147483644",
+        ),
+        ({"inputs": np.ma.masked_array([[1, 2]] * 40, mask=True)}, "train: inputs are a MaskedArray; valid: a list"),
+        ({"inputs": (row for row in ONES)}, "train: inputs are a generator; valid: a list"),
+        ({"inputs": replaced(ONES, 7, [[1, 2], [3]])}, "train: sequence 7 has rows of unequal length, or no numbers"),
+        ({"inputs": replaced([ONES[:2]] * 40, 7, 1), "num_inputs": 2}, "train: example 7 has 0 sequences; valid: 2"),
+        ({"val": (ONES,)}, "val is of 1 parts; valid: inputs and labels"),
+        ({"mask_ratio": 7.0}, "mask_ratio is 7.0; valid: between 0 and 1"),
+        ({"vocab_size": 20.5}, "vocab_size is 20.5; valid: an integer from 1 to"),
+        ({"num_classes": "2"}, "num_classes is '2'; valid: an integer from 1 to"),
         ({"kind": "pixels", "vocab_size": 300}, "vocab_size is 300; pixels are uint8"),
         ({"kind": "pixels", "inputs": replaced(ONES, 7, [[1, 2]])}, "train: sequence 7 has 2 channels; valid: 1"),
         (

@@ -8,7 +8,7 @@ import torch
 from recordings import write_wav
 
 from seqzoo.models.embedding import PixelEmbedding
-from seqzoo.tasks import DataError, TaskConfig, build_task
+from seqzoo.tasks import DataError, TaskConfig, build_task, origin_of
 
 
 def config(**changes) -> TaskConfig:
@@ -50,6 +50,22 @@ def test_the_model_sees_mean_zero_and_unit_variance(folder, tmp_path):
     values = PixelEmbedding(task.spec, 4).normalise(batch.inputs)
     valid = values[torch.arange(values.shape[1]) < batch.lengths[:, None]]
     assert (valid.mean().item(), valid.std(correction=0).item()) == pytest.approx((0, 1), abs=1e-5)
+
+
+def test_other_recordings_have_an_entry_and_a_name_of_their_own(folder, tmp_path):
+    before, name = build(tmp_path), origin_of(config(), data_dir=tmp_path, cache_dir=tmp_path)
+    assert build(tmp_path).folder == before.folder
+    write_wav(folder / "7_bo_9.wav", np.arange(50, dtype=np.int16), rate=8000)
+    after = build(tmp_path)
+    assert len(after.train) + len(after.val) == len(before.train) + len(before.val) + 1
+    assert origin_of(config(), data_dir=tmp_path, cache_dir=tmp_path) != name
+    write_wav(folder / "7_bo_9.wav", np.arange(50, dtype=np.int16)[::-1], rate=8000)
+    assert build(tmp_path).folder not in (before.folder, after.folder)
+
+
+def test_shorter_recordings_are_noted(folder, tmp_path):
+    assert build(tmp_path).note == ""
+    assert build(tmp_path, max_length=20).note == "recordings cut to 20 samples"
 
 
 def test_takes_are_numbers(folder, tmp_path):

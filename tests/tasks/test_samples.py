@@ -6,7 +6,7 @@ from task_configs import small_listops
 
 from seqzoo.tasks import TaskConfig, build_task, from_arrays, samples
 from seqzoo.tasks.listops.grammar import SYMBOLS
-from seqzoo.tasks.samples import as_text, decode, pick, save_sheet, sequences
+from seqzoo.tasks.samples import _picture, as_text, decode, pick, save_sheet, sequences
 
 
 def test_decode():
@@ -51,12 +51,23 @@ def test_pick_is_the_same_each_time_and_no_more_than_there_are(tmp_path):
     assert sorted(pick(task.val, 100)) == list(range(40))
 
 
-@pytest.mark.parametrize("shape", [(9,), (9, 3), (10,)], ids=["grey", "colour", "curve"])
-def test_a_sheet(tmp_path, shape):
+@pytest.mark.parametrize(
+    ("shape", "num_inputs"),
+    [((9,), 1), ((9, 3), 1), ((9, 2), 1), ((10,), 1), ((2, 9), 2), ((2, 9, 3), 2), ((2, 10), 2)],
+    ids=["grey", "colour", "two channels", "curve", "two pictures", "two in colour", "two curves"],
+)
+def test_a_sheet(tmp_path, shape, num_inputs):
     inputs = np.random.default_rng(0).integers(0, 256, (20, *shape), dtype=np.uint8)
-    task = from_arrays("pictures", kind="pixels", inputs=list(inputs), labels=[0, 1] * 10)
+    pictures = {"kind": "pixels", "inputs": list(inputs), "labels": [0, 1] * 10}
+    task = from_arrays("pictures", **pictures, num_inputs=num_inputs)
     save_sheet(task, "train", pick(task.train, 5), tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_brightest_is_one():
+    colour = np.full((4, 3), 15, np.uint8)
+    assert (_picture([colour], 2, 15) == np.ones((2, 2, 3))).all()
+    assert (_picture([colour[:, :2], 0 * colour[:, :2]], 2, 15) == [[1, 1, 1, 1, 0, 0, 0, 0]] * 2).all()
 
 
 def test_a_sheet_replaces_a_link(tmp_path, victim):

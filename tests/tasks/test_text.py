@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from seqzoo.tasks import DataError, Task, TaskConfig, build_task, lra_text
+from seqzoo.tasks import DataError, Task, TaskConfig, build_task, lra_text, origin_of
 from seqzoo.tasks.store.cache import origin
 
 
@@ -32,7 +33,17 @@ def data_dir(tmp_path, monkeypatch) -> Path:
             for number in range(10):
                 (folder / f"{number}_{7 if label == 'pos' else 3}.txt").write_text(f"{word} {number}", encoding="utf-8")
     (tmp_path / "aclImdb" / "test" / "pos" / "9_7.txt").write_text("naïve 🎬 film", encoding="utf-8")
+    publish(tmp_path, monkeypatch)
     return tmp_path
+
+
+def publish(data_dir, monkeypatch):
+    """From now on what lies there is what was published."""
+    digests: dict[str, str] = {}
+    for split in ("train", "test"):
+        lra_text._read(data_dir / "aclImdb", split, 9, digests)
+    monkeypatch.setattr(lra_text, "PUBLISHED", digests)
+    monkeypatch.setattr(lra_text, "PUBLISHED_SIZES", lra_text._changed_sizes(data_dir, data_dir)["reviews"])
 
 
 def decode(task: Task, split: str, i: int) -> str:
@@ -113,14 +124,23 @@ def test_a_review_that_is_no_text_is_refused(data_dir, tmp_path, how):
 
 
 def test_reviews_other_than_the_published_are_said(data_dir, tmp_path, capsys, monkeypatch):
-    said = "the reviews in train/neg, train/pos, test/neg, test/pos are not those published"
-    task = build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
-    assert said in capsys.readouterr().err
-    assert origin(task.folder)[0] == "aclImdb, changed"
-    digests: dict[str, str] = {}
-    for split in ("train", "test"):
-        lra_text._read(data_dir / "aclImdb", split, 9, digests)
-    monkeypatch.setattr(lra_text, "PUBLISHED", digests)
     (data_dir / "aclImdb" / "test" / "pos" / "3_7.txt").write_text("good 4", encoding="utf-8")
-    build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "other")
+    task = build_task(config(), data_dir=data_dir, cache_dir=tmp_path / "cache")
     assert "the reviews in test/pos are not those published" in capsys.readouterr().err
+    assert origin(task.folder)[0] == "aclImdb, changed"
+    assert task.note == "reviews that are not the published ones"
+
+
+def test_changed_reviews_have_an_entry_and_a_name_of_their_own(data_dir, tmp_path):
+    places = {"cache_dir": tmp_path / "cache"}
+    published = build_task(config(), data_dir=data_dir, **places)
+    own = tmp_path / "own"
+    shutil.copytree(data_dir / "aclImdb", own / "aclImdb")
+    (own / "aclImdb" / "train" / "pos" / "3_7.txt").write_text("better than good", encoding="utf-8")
+    for _ in range(2):
+        changed = build_task(config(), data_dir=own, **places)
+        assert changed.folder != published.folder
+        assert changed.note == "reviews that are not the published ones"
+        assert build_task(config(), data_dir=data_dir, **places).folder == published.folder
+    assert not origin_of(config(), data_dir=data_dir, **places)
+    assert origin_of(config(), data_dir=own, **places)
