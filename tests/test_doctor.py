@@ -11,7 +11,7 @@ import torch
 
 from seqzoo import kernels
 from seqzoo.doctor import __main__ as doctor
-from seqzoo.doctor import machine, operations
+from seqzoo.doctor import examination, machine, operations
 from seqzoo.doctor.finding import BAD, OK, UNKNOWN, Finding, status
 
 CPU = torch.device("cpu")
@@ -114,3 +114,11 @@ def test_the_command_itself(tmp_path):
     assert done.returncode in (0, 2), done.stdout + done.stderr  # 2: this machine is too busy to tell
     assert "offline" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_archives_and_folders_of_data_are_found(tmp_path):
+    (tmp_path / "listops-1000").mkdir()
+    for name in ("aclImdb_v1.tar.gz", "lra_release.gz"):
+        (tmp_path / name).touch()
+    said = examination.data(tmp_path, tmp_path / "cache").said
+    assert f"in {tmp_path}: aclImdb_v1.tar.gz, lra_release.gz, listops-1000; prepared: none" in said

@@ -14,6 +14,7 @@ import torch
 from .. import tasks
 from ..kernels import backends
 from ..tasks.store.cache import default_folder
+from ..tasks.store.release import ARCHIVES
 from ..training.loggers import wandb_mode
 from .finding import BAD, OK, UNKNOWN, Finding
 from .operations import BOUNDS, checks, worst
@@ -83,9 +84,11 @@ def compilers(device: torch.device) -> Iterator[Finding]:
 
 def data(data_dir: Path | None, cache_dir: Path | None) -> Finding:
     """Which published data lie in the folders; none are needed to begin."""
-    folders = [archive.folder for archive in (tasks.lra_text.ACL_IMDB, tasks.cifar10.ARCHIVE)]
-    folders += [task.FOLDER for task in (tasks.smnist, tasks.fsdd, tasks.acl_retrieval, tasks.speech_commands)]
-    found = [name for name in folders if data_dir is not None and (data_dir / name).is_dir()]
+    archives = (tasks.lra_text.ACL_IMDB, tasks.cifar10.ARCHIVE)
+    names = [name for archive in archives for name in (archive.folder, archive.filename)]
+    names += [task.FOLDER for task in (tasks.smnist, tasks.fsdd, tasks.acl_retrieval, tasks.speech_commands)]
+    names += [*ARCHIVES, tasks.lra_listops.FOLDER]
+    found = [name for name in names if data_dir is not None and (data_dir / name).exists()]
     cache = cache_dir or default_folder()
     prepared = sorted(path.parent.name.rsplit("-", 1)[0] for path in cache.glob("*/manifest.json"))
     where = f"in {data_dir}: {', '.join(found) or 'none'}" if data_dir else "no data_dir given"

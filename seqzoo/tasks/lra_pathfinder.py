@@ -28,7 +28,13 @@ from .store.release import released_folder
 from .store.shards import ROWS_PER_SHARD, array_file, num_shards
 
 SIZES = {"lra_pathfinder": 32, "lra_pathx": 128, "lra_pathx256": 256}
-PUBLISHED = {"difficulty": "curv_contour_length_14", "num_train": 160_000, "num_val": 20_000, "num_test": 20_000}
+PUBLISHED = {
+    "difficulty": "curv_contour_length_14",
+    "num_train": 160_000,
+    "num_val": 20_000,
+    "num_test": 20_000,
+    "generator_seed": 0,  # of images that are generated: another asks for others than the released ones
+}
 
 Filler = Callable[..., None]  # see `generate`, from `images` on
 

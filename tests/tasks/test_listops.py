@@ -88,6 +88,9 @@ def test_released_files_are_not_taken_for_another_grammar(released):
     task = build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
     assert task.note == "min_length 20, length_bound 200"
     assert task.train.lengths.min() > 20
+    config = small_listops(generator_seed=1, num_train=4, num_val=4, num_test=4)
+    task = build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert "generator_seed 1" in task.note
 
 
 def test_changed_files_are_read_anew(released):

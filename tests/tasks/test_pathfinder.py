@@ -164,6 +164,7 @@ def load(released, **changes):
 def test_released_images_are_split_as_published(released):
     task = load(released)
     assert task.note == ""
+    assert load(released, generator_seed=1).note == "generated, generator_seed 1"
     parts = torch.utils.data.random_split(range(50), [TRAIN, VAL, TEST], generator=torch.Generator().manual_seed(42))
     for split, part in zip((task.train, task.val, task.test), parts, strict=True):
         rows = list(part)
