@@ -80,7 +80,6 @@ class Embedding(nn.Module):
             raise ValueError(f"position={position!r}; valid: {', '.join(POSITIONS)}")
         self.d_model = d_model
         self.position = position
-        self.kind = spec.kind
         self.max_length = spec.max_length
         self.inputs = TokenEmbedding(spec, d_model) if spec.kind == "tokens" else PixelEmbedding(spec, d_model)
         if position == "learned":

@@ -14,7 +14,7 @@ from ..blocks.states import Held
 from ..kernels.documents import Documents, check_documents
 from ..spec import TaskSpec
 from ..valid import BelowOne, NotNegative, Range, Text, Width, check_ranges
-from .embedding import Embedding
+from .embedding import Embedding, PixelEmbedding
 from .heads import ClassificationHead, PairHead, PositionHead
 from .streaming import ModelState, Streaming
 
@@ -281,7 +281,7 @@ class SequenceModel(Streaming):
         self, inputs: Tensor, lengths: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The two sequences of each pair as rows of their own."""
-        axes = 2 + (self.backbone.embedding.kind == "pixels")
+        axes = 2 + isinstance(self.backbone.embedding.inputs, PixelEmbedding)
         if self.num_inputs == 1 or inputs.dim() == axes:
             return inputs, lengths, mask
         lengths = None if lengths is None else lengths.flatten()

@@ -20,13 +20,11 @@ Neither the order of rows nor anything but the seeds decides what is drawn.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +34,7 @@ from .characters import Alphabet, code_points, text_spec
 from .config import TaskConfig
 from .data import Task, assemble, split_arrays
 from .store.cache import Stored, cached
-from .store.sources import DataError, MissingData, given_folder
+from .store.sources import DataError, MissingData, given_folder, sha256_of
 
 FOLDER = "aan"
 FILES = (("documents.jsonl", "citations.tsv"), ("scisumm_docs.jsonl", "aan_citations.tsv"))
@@ -87,15 +85,7 @@ def origin(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> dic
 
 def _digests(*paths: Path) -> dict[str, str]:
     """SHA-256 of files by what their names end in."""
-    stats = [path.stat() for path in paths]
-    return {path.suffix: _sha256(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)}
-
-
-@cache
-def _sha256(path: Path, size: int, dated: int) -> str:
-    """Of a file that has this size and date: asked for several times by one run, hashed once."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.suffix: sha256_of(path) for path in paths}
 
 
 def _prepare(

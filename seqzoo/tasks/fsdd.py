@@ -8,9 +8,7 @@ speaker is heard in training. Validation is a tenth of the others, stratified by
 
 from __future__ import annotations
 
-import hashlib
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ import numpy as np
 from . import sound
 from .config import TaskConfig
 from .data import Task, hold_out
-from .store.sources import DataError, MissingData, given_folder
+from .identity import combined
+from .store.sources import DataError, MissingData, given_folder, sha256_of
 
 FOLDER = "fsdd"
 ADVICE = f"Put its folder recordings into a folder {FOLDER} and set data_dir to the folder that holds it."
@@ -68,17 +67,7 @@ def origin(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> dic
 
 def _digest(recordings: Path) -> dict[str, str]:
     """SHA-256 of the names and contents of all files."""
-    files = sorted(recordings.glob("*.wav"))
-    return {"recordings": _sha256(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))}
-
-
-@cache
-def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of files that have these sizes and dates: asked for several times by one run, read once."""
-    digest = hashlib.sha256()
-    for path, size, _ in files:
-        digest.update(b"%b\0%d\0%b" % (path.name.encode(), size, path.read_bytes()))
-    return digest.hexdigest()
+    return {"recordings": combined({path.name: sha256_of(path) for path in recordings.glob("*.wav")})}
 
 
 def _digit(recording: Path) -> int:

@@ -32,14 +32,14 @@ def fingerprint(task: Task) -> Fingerprint:
     if task.folder is not None:
         manifest = manifest_of(task.folder)
         files = {name: file["sha256"] for name, file in manifest["files"].items()}
-        return Fingerprint(_combined(files), manifest["source"])
+        return Fingerprint(combined(files), manifest["source"])
     files = {}
     for name in ("train", "val", "test"):
         split = getattr(task, name)
         for part in ("values", "offsets", "labels", "targets"):
             if (tensor := getattr(split, part)) is not None:
                 files[f"{name}_{part}.npy"] = _as_a_file(tensor.cpu().numpy())
-    return Fingerprint(_combined(files), "arrays in memory")
+    return Fingerprint(combined(files), "arrays in memory")
 
 
 def digest_of_arrays(task: Task) -> str:
@@ -52,7 +52,8 @@ def digest_of_arrays(task: Task) -> str:
     return digest.hexdigest()
 
 
-def _combined(files: Mapping[str, str]) -> str:
+def combined(files: Mapping[str, str]) -> str:
+    """SHA-256 of the digests of files, by their names."""
     return hashlib.sha256("".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()).hexdigest()
 
 

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ...failures import Said
@@ -65,6 +66,18 @@ def given_folder(folder: str, data_dir: Path | None, advice: str) -> Path:
     if not (data_dir / folder).is_dir():
         raise MissingData(f"no {folder} in {data_dir.resolve()}.\n{advice}")
     return data_dir / folder
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's contents: asked for several times by one run, hashed once for its size and date."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, size: int, dated: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unwritable(folder: Path, error: OSError, *, needed: int | None = None) -> DataError:
