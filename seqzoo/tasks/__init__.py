@@ -152,6 +152,7 @@ def build_task(
         raise ValueError(f"what builds it returned a {type(task).__name__}; valid: a Task, such as from_arrays makes")
     if task.spec.name != config.name:
         raise ValueError(f"it built a task named {task.spec.name!r}; valid: a TaskSpec of the name {config.name!r}")
+    task = replace(task, note=", ".join(filter(None, (task.note, config.unusual))))
     return task if config.permuted else replace(task, augmentation=AUGMENTATIONS.get(config.name, task.augmentation))
 
 

@@ -8,6 +8,14 @@ from typing import Annotated, Any
 from ..valid import Between, Count, Examples, Length, Number, Range, Text, Width, check_ranges
 
 COUNTS = {"train": "num_train", "val": "num_val", "test": "num_test"}  # the key of each split's size
+CUT = {"val_fraction": 0.1, "split_seed": 42}
+USUAL = {  # how published data are split and spelt where nobody says otherwise, as the files have it
+    **dict.fromkeys(("fsdd", "lra_image", "scifar", "smnist"), CUT),
+    "acl_retrieval": {**CUT, "test_fraction": 0.1, "min_frequency": 15},
+    "char_lm": {"val_fraction": 0.05, "test_fraction": 0.05, "min_frequency": 1},
+    "lra_retrieval": {"min_frequency": 1},
+    "lra_text": {**CUT, "min_frequency": 15},
+}
 POSITIONS = 2 * 10**10  # of all splits together, generated: bytes, at least
 
 
@@ -65,6 +73,13 @@ class TaskConfig:
                 f"task={self.name}: {sum(counts):,} sequences of up to {self.max_length:,} positions; valid: up to "
                 f"{POSITIONS:,} positions together"
             )
+
+    @property
+    def unusual(self) -> str:
+        """The keys of `USUAL` that have another value here, with it; empty: none has."""
+        usual = USUAL.get(self.name, {})
+        given = {key: getattr(self, key) for key in usual}
+        return ", ".join(f"{key} {value:g}" for key, value in given.items() if value not in (None, usual[key]))
 
     def settings(self, *names: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
         """The keys that a task reads besides the common ones.

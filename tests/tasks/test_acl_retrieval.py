@@ -66,7 +66,8 @@ def test_the_task(data_dir, tmp_path):
         assert sum(labels[split]) * 2 == len(labels[split])
     together = [frozenset(pair) for split in pairs.values() for pair in split]
     assert len(together) == len(set(together)) == 2 * len(CITATIONS)
-    assert (task.spec.num_inputs, task.spec.num_classes, task.majority, task.note) == (2, 2, 0.5, "")
+    assert (task.spec.num_inputs, task.spec.num_classes, task.majority) == (2, 2, 0.5)
+    assert task.note == "val_fraction 0.2, test_fraction 0.2, min_frequency 1"
     tokens = task.train.values[: task.train.offsets[1]]
     id = pairs["train"][0][0]
     assert "".join(task.symbols[token] for token in tokens) == f"On {id}\nBody of {id}.<eos>"

@@ -48,6 +48,16 @@ def test_every_task_has_a_typed_configuration_file(name, max_length, mask_ratio)
         load(name, max_length="long")
 
 
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_what_the_file_has_otherwise_is_noted(name):
+    usual = load(name)
+    assert usual.unusual == ""
+    for key in ("val_fraction", "test_fraction", "split_seed", "min_frequency"):
+        if (value := getattr(usual, key)) is not None:
+            changed = value + (0.125 if "fraction" in key else 1)
+            assert load(name, **{key: changed}).unusual == f"{key} {changed:g}"
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_key_of_another_task_is_refused(name, tmp_path):
     foreign = "max_depth" if name != "lra_listops" else "min_frequency"

@@ -64,8 +64,8 @@ def test_other_recordings_have_an_entry_and_a_name_of_their_own(folder, tmp_path
 
 
 def test_shorter_recordings_are_noted(folder, tmp_path):
-    assert build(tmp_path).note == ""
-    assert build(tmp_path, max_length=20).note == "recordings cut to 20 samples"
+    assert build(tmp_path).note == "val_fraction 0.25"
+    assert build(tmp_path, max_length=20).note == "recordings cut to 20 samples, val_fraction 0.25"
 
 
 def test_takes_are_numbers(folder, tmp_path):

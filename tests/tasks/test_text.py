@@ -61,7 +61,7 @@ def test_reviews_in_order_of_class_and_number(data_dir, tmp_path):
     texts = {decode(task, split, i) for split in ("train", "val") for i in range(len(getattr(task, split)))}
     assert texts == {f"{word} {number}<eos>" for word in ("bad", "good") for number in range(10)}
     assert task.majority == 0.5
-    assert task.note == ""
+    assert task.note == "min_frequency 1"
 
 
 def test_vocabulary_is_what_training_sees(data_dir, tmp_path):
@@ -76,7 +76,7 @@ def test_long_reviews_are_cut(data_dir, tmp_path):
     task = build_task(config(max_length=5, min_frequency=1), data_dir=data_dir, cache_dir=tmp_path / "cache")
     assert decode(task, "test", 0) == "bad <eos>"
     assert task.train.lengths.max() == 5
-    assert task.note == "text cut to 5 characters"
+    assert task.note == "text cut to 5 characters, min_frequency 1"
     assert set(task.symbols[4:]) == set("badgo ")  # no digit is left to be seen
 
 
