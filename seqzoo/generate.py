@@ -15,7 +15,7 @@ from .models import SequenceModel
 from .runs import load
 from .runs.folder import checked_task, read_config, read_spec, read_symbols, require_weights
 from .tasks import build_task
-from .tasks.characters import ids_of
+from .tasks.characters import MASK, PAD, SPECIALS, ids_of
 
 
 class Writer:
@@ -61,10 +61,13 @@ class Writer:
     def write(self, prompt: str, characters: int, **options: Any) -> Iterator[str]:
         """The characters that follow `prompt`, one by one; `options` as of `SequenceModel.generate`.
 
+        What no text has, a mask or padding, is never drawn.
+
         Raises:
             ValueError: the prompt has a character that the model does not know; or as `generate` does.
         """
-        for (symbol,) in self.model.stream([ids_of(prompt, self.symbols)], characters, **options):
+        none = [id for id, symbol in enumerate(self.symbols) if symbol in (SPECIALS[MASK], SPECIALS[PAD])]
+        for (symbol,) in self.model.stream([ids_of(prompt, self.symbols)], characters, never=none, **options):
             assert symbol is not None
             yield self.symbols[symbol]
 

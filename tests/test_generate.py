@@ -51,7 +51,8 @@ def test_text_is_streamed(folder, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     model, symbols = load(folder), read_symbols(folder)
-    (found,) = model.generate([ids_of("\n", symbols)], 40, temperature=9.0, seed=2)
+    assert not {"<mask>", "<pad>"} & set(Writer(folder).write("\n", 300, temperature=99.0, seed=0))
+    (found,) = model.generate([ids_of("\n", symbols)], 40, temperature=9.0, seed=2, never=[0, 1])
     assert texts[2] == "\n" + "".join(symbols[number] for number in found) + "\n"
 
 

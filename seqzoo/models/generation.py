@@ -19,9 +19,10 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    never: tuple[int, ...] = ()
 
-    def check(self) -> Sampling:
-        """Raises ValueError for what is out of its range."""
+    def check(self, symbols: int) -> Sampling:
+        """Raises ValueError for what is out of its range, of scores of `symbols` different ones."""
         number = isinstance(self.temperature, int | float) and 0 <= self.temperature < float("inf")
         if isinstance(self.temperature, bool) or not number:
             raise ValueError(f"temperature={self.temperature!r}; valid: 0, for the likeliest symbol, or more")
@@ -31,6 +32,8 @@ class Sampling(NamedTuple):
             raise ValueError(f"top_k={self.top_k!r}; valid: 1 or more, or None")
         if self.top_p is not None and not (isinstance(self.top_p, int | float) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p={self.top_p!r}; valid: above 0, up to 1, or None")
+        if not {*self.never} < {*range(symbols)}:
+            raise ValueError(f"never={list(self.never)}; valid: some ids of 0 to {symbols - 1}, not all")
         return self
 
     def draw(self, scores: Tensor, uniform: Tensor) -> Tensor:
@@ -38,6 +41,8 @@ class Sampling(NamedTuple):
 
         In double precision, so that what else is in a batch does not turn a draw.
         """
+        if self.never:
+            scores = scores.index_fill(-1, torch.tensor(self.never, device=scores.device), -torch.inf)
         if self.temperature == 0:
             return scores.argmax(-1)
         ranked, order = (scores.double() / self.temperature).sort(dim=-1, descending=True, stable=True)

@@ -99,6 +99,7 @@ class Streaming(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         stop: Iterable[int] = (),
+        never: Iterable[int] = (),
         seed: int | Sequence[int] | None = None,
     ) -> list[list[int]]:
         """The ids that follow each prompt, as many as `max_new`, or up to the first of `stop`, which ends them.
@@ -113,6 +114,7 @@ class Streaming(nn.Module):
             top_k: draw from so many of the likeliest.
             top_p: draw from the fewest of the likeliest that have this much of all probability.
             stop: ids that end a text.
+            never: ids that are not drawn, such as that of padding, which no text has.
             seed: of the first prompt, the next having the next one; or one for each. None: from PyTorch's generator.
 
         Raises:
@@ -120,8 +122,9 @@ class Streaming(nn.Module):
                 or with `max_new` longer than absolute positions are valid; or an option is out of its range.
         """
         options: dict[str, Any] = {"lengths": lengths, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options |= {"stop": stop, "never": never, "seed": seed}
         found: list[list[int]] = []
-        for symbols in self.stream(prompts, max_new, **options, stop=stop, seed=seed):
+        for symbols in self.stream(prompts, max_new, **options):
             found = found or [[] for _ in symbols]
             for text, symbol in zip(found, symbols, strict=True):
                 text += [] if symbol is None else [symbol]
@@ -137,6 +140,7 @@ class Streaming(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         stop: Iterable[int] = (),
+        never: Iterable[int] = (),
         seed: int | Sequence[int] | None = None,
     ) -> Iterator[list[int | None]]:
         """What `generate` gives, step by step: an id for each prompt, None where one has stopped."""
@@ -151,8 +155,8 @@ class Streaming(nn.Module):
             raise ValueError("this model is in training mode, in which it is not the same twice; valid: model.eval()")
         if isinstance(max_new, bool) or not isinstance(max_new, int) or max_new < 1:
             raise ValueError(f"max_new={max_new!r}; valid: 1 or more")
-        sampling = Sampling(temperature, top_k, top_p).check()
         table = self.backbone.embedding.inputs.table
+        sampling = Sampling(temperature, top_k, top_p, tuple(never)).check(table.num_embeddings)
         rows = as_prompts(prompts, lengths, table.weight.device, table.num_embeddings)
         steps = max(map(len, rows)) + max_new - 1  # the last symbol is not read
         self.backbone.embedding.check_length(steps)

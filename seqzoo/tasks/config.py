@@ -9,7 +9,9 @@ from ..valid import Between, Count, Examples, Length, Number, Range, Text, Width
 
 COUNTS = {"train": "num_train", "val": "num_val", "test": "num_test"}  # the key of each split's size
 CUT = {"val_fraction": 0.1, "split_seed": 42}
-USUAL = {  # how published data are split and spelt where nobody says otherwise, as the files have it
+USUAL: dict[
+    str, dict[str, float]
+] = {  # how published data are split and spelt where nobody says otherwise, as the files have it
     **dict.fromkeys(("fsdd", "lra_image", "scifar", "smnist"), CUT),
     "acl_retrieval": {**CUT, "test_fraction": 0.1, "min_frequency": 15},
     "char_lm": {"val_fraction": 0.05, "test_fraction": 0.05, "min_frequency": 1},

@@ -128,6 +128,9 @@ def test_symbols_are_drawn_as_often_as_they_are_likely():
     close(frequencies(top_p=0.9), [0, e(3), e(1), e(2)])  # 0.64 and 0.24 are not yet so much
     close(frequencies(top_p=0.6), [0, 1, 0, 0])
     close(frequencies(temperature=0), [0, 1, 0, 0])
+    close(frequencies(never=(1,)), [1, 0, e(1), e(2)])
+    close(frequencies(never=(1,), temperature=0), [0, 0, 0, 1])
+    close(frequencies(never=(0, 1, 2), top_k=3), [0, 0, 0, 1])
     tied = torch.zeros(1, 4)
     assert Sampling(top_k=1).draw(tied, torch.tensor([0.99])).tolist() == [0]
 
@@ -152,6 +155,8 @@ def test_symbols_are_drawn_as_often_as_they_are_likely():
         ({}, {"temperature": -1}, "temperature=-1; valid: 0"),
         ({}, {"top_k": 0}, "top_k=0; valid: 1 or more"),
         ({}, {"top_p": 0.0}, "top_p=0.0; valid: above 0"),
+        ({}, {"never": [12]}, r"never=\[12\]; valid: some ids of 0 to 11, not all"),
+        ({}, {"never": range(12)}, r"never=\[0, 1, .*not all"),
         ({}, {"seed": [1, 2]}, r"seed=\[1, 2\]; valid: .*one for each of 1 prompts"),
     ],
 )
