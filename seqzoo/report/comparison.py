@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .intervals import Interval, of_difference, over_examples, over_seeds
 from .published import TASKS
-from .repetitions import difference
+from .repetitions import OF_STAGES, difference
 from .results import LeftOut, OnePhase, Pretraining, Result
 
 
@@ -129,6 +129,30 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """How one cell's scores are beyond another's."""
+
+    after: Cell
+    before: Cell
+
+    @cached_property
+    def mean(self) -> float:
+        return self.after.mean - self.before.mean
+
+    @cached_property
+    def interval(self) -> Interval | None:
+        """95 %; None of scores that are no accuracies."""
+        if self.after.conditions.metric != "accuracy":
+            return None
+        return of_difference(self.after.independent, self.before.independent, self.after.conditions.n_test)
+
+    @cached_property
+    def unlike(self) -> str | None:
+        """A setting of both sides, other than those of stages, that is not the same, with its values."""
+        return difference([self.after.results[0], self.before.results[0]], OF_STAGES)
+
+
+@dataclass(frozen=True)
 class Row:
     """One model: from scratch with the fine-tuning budget of the table, self-pretrained, and with the budget of both
     stages of the pretrained one, from scratch and in one phase. Without a pretrained one, one phase has the table's."""
@@ -148,33 +172,23 @@ class Row:
         """The cell from scratch with the budget of the cells in one phase."""
         return self.matched if self.pretrained else self.scratch
 
-    def gain_of(self, cell: Cell) -> float | None:
-        """What one phase, of the budget that `cell` has, adds to the mean score from scratch."""
-        return cell.mean - self.scratch_of_total.mean if self.scratch_of_total else None
-
-    def interval_of(self, cell: Cell) -> Interval | None:
-        """95 %, of `gain_of`."""
-        return _difference_interval(cell, self.scratch_of_total)
-
-    @property
-    def difference(self) -> float | None:
-        """What pretraining adds to the mean score; None unless both cells are there."""
-        return self.pretrained.mean - self.scratch.mean if self.scratch and self.pretrained else None
-
-    @property
-    def gain(self) -> float | None:
-        """What pretraining adds to the mean score at equal total budget; None unless both cells are there."""
-        return self.pretrained.mean - self.matched.mean if self.matched and self.pretrained else None
+    def gain_of(self, cell: Cell) -> Gain | None:
+        """What one phase, of the budget that `cell` has, adds to from scratch."""
+        return Gain(cell, self.scratch_of_total) if self.scratch_of_total else None
 
     @cached_property
-    def difference_interval(self) -> Interval | None:
-        """95 %, of `difference`."""
-        return _difference_interval(self.pretrained, self.scratch)
+    def difference(self) -> Gain | None:
+        """What pretraining adds; None unless both cells are there."""
+        return Gain(self.pretrained, self.scratch) if self.scratch and self.pretrained else None
 
     @cached_property
-    def gain_interval(self) -> Interval | None:
-        """95 %, of `gain`."""
-        return _difference_interval(self.pretrained, self.matched)
+    def gain(self) -> Gain | None:
+        """What pretraining adds at equal total budget; None unless both cells are there."""
+        return Gain(self.pretrained, self.matched) if self.matched and self.pretrained else None
+
+    @property
+    def gains(self) -> list[Gain]:
+        return [gain for gain in (self.difference, self.gain, *map(self.gain_of, self.one_phase)) if gain]
 
 
 @dataclass(frozen=True)
@@ -289,12 +303,6 @@ def _rates(runs: list[Result]) -> str:
         if len(rates) > 1:
             return f"learning rates of {name} {', '.join(f'{rate:g}' for rate in rates)}"
     return "their settings differ"
-
-
-def _difference_interval(after: Cell | None, before: Cell | None) -> Interval | None:
-    if after is None or before is None or after.conditions.metric != "accuracy":
-        return None
-    return of_difference(after.independent, before.independent, after.conditions.n_test)
 
 
 def _reading_order(cell: Cell) -> tuple:

@@ -69,8 +69,8 @@ def gain_over_budget(comparisons: Iterable[Comparison]) -> Chart | None:
     name_of = namer(cell for _, row in rows for cell in row.cells)
     panels: dict[str, dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for conditions, row in rows:
-        pretrained, matched = row.pretrained, row.matched
-        if not (pretrained and pretrained.pretraining and matched):
+        gain, pretrained = row.gain, row.pretrained
+        if gain is None or gain.unlike or pretrained is None or pretrained.pretraining is None:
             continue
         share = pretrained.pretraining.budget / pretrained.total_budget
         label = (
@@ -80,9 +80,9 @@ def gain_over_budget(comparisons: Iterable[Comparison]) -> Chart | None:
         panel = f"{shared}\n{conditions.task_note}".strip()
         point = Point(
             pretrained.total_budget / 1e6,
-            100 * (pretrained.mean - matched.mean),
-            folders(pretrained, matched),
-            scaled(row.gain_interval, 100),
+            100 * gain.mean,
+            folders(gain.after, gain.before),
+            scaled(gain.interval, 100),
         )
         panels[panel][label].append(point)
     drawn, findings = [], []
@@ -107,7 +107,8 @@ def gain_over_budget(comparisons: Iterable[Comparison]) -> Chart | None:
         )
     caption = (
         "Self-pretrained minus from scratch on as many tokens as both stages together, with 95 % intervals: over "
-        "seeds and test examples where both have several seeds, else that of two proportions."
+        "seeds and test examples where both have several seeds, else that of two proportions. Both sides share all "
+        "other settings."
     )
     return chart_of("gain_over_budget", "The budget at which pretraining begins to help", caption, drawn, findings)
 

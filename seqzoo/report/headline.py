@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .charts import by_phase, direction, family, folders, namer, phases_of, short, stages
-from .comparison import Cell, Comparison, Conditions, Row
+from .comparison import Cell, Comparison, Conditions, Gain, Row
 from .intervals import Interval
 from .published import Figure
 from .tables import ABSENT, Sources, percents, points, published_beside, score, variant
@@ -93,8 +93,8 @@ def _line(
         Entry(name, f"{row.size.params:,} parameters"),
         Entry(stages(row.pretrained) if row.pretrained else short(comparison.conditions.finetune_budget)),
         *(_score(cell, numbers) for cell in (row.scratch, row.matched, row.pretrained)),
-        _gain(row.difference, row.difference_interval),
-        _gain(row.gain, row.gain_interval),
+        _gain(row.difference),
+        _gain(row.gain),
         *(entry for phase in phases for entry in _one_phase(row, in_one_phase.get(phase), numbers)),
         _published(scratch_figure, row.scratch or row.matched, sources),
         _published(pretrained_figure, row.pretrained, sources),
@@ -104,13 +104,14 @@ def _line(
 def _one_phase(row: Row, cell: Cell | None, numbers: Mapping[Path, int]) -> tuple[Entry, Entry]:
     if cell is None:
         return Entry(ABSENT), Entry(ABSENT)
-    return _score(cell, numbers), _gain(row.gain_of(cell), row.interval_of(cell))
+    return _score(cell, numbers), _gain(row.gain_of(cell))
 
 
-def _gain(value: float | None, interval: Interval | None) -> Entry:
-    """Bold where the interval leaves out zero, and is one over seeds."""
+def _gain(gain: Gain | None) -> Entry:
+    """Bold where the interval leaves out zero, and is one over seeds of runs that differ in nothing else."""
+    interval = gain.interval if gain else None
     beyond_chance = interval is not None and interval.kind == "t" and not interval.low <= 0 <= interval.high
-    return Entry(points(value), _percent(interval), strong=beyond_chance)
+    return Entry(points(gain), _percent(interval), strong=beyond_chance and not (gain and gain.unlike))
 
 
 def _score(cell: Cell | None, numbers: Mapping[Path, int]) -> Entry:

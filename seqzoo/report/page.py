@@ -84,7 +84,7 @@ def page_files(
         tables=main_tables(tabled, numbers, sources),
         table_file=_address(files / "main.csv", path.parent),
         sources=sources.notes,
-        marks=of_marks(cell for each in tabled for row in each.rows for cell in row.cells),
+        marks=of_marks(row for each in tabled for row in each.rows),
         timed=timed,
         timed_file=_address(files / "time_to_accuracy.csv", path.parent),
         timed_legend=LEGEND,

@@ -7,33 +7,46 @@ from pathlib import Path
 from typing import Any
 
 from ..records import LARGEST, read_text
-from ..settings import OF_PRETRAINING, WITHOUT_EFFECT
+from ..settings import WITHOUT_EFFECT, unused
 from ..study import is_packed, read
 from .results import Result
 
 # What a cell's runs share anyway, as results have it, and what may be otherwise: how fast they were.
-OF_CELLS = ("seed", "share", "pretrain", "size", "precision", "search", "compile")
+OF_CELLS = ("seed", "share", "pretrain", "size", "precision", "compile")
+# What runs that are compared may differ in: how their training is divided between stages, and augmented.
+OF_STAGES = ("objective", "joint", "pixel_loss", "pretraining", "augment", "finetuning.tokens", "finetuning.epochs")
 
 
-def difference(runs: Sequence[Result]) -> str | None:
+def difference(runs: Sequence[Result], besides: Sequence[str] = ()) -> str | None:
     """A setting in which runs of one cell differ, with its values; None: there is none but the seed.
 
-    Not compared are settings of which a run's configuration, being older than they are, says nothing.
+    Not compared are settings that have no effect on a run, those of which its configuration, being older than they are,
+    says nothing, and `besides`, such as `OF_STAGES` for runs of two cells.
     """
-    ignored = {*WITHOUT_EFFECT, *OF_CELLS, *({"lora", "ladder"} - {runs[0].tuning})}
-    if runs[0].pretraining is None:
-        ignored |= {*OF_PRETRAINING}
+    ignored = {*WITHOUT_EFFECT, *OF_CELLS, *besides}
     sections = [_sections(run.folder) for run in runs]
     names = dict.fromkeys(name for each in sections for name in each if name not in ignored)
     suspects = [name for name in names if _differ([each[name] for each in sections if name in each])]
+    if "pretraining" not in ignored and any(run.pretrain_run for run in runs):
+        suspects.append("pretraining")
     if not suspects:
         return None
-    settings = [dict(_settings(_configuration(run.folder), suspects, ignored)) for run in runs]
+    settings = [_shaping(run, suspects, ignored) for run in runs]
     for name in dict.fromkeys(name for each in settings for name in each):
         values = [each[name] for each in settings if name in each]
         if _differ(values):
             return f"{name} {', '.join(sorted({str(value) for value in values}))}"
     return None
+
+
+def _shaping(run: Result, names: Sequence[str], ignored: set[str]) -> dict[str, Any]:
+    """Those of a run's settings that have an effect, under their dotted names; of pretraining, where that was done."""
+    configuration = _configuration(run.folder)
+    found = dict(_settings(configuration, names, ignored | {*unused(configuration)}))
+    if isinstance(configuration.get("pretrain"), str) and "pretraining" in names:
+        there = _configuration(run.folder.parent / run.pretrained_in)
+        found |= _settings(there or {"pretraining": {"lr": run.rates.get("pretrain")}}, ["pretraining"], ignored)
+    return found
 
 
 def _differ(values: Sequence[Any]) -> bool:

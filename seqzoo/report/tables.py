@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..messages import printable
 from .charts import by_phase, phases_of
-from .comparison import Cell, Comparison, Conditions, Row, Size
+from .comparison import Cell, Comparison, Conditions, Gain, Row, Size
 from .intervals import Interval
 from .published import Figure, published
 from .results import LeftOut
@@ -41,9 +41,10 @@ IN_ONE_PHASE = (
 )
 
 
-UNLEARNT, SHARED = "†", "‡"
+UNLEARNT, SHARED, UNLIKE = "†", "‡", "§"
 OF_UNLEARNT = f"{UNLEARNT} A pretraining learnt nothing beyond how frequent symbols are."
 OF_SHARED = f"{SHARED} Seeds of fine-tuning alone, after one pretraining: intervals are those of a single seed."
+OF_UNLIKE = f"{UNLIKE} The two sides differ in other settings, too"
 
 
 class Table(NamedTuple):
@@ -82,7 +83,7 @@ def build_report(comparisons: Iterable[Comparison], left_out: Iterable[LeftOut])
             )
             notes += (SAME_TOTAL,) if with_matched else ()
             notes += (IN_ONE_PHASE,) if phases else ()
-            notes += of_marks(cell for row in comparison.rows for cell in row.cells)
+            notes += of_marks(comparison.rows)
             rows = [
                 (
                     *_text_row(row, size, with_matched),
@@ -208,16 +209,13 @@ def _csv_line(comparison: Comparison, row: Row, phases: Iterable[str]) -> dict[s
     line["pretrain_budget"] = comparison.pretraining and comparison.pretraining.budget
     for name, cell in (("scratch", row.scratch), ("pretrained", row.pretrained), ("scratch_same_total", row.matched)):
         line |= _csv_cell(name, cell)
-    line["difference"] = row.difference
-    line |= _csv_interval("difference", row.difference_interval)
-    line["difference_same_total"] = row.gain
-    line |= _csv_interval("difference_same_total", row.gain_interval)
+    line |= _csv_gain("difference", row.difference)
+    line |= _csv_gain("difference_same_total", row.gain)
     in_one_phase = by_phase(comparison, row)
     for phase in phases:
         name, cell = phase.replace(",", "").replace(" ", "_"), in_one_phase.get(phase)
         line |= _csv_cell(name, cell)
-        line[f"difference_{name}"] = row.gain_of(cell) if cell else None
-        line |= _csv_interval(f"difference_{name}", row.interval_of(cell) if cell else None)
+        line |= _csv_gain(f"difference_{name}", row.gain_of(cell) if cell else None)
     for name, figure in zip(("scratch", "pretrained"), published_beside(comparison, row), strict=True):
         percent = figure and figure.percent
         line[f"published_{name}"] = f"{percent / 100:.6g}" if isinstance(percent, float) else percent
@@ -236,6 +234,11 @@ def _csv_cell(name: str, cell: Cell | None) -> dict[str, object]:
     }
 
 
+def _csv_gain(name: str, gain: Gain | None) -> dict[str, object]:
+    interval = _csv_interval(name, gain.interval if gain else None)
+    return {name: gain and gain.mean, **interval, f"{name}_unlike": gain and gain.unlike}
+
+
 def _csv_interval(name: str, interval: Interval | None) -> dict[str, object]:
     low, high, kind = interval or (None, None, None)
     return {f"{name}_low": low, f"{name}_high": high, f"{name}_interval": kind}
@@ -250,8 +253,8 @@ def _sizes(sizes: Iterable[Size]) -> list[tuple[str, str]]:
 
 def _text_row(row: Row, size: tuple[str, str], with_matched: bool) -> tuple[str, ...]:
     measured = (*size, score(row.scratch), score(row.pretrained))
-    matched = (score(row.matched), _with_interval(row.gain, row.gain_interval)) if with_matched else ()
-    return *measured, _with_interval(row.difference, row.difference_interval), *matched
+    matched = (score(row.matched), _with_interval(row.gain)) if with_matched else ()
+    return *measured, _with_interval(row.difference), *matched
 
 
 def _in_one_phase(comparison: Comparison, row: Row, phases: Iterable[str]) -> Iterator[str]:
@@ -260,11 +263,11 @@ def _in_one_phase(comparison: Comparison, row: Row, phases: Iterable[str]) -> It
     for phase in phases:
         cell = in_one_phase.get(phase)
         yield score(cell)
-        yield _with_interval(row.gain_of(cell), row.interval_of(cell)) if cell else ABSENT
+        yield _with_interval(row.gain_of(cell)) if cell else ABSENT
 
 
-def _with_interval(difference: float | None, interval: Interval | None) -> str:
-    return points(difference) + (f" ({percents(interval)})" if interval else "")
+def _with_interval(gain: Gain | None) -> str:
+    return points(gain) + (f" ({percents(gain.interval)})" if gain and gain.interval else "")
 
 
 def score(cell: Cell | None) -> str:
@@ -277,19 +280,22 @@ def score(cell: Cell | None) -> str:
     return f"{scale * cell.mean:.{digits}f}{spread} ({cell.num_seeds}){marks}"
 
 
-def of_marks(cells: Iterable[Cell]) -> tuple[str, ...]:
-    """What the marks behind the scores of these cells mean."""
-    found = {mark for cell in cells for mark in _marks(cell)}
-    return tuple(text for text in (OF_UNLEARNT, OF_SHARED) if text[0] in found)
+def of_marks(rows: Iterable[Row]) -> tuple[str, ...]:
+    """What the marks behind the scores and differences of these rows mean."""
+    rows = list(rows)
+    found = {mark for row in rows for cell in row.cells for mark in _marks(cell)}
+    unlike = dict.fromkeys(f"{row.size.model}: {gain.unlike}" for row in rows for gain in row.gains if gain.unlike)
+    of_unlike = [f"{OF_UNLIKE}. {'; '.join(unlike)}."] if unlike else []
+    return (*(text for text in (OF_UNLEARNT, OF_SHARED) if text[0] in found), *of_unlike)
 
 
 def _marks(cell: Cell) -> list[str]:
     return [*([] if cell.learnt else [UNLEARNT]), *([SHARED] if cell.shares_pretraining else [])]
 
 
-def points(difference: float | None) -> str:
-    """A difference of two accuracies, in points."""
-    return ABSENT if difference is None else f"{100 * difference:+.2f}"
+def points(gain: Gain | None) -> str:
+    """A difference of two accuracies, in points, with its mark."""
+    return ABSENT if gain is None else f"{100 * gain.mean:+.2f}{f' {UNLIKE}' if gain.unlike else ''}"
 
 
 def percents(interval: Interval) -> str:

@@ -25,7 +25,7 @@ from ..files import inside, lock, remove_left, write_json, write_text
 from ..messages import say_once, unknown
 from ..objectives import DRAWS
 from ..records import NUMBER
-from ..settings import OF_FINE_TUNING, OF_PRETRAINING, WITHOUT_EFFECT
+from ..settings import OF_FINE_TUNING, WITHOUT_EFFECT, unused
 from ..spec import TaskSpec
 from ..tasks import Fingerprint, Task, fingerprint, origin_of
 from ..tasks.identity import digest_of_arrays
@@ -74,13 +74,8 @@ def run_name(config: Config, task: Task | None = None) -> str:
     Raises:
         DataError: the task reads a text of the user's that is not there, or published files that are damaged.
     """
-    dropped: tuple[str, ...] = OF_PRETRAINING
-    if config.pretrain is True:
-        dropped = ()
-    elif config.objective == "joint":
-        dropped = ("pretraining",)
     name = config.task.name if task is None else task.spec.name
-    return f"{cell_name(config, name)}-s{config.seed}-{_digest(config, task, without=dropped)}"
+    return f"{cell_name(config, name)}-s{config.seed}-{_digest(config, task)}"
 
 
 def pretraining_key(config: Config, task: Task | None = None) -> str:
@@ -364,26 +359,24 @@ def _differences(prefix: str, there: Any, here: Any) -> Iterator[tuple[str, tupl
             yield f"{prefix}.{key}", (theirs[key], ours[key])
 
 
-def _digest(config: Config, task: Task | None, *, without: tuple[str, ...]) -> str:
+def _digest(config: Config, task: Task | None, *, without: tuple[str, ...] = ()) -> str:
     """Of everything that shapes what `config` computes but the keys `without`."""
     shaping = to_dict(config)
     if isinstance(config.pretrain, str):
         shaping["pretrain"] = _pretraining_of(Path(config.pretrain))
-    unused = [name for name in ("lora", "ladder") if name != config.tuning]
+    dropped = [*WITHOUT_EFFECT, *unused(shaping), *without]
     # What they were before there was a choice counts as a key that is not there, see below.
-    if config.objective != "joint":
-        unused.append("joint")
-    else:
+    if config.objective == "joint":
         shaping["joint"] = joint_record(config)
-        unused += [] if config.joint.whole else ["joint.whole"]
-    unused += ["tuning"] if config.tuning == "full" else []
-    unused += ["model.init"] if config.model.init == "structured" else []
-    unused += ["search"] if config.lr is None or config.search == SearchConfig() else []
-    unused += [name for name in ("augment", "packing") if not getattr(config, name)]
+        dropped += [] if config.joint.whole else ["joint.whole"]
+    dropped += ["tuning"] if config.tuning == "full" else []
+    dropped += ["model.init"] if config.model.init == "structured" else []
+    dropped += ["search"] if config.search == SearchConfig() else []
+    dropped += [name for name in ("augment", "packing") if not getattr(config, name)]
     for name in ("pretraining", "finetuning"):
         optimizer = getattr(config, name).optimizer
         shaping[name]["optimizer"] = None if optimizer == "adamw" else recorded(optimizer)
-    for key in (*WITHOUT_EFFECT, *unused, *without):
+    for key in dropped:
         _drop(shaping, key)
     if task is not None:
         shaping["task"] = {"spec": asdict(task.spec), "data": digest_of_arrays(task)}

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_mean_spread_and_difference(write_run, tmp_path):
     assert comparison.pretraining == Pretraining("masked", 2000)
     assert (row.scratch.mean, row.scratch.std, row.scratch.num_seeds) == pytest.approx((0.62, 0.02, 3))
     assert (row.pretrained.mean, row.pretrained.std, row.pretrained.num_seeds) == pytest.approx((0.74, 0.04, 3))
-    assert row.difference == pytest.approx(0.12)
+    assert row.difference.mean == pytest.approx(0.12)
     assert left_out == []
 
 
@@ -62,7 +63,7 @@ def test_a_scratch_cell_stands_beside_every_pretraining(write_run, tmp_path):
     write_run(accuracy=0.8, causal=True, pretrain=True, token_budget={"pretrain": 9000, "finetune": 5000})
     write_run(accuracy=0.9, causal=True, pretrain=True, objective="causal")
     comparisons, _ = compared(tmp_path)
-    found = {comparison.pretraining: comparison.rows[0].difference for comparison in comparisons}
+    found = {comparison.pretraining: comparison.rows[0].difference.mean for comparison in comparisons}
     assert found == pytest.approx(
         {Pretraining("causal", 2000): 0.3, Pretraining("masked", 2000): 0.1, Pretraining("masked", 9000): 0.2}
     )
@@ -119,7 +120,7 @@ def test_precisions_and_optimizers_do_not_mix(write_run, tmp_path, other):
     found = {getattr(comparison.conditions, name): comparison.rows[0] for comparison in comparisons}
     assert found.pop(value).scratch is None
     (usual,) = found.values()
-    assert usual.difference == pytest.approx(0.1)
+    assert usual.difference.mean == pytest.approx(0.1)
     report = build_report(comparisons, [])
     titles = {table.title.split("; ")[0] for table in report.tables}
     assert titles == {"lra_text: recipe short", f"lra_text: recipe short, {value}"}
@@ -143,8 +144,8 @@ def test_scratch_of_the_same_total_stands_beside_the_pretrained(write_run, tmp_p
     short, tiny = compared(tmp_path)[0]
     (row,) = short.rows
     assert (row.scratch.mean, row.matched.mean, row.pretrained.mean) == (0.6, 0.65, 0.7)
-    assert (row.difference, row.gain) == pytest.approx((0.1, 0.05))
-    assert row.gain_interval.low < 0.05 < row.gain_interval.high
+    assert (row.difference.mean, row.gain.mean) == pytest.approx((0.1, 0.05))
+    assert row.gain.interval.low < 0.05 < row.gain.interval.high
     assert [row.matched for row in tiny.rows] == [None]
 
 
@@ -206,6 +207,57 @@ def test_what_does_not_shape_a_run_may_differ_between_seeds(write_run, tmp_path)
     assert (comparison.rows[0].scratch.num_seeds, left_out) == (3, [])
 
 
+@pytest.mark.parametrize(
+    ("shared", "settings", "reason"),
+    [
+        ({"objective": "joint", "joint": {"weight": 1.0, "passes": 1}}, {"pixel_loss": "mse"}, "pixel_loss l1, mse"),
+        ({"pretrain": True}, {"pretraining": {"lr": 2e-3}}, "pretraining.lr 0.001, 0.002"),
+        ({}, {"lr": "search", "search": {"rates": [1e-4]}}, "search.rates [0.0001], [0.001]"),
+        ({}, {"joint": {"weight": 2.0}}, None),
+        ({}, {"lr": None, "search": {"rates": [1e-4]}}, None),
+    ],
+)
+def test_a_setting_tells_runs_apart_where_it_has_an_effect(write_run, tmp_path, shared, settings, reason):
+    usual = {
+        **{"pretrain": False, "objective": "masked", "pixel_loss": "l1", "joint": {"weight": 1.0}},
+        **{"pretraining": {"lr": 1e-3}, "search": {"rates": [1e-3]}, "lr": settings.get("lr"), **shared},
+    }
+    for seed, changes in enumerate(({}, settings)):
+        configured(write_run(seed=seed, **shared), **{**usual, **changes})
+    left_out = compared(tmp_path)[1]
+    told = reason and f"runs of its cell differ in more than the seed: {reason}"
+    assert [one.reason for one in left_out] == ([told] * 2 if told else [])
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_fine_tunings_of_unlike_pretrainings_are_no_cell(write_run, tmp_path, found):
+    """Where the pretraining's run is not there, its rate, which results have, still tells."""
+    for seed, lr in enumerate((1e-3, 2e-3)):
+        source = write_run(model="source", pretrain=True, seed=seed)
+        configured(source, pretrain=True, pretraining={"lr": lr})
+        tuned = write_run(pretrain=True, seed=seed, pretrain_run=source.name, lr={"pretrain": lr, "finetune": 1e-3})
+        configured(tuned, pretrain=str(source), pretraining={"lr": 5e-4})
+        if not found:
+            shutil.rmtree(source)
+    reasons = {one.folder.name: one.reason for one in compared(tmp_path)[1]}
+    assert reasons[tuned.name] == "runs of its cell differ in more than the seed: pretraining.lr 0.001, 0.002"
+
+
+def test_a_gain_names_what_else_its_sides_differ_in(write_run, tmp_path):
+    usual = {"objective": "masked", "augment": False, "model": {"dropout": 0.0}}
+    for model, lr in (("lru", 1e-3), ("transformer", 1e-2)):
+        stage = {"lr": 1e-3, "tokens": 5000}
+        configured(write_run(model=model), pretrain=False, finetuning=stage, **usual)
+        tuned = configured(write_run(model=model, pretrain=True), pretrain=True, **usual)
+        configured(tuned, pretrain=True, finetuning={**stage, "lr": lr, "tokens": 3000}, pretraining={"lr": 2}, **usual)
+    (comparison,), _ = compared(tmp_path)
+    assert [row.difference.unlike for row in comparison.rows] == [None, "finetuning.lr 0.001, 0.01"]
+    report = build_report([comparison], [])
+    place = report.tables[0].header.index("difference")
+    assert ["§" in row[place] for row in report.tables[0].rows] == [False, True]
+    assert "§ The two sides differ in other settings, too. transformer: finetuning.lr 0.001, 0.01." in report.notes
+
+
 def test_fine_tunings_of_one_pretraining_are_no_seeds_of_it(write_run, tmp_path):
     source = None  # the first has its own
     for seed, accuracy in enumerate((0.70, 0.71, 0.72)):
@@ -216,8 +268,8 @@ def test_fine_tunings_of_one_pretraining_are_no_seeds_of_it(write_run, tmp_path)
         write_run(model="lru", seed=seed, accuracy=accuracy - 0.3)
     (comparison,), _ = compared(tmp_path)
     lru, transformer = comparison.rows
-    assert (lru.pretrained.interval.kind, lru.difference_interval.kind) == ("t", "t")
-    assert (transformer.pretrained.interval.kind, transformer.difference_interval.kind) == ("binomial", "binomial")
+    assert (lru.pretrained.interval.kind, lru.difference.interval.kind) == ("t", "t")
+    assert (transformer.pretrained.interval.kind, transformer.difference.interval.kind) == ("binomial", "binomial")
     report = build_report([comparison], [])
     assert [row[3] for row in report.tables[0].rows] == ["71.00 ± 1.00 (3)", "71.00 ± 1.00 (3) ‡"]
     assert any(note.startswith("‡ Seeds of fine-tuning alone") for note in report.notes)
