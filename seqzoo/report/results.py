@@ -34,7 +34,7 @@ class OnePhase(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a report needs of one finished run. Budgets are in tokens; see `_budget` for one set in epochs.
+    """What a report needs of one finished run. Budgets are in tokens.
 
     The values below the blank line may be missing from the file, which is then older than they are.
     """
@@ -47,7 +47,6 @@ class Result:
     one_phase: OnePhase | None  # of these and the masked loss together
     finetune_budget: int
     total_budget: int  # of both stages together
-    in_epochs: bool  # a budget was set in epochs, so that it depends on how much data there is
     recipe: str
     seed: int
     params: int
@@ -58,6 +57,7 @@ class Result:
     task_note: str  # how the task was shortened; empty: it was not
     hardware: str
 
+    epochs: tuple[float, ...]  # of each stage, if all budgets were set in these: tokens follow from the data
     train_fraction: float  # part of the train split that both stages saw, in (0, 1]
     tuning: str  # what fine-tuning moved: "full", "head", "lora" or "ladder"
     init: str  # what training began from: "structured" or "random"
@@ -169,6 +169,7 @@ def read_result(folder: Path) -> Result:
     params = _positive(record, "params")
     tested = record.get("test")
     in_bits = isinstance(tested, dict) and "bits_per_character" in tested
+    epochs = _of_stages(record, "epochs", stages)
     train_fraction = _share(record, "train_fraction", 1.0)
     if train_fraction == 0:
         raise ValueError("result.json: train_fraction is 0, outside (0, 1]")
@@ -181,7 +182,6 @@ def read_result(folder: Path) -> Result:
         one_phase=_one_phase(record) if objective == "joint" else None,
         finetune_budget=_budget(record, "finetune"),
         total_budget=_budget(record, *stages),
-        in_epochs=any(_field(record, f"token_budget.{stage}", int, NoneType) is None for stage in stages),
         recipe=_field(record, "recipe", str),
         seed=_field(record, "seed", int),
         params=params,
@@ -191,6 +191,7 @@ def read_result(folder: Path) -> Result:
         majority=_share(record, "majority"),
         task_note=_field(record, "task_note", str),
         hardware=_field(record, "hardware", str),
+        epochs=tuple(epochs.values()) if len(epochs) == len(stages) else (),
         train_fraction=train_fraction,
         tuning=_optional(record, "tuning", "full", str),
         init=_optional(record, "init", "structured", str),
@@ -327,12 +328,8 @@ def _one_phase(record: Any) -> OnePhase:
 
 
 def _budget(record: Any, *stages: str) -> int:
-    """The tokens that `stages` were given together. Where a budget was in epochs, the tokens they saw, to two digits: a
-    little less or more fits into an epoch from one seed to the next."""
-    budgets = [_field(record, f"token_budget.{stage}", int, NoneType) for stage in stages]
-    if None not in budgets:
-        return sum(budgets)
-    return int(float(f"{sum(_field(record, f'tokens_seen.{stage}', int) for stage in stages):.1e}"))
+    """The tokens that `stages` were given together."""
+    return sum(_field(record, f"token_budget.{stage}", int) for stage in stages)
 
 
 def _share(record: Any, key: str, default: float | None = None) -> float:

@@ -60,7 +60,7 @@ def data_scale(cells: list[Cell]) -> Chart | None:
 
     def setting(cell: Cell) -> Any:
         # A budget in epochs comes to other tokens on every subset.
-        budgets = None if cell.results[0].in_epochs else (cell.conditions.finetune_budget, cell.total_budget)
+        budgets = cell.results[0].epochs or (cell.conditions.finetune_budget, cell.total_budget)
         return family(cell.conditions)._replace(train_fraction=1.0), budgets
 
     panels = _lines(
@@ -69,6 +69,7 @@ def data_scale(cells: list[Cell]) -> Chart | None:
         lambda cell: 100 * cell.conditions.train_fraction,
         "part of the train split (%)",
         by_size=True,
+        how=_in_epochs,
     )
     caption = (
         "Both stages saw the same nested subsets of the train split; validation and test are whole. 95 % intervals."
@@ -201,6 +202,14 @@ def _variants(
     return chart_of(name, title, f"{caption} 95 % intervals.", panels)
 
 
+def _in_epochs(cell: Cell) -> str:
+    """`stages`, with budgets in epochs where they were set in these."""
+    epochs = " + ".join(f"{number:g}" for number in cell.results[0].epochs)
+    if not epochs:
+        return stages(cell)
+    return f"{cell.pretraining.objective if cell.pretraining else SCRATCH} {epochs} epochs"
+
+
 def _lines(
     cells: list[Cell],
     setting: Callable[[Cell], tuple[Conditions, Any]],
@@ -209,6 +218,7 @@ def _lines(
     *,
     by_size: bool,
     least_ratio: float = 1.0,
+    how: Callable[[Cell], str] = stages,
 ) -> list[Panel]:
     """Lines over `x` for each model and pretraining; a setting is the panel's conditions and what else a line shares.
 
@@ -221,14 +231,13 @@ def _lines(
         objective = cell.pretraining and cell.pretraining.objective
         lines[setting(cell), cell.size if by_size else cell.size.model, objective].append(cell)
     series: dict[tuple[Conditions, str], list[Series]] = defaultdict(list)
-    for ((shared, budgets), _, objective), line in lines.items():
+    for ((shared, _), _, objective), line in lines.items():
         places = {x(cell) for cell in line}
         if len(places) == len(line) > 1 and max(places) >= least_ratio * min(places):
             first = min(line, key=x)
             name = name_of(first) if by_size else first.size.model
-            how = stages(first) if budgets else (f"{objective} pretraining" if objective else SCRATCH)
             points = tuple(score_point(x(cell), cell) for cell in sorted(line, key=x))
-            series[shared, ""].append(Series(f"{name}, {how}", points, name, filled=objective is not None))
+            series[shared, ""].append(Series(f"{name}, {how(first)}", points, name, filled=objective is not None))
     return _panels(series, x_label, log_x=True)
 
 

@@ -45,7 +45,7 @@ TASK = {  # the shape of a task.json, see `records.check`: a `TaskSpec`, and the
 }
 SUMMARY = {  # what fine-tuning, and its result, take from a pretraining's
     **dict.fromkeys(("tokens_seen", "seconds", "tokens_per_second", "lr"), NUMBER),
-    **dict.fromkeys(("token_budget", "mfu?", "cpu_share?"), (*NUMBER, NoneType)),
+    **dict.fromkeys(("token_budget", "epochs?", "mfu?", "cpu_share?"), (*NUMBER, NoneType)),
     **{"optimizer?": str, "precision?": str},
     "learnt?": ({"learnt": bool, "loss": NUMBER, "symbols": NUMBER, "neighbours": NUMBER}, NoneType),
 }

@@ -359,6 +359,7 @@ class _Run:
         return {
             "tokens_seen": state.tokens,
             "token_budget": trainer.budget,
+            "epochs": stage.epochs,
             "seconds": state.seconds,
             "tokens_per_second": tokens_per_second,
             "mfu": trainer.utilisation(tokens_per_second),
@@ -407,6 +408,7 @@ class _Run:
             "flops_per_token": self.flops,
             "tokens_seen": of_stages("tokens_seen"),
             "token_budget": of_stages("token_budget"),
+            "epochs": {name: stage.get("epochs") for name, stage in stages.items()},
             "lr": of_stages("lr"),
             "learnt": pretraining.get("learnt") if pretraining else None,
             "val": finetuning["val"],

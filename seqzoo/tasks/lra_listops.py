@@ -67,7 +67,9 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
             arrays |= split_arrays(split, (_close(e, config.max_length) for e in expressions), labels, np.uint8)
         return Stored(arrays, {}, "generated" if released is None else f"lra_release/{FOLDER}")
 
-    notes = ["released rows"] if released is not None else [f"{name} {value:,}" for name, value in changed.items()]
+    notes = [f"{name} {value:,}" for name, value in changed.items()]
+    if released is None and not changed:
+        notes.append("generated")
     if config.max_length < grammar.length_bound:
         notes.append(f"expressions cut to {config.max_length:,} symbols")
     spec = TaskSpec(

@@ -24,7 +24,7 @@ def record():
             "seed": 0,
             "params": 1_000_000,
             "tokens_seen": {"pretrain": 2000 if pretrain else 0, "finetune": 5000},
-            "token_budget": {"pretrain": 2000 if pretrain else None, "finetune": 5000},
+            "token_budget": {"pretrain": 2000 if pretrain else 0, "finetune": 5000},
             "val": {"accuracy": 0.9, "loss": 0.3},
             "test": {"accuracy": 0.6, "loss": 0.7},
             "n_test": 400,

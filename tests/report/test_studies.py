@@ -90,15 +90,18 @@ def test_data_scale(write_run, cells):
 
 def test_data_scale_in_epochs_is_one_line_though_tokens_differ(write_run, cells):
     for fraction in (0.1, 1.0):
-        seen = {"pretrain": 0, "finetune": int(50_000 * fraction)}
-        write_run(train_fraction=fraction, token_budget={"finetune": None}, tokens_seen=seen)
-    assert lines(studies.data_scale(cells())) == {"transformer, from scratch": [(10, 60), (100, 60)]}
+        tokens = int(50_000 * fraction)
+        write_run(train_fraction=fraction, budgets=(0, tokens), epochs={"pretrain": None, "finetune": 20})
+        write_run(train_fraction=fraction, budgets=(tokens, tokens), epochs={"pretrain": 0.5, "finetune": 20})
+    assert lines(studies.data_scale(cells())) == {
+        "transformer, from scratch 20 epochs": [(10, 60), (100, 60)],
+        "transformer, masked 0.5 + 20 epochs": [(10, 60), (100, 60)],
+    }
 
 
 def test_a_line_never_mixes_settings(write_run, cells):
-    for fraction, tokens in ((0.1, 5000), (1.0, 50_000), (1.0, 90_000)):  # two numbers of epochs on the whole split
-        seen = {"pretrain": 0, "finetune": tokens}
-        write_run(train_fraction=fraction, token_budget={"finetune": None}, tokens_seen=seen)
+    for fraction, tokens, epochs in ((0.1, 5000, 10), (1.0, 50_000, 12), (1.0, 60_000, None)):
+        write_run(train_fraction=fraction, budgets=(0, tokens), epochs={"finetune": epochs})
     assert studies.data_scale(cells()) is None
 
 

@@ -101,7 +101,7 @@ def test_other_data_are_another_run_and_another_pretraining(listops, tmp_path):
 
     generated, read = run(listops), run(published)
     assert generated["folder"] != read["folder"]
-    assert (generated["task_note"], read["task_note"]) == ("", "released rows")
+    assert (generated["task_note"], read["task_note"]) == ("generated", "")
     assert read["test"]["accuracy"] == 1
     assert run(listops) == generated
 

@@ -296,6 +296,7 @@ def test_a_fraction_of_the_train_split_serves_both_stages(task, tmp_path, monkey
     assert result["train_fraction"] == 0.5
     assert result["n_test"] == len(task.test)
     assert result["token_budget"] == dict.fromkeys(("pretrain", "finetune"), 2 * int(half.lengths.sum()))
+    assert result["epochs"] == dict.fromkeys(("pretrain", "finetune"), 2)
 
 
 def test_the_configuration_comes_back(pretrained):

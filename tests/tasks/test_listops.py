@@ -75,7 +75,7 @@ def released(tmp_path, monkeypatch):
 def test_released_files_are_read(released):
     _, config, tmp_path = released
     task = build_task(config, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
-    assert task.note == "released rows"
+    assert task.note == "", "the benchmark's own"
     batch = task.val.batch(torch.arange(4))
     assert [SYMBOLS[token] for token in batch.inputs[2, :5]] == ["[MAX", "1", "2", "]", "<eos>"]
     assert batch.lengths.tolist() == [5] * 4
