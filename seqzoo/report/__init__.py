@@ -1,8 +1,8 @@
 """Tables and figures from run folders."""
 
 from .comparison import Cell, Comparison, Conditions, Row, cells_of, compare
-from .figures import save_figure
-from .page import write_page
+from .figures import comparison_figure
+from .page import page_files
 from .published import published
 from .results import LeftOut, Pretraining, Result, load_results, read_result
 from .tables import build_report, print_report, to_csv, to_markdown
@@ -18,12 +18,12 @@ __all__ = [
     "build_report",
     "cells_of",
     "compare",
+    "comparison_figure",
     "load_results",
+    "page_files",
     "print_report",
     "published",
     "read_result",
-    "save_figure",
     "to_csv",
     "to_markdown",
-    "write_page",
 ]

@@ -7,10 +7,8 @@ import math
 import textwrap
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..files import write_bytes
 from .charts import MATCHED, ONE_PHASE, PRETRAINED, SCRATCH, Chart, Panel, Point, Series, short
 from .comparison import Comparison
 from .gains import scratch_against_pretrained
@@ -32,11 +30,6 @@ STAGES = {SCRATCH: "#9aa5b1", MATCHED: "#d08a2e", PRETRAINED: "#1f5fa8", ONE_PHA
 # Paul Tol's "bright" and two of his "vibrant" colours: told apart with any colour vision.
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#ee7733", "#009988", "#555555")
 MARKERS = "osD^vPX<>"
-
-
-def save_figure(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Writes `comparison_figure`."""
-    write_bytes(path, comparison_figure(comparisons))
 
 
 def comparison_figure(comparisons: Sequence[Comparison]) -> bytes:

@@ -43,7 +43,7 @@ def main_tables(comparisons: Iterable[Comparison], numbers: Mapping[Path, int], 
     """A table for each task, recipe and direction; columns that would be empty are left out.
 
     Args:
-        comparisons: of the plain variant, augmented or not, in reading order.
+        comparisons: of the plain variant, augmented and packed or not, in reading order.
         numbers: of the run folders.
         sources: gets those of the published figures.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-from ..files import inside, write_all
+from ..files import inside
 from ..messages import printable
 from ..study import picture_of
 from . import studies
@@ -48,12 +48,6 @@ class Section(NamedTuple):
     pictures: list[Picture]
 
 
-def write_page(path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], times: Sequence[Times] = ()) -> Path:
-    """Writes `page_files`, all or none of them; returns the folder beside the page."""
-    write_all(page_files(path, cells, left_out, times))
-    return path.with_name(f"{path.stem}{FIGURES}")
-
-
 def page_files(
     path: Path, cells: Sequence[Cell], left_out: Iterable[LeftOut], times: Sequence[Times] = ()
 ) -> dict[Path, bytes]:
@@ -71,7 +65,7 @@ def page_files(
     files = inside(path.parent, f"{path.stem}{FIGURES}")
     results = [result for cell in cells for result in cell.results]
     numbers = {result.folder: number for number, result in enumerate(results, start=1)}
-    tabled = [each for each in compare(cells) if each.conditions._replace(augment=False).plain]
+    tabled = [each for each in compare(cells) if each.conditions._replace(augment=False, packing=False).plain]
     plain = [comparison for comparison in tabled if comparison.conditions.plain]
     contents = {files / "main.csv": table_csv(tabled).encode()}
     timed = [_page_table(table) for table in time_tables(times)]

@@ -3,7 +3,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from seqzoo.report import write_page
+from seqzoo.files import write_all
+from seqzoo.report import page_files
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\rIHDR" + (300).to_bytes(4, "big") + (100).to_bytes(4, "big")
 CURVE = [{"stage": "finetune", "step": 1, "tokens": 5000, "val/accuracy": 0.6}]
@@ -39,7 +40,9 @@ def page(tmp_path, cells, monkeypatch):
 
     def write(left_out=()):
         path = tmp_path / "out" / "report.html"
-        assert write_page(path, cells(), left_out) == path.parent / "report_files"
+        written = page_files(path, cells(), left_out)
+        assert {file.parent for file in written} <= {path.parent, path.parent / "report_files"}
+        write_all(written)
         return Page(path.read_text(encoding="utf-8"))
 
     return write
@@ -152,6 +155,14 @@ def test_a_scratch_cell_is_one_line_however_many_pretrainings(write_run, page):
     assert page().words.count("lru 1,000,000 parameters") == 1
 
 
+def test_packed_runs_have_a_table_of_their_own(write_run, page):
+    for packing in (False, True):
+        write_run(model=f"packed-{packing}", packing=packing)
+    shown = page().words
+    assert "packed-False 1,000,000 parameters" in shown
+    assert "packed-True 1,000,000 parameters" in shown
+
+
 def test_what_was_run(write_run, page):
     write_run(commit="0123456789abcdef+dirty", seconds={"total": 5400.0}, versions={"torch": "2.13.0", "numba": "1"})
     write_run(seed=1, commit="0123456789abcdef+dirty", seconds={"total": 5400.0}, hardware="1 x GPU")
@@ -221,9 +232,9 @@ def test_csv_holds_what_the_page_shows(study, page, tmp_path):
 
 def test_equal_runs_give_an_equal_page(study, cells, tmp_path):
     path = tmp_path / "runs" / "report.html"
-    write_page(path, cells(), [])
+    write_all(page_files(path, cells(), []))
     before = path.read_bytes()
-    write_page(path, cells(), [])  # the page among its runs is no run
+    write_all(page_files(path, cells(), []))  # the page among its runs is no run
     assert path.read_bytes() == before
     picture = (path.parent / "report_files" / "speed.png").read_bytes()
     assert picture.startswith(PNG[:8])

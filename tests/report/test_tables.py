@@ -3,7 +3,7 @@ import io
 
 import pytest
 
-from seqzoo.report import build_report, compare, published, save_figure, to_csv, to_markdown
+from seqzoo.report import build_report, compare, comparison_figure, published, to_csv, to_markdown
 from seqzoo.report.figures import draw
 from seqzoo.report.published import TASKS
 from seqzoo.report.tables import PUBLISHED
@@ -34,8 +34,8 @@ def test_text_of_a_table(comparisons):
             "61.00 ± 1.41 (2)",
             "72.00 ± 2.83 (2)",
             "+11.00 (-4.3 to 26.2)",
-            "64.27 [2]",
-            "89.27 recalled [3]",
+            "absolute positions: 64.27 [2]",
+            "absolute positions: 89.27 recalled [3]",
         ),
     ]
     first, second, third = report.notes[-3:]
@@ -76,7 +76,7 @@ def test_bits_have_a_table_of_their_own(mixed):
 def test_bits_have_a_panel_of_their_own(mixed, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr("seqzoo.report.figures.draw", lambda chart: saved.append(draw(chart)) or saved[0])
-    save_figure([mixed[1], mixed[0]], tmp_path / "figure.png")
+    comparison_figure([mixed[1], mixed[0]])
     bits, accuracy = saved[0].get_axes()
     assert "bits per character" in bits.get_ylabel()
     assert bits.patches[0].get_height() == pytest.approx(2.1)
@@ -142,8 +142,8 @@ def test_csv_keeps_full_precision(comparisons):
 def test_figure_shows_what_was_measured(comparisons, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr("seqzoo.report.figures.draw", lambda chart: saved.append(draw(chart)) or saved[0])
-    save_figure(comparisons, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    picture = comparison_figure(comparisons)
+    assert picture.startswith(b"\x89PNG")
     (axes,) = saved[0].get_axes()
     heights = [bar.get_height() for bar in axes.patches]
     assert heights == pytest.approx([80, 61, 72])
@@ -155,10 +155,10 @@ def test_figure_shows_what_was_measured(comparisons, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "task", "objective", "causal", "expected"),
     [
-        ("transformer", "lra_listops", None, False, (36.37, False, "")),
-        ("transformer", "lra_pathx", None, False, ("x", False, "")),
-        ("transformer", "lra_image", "causal", True, (76.0, False, "")),
-        ("transformer", "lra_image", "masked", False, (74.22, True, "")),
+        ("transformer", "lra_listops", None, False, (36.37, False, "absolute positions")),
+        ("transformer", "lra_pathx", None, False, ("x", False, "absolute positions")),
+        ("transformer", "lra_image", "causal", True, (76.0, False, "absolute positions")),
+        ("transformer", "lra_image", "masked", False, (74.22, True, "absolute positions")),
         ("performer", "lra_pathfinder", None, False, (77.05, False, "")),
         ("linear_transformer", "lra_retrieval", None, False, (53.09, False, "")),
         ("s4d", "lra_pathx", None, False, (97.32, False, "")),
