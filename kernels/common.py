@@ -176,6 +176,11 @@ def in_cache(count: int, numbers: int, x: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
+def steps_in_cache(x: Tensor) -> list[slice]:
+    """As `in_cache`, through the steps of x [B, T, ...] and of three more tensors of its size."""
+    return in_cache(x.shape[1], 4 * x[:, 0].numel(), x)
+
+
 def query_heads(x: Tensor, H: int) -> Tensor:
     """[B, T, G, D] -> [B, T, H, D], where head h reads h // (H / G)."""
     G = x.shape[2]

@@ -97,7 +97,7 @@ def _folded(
                 x = x.expand(V, *x.shape) if dim is None else x.movedim(dim, 0)
                 x = x.flatten(0, 1)
             folded.append(x)
-        made = tuple(y.unflatten(0, (V, -1)) if y.numel() else y.new_empty(V, *y.shape) for y in operator(*folded))
+        made = tuple(y.unflatten(0, (V, len(y) // max(V, 1))) for y in operator(*folded))
     return made, (0,) * len(made)
 
 

@@ -15,6 +15,7 @@ from .chunked import attention_chunked
 from .flash import attention_flash
 from .reference import attention_reference
 
+FARTHEST = 2**29  # steps that a window reaches: all there are, with room in 32 bits for what is added
 MAX_CHANNELS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}  # of a head, in the fused form
 
 
@@ -58,7 +59,7 @@ def attention(
             those past it give zeros. Cross attention that happens to have as many queries as keys needs it.
         scale: a number, or one per query: [T] or [B, T], such as the entropy-invariant log n / (log 512 · √D).
             None is 1/√D.
-        position: int64 [B], where each sequence's first query stands; None is 0.
+        position: int64 [B], where each sequence's first query stands; None is 0. Below 0 it stands ahead of all keys.
         cu_seqlens: integers [N + 1], in place of `lengths`, with B = 1: where each of N documents begins that lie one
             behind the other in the S keys, and S. No query sees another document than its own.
         query_cu_seqlens: integers [N + 1], the same of the T queries where they are others in number than the keys:
@@ -125,7 +126,8 @@ def _reach(window: int | tuple[int, int] | None, causal: bool, across: bool) -> 
         )
     if across:
         raise ValueError("attention: a window is over the queries' own sequence; valid across sequences: window=None")
-    return reach[0], 0 if causal else reach[1]
+    ahead, behind = (min(x, FARTHEST) for x in reach)
+    return ahead, 0 if causal else behind
 
 
 def _documents(

@@ -97,8 +97,6 @@ def _query_kernel(
     factor = query_scale(scales, scale, b, T, query, live)
 
     free, end = seen_keys(before + block * QUERIES, n, left, right, CAUSAL, QUERIES, KEYS)
-    if document is not None:
-        free = tl.maximum(free, 0)
     sums = tl.zeros([QUERIES, DK], tl.float32)
     for MASKED in tl.static_range(2):
         if MASKED or left is None:

@@ -89,8 +89,6 @@ def _forward_kernel(
     factor = query_scale(scales, scale, b, T, query, live) * LOG2_E
 
     free, end = seen_keys(before + block * QUERIES, n, left, right, CAUSAL, QUERIES, KEYS)
-    if document is not None:
-        free = tl.maximum(free, 0)
     sums = tl.zeros([QUERIES, DV], tl.float32)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)

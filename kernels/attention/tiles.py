@@ -10,14 +10,15 @@ import triton.language as tl
 from ..tiles import valid_steps
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+FAR_AHEAD = tl.constexpr(-(2**29))  # where a first query stands at least, with room in 32 bits for what is added
 
 
 @triton.jit
 def sequence(lengths, position, b, S):
-    """How many keys of a sequence are valid, and where its first query stands."""
+    """How many keys of a sequence are valid, and where its first query stands: ahead of the keys, if below 0."""
     n, before = valid_steps(lengths, b, S), 0
     if position is not None:
-        before = tl.minimum(tl.load(position + b), S).to(tl.int32)
+        before = tl.minimum(tl.maximum(tl.load(position + b), FAR_AHEAD), S).to(tl.int32)
     return n, before
 
 
@@ -58,10 +59,10 @@ def seen_keys(first, n, left, right, CAUSAL: tl.constexpr, QUERIES: tl.constexpr
     if CAUSAL:
         end, free = tl.minimum(n, first + QUERIES), tl.minimum(n, first + 1)
     if left is not None:
-        end, free = tl.minimum(n, first + QUERIES + right), tl.maximum(first - left, 0)
+        end, free = tl.minimum(n, first + QUERIES + right), first - left
     if first >= n:
         end, free = 0, 0
-    return free // KEYS * KEYS, end
+    return tl.maximum(free, 0) // KEYS * KEYS, end
 
 
 @triton.jit

@@ -157,26 +157,9 @@ def _backward_items(
                     dk, dv, d_beta, dg, d_state[r, h], dw, behind
                 )  # fmt: skip
                 _forth(
-                    lanes,
-                    begin,
-                    end,
-                    g,
-                    h,
-                    low,
-                    q,
-                    k,
-                    beta,
-                    a,
-                    erase,
-                    states[slots[r], h],
-                    u,
-                    do,
-                    dw,
-                    dq,
-                    dg,
-                    dr,
-                    own_dr,
-                )
+                    lanes, begin, end, g, h, low, q, k, beta, a, erase, states[slots[r], h], u, do, dw, dq, dg, dr,
+                    own_dr
+                )  # fmt: skip
             if not len(erase):
                 for t in range(begin, end):
                     for d in range(Dk):
@@ -285,12 +268,8 @@ def _back(
     rows, n, each, zero = Dk + -Dk % 4, high - low, a.shape[2] > 1, q.dtype.type(0)
     D, A, K = np.zeros((rows, len(lanes)), q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
     Q, B, F = np.zeros(rows, q.dtype), np.zeros(rows, q.dtype), np.zeros(rows, q.dtype)
-    U, O, W, R = (
-        np.zeros(len(lanes), q.dtype),
-        np.zeros(len(lanes), q.dtype),
-        np.zeros(len(lanes), q.dtype),
-        np.zeros(len(lanes), q.dtype),
-    )
+    U, O = np.zeros(len(lanes), q.dtype), np.zeros(len(lanes), q.dtype)
+    W, R = np.zeros(len(lanes), q.dtype), np.zeros(len(lanes), q.dtype)
     for c in range(n):
         U[c] = u[end - 1, h, low + c]
     for d in range(Dk):

@@ -16,6 +16,7 @@ Documents in one row are cut by themselves, each into as many pieces as it needs
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,18 +24,17 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import backends
 from ..blocks import Blocks
 from ..common import accumulation_dtype, contiguous
 from ..derivatives import differentiable
 from ..documents import Documents, count_of, starts_of
-from ..launching import launch
+from ..launching import cut_time, launch
 from . import doubling
 from .operator import register
 from .recurrence import _carry_kernel, _scan_kernel
 
-MIN_CHUNK = 256  # steps: a shorter chunk costs more in passes than it gains in programs
-PROGRAMS = 4  # wanted for each multiprocessor, before time is cut
+# A shorter chunk costs more in passes than it gains in programs.
+_chunk_len = partial(cut_time, least=256, wanted=4)
 
 
 class Config(NamedTuple):
@@ -265,12 +265,6 @@ def _launch(
 
 def _no_factor(h: Tensor) -> Tensor:
     return h.new_empty(0, dtype=torch.float32)
-
-
-def _chunk_len(programs: int, T: int, steps: int, device: torch.device) -> int:
-    """All of T, or a multiple of `steps` such that the GPU has enough to do."""
-    chunks = min(PROGRAMS * backends.multiprocessors(device) // programs, T // MIN_CHUNK)
-    return T if chunks < 2 else triton.cdiv(triton.cdiv(T, chunks), steps) * steps
 
 
 def _numbers(x: Tensor | None) -> Tensor | None:

@@ -30,20 +30,18 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels
 from ..derivatives import differentiable, pullback
 from ..documents import Documents, Pieces, count_of, documents_from, starts_of
-from ..launching import launch
+from ..launching import cut_time, launch
 from .backward import _feature_kernel, _key_kernel, _query_kernel, _value_kernel
 from .chunked import favor_attention_chunked
 from .forward import _carry_kernel, _output_kernel, _sums_kernel
 from .state import FavorState
 
 SEGMENT = 256  # steps, causal: a state for each is a small part of its features
-MIN_SEGMENT = 512  # steps, where time is cut only to give the GPU enough to do
-PROGRAMS = 2  # wanted for each multiprocessor, before time is cut
+_segment_len = partial(cut_time, least=512, wanted=2)  # where time is cut only to give the GPU enough to do
 CARRIED = 1024  # numbers of a state that one program carries from segment to segment
 GROUP = 64  # steps that are taken in the same way; blocks of steps divide it, and it divides `SEGMENT`
 SAFE_RISE = 40.0  # exp(40) times the least normal number of single precision is still below rounding
@@ -372,11 +370,8 @@ def _cut(plan: Plan, kernel: str) -> Plan:
         return plan
     (B, T, H, M, _, _), config = plan.sizes, plan.config(kernel)
     programs = B * H * triton.cdiv(M, config.rows)
-    segments = min(PROGRAMS * backends.multiprocessors(plan.device) // programs, T // MIN_SEGMENT)
-    if segments < 2:
-        return plan
-    segment_len = triton.cdiv(triton.cdiv(T, segments), config.columns) * config.columns
-    return plan._replace(segment_len=segment_len, segments=triton.cdiv(T, segment_len))
+    length = _segment_len(programs, T, config.columns, plan.device)
+    return plan._replace(segment_len=length, segments=triton.cdiv(T, length))
 
 
 def _launch(kernel: Any, plan: Plan, config: Config, arguments: tuple[Any, ...], **meta: Any) -> None:

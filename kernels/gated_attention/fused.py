@@ -30,7 +30,7 @@ float16, whose range squares and sums would leave.
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +39,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous, pad_channels, without_autocast, zero_padding
 from ..derivatives import differentiable, pullback
 from ..documents import Documents
-from ..launching import launch
+from ..launching import cut_work, launch
 from ..linear_attention.fused import State, carry
 from .backward import _bias_kernel, _scores_kernel
 from .chunked import by_offset, gated_attention_chunked, in_chunks, in_one_chunk
@@ -53,7 +52,7 @@ from .packed import over_documents
 from .resume import Resumed
 from .state import GatedAttentionState
 
-PROGRAMS = 2  # wanted for each multiprocessor, before work is cut smaller
+_pieces = partial(cut_work, wanted=2)
 STEPS = 256  # that a sum over all of time is cut at
 PRECISIONS = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "bf16"}
 
@@ -422,11 +421,6 @@ def _at_most(block: int, width: int) -> int:
 
 def _channels(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
-
-
-def _pieces(programs: int, most: int, device: torch.device) -> int:
-    """How many pieces to cut the work of each of so many programs into, such that the GPU has enough to do."""
-    return max(1, min(PROGRAMS * backends.multiprocessors(device) // programs, most))
 
 
 def _config(kernel: str, q: Tensor) -> Config:

@@ -21,16 +21,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import backends
 from ..blocks import Blocks
 from ..common import contiguous
 from ..documents import Documents, Pieces
-from ..launching import launch
+from ..launching import cut_time, launch
 from .channel_recurrence import _channel_kernel
 from .recurrence import _carry_kernel, _linear_kernel
 
-MIN_SEGMENT = 512  # steps
-PROGRAMS = 2  # wanted for each multiprocessor, before time is cut
+_segment_len = partial(cut_time, least=512, wanted=2)
 MAX_VALUES = 128  # channels of v in a program
 CARRIED, LEAST_CARRIED = 1024, 128  # numbers of a state that one program carries from segment to segment
 STEPS = 64  # segments of documents are multiples of it, and it of all chunks
@@ -86,12 +84,6 @@ def _plan(q: Tensor, v: Tensor, g: Tensor | None, packed: Packed | None) -> Plan
 def _kind(g: Tensor | None) -> str:
     """Of a pass: the decay between all pairs wants as many registers as the pairs, one per channel another kernel."""
     return {3: "decayed", 4: "channels"}.get(0 if g is None else g.dim(), "pass")
-
-
-def _segment_len(programs: int, T: int, steps: int, device: torch.device) -> int:
-    """All of T, or a multiple of `steps` such that the GPU has enough to do."""
-    segments = min(PROGRAMS * backends.multiprocessors(device) // programs, T // MIN_SEGMENT)
-    return T if segments < 2 else triton.cdiv(triton.cdiv(T, segments), steps) * steps
 
 
 def pack(starts: Tensor | None, q: Tensor) -> Packed | None:

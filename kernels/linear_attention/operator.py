@@ -136,7 +136,7 @@ def _linear_attention_backward(
             dg = channel_decay_gradient(q, dq, k, dk, log_decay, lengths, starts, of_last)
         else:
             dg = decay_gradient(q, dq, k, dk, lengths, starts, None if of_last is None else of_last.sum(-1))
-            dg = dg.sum((0, 1)) if log_decay.dim() == 1 else dg.masked_fill(log_decay == -torch.inf, 0)
+            dg = (dg.sum((0, 1)) if log_decay.dim() == 1 else dg).masked_fill(log_decay.exp() == 0, 0)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dg, d_initial
 
 

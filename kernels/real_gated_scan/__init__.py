@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend, choose, fit
-from ..common import accumulation_dtype, autocast_dtype, can_be_looked_at, check_lengths
+from ..common import accumulation_dtype, autocast_dtype, can_be_looked_at, check_lengths, zero_padding
 from ..derivatives import by_hand
 from ..diagonal_scan import CHANNELS
-from ..documents import check_documents
+from ..documents import Documents, check_documents
 from .plain import real_gated_scan_plain
 from .reference import real_gated_scan_reference
 from .unit import Gate, real_gated_unit_in_loop
@@ -25,6 +25,16 @@ FORMS: dict[str, Callable[..., Any]] = {
     "reference": real_gated_scan_reference,
     "fused": partial(real_gated_scan_plain, backend="fused"),
 }
+
+
+class Ends(NamedTuple):
+    """Where R sequences begin and end, as forms take it."""
+
+    initial_state: Tensor | None  # [R, D]
+    begins: Tensor | None  # [R]
+    reverse: bool
+    lengths: Tensor | None  # [B]
+    documents: Documents | None
 
 
 def real_gated_scan(
@@ -76,6 +86,7 @@ def real_gated_scan(
     if v.dim() != 3 or v.shape[1] == 0 or shapes != [shapes[0], shapes[0], shapes[0], shapes[0][2:]]:
         raise ValueError(f"real_gated_scan: expected v and two gates [B, T, D] with T >= 1, and rate [D], got {shapes}")
     ends = _checked(v, initial_state, begins, reverse, lengths, cu_seqlens)
+    v, recurrence_gate, input_gate = (zero_padding(x, ends.lengths) for x in (v, recurrence_gate, input_gate))
     implementation = choose("real_gated_scan", backend, FORMS, fit(v, channels=CHANNELS, width=0))
     h, state = implementation(v, recurrence_gate, input_gate, rate, *ends)
     return (h, state) if output_final_state else h
@@ -96,6 +107,7 @@ def real_gated_unit(
 ) -> Any:
     """`real_gated_scan` of u [B, T, D], whose gates are layers of u too. A CPU keeps no gates for the gradient."""
     ends = _checked(u, initial_state, begins, reverse, lengths, cu_seqlens)
+    u = zero_padding(u, ends.lengths)
     form = choose("real_gated_scan", "auto", FORMS, fit(u, channels=CHANNELS, width=0))
     if form is real_gated_scan_plain and by_hand() and can_be_looked_at(u):
         h, state = real_gated_unit_in_loop(u, recurrence_gate, input_gate, rate, *ends)
@@ -113,8 +125,7 @@ def _checked(
     reverse: bool,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Any, ...]:
-    """The state, which sequences begin, the direction, and where they end, as forms take them."""
+) -> Ends:
     B, T = v.shape[:2]
     documents = check_documents("real_gated_scan", cu_seqlens, lengths, B, T)
     lengths = check_lengths("real_gated_scan", lengths, B, T)
@@ -125,4 +136,4 @@ def _checked(
     if initial_state is not None:
         initial_state = initial_state.to(accumulation_dtype(v.dtype))
         begins = torch.zeros(rows, dtype=torch.bool, device=v.device) if begins is None else begins
-    return initial_state, begins, reverse, lengths, documents
+    return Ends(initial_state, begins, reverse, lengths, documents)

@@ -52,8 +52,9 @@ def selective_scan(
         output_final_state: whether to return the state after the last step taken too.
         reverse: whether to run from the last step to the first.
         lengths: int64 [B], the valid steps of each sequence; all T by default. What lies past them changes nothing.
-        cu_seqlens: integers [N + 1], in place of `lengths`, with B = 1: where each document begins in the row, and T.
-            None hears of another; states have a row for each, and that of an empty one passes unchanged.
+        cu_seqlens: integers [R + 1], in place of `lengths`, with B = 1: where each of R documents begins in the row,
+            and T. None hears of another; states have a row for each, [R, D, N], and that of an empty one passes
+            unchanged.
         backend: "auto", "chunked" or "reference".
 
     Returns:

@@ -24,12 +24,12 @@ NEAREST = 0.5  # where a logarithmic axis shows the distance 0
 
 
 def save_figure(found: RunMixing, path: Path) -> None:
-    """Writes `picture_of`."""
+    """Writes `picture_of` a run to `path`."""
     write_bytes(path, picture_of(found))
 
 
 def picture_of(found: RunMixing) -> bytes:
-    """Draws mixing matrices and distance profiles, and writes them to `path` as PNG.
+    """Mixing matrices and distance profiles, drawn: the bytes of a PNG file.
 
     Colours are a weight's share of its row times the number of positions the row can reach, 1 where weights are
     uniform. Distances: a thin line for each block, a thick one for their mean.

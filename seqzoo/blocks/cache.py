@@ -56,8 +56,9 @@ class KeyValueCache(NamedTuple):
 
         Returns:
             [B, S, ...] each in the dtype of k and v, with S no more than the longest has; int64 [B], or None for S; and
-            the state. A GPU is waited for. In graphs, in transforms of functions and where there is to be a gradient,
-            buffers are made anew, with room for T more, and S is all of it.
+            the state. A GPU is waited for: once, and twice where sequences differ in length. In graphs, in
+            transforms of functions and where there is to be a gradient, buffers are made anew, with room for T more,
+            and S is all of it.
         """
         keys, values, position, written = self
         end = advance(position, k, lengths, documents)
@@ -65,10 +66,10 @@ class KeyValueCache(NamedTuple):
             keys, values = grow(keys, k, position, documents), grow(values, v, position, documents)
             cache = KeyValueCache(keys, values, end, torch.full_like(end, -1))
             return keys.to(k.dtype), values.to(v.dtype), end, cache
-        places = position.tolist()
+        places, taken, ends = torch.stack([position, written, end]).tolist()
         first = places[0] if lengths is None and documents is None and places.count(places[0]) == len(places) else None
-        S = int(end.max()) if first is None else first + k.shape[1]
-        if not self._mine(S, places):
+        S = max(ends) if first is None else first + k.shape[1]
+        if not (places == taken and self._mine(S)):
             keys, values, _, written = self._moved(S, max(places))
         held_keys, held_values = keys[:, :S], values[:, :S]
         if first is None:
@@ -82,9 +83,9 @@ class KeyValueCache(NamedTuple):
         cache = KeyValueCache(keys, values, end, written)
         return held_keys.to(k.dtype), held_values.to(v.dtype), end if first is None else None, cache
 
-    def _mine(self, S: int, places: list[int]) -> bool:
-        """Whether this state may write into its buffers, and they have room for S entries."""
-        if self.keys.shape[1] < S or self.written.tolist() != places:
+    def _mine(self, S: int) -> bool:
+        """Whether the buffers have room for S entries, and can be written into here."""
+        if self.keys.shape[1] < S:
             return False
         return torch.is_inference_mode_enabled() or not (self.keys.is_inference() or self.written.is_inference())
 

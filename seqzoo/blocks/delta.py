@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.common import accumulation_dtype, in_cache
+from ..kernels.common import accumulation_dtype, steps_in_cache
 from ..kernels.derivatives import by_hand, gradient
 from ..kernels.documents import Documents
 from .base import Block, advance
@@ -136,7 +136,7 @@ class _Unit(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         inverse = x.new_empty(*x.shape[:-1], 1, dtype=accumulation_dtype(x.dtype))
-        for t in _together(x):
+        for t in steps_in_cache(x):
             y[:, t], inverse[:, t] = _unit(x[:, t], eps)
         ctx.save_for_backward(x, inverse)
         ctx.eps = eps
@@ -148,13 +148,9 @@ class _Unit(torch.autograd.Function):
 
         def written() -> tuple[Tensor]:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            for t in _together(x):
+            for t in steps_in_cache(x):
                 y, d = x[:, t] * inverse[:, t], dy[:, t].to(inverse.dtype)
                 dx[:, t] = d.addcmul(y, (y * d).sum(-1, keepdim=True), value=-1).mul_(inverse[:, t])
             return (dx,)
 
         return *gradient(written, lambda x: _unit(x, ctx.eps)[:1], (x,), (dy,)), None
-
-
-def _together(x: Tensor) -> list[slice]:
-    return in_cache(x.shape[1], 4 * len(x) * x.shape[2] * x.shape[3], x)

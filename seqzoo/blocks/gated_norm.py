@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.common import accumulation_dtype, in_cache
+from ..kernels.common import accumulation_dtype, steps_in_cache
 from ..kernels.derivatives import by_hand, gradient
 
 
@@ -67,7 +67,7 @@ class _NormThenGate(torch.autograd.Function):
         ctx.save_for_backward(y, z, weight)
         ctx.options = gate, eps
         out = z.new_empty(z.shape, dtype=torch.promote_types(y.dtype, z.dtype))
-        for t in _together(z):
+        for t in steps_in_cache(z):
             out[:, t] = _normed_and_gated(y[:, t], z[:, t], weight, gate, eps)
         return out
 
@@ -83,7 +83,7 @@ class _NormThenGate(torch.autograd.Function):
         def written() -> tuple[Tensor | None, ...]:
             dy, dz, scale = y.new_empty(y.shape), z.new_empty(z.shape), None if weight is None else weight.to(wide)
             d_weight = None if weight is None else torch.zeros_like(weight, dtype=wide)
-            for t in _together(z):
+            for t in steps_in_cache(z):
                 y_t, z_t, d_t = (x[:, t].to(wide) for x in (y, z, d))
                 inverse, opened = _inverse_rms(y_t, eps), GATES[gate](z_t)
                 normed = y_t * inverse
@@ -125,7 +125,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         ctx.save_for_backward(y, z, scale)
         ctx.options = groups, eps
         out = y.new_empty(y.shape)
-        for t in _together(y):
+        for t in steps_in_cache(y):
             out[:, t] = _plain(y[:, t], z[:, t], scale, groups, eps)
         return out
 
@@ -140,7 +140,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
         def written() -> tuple[Tensor, ...]:
             dy, dz, d_scale = y.new_empty(y.shape), z.new_empty(z.shape), torch.zeros_like(scale, dtype=dtype)
-            for t in _together(y):
+            for t in steps_in_cache(y):
                 y_t, z_t, d_t = (x[:, t].to(dtype) for x in (y, z, d))
                 gate = F.silu(z_t)
                 gated = (y_t * gate).unflatten(-1, (groups, -1))
@@ -154,7 +154,3 @@ class _GatedRMSNorm(torch.autograd.Function):
             return dy, dz, d_scale.to(scale.dtype)
 
         return *gradient(written, form, (y, z, scale), (d,)), None, None
-
-
-def _together(x: Tensor) -> list[slice]:
-    return in_cache(x.shape[1], 4 * len(x) * x.shape[2], x)

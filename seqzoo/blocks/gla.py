@@ -2,30 +2,22 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import linear_attention
-from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents
 from ..valid import Bias, Count, Positive
 from .base import Block, advance
 from .directions import Directions
 from .gated_norm import NormThenGate
 from .gates import GateBias
-from .states import state_of
+from .states import MemoryState
 from .wide import default_dtype
 
 NORM_EPS = 1e-5
-
-
-@state_of()
-class GatedState(NamedTuple):
-    memory: Tensor  # [B, H, Dk, Dv]
-    position: Tensor  # int64 [B]
 
 
 class GLA(Block):
@@ -75,23 +67,14 @@ class GLA(Block):
         self.norm = NormThenGate(2 * self.key_dim, "silu", eps=NORM_EPS)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def initial_state(self, batch_size, *, device=None, dtype=None) -> GatedState:
+    def initial_state(self, batch_size, *, device=None, dtype=None) -> MemoryState:
         device, dtype = self._state_options(device, dtype)
-        return GatedState(
-            torch.zeros(
-                batch_size,
-                self.num_heads,
-                self.key_dim,
-                2 * self.key_dim,
-                device=device,
-                dtype=accumulation_dtype(dtype),
-            ),
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-        )
+        memory = self.num_heads, self.key_dim, 2 * self.key_dim
+        return MemoryState.empty(batch_size, *memory, device=device, dtype=dtype)
 
     def mix(
-        self, x: Tensor, state: GatedState | None, lengths: Tensor | None, documents: Documents | None = None
-    ) -> tuple[Tensor, GatedState | None]:
+        self, x: Tensor, state: MemoryState | None, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, MemoryState | None]:
         D, H = self.d_model, self.num_heads
         q, k, v, r = self.in_proj(x).split((D // 2, D // 2, D, D), -1)
         log_decay = F.logsigmoid(self.gate_bias(self.gate_proj(x))) / self.gate_temperature
@@ -104,5 +87,5 @@ class GLA(Block):
         o = self.over_time(lambda v: ways.through(remember, v, before), v)
         if state is not None:
             o, memory = o
-            state = GatedState(memory, advance(state.position, x, lengths, documents))
+            state = MemoryState(memory, advance(state.position, x, lengths, documents))
         return self.out_proj(self.norm(o, r)), state

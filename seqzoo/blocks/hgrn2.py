@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +14,10 @@ from ..valid import BelowOne, Bias
 from .base import Block, advance, head_dim
 from .directions import Directions
 from .gates import GateBias
-from .states import state_of
+from .states import MemoryState
 from .wide import default_dtype
 
 NORM_EPS = 1e-5
-
-
-@state_of()
-class HGRN2State(NamedTuple):
-    memory: Tensor  # [B, H, D, D]
-    position: Tensor  # int64 [B]
 
 
 class HGRN2(Block):
@@ -73,17 +66,14 @@ class HGRN2(Block):
         self.norm = nn.RMSNorm(d_model, eps=NORM_EPS)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def initial_state(self, batch_size, *, device=None, dtype=None) -> HGRN2State:
+    def initial_state(self, batch_size, *, device=None, dtype=None) -> MemoryState:
         device, dtype = self._state_options(device, dtype)
-        wide, H, D = accumulation_dtype(dtype), self.num_heads, self.head_dim
-        return HGRN2State(
-            torch.zeros(batch_size, H, D, D, device=device, dtype=wide),
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-        )
+        memory = self.num_heads, self.head_dim, self.head_dim
+        return MemoryState.empty(batch_size, *memory, device=device, dtype=dtype)
 
     def mix(
-        self, x: Tensor, state: HGRN2State | None, lengths: Tensor | None, documents: Documents | None = None
-    ) -> tuple[Tensor, HGRN2State | None]:
+        self, x: Tensor, state: MemoryState | None, lengths: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, MemoryState | None]:
         q, f, v = self.in_proj(x).chunk(3, -1)
         log_decay = self._log_decay(f)
         k = log_decay.expm1().neg().to(f.dtype)
@@ -96,7 +86,7 @@ class HGRN2(Block):
         o = self.over_time(lambda v: ways.through(remember, v, before), v)
         if state is not None:
             o, memory = o
-            state = HGRN2State(memory, advance(state.position, x, lengths, documents))
+            state = MemoryState(memory, advance(state.position, x, lengths, documents))
         return self.out_proj(self.norm(o.flatten(2))), state
 
     def _log_decay(self, f: Tensor) -> Tensor:

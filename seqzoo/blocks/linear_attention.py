@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from .base import Block, advance, head_dim, places
 from .over_parts import linear_attention
 from .parts import Part
 from .rotary import rotate
-from .states import state_of
+from .states import MemoryState
 
 
 class _EluPlusOne(torch.autograd.Function):
@@ -41,12 +41,6 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": F.relu, "silu": F.silu}
-
-
-@state_of()
-class LinearAttentionState(NamedTuple):
-    memory: Tensor  # [B, H, D, D], or [B, H, D, D + 1] with the normaliser's sum in the last column
-    position: Tensor  # int64 [B]
 
 
 class LinearAttention(Block):
@@ -97,23 +91,20 @@ class LinearAttention(Block):
         self.norm = None if normalize else nn.RMSNorm(self.head_dim, eps=1e-6)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
 
-    def initial_state(self, batch_size, *, device=None, dtype=None) -> LinearAttentionState:
+    def initial_state(self, batch_size, *, device=None, dtype=None) -> MemoryState:
         device, dtype = self._state_options(device, dtype)
-        wide = accumulation_dtype(dtype)
-        D = self.head_dim
-        return LinearAttentionState(
-            torch.zeros(batch_size, self.num_heads, D, D + self.normalize, device=device, dtype=wide),
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-        )
+        # With `normalize`, the normaliser's sum is in the last column.
+        memory = self.num_heads, self.head_dim, self.head_dim + self.normalize
+        return MemoryState.empty(batch_size, *memory, device=device, dtype=dtype)
 
     def mix(
         self,
         x: Tensor,
-        state: LinearAttentionState | None,
+        state: MemoryState | None,
         lengths: Tensor | None,
         documents: Documents | None = None,
         part: Part | None = None,
-    ) -> tuple[Tensor, LinearAttentionState | None]:
+    ) -> tuple[Tensor, MemoryState | None]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, T, H, D]
         phi = FEATURE_MAPS[self.feature_map]
         q, k = phi(q), phi(k)
@@ -139,7 +130,7 @@ class LinearAttention(Block):
         )
         if state is not None:
             y, memory = y
-            state = LinearAttentionState(memory, advance(state.position, x, lengths, documents))
+            state = MemoryState(memory, advance(state.position, x, lengths, documents))
         if self.norm is not None:
             y = self.norm(y)
         return self.out_proj(y.flatten(2)), state

@@ -146,7 +146,7 @@ class _Scan(torch.autograd.Function):
         ctx.first = part.receive(x.new_empty(len(x), x.shape[2]), back=reverse)
         if part.neighbour(reverse) is not None:
             added = scan(x, a, factor=factor)[1]
-            part.send(a ** x.shape[1] * ctx.first + added, back=reverse)
+            part.send(power(a, x.shape[1]) * ctx.first + added, back=reverse)
         with torch.enable_grad():
             ctx.given = [None if y is None else y.detach().requires_grad_() for y in (x, a, factor)]
             x, a, factor = ctx.given
@@ -161,11 +161,16 @@ class _Scan(torch.autograd.Function):
         if part.neighbour(back) is not None:
             a = ctx.given[1].detach().conj().resolve_conj()
             added = kernels.diagonal_scan(dh, a, reverse=back, lengths=ctx.lengths, output_final_state=True)[1]
-            part.send(a * added + a ** dh.shape[1] * behind, back=back)
+            part.send(a * added + power(a, dh.shape[1]) * behind, back=back)
         wanted = [y for y in ctx.given if y is not None]
         found = iter(torch.autograd.grad(ctx.made, wanted, (dh, behind)))
         ctx.made = ()
         return None, None, None, *(None if y is None else next(found) for y in ctx.given)
+
+
+def power(a: Tensor, n: int) -> Tensor:
+    """a^n, by way of double precision: what rounds an angle once, single precision rounds n times as far."""
+    return (a.to(torch.promote_types(a.dtype, torch.float64)) ** n).to(a.dtype)
 
 
 def _passed(

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from ..kernels.common import accumulation_dtype
 from ..kernels.documents import Documents, starts_of
 from ..valid import Factor
 from .base import Block, advance, head_dim, places
@@ -14,13 +11,7 @@ from .linear_attention import decay_rates
 from .over_parts import linear_attention
 from .parts import Part
 from .rotary import rotate
-from .states import state_of
-
-
-@state_of()
-class RetNetState(NamedTuple):
-    memory: Tensor  # [B, H, Dk, Dv]
-    position: Tensor  # int64 [B]
+from .states import MemoryState
 
 
 class RetNet(Block):
@@ -60,22 +51,19 @@ class RetNet(Block):
                 nn.init.xavier_uniform_(weight, gain=2**-2.5)
             nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
 
-    def initial_state(self, batch_size, *, device=None, dtype=None) -> RetNetState:
+    def initial_state(self, batch_size, *, device=None, dtype=None) -> MemoryState:
         device, dtype = self._state_options(device, dtype)
-        shape = batch_size, self.num_heads, self.key_dim, self.value_dim
-        return RetNetState(
-            torch.zeros(shape, device=device, dtype=accumulation_dtype(dtype)),
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-        )
+        memory = self.num_heads, self.key_dim, self.value_dim
+        return MemoryState.empty(batch_size, *memory, device=device, dtype=dtype)
 
     def mix(
         self,
         x: Tensor,
-        state: RetNetState | None,
+        state: MemoryState | None,
         lengths: Tensor | None,
         documents: Documents | None = None,
         part: Part | None = None,
-    ) -> tuple[Tensor, RetNetState | None]:
+    ) -> tuple[Tensor, MemoryState | None]:
         *qkv, gate = self.in_proj(x).split(self.widths, -1)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in qkv)  # [B, T, H, Dk or Dv]
         place, pairs = places(x, state, documents, part), self.key_dim // 2
@@ -98,5 +86,5 @@ class RetNet(Block):
         )
         if state is not None:
             y, memory = y
-            state = RetNetState(memory, advance(state.position, x, lengths, documents))
+            state = MemoryState(memory, advance(state.position, x, lengths, documents))
         return self.out_proj(self.norm(y, gate)), state

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.common import accumulation_dtype, in_cache, zero_padding
+from ..kernels.common import accumulation_dtype, steps_in_cache, zero_padding
 from ..kernels.derivatives import by_hand, gradient
 from ..kernels.documents import Documents, starts_of
 from ..kernels.real_gated_scan import Gate, real_gated_scan, real_gated_unit
@@ -167,7 +167,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, z: Tensor) -> Tensor:
         ctx.save_for_backward(h, z)
         y = torch.empty_like(z)
-        for t in _together(z):
+        for t in steps_in_cache(z):
             torch.mul(F.gelu(z[:, t], approximate="tanh"), h[:, t], out=y[:, t])
         return y
 
@@ -177,13 +177,9 @@ class _Gated(torch.autograd.Function):
 
         def written() -> tuple[Tensor, Tensor]:
             dh, dz = torch.empty_like(h), torch.empty_like(z)
-            for t in _together(z):
+            for t in steps_in_cache(z):
                 torch.mul(F.gelu(z[:, t], approximate="tanh"), dy[:, t], out=dh[:, t])
                 dz[:, t] = torch.ops.aten.gelu_backward(dy[:, t] * h[:, t], z[:, t], approximate="tanh")
             return dh, dz
 
         return gradient(written, lambda h, z: (_gated(h, z),), (h, z), (dy,))
-
-
-def _together(x: Tensor) -> list[slice]:
-    return in_cache(x.shape[1], 4 * len(x) * x.shape[2], x)

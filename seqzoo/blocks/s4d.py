@@ -332,7 +332,8 @@ def _carry_in_parts(
         step: complex [DP].
         rest: steps of the last chunk.
     """
-    over_rest, over_all = (step * rest).exp(), (step * (part.stop - part.start)).exp()
+    wide = step.to(torch.complex128)  # angles of many turns
+    over_rest, over_all = ((wide * steps).exp().to(step.dtype) for steps in (rest, part.stop - part.start))
     state = last.shape, last.dtype
 
     def behind(h: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -104,3 +104,19 @@ def _select(self: Any, rows: Any) -> Any:
 def _repeat(self: Any, times: int) -> Any:
     rows = torch.arange(len(self.position), device=self.position.device)
     return self.select(rows.repeat_interleave(times))
+
+
+@state_of()
+class MemoryState(NamedTuple):
+    """Of blocks that remember a matrix in each head, and nothing else."""
+
+    memory: Tensor  # [B, H, Dk, Dv], at least float32
+    position: Tensor  # int64 [B]
+
+    @classmethod
+    def empty(cls, B: int, *memory: int, device: torch.device | str | None, dtype: torch.dtype) -> MemoryState:
+        """Of B sequences of which nothing has been seen, with a memory [B, ...]."""
+        return cls(
+            torch.zeros(B, *memory, device=device, dtype=accumulation_dtype(dtype)),
+            torch.zeros(B, dtype=torch.int64, device=device),
+        )

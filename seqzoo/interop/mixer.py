@@ -55,25 +55,29 @@ class Mixer(nn.Module):
             raise ValueError(f"{name} has no weights to return; valid: seqzoo.analysis.mixing_matrix, which makes them")
         if any(asked.get(other) is not None for other in OF_OTHERS):
             raise ValueError(f"{name}: keys of another sequence; valid: the attention of a sequence to itself")
-        x, seen = asked["hidden_states"], self._seen(asked.get("attention_mask"))
-        cache = next((value for value in asked.values() if isinstance(value, Cache)), None)
+        x, cache = asked["hidden_states"], next((value for value in asked.values() if isinstance(value, Cache)), None)
+        layer = None if cache is None else self._layer(cache)
+        seen = self._seen(asked.get("attention_mask"), x.shape[1], 0 if layer is None else layer.steps)
         check_packed(name, asked.get("position_ids"), seen, x.shape[1])
         counts = seen.new_steps(x.shape[1])
-        if cache is None and seen.starts is None:
+        if layer is None and seen.starts is None:
             return self.block(x, attention_mask=counts), None
-        if cache is None:
+        if layer is None:
             return self.block(x.flatten(0, 1)[None], cu_seqlens=seen.starts).view_as(x), None
-        layer = self._layer(cache)
         y, layer.state = self.block.extend(x, layer.state, attention_mask=counts)
         layer.steps += x.shape[1]
         return y, None
 
-    def _seen(self, mask: Any) -> Seen:
+    def _seen(self, mask: Any, T: int, before: int) -> Seen:
+        """What a mask says of T steps that follow so many others."""
         name, causal = type(self.block).__name__, self.block.causal
         if mask is None:
             return Seen(causal)
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            return Seen(causal, counts=mask == 1)
+            if mask.shape[1] not in (T, before + T):
+                behind = f", or [batch, {before + T}] of those before too" if before else ""
+                raise ValueError(f"{name}: a mask {list(mask.shape)} of {T} steps; valid: [batch, {T}]{behind}")
+            return Seen(causal, counts=mask == 1, position=mask.shape[1] - T)
         if not isinstance(mask, Seen):
             raise ValueError(
                 f"{name}: a mask of all pairs of steps; valid: seqzoo.hf.register(), and then "

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import Part
+from ..blocks.wide import default_dtype
 from ..kernels.common import can_be_looked_at
 from ..kernels.documents import Documents
 from ..spec import TaskSpec
@@ -143,12 +144,12 @@ class Embedding(nn.Module):
 
 
 def sinusoids(length: int, d_model: int, *, device: torch.device | None = None) -> Tensor:
-    """[length, d_model], sines in the even channels and cosines in the odd ones."""
+    """[length, d_model], in single precision at least, sines in the even channels and cosines in the odd ones."""
     return _sinusoids(torch.arange(length, device=device), d_model)
 
 
 def _sinusoids(place: Tensor, d_model: int) -> Tensor:
     """[...] -> [..., d_model]."""
-    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, device=place.device) / d_model)
+    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, device=place.device, dtype=default_dtype()) / d_model)
     angle = place[..., None] * frequency
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :d_model]

@@ -16,7 +16,7 @@ POOLINGS = ("mean", "max", "last", "first")
 def pool(x: Tensor, lengths: Tensor, how: str) -> Tensor:
     """One vector for each sequence, from its valid positions: [B, T, D] -> [B, D]; zero where it has none."""
     if how == "mean":
-        return zero_padding(x, lengths).sum(1) / lengths.clamp(min=1)[:, None]
+        return _mean(_sum(x, lengths), lengths, x.dtype)
     if how == "first":
         pooled = x[:, 0]
     elif how == "last":
@@ -32,7 +32,7 @@ def pool_documents(x: Tensor, documents: Documents, how: str) -> Tensor:
     lengths, document = documents.lengths[:, None], documents.of_steps()
     if how == "mean":
         sums = x.new_zeros(documents.N, D, dtype=dtype).index_add(0, document, x[0].to(dtype))
-        return (sums / lengths.clamp(min=1)).to(x.dtype)
+        return _mean(sums, documents.lengths, x.dtype)
     if how == "max":
         lowest = x.new_full((documents.N, D), -torch.inf)
         pooled = lowest.scatter_reduce(0, document[:, None].expand(T, D), x[0], "amax")
@@ -47,7 +47,7 @@ def pool_parts(x: Tensor, lengths: Tensor, how: str, part: Part) -> Tensor:
     each rank. `lengths` are those of the whole sequences."""
     own: Any = part.lengths(lengths)
     if how == "mean":
-        return part.total(zero_padding(x, own).sum(1)) / lengths.clamp(min=1)[:, None]
+        return _mean(part.total(_sum(x, own)), lengths, x.dtype)
     if how == "max":
         among = x.new_zeros(part.ranks, len(x), x.shape[2])
         valid = valid_positions(own, x.shape[1])[..., None]
@@ -60,6 +60,15 @@ def pool_parts(x: Tensor, lengths: Tensor, how: str, part: Part) -> Tensor:
     return part.total(
         torch.where(here[:, None], x[torch.arange(len(x), device=x.device), at.clamp(0, x.shape[1] - 1)], 0)
     )
+
+
+def _sum(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Over time, in single precision at least: half would overflow, and forget what is far smaller."""
+    return zero_padding(x, lengths).sum(1, dtype=accumulation_dtype(x.dtype))
+
+
+def _mean(sums: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    return (sums / lengths.clamp(min=1)[:, None]).to(dtype)
 
 
 class ClassificationHead(nn.Module):

@@ -64,10 +64,22 @@ def test_the_median_over_shapes_decides_in_both_ways_of_launching():
     assert not decided([check()], bench)
 
 
-def test_shape_that_the_kernel_died_of_decides():
+@pytest.mark.parametrize(("status", "taken"), [("died", False), ("failed", False), ("not reached", True)])
+def test_shape_that_the_kernel_died_of_decides(status, taken):
     bench = times(1.0, 2.0)
-    died = {**bench[0], "shape": "B=64", "status": "died", "said": "signal"}
-    assert not decided([check()], [*bench, died])
+    lost = {key: y for key, y in bench[0].items() if not key.endswith("_ms")}
+    lost |= {"shape": "B=64", "status": status, "said": "signal"}
+    assert bool(decided([check()], [*bench, lost])) == taken
+
+
+@pytest.mark.parametrize(("form", "taken"), [("fused", False), ("chunked", True)])
+def test_shape_that_cannot_be_captured_decides_if_the_kernel_is_to_blame(form, taken):
+    other = times(1.0, 2.0, shape="B=64")
+    for row in other:
+        if row["name"] == form:
+            del row["both_ms"], row["forward_ms"]
+            row["no_graph"] = "operation not permitted when stream is capturing"
+    assert bool(decided([check()], [*times(1.0, 2.0), *other])) == taken
 
 
 def test_narrow_heads_take_few_warps_where_only_those_passed():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from seqzoo import build_block
 from seqzoo.blocks import upgraded
 from seqzoo.blocks.lru import LRU
+from seqzoo.blocks.over_parts import power
 from seqzoo.blocks.s4d import CHUNK, S4D
 
 B, D = 2, 6
@@ -24,6 +25,12 @@ def states(x: Tensor, a: Tensor) -> Tensor:
         h = a * h + x_t
         outputs.append(h)
     return torch.stack(outputs, 1)
+
+
+def test_a_power_of_many_steps_is_right_to_rounding():
+    a = torch.polar(torch.rand(64).mul(1e-4).neg().exp(), 3 * torch.rand(64))
+    for n in (1, 4096, 2**16):
+        assert_close(power(a, n), a.to(torch.complex128) ** n, 1e-7)
 
 
 def lru_equations(block: LRU, x: Tensor) -> Tensor:

@@ -7,9 +7,12 @@ import pytest
 import torch
 from agreement import assert_close
 from block_cases import VARIANTS, D, make, sequences
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torchrun import torchrun
 
 from seqzoo.blocks import BLOCKS
+from seqzoo.blocks.cache import KeyValueCache
 
 CACHED = [
     ("softmax_attention", {}),
@@ -193,3 +196,26 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_a_block_in_shards_extends_as_it_is_and_sums_are_not_rounded(tmp_path):
     subprocess.run(**torchrun(SCRIPT, tmp_path), check=True, timeout=300)
+
+
+class _Waits(TorchFunctionMode):
+    """Counts what waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        self.count += function in (Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__bool__, Tensor.nonzero)
+        return function(*arguments, **(keywords or {}))
+
+
+@torch.no_grad()
+def test_a_cache_waits_for_the_device_once_a_step():
+    cache = KeyValueCache.empty(2, 8, (1, 4), (1, 4), device=None, dtype=torch.float32)
+    k = torch.randn(2, 1, 1, 4)
+    for lengths, waits in ((None, 1), (None, 1), (torch.tensor([1, 0]), 2), (None, 2)):
+        with _Waits() as found:
+            *_, cache = cache.append(k, k, lengths, None)
+        assert found.count == waits
+    assert cache.position.tolist() == [4, 3]

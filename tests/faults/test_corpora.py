@@ -23,7 +23,7 @@ from seqzoo.report.cli import main as report
 from seqzoo.runs import evaluate_run, load, run
 from seqzoo.runs.folder import read_config, reusable_pretraining
 from seqzoo.tasks import TaskConfig, build_task, lra_text
-from seqzoo.training.checkpoint import load_checkpoint, load_metadata, load_weights
+from seqzoo.training.checkpoint import load_checkpoint, load_weights
 
 CASES, FEW = 2000, 15
 FIRST = {"configuration": 10_000, "checkpoint": 20_000, "run folder": 30_000, "data": 40_000}  # seeds
@@ -101,7 +101,6 @@ def test_checkpoints(cases, finished, tmp_path):
             assert kept is None or kept.state == expected.state
             if kept is not None:
                 assert load_weights(path).keys()
-                assert load_metadata(path)
 
         message = said(reading)
         assert message is None or str(path) in message

@@ -48,6 +48,21 @@ def test_a_cache_of_another_name_is_its_history(name, build, ids, in_front):
 
 
 @torch.no_grad()
+def test_a_mask_of_the_new_steps_or_of_all_so_far(transformers, in_front):
+    mixer, cache = seqzoo.hf.Mixer(build_block("lru", 8, causal=True)), transformers.DynamicCache()
+    x = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(1))
+    whole, _ = mixer(x, attention_mask=in_front)
+    for new, masked in (((0, 6), (0, 6)), ((6, 8), (0, 8)), ((8, 11), (8, 11)), ((11, 12), (0, 12))):
+        new, mask = slice(*new), in_front[:, slice(*masked)]
+        y, _ = mixer(x[:, new], attention_mask=mask, past_key_values=cache)
+        torch.testing.assert_close(y, whole[:, new])
+    with pytest.raises(ValueError, match=r"\[3, 5\] of 1 steps; valid: \[batch, 1\], or \[batch, 13\] of those before"):
+        mixer(x[:, :1], attention_mask=in_front[:, :5], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"LRU: a mask \[3, 12\] of 6 steps; valid: \[batch, 6\]$"):
+        mixer(x[:, :6], attention_mask=in_front)
+
+
+@torch.no_grad()
 def test_its_state_does_not_grow(model, ids):
     cache = model(ids, use_cache=True).past_key_values
     assert cache.get_seq_length() == 12

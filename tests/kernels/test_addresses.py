@@ -34,10 +34,10 @@ def launches(operation: str, size: Size, multiprocessors: int = 1) -> list[Launc
     return found
 
 
-def found_in(launch: Launch, program: int, length: int) -> list[str]:
-    """Its faults where every sequence has this length, whatever an argument calls it."""
+def found_in(launch: Launch, program: int, length: int, position: int = 3) -> list[str]:
+    """Its faults where every sequence has this length, whatever an argument calls it, and queries stand there."""
     loaded = dict.fromkeys(("lengths", "last"), length)
-    loaded |= {"position": 3, "first": 3, "earlier": 2**40, "valid": 1, "starts": 0}
+    loaded |= {"position": position, "first": 3, "earlier": 2**40, "valid": 1, "starts": 0}
     loaded |= {"steep": int(launch.arguments.get("CAREFUL", False))}  # what the launch is for
     return faults(launch, program, loaded)
 
@@ -62,6 +62,13 @@ def test_lengths_that_no_sequence_has(operation):
         for program in range(max(0, launch.programs - 4), launch.programs):  # of the last sequence
             for length in (RAGGED.T + 1, 2**40, -1):
                 assert not found_in(launch, program, length), length
+
+
+def test_positions_that_no_key_has():
+    for launch in launches("attention", RAGGED):
+        for program in range(launch.programs):
+            for position in (RAGGED.T + 1, 2**40, -70, -(2**40)):
+                assert not found_in(launch, program, RAGGED.T, position), position
 
 
 def test_every_kernel_is_among_them():

@@ -127,6 +127,17 @@ def test_queries_behind_a_cache(backend):
     assert (with_padding[:, 2] == 0).all()
 
 
+def test_queries_ahead_of_all_keys():
+    q, k, v = inputs(2, 12, 12, 2, 1, 8, 8)
+    options = {"causal": True, "position": torch.tensor([-3, -12])}
+    actual, expected = (attention(q, k, v, **options, backend=backend) for backend in ("chunked", "reference"))
+    assert_close(actual, expected, 1e-12)
+    assert (actual[0, :3] == 0).all()
+    assert (actual[1] == 0).all()
+    for name, a, e in zip("qkv", gradients(actual, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
+        assert_close(a, e, 1e-12, f"d{name}")
+
+
 @pytest.mark.parametrize("G", [4, 2])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_single_query_behind_a_cache(G, scaled):

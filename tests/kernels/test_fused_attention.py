@@ -73,12 +73,17 @@ def test_agrees_with_reference(B, T, H, G, D, Dv, causal, lengths, dtype):
 @pytest.mark.parametrize("lengths", [None, [70, 40, 0]])
 def test_queries_behind_a_cache(causal, lengths):
     check(*make(3, 9, 70, 2, 1, 8, 5), position=[61, 33, 5], lengths=lengths, causal=causal)
+    check(*make(3, 9, 70, 2, 1, 8, 5), position=[-70, -3, -(2**40)], lengths=lengths, causal=causal)
 
 
-@pytest.mark.parametrize(("window", "causal"), [(1, False), (9, True), ((20, 3), False), (70, True)])
+WINDOWS = [(1, False), (9, True), ((20, 3), False), (70, True), (2**31 - 1, False)]
+
+
+@pytest.mark.parametrize(("window", "causal"), WINDOWS)
 def test_a_window(window, causal):
     check(*make(2, 65, 65, 2, 1, 8, 5), lengths=[65, 40], window=window, causal=causal)
-    check(*make(3, 9, 70, 2, 1, 8, 5), position=[61, 33, 5], lengths=[70, 40, 0], window=window, causal=causal)
+    for position in ([61, 33, 5], [-70, -20, 5]):
+        check(*make(3, 9, 70, 2, 1, 8, 5), position=position, lengths=[70, 40, 0], window=window, causal=causal)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -12,6 +13,7 @@ from often import others_slow
 from torch import Tensor
 
 from seqzoo.kernels.favor_attention import FavorState, favor_attention, fused
+from seqzoo.kernels.launching import cut_time
 
 NAMES = ("q", "k", "v", "sums")
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
@@ -106,8 +108,7 @@ def test_agrees_with_reference(B, T, H, D, M, Dv, causal, state, lengths, dtype)
 def test_time_in_segments(causal, monkeypatch):
     """Some of them past the end of a sequence."""
     monkeypatch.setattr(fused, "SEGMENT", 64)
-    monkeypatch.setattr(fused, "MIN_SEGMENT", 32)
-    monkeypatch.setattr(fused, "PROGRAMS", 1000)
+    monkeypatch.setattr(fused, "_segment_len", partial(cut_time, least=32, wanted=1000))
     inputs = make(2, 150, 1, 8, 10, 5, state=causal)
     check(inputs, causal=causal, state=causal, lengths=[150, 50])
 

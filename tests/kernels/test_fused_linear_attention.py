@@ -139,6 +139,16 @@ def test_what_channels_forget_is_as_if_it_had_not_been(log_decay):
     assert not whole["dlog_decay"][:, 21].any()
 
 
+@pytest.mark.parametrize("decay", ["head", "step"])
+@pytest.mark.parametrize("log_decay", [-1e4, float("-inf")])
+def test_what_keeps_nothing_has_no_gradient(log_decay, decay):
+    inputs = make(1, 30, 2, 5, 3, decay=decay)
+    inputs["log_decay"][..., 1] = log_decay
+    d_log = run(inputs, torch.randn_like(inputs["v"]), None, causal=True, backend="fused")["dlog_decay"]
+    assert d_log[..., 0].any()
+    assert not d_log[..., 1].any()
+
+
 def test_large_logits():
     check(make(1, 65, 1, 8, 4, size=30.0), causal=True)
 

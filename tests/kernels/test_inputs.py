@@ -7,6 +7,7 @@ how lengths are kept, and sizes of 1: each of these occurs, and, slowly, any thr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,6 +32,8 @@ from seqzoo.kernels import (
     linear_attention,
     vq_attention,
 )
+from seqzoo.kernels.real_gated_scan import real_gated_scan
+from seqzoo.kernels.selective_scan import selective_scan
 
 SINGLE, HALF = torch.float32, torch.float16
 DTYPES = {  # of inputs, in turn, and of states
@@ -252,11 +255,31 @@ def call_scan(case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Tenso
     return dict(zip(("o", "o back" if reverse == "both" else "state"), h, strict=True))
 
 
+def make_selective(case: Case, size: Size) -> dict[str, Tensor]:
+    (B, T, _, D), N = size, size.D + 2
+    x = {"v": randn(B, T, D), "dt": torch.rand(B, T, D), "A": -torch.rand(D, N)}
+    x |= {"write": randn(B, T, N), "read": randn(B, T, N)}
+    return x | ({"initial_state": randn(B, D, N)} if case["state"] else {})
+
+
+def make_gated_scan(case: Case, size: Size) -> dict[str, Tensor]:
+    B, T, _, D = size
+    x = {name: randn(B, T, D) for name in ("v", "recurrence_gate", "input_gate")} | {"rate": 0.1 + torch.rand(D)}
+    return x | ({"initial_state": randn(B, D)} if case["state"] else {})
+
+
+def call_one_way(operation: Callable[..., Any], case: Case, x: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    options = {"reverse": case["direction"] == "back", "lengths": lengths_of(case, Size(*x["v"].shape[:2], 1, 1))}
+    return dict(zip(("o", "state"), operation(**x, **options, output_final_state=True, backend=backend), strict=True))
+
+
 FORMS = {"form": ["causal", "both ways", STATE], "used": ["all", "o", "state", "o alone"]}
 OF_FORMS = {
     ("used", "state"): {"form": ["causal", STATE]},
     ("dtype", "state float16"): {"form": [STATE]},
 }
+ONE_WAY = {"direction": ["forth", "back"], "state": [True, False], "used": ["all", "o", "state"], "dtype": REAL}
+FROM_A_STATE = {("d initial_state", True): {"state": [True]}, ("dtype", "state float16"): {"state": [True]}}
 OPERATIONS = {
     "attention": Operation(
         ("q", "k", "v"),
@@ -348,6 +371,23 @@ OPERATIONS = {
         },
         state=("log_decay", "initial_state"),
     ),
+    "real_gated_scan": Operation(
+        ("v", "recurrence_gate", "input_gate", "rate", "initial_state"),
+        ONE_WAY,
+        make_gated_scan,
+        partial(call_one_way, real_gated_scan),
+        FROM_A_STATE,
+        state=("initial_state",),
+    ),
+    "selective_scan": Operation(
+        ("v", "dt", "A", "write", "read", "initial_state"),
+        ONE_WAY,
+        make_selective,
+        partial(call_one_way, selective_scan),
+        FROM_A_STATE,
+        state=("initial_state",),
+        backend="chunked",
+    ),
     "vq_attention": Operation(
         ("q", "k", "v", "bias", "sums", "values"),
         {
@@ -368,7 +408,9 @@ OPERATIONS = {
         state=("sums", "values"),
     ),
 }
-OPERATIONS["delta_rule in a loop"] = OPERATIONS["delta_rule"]._replace(backend="chunked")
+OPERATIONS |= {
+    f"{name} in a loop": OPERATIONS[name]._replace(backend="chunked") for name in ("delta_rule", "real_gated_scan")
+}
 
 
 def cases(name: str, strength: int) -> list[Case]:
@@ -466,7 +508,7 @@ def test_agrees_with_reference(name, case):
 def forms(name: str, **values: Any) -> list[Case]:
     """One case of each form of an operation, with all gradients asked for."""
     factors = OPERATIONS[name].factors
-    form = "direction" if name == "diagonal_scan" else "form"
+    form = "direction" if "direction" in factors else "form"
     plain = {"layout": "contiguous", "lengths": "int64", "size": ""} | {key: of[0] for key, of in factors.items()}
     plain |= {"dtype": "float32"} | {f"d {asked}": True for asked in OPERATIONS[name].asked}
     of_form = {"both": {"state": False}}

@@ -57,6 +57,15 @@ def test_every_kernel_starts_where_its_tensors_are(operation, monkeypatch):
     assert not current
 
 
+def test_work_is_cut_until_a_gpu_has_enough_to_do(monkeypatch):
+    monkeypatch.setattr(backends, "multiprocessors", lambda device: 132)
+    device = torch.device("cpu")
+    for programs, most, pieces in ((1, 8, 8), (100, 8, 2), (264, 8, 1), (1000, 8, 1), (1, 0, 1)):
+        assert launching.cut_work(programs, most, device, wanted=2) == pieces
+    for programs, T, length in ((1, 4096, 512), (100, 4096, 2048), (1000, 4096, 4096), (1, 1023, 1023), (1, 1030, 576)):
+        assert launching.cut_time(programs, T, 64, device, least=512, wanted=2) == length
+
+
 def test_the_device_of_tensors_is_made_current():
     device = launching.on(torch.device("cuda", 3))
     assert isinstance(device, torch.cuda.device)

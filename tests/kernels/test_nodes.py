@@ -5,7 +5,7 @@ import torch
 from agreement import assert_close
 from operation_cases import CASES, leaves, outputs
 
-from seqzoo.kernels import nodes
+from seqzoo.kernels import linear_attention, nodes
 
 ONE_EACH = (
     "diagonal_scan complex True False",
@@ -55,3 +55,8 @@ def test_a_mapped_dimension_is_folded(name):
             expected = outputs(case, [y[i] if d == 0 else y for y, d in zip(given, dims, strict=True)], "chunked")
             for y, other in zip(found, expected, strict=True):
                 assert_close(y[i], other, 1e-12)
+
+
+def test_nothing_of_a_mapped_dimension_is_folded_too():
+    q, v = torch.zeros(2, 3, 5, 2, 4), torch.zeros(2, 3, 5, 2, 0)
+    assert torch.vmap(lambda q, v: linear_attention(q, q, v, causal=True))(q, v).shape == v.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +68,35 @@ def test_agrees_with_reference(form, dtype, ends, reverse):
         else:
             assert value.dtype == dtype
             assert_close(value, target, TOLERANCE[dtype], name)
+
+
+def scanned(tensors: list[Tensor], backend: str, **options) -> list[Tensor]:
+    """As `run`, of gates that are given."""
+    *leaves, w, w_state = (x.detach().clone().requires_grad_() for x in tensors)
+    *inputs, state = leaves
+    outputs = real_gated_scan(*inputs, initial_state=state, output_final_state=True, backend=backend, **options)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, (w, w_state))]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("form", ["reference", "chunked", "unit"])
+def test_what_lies_past_lengths_changes_nothing(form, reverse):
+    R, options = ENDS["some begin"]
+    tensors = make(R, R, torch.float64)
+    if form != "unit":
+        u, *layers, rate, state, w, w_state = tensors
+        tensors = [u, layer(u, *layers[:2]), layer(u, *layers[2:]), rate, state, w, w_state]
+    padding = (torch.arange(T) >= options["lengths"][:, None])[..., None]
+    clean, dirty = (
+        (run if form == "unit" else scanned)(
+            [x.masked_fill(padding, past) if x.shape == (R, T, D) else x for x in tensors],
+            form,
+            reverse=reverse,
+            **options,
+        )
+        for past in (0.0, math.nan)
+    )
+    assert all(torch.equal(value, target) for value, target in zip(dirty, clean, strict=True))
 
 
 def test_has_derivatives_beyond_the_first():

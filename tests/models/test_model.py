@@ -25,6 +25,12 @@ def test_pooling_sees_valid_positions_only(pooling):
         torch.testing.assert_close(pool(dirty, lengths, pooling)[b], expected)
 
 
+def test_a_mean_is_not_summed_in_half_precision():
+    pooled = pool(torch.full((2, 3000, 4), 100, dtype=torch.float16), torch.tensor([3000, 7]), "mean")
+    assert pooled.dtype == torch.float16
+    assert (pooled == 100).all()
+
+
 @pytest.mark.parametrize("spec", [TOKENS, PIXELS, PAIRS], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("position", ["none", "sinusoidal", "learned"])
 def test_shapes(spec, position):
@@ -119,6 +125,11 @@ def test_sinusoids_are_the_published_ones():
             angle = torch.tensor(position / 10_000 ** (2 * i / 6))
             torch.testing.assert_close(table[position, 2 * i], angle.sin())
             torch.testing.assert_close(table[position, 2 * i + 1], angle.cos())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(sinusoids(50, 6), table)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("spec", [TOKENS, PIXELS, PAIRS], ids=lambda spec: spec.name)
