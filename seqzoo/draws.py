@@ -8,11 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AUGMENTED, WHOLE = 1, 2  # what the seeds of these have beside that of a batch's masks, each its own
+AUGMENTED, WHOLE, PART = 1, 2, 3  # what the seeds of these have beside that of a batch's masks, each its own
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed that differs wherever one of `numbers`, none of them negative, does."""
+    """A seed that differs wherever one of `numbers`, none of them negative, does.
+
+    Fewer than four are taken as if zeros followed: 7 and (7, 0) are one seed, and results by now depend on it. What is
+    to differ from a seed that stands alone begins at 1.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, ConfigError
-from .folder import finished_run
+from .folder import finished_pretraining, finished_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,5 +30,5 @@ class Cell:
 
     @property
     def pretrained(self) -> bool:
-        """Whether its own pretraining has ended; one that it shares is in another folder."""
-        return (self.folder / "pretrain" / "summary.json").exists()
+        """Whether nothing is left of the pretraining it needs, be it its own or that of a run beside it."""
+        return self.key is None or finished_pretraining(self.config, self.folder, self.key) is not None

@@ -31,6 +31,21 @@ def check_model(model: SequenceModel, device: torch.device) -> None:
         )
 
 
+def check_answer(config: Config, spec: TaskSpec) -> None:
+    """Raises ConfigError where a task asks for something else than the run would learn."""
+    learns_inputs = config.pretrain or config.objective == "joint"
+    if learns_inputs and config.pixel_loss != "cross_entropy" and spec.kind != "pixels":
+        raise ConfigError(f"pixel_loss={config.pixel_loss}: {spec.name} has no pixels; valid: cross_entropy")
+    if spec.answer != "next":
+        return
+    if not config.causal:
+        raise ConfigError(f"causal=false: {spec.name} asks each position for the next one; valid: causal=true")
+    if config.pretrain:
+        raise ConfigError(
+            f"pretrain={config.pretrain}: {spec.name} is itself what causal pretraining is; valid: pretrain=false"
+        )
+
+
 def check_parts(config: Config, spec: TaskSpec) -> None:
     """Raises ConfigError where `config.sequence_parallel` ranks cannot have parts of the time."""
     if config.sequence_parallel == 1:

@@ -100,7 +100,8 @@ def evaluate_run(
     config, spec = read_config(folder), read_spec(folder)
     if data_dir is not None:
         config.data_dir = str(data_dir)
-    fabric = build_fabric(replace(config, strategy="auto", sequence_parallel=1))
+    device = "cpu" if config.device == "cpu" else "auto"  # a GPU trained it, and there may be none here
+    fabric = build_fabric(replace(config, device=device, strategy="auto", sequence_parallel=1))
     task = checked_task(folder, config, task, lambda: task_of(config, fabric, read=True))
     test = part_of(task.test, config.n_test)
     metrics = evaluate(

@@ -46,7 +46,7 @@ TASK = {  # the shape of a task.json, see `records.check`: a `TaskSpec`, and the
 SUMMARY = {  # what fine-tuning, and its result, take from a pretraining's
     **dict.fromkeys(("tokens_seen", "seconds", "tokens_per_second", "lr"), NUMBER),
     **dict.fromkeys(("token_budget", "epochs?", "mfu?", "cpu_share?"), (*NUMBER, NoneType)),
-    **{"optimizer?": str, "precision?": str},
+    **{"optimizer?": str, "precision?": str, "hardware?": str},
     "learnt?": ({"learnt": bool, "loss": NUMBER, "symbols": NUMBER, "neighbours": NUMBER}, NoneType),
 }
 RESULT = {  # what is said of a finished run
@@ -91,17 +91,24 @@ def shared_pretraining(config: Config, folder: Path, key: str) -> Path | None:
     Raises:
         Busy: it is not finished, and another process is at work on it.
     """
-    if (folder / "pretrain" / "summary.json").exists():
-        return folder
-    beside = folder.parent.glob(f"*-{config.model.name}-*-s{config.seed}-*/pretrain/key")
-    same = [path.parent for path in sorted(beside) if path.parents[1] != folder and _key_in(path) == key]
-    for pretraining in same:
-        if (pretraining / "summary.json").exists():
-            return pretraining.parent
-    for pretraining in same:
-        with in_hand(pretraining.parent):
+    if finished := finished_pretraining(config, folder, key):
+        return finished
+    for other in _with_pretraining(config, folder, key):
+        with in_hand(other):
             pass
     return None
+
+
+def finished_pretraining(config: Config, folder: Path, key: str) -> Path | None:
+    """As `shared_pretraining`, but None also where another process is at work on it."""
+    runs = (folder, *_with_pretraining(config, folder, key))
+    return next((run for run in runs if (run / "pretrain" / "summary.json").exists()), None)
+
+
+def _with_pretraining(config: Config, folder: Path, key: str) -> list[Path]:
+    """Runs beside `folder` that have a pretraining of this key, be it finished or not."""
+    keys = folder.parent.glob(f"*-{config.model.name}-*-s{config.seed}-*/pretrain/key")
+    return [path.parents[1] for path in sorted(keys) if path.parents[1] != folder and _key_in(path) == key]
 
 
 def _key_in(path: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +56,11 @@ def launch(cells: Sequence[Cell], launcher: LauncherConfig, folder: Path) -> Ite
         while waiting or running:
             for cell in [cell for cell, job in running.items() if job.done()]:
                 yield cell, _status(cell, running.pop(cell))
-            under_way = {cell.key for cell in running if not cell.pretrained}
-            ready = [cell for cell in waiting if cell.key is None or cell.key not in under_way]
-            if ready and len(running) < launcher.parallel:
-                cell = ready[0]
-                waiting.remove(cell)
-                running[cell] = executor.submit(Run(), cell.overrides)
-                say(f"job {running[cell].job_id}: {' '.join(cell.overrides)}")
+            ready = _next(waiting, running) if len(running) < launcher.parallel else None
+            if ready is not None:
+                waiting.remove(ready)
+                running[ready] = executor.submit(Run(), ready.overrides)
+                say(f"job {running[ready].job_id}: {' '.join(ready.overrides)}")
             else:
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
@@ -70,6 +68,12 @@ def launch(cells: Sequence[Cell], launcher: LauncherConfig, folder: Path) -> Ite
             for job in running.values():
                 job.cancel()
         raise
+
+
+def _next(waiting: Iterable[Cell], running: Iterable[Cell]) -> Cell | None:
+    """The first that need not wait for a pretraining."""
+    under_way = {cell.key for cell in running if not cell.pretrained}
+    return next((cell for cell in waiting if cell.key is None or cell.key not in under_way), None)
 
 
 def _executor(launcher: LauncherConfig, folder: Path) -> Any:

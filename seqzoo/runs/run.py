@@ -19,7 +19,6 @@ from ..messages import printable, printable_lines
 from ..models import SequenceModel, build_model
 from ..models.size import count_parameters, flops_per_token
 from ..objectives import Objective, build_objective
-from ..spec import TaskSpec
 from ..study import is_packed, read_metrics
 from ..tasks import AUGMENTATIONS, OWN, Task, build_task, nested
 from ..training.cores import cpu_share
@@ -31,9 +30,9 @@ from ..training.memory import keep_freed_memory
 from ..training.optimizer import recorded
 from ..training.tracker import Callback, Tracker
 from ..training.transfer import transfer_backbone
-from ..training.tuning import count_trained, tune
+from ..training.tuning import tune
 from . import provenance
-from .feasible import check_parts, check_stage
+from .feasible import check_answer, check_parts, check_stage
 from .folder import (
     RESULT,
     cell_name,
@@ -167,7 +166,7 @@ class _Run:
         fabric: Fabric,
         deadline: float | None,
     ) -> None:
-        _check_answer(config, task.spec)
+        check_answer(config, task.spec)
         if config.augment and task.augmentation is None:
             valid = f"augment=false, or a task that has one: {', '.join(AUGMENTATIONS)}"
             shown = f"{task.spec.name} with {task.note}" if config.task.permuted else task.spec.name
@@ -207,7 +206,8 @@ class _Run:
         with blaming(f"model={config.model.name}"):
             self.params = count_parameters(self.sized, task.spec, causal=config.causal)
             self.flops = flops_per_token(self.sized, task.spec, causal=config.causal)
-        self.trained = count_trained(self.sized, task.spec, config)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.trained = self.params if config.tuning == "full" else trained
         self.reused = reusable_pretraining(config, task) if isinstance(config.pretrain, str) else None
 
     def on_meta(self, head: str) -> SequenceModel:
@@ -284,9 +284,10 @@ class _Run:
             self.say(f"{said}, not compiled" if config.compile else said)
 
     def pretraining_folder(self) -> Path:
-        """Where the run's own pretraining is, or is to be."""
+        """Where the run's own pretraining is, or is to be. The first rank looks: several find each other's locks."""
         assert self.key is not None
-        return shared_pretraining(self.config, self.folder, self.key) or self.folder
+        found = shared_pretraining(self.config, self.folder, self.key) if self.fabric.is_global_zero else None
+        return self.fabric.broadcast(found) or self.folder
 
     def pretrain(self) -> tuple[Path, dict[str, Any] | None]:
         """The run folder that fine-tuning starts from, and the summary of its pretraining; None: it starts anew."""
@@ -300,7 +301,6 @@ class _Run:
             check_task(source, self.task)
         summary = read_summary(source)
         if summary is None:
-            self.fabric.barrier()  # all ranks have looked
             if self.fabric.is_global_zero:
                 write_text(folder / "pretrain" / "key", self.key)
             objective = objective_of(config, self.task.spec)
@@ -338,6 +338,11 @@ class _Run:
             trials = inside(folder, "search")
             lr = search_lr(model, objective, self.examples, self.val, stage, config.search, folder=trials, **shared)
             stage = replace(stage, lr=lr)
+        flops = None  # what is frozen is passed forward alone, so that a step is less than three of its passes
+        if name == "pretrain" or config.tuning == "full":
+            flops = flops_per_token(
+                self.sized, self.task.spec, causal=config.causal, head=objective.head, passes=objective.passes
+            )
         trainer = Stage(
             model,
             objective,
@@ -347,9 +352,7 @@ class _Run:
             **shared,
             folder=folder,
             tracker=self.tracker,
-            flops_per_token=flops_per_token(
-                self.sized, self.task.spec, causal=config.causal, head=objective.head, passes=objective.passes
-            ),
+            flops_per_token=flops,
         )
         if stage.warmup_steps > trainer.total_steps:
             steps = f"{stage.warmup_steps:,} steps of warmup in {trainer.total_steps:,}"
@@ -368,6 +371,7 @@ class _Run:
             "lr": stage.lr,
             "optimizer": recorded(stage.optimizer),
             "precision": config.precision,
+            "hardware": provenance.hardware(self.fabric.device, self.fabric.world_size),
         }
 
     def describe(
@@ -385,6 +389,7 @@ class _Run:
             return " after ".join(dict.fromkeys(each.get(key, before) for each in (finetuning, pretraining) if each))
 
         seconds = of_stages("seconds")
+        made_with = provenance.made_with(self.fabric.device, self.fabric.world_size)
         return {
             "schema": 1,
             "model": config.model.name,
@@ -420,7 +425,8 @@ class _Run:
             "tokens_per_second": of_stages("tokens_per_second"),
             "mfu": {"pretrain": pretraining.get("mfu") if pretraining and own else None, "finetune": finetuning["mfu"]},
             "cpu_share": {name: stage.get("cpu_share") for name, stage in stages.items()},
-            **provenance.made_with(self.fabric.device, self.fabric.world_size),
+            **made_with,
+            "hardware": of_training("hardware", made_with["hardware"]),
         }
 
     def say(self, message: str) -> None:
@@ -438,18 +444,3 @@ def _reaching(folder: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}; valid: runs_dir=<a folder that can be written>") from None
-
-
-def _check_answer(config: Config, spec: TaskSpec) -> None:
-    """Raises ConfigError where a task asks for something else than the run would learn."""
-    learns_inputs = config.pretrain or config.objective == "joint"
-    if learns_inputs and config.pixel_loss != "cross_entropy" and spec.kind != "pixels":
-        raise ConfigError(f"pixel_loss={config.pixel_loss}: {spec.name} has no pixels; valid: cross_entropy")
-    if spec.answer != "next":
-        return
-    if not config.causal:
-        raise ConfigError(f"causal=false: {spec.name} asks each position for the next one; valid: causal=true")
-    if config.pretrain:
-        raise ConfigError(
-            f"pretrain={config.pretrain}: {spec.name} is itself what causal pretraining is; valid: pretrain=false"
-        )

@@ -62,13 +62,13 @@ def search_lr(
             )
             attempt = Stage(copy.deepcopy(model), objective, train, val, short, folder=trial, **options)
             try:
-                best = attempt.run().best[objective.monitor]
+                state = attempt.run()
+                summary = {"lr": lr, objective.monitor: state.best[objective.monitor], "seconds": state.seconds}
             except Interrupted:
                 raise Interrupted(folder.parents[1]) from None  # the run, of which a trial's folder is a part
             except TrainingError as failure:
                 print(f"lr {lr:g}: {failure}", file=sys.stderr)
-                best = None
-            summary = {"lr": lr, objective.monitor: best}
+                summary = {"lr": lr, objective.monitor: None, "seconds": None}
             if options["fabric"].is_global_zero:
                 write_json(trial / "summary.json", summary)
         if summary[objective.monitor] is not None:

@@ -58,15 +58,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return _load(path)[0]
 
 
-def load_metadata(path: Path) -> dict[str, str]:
-    """What `save_weights` kept beside the tensors.
-
-    Raises:
-        TrainingError: the file is missing or damaged.
-    """
-    return _load(path)[1]
-
-
 class Checkpoint(NamedTuple):
     """All that continuing needs."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,3 +32,11 @@ class Guard:
         self.failed = torch.minimum(self.failed, failing)
         # What a scaler of gradients tells fused optimisers: they do not move where it is 1.
         self.optimizer.found_inf = self.failed.isfinite().float()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def sparing(self, buffers: Iterable[Tensor]) -> Iterator[None]:
+        """What is written into `buffers` within it is undone where a step has failed."""
+        before = [(buffer, buffer.clone()) for buffer in buffers]
+        yield
+        for buffer, kept in before:
+            buffer.copy_(torch.where(self.failed.isfinite(), kept, buffer))

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from ..config import ConfigError, WandbConfig
 from ..files import inside, write_text
@@ -20,6 +20,10 @@ from ..records import read_text
 STAGES = ("pretrain", "finetune")
 EARLIER = "earlier"  # in W&B's folder in that of a run
 Mode = Literal["online", "offline", "disabled"]
+MODES: dict[str, Mode] = {  # and what W&B called them before, or calls sharing a run
+    **{"online": "online", "offline": "offline", "disabled": "disabled"},
+    **{"dryrun": "offline", "run": "online", "shared": "online"},
+}
 
 
 class Logger:
@@ -159,10 +163,13 @@ def check_logger(name: str) -> None:
 
 
 def wandb_mode(configured: str | None) -> Mode:
-    """`configured`, or $WANDB_MODE, or online where a key is at hand and offline otherwise. Never asks."""
+    """`configured`, or $WANDB_MODE, or online where a key is at hand and offline otherwise. Never asks.
+
+    Under a name that W&B does not have nothing is sent.
+    """
     mode = configured or os.environ.get("WANDB_MODE")
-    if mode in ("online", "offline", "disabled"):
-        return cast(Mode, mode)
+    if mode:
+        return MODES.get(mode, "offline")
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]

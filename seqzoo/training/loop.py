@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..blocks import after_step, auxiliary_loss
 from ..config import StageConfig
-from ..draws import AUGMENTED, derive_seed
+from ..draws import AUGMENTED, PART, derive_seed
 from ..models import JointModel
 from ..objectives import Objective
 from ..records import check
@@ -36,6 +36,7 @@ from .ranks import place_of, set_up, without_sync
 from .saves import Saves
 from .schedule import lr_factor
 from .shards import load_whole, shard, whole, whole_weights
+from .state import STATE, State
 from .tracker import STAGES, Tracker
 from .transfer import require_fit
 
@@ -44,25 +45,6 @@ if TYPE_CHECKING:
 
 READ_EVERY = 16  # steps, between two looks at how a GPU fares
 CURVE_POINTS = 200  # training lines in metrics.jsonl, per stage
-
-
-@dataclass
-class State:
-    """How far a stage has come; with weights and optimiser, all that continuing needs."""
-
-    step: int = 0  # optimiser steps taken
-    evaluated: int = 0  # the step of the last validation
-    tokens: int = 0  # seen, padding not counted
-    seconds: float = 0.0
-    training_seconds: float = 0.0  # without validations and checkpoints
-    cpu_ran: float = 0.0  # seconds of all threads, see `Cores`
-    cpu_waited: float = 0.0
-    best: dict[str, float] = field(default_factory=dict)  # the best validation
-    window: dict[str, float] = field(default_factory=dict)  # `Stage.window`
-    reports: dict[str, float] = field(default_factory=dict)  # of the modules, `Stage.reports`
-
-
-STATE = {f"{key}?": type(value) for key, value in asdict(State()).items()}  # as `check` reads it
 
 
 class MicroBatch(NamedTuple):
@@ -106,7 +88,8 @@ class Stage:
         packing: the sequences of a training batch lie one behind the other in a single row. (After an augmentation a
             GPU is waited for, to know how long they are.)
         compile: compile the model, forward and backward, once for each shape of a batch.
-        flops_per_token: of the forward pass; with it, the model-flops utilisation is measured.
+        flops_per_token: of the forward pass; with it, the model-flops utilisation is measured, as of a model that is
+            trained whole.
         deadline: the moment of `time.monotonic()` at which to stop as if interrupted.
 
     Raises:
@@ -170,9 +153,9 @@ class Stage:
             with reading(self.last):
                 check(checkpoint.state, STATE)
                 self.state = State(**checkpoint.state)
-            if fabric.is_global_zero:
-                for key, total in self.state.window.items():
-                    self.window[key] = torch.tensor(total, dtype=torch.float64, device=fabric.device)
+            for key, total in self.state.window.items():  # of all ranks, which the first has from now on
+                own = total if fabric.is_global_zero else 0.0
+                self.window[key] = torch.tensor(own, dtype=torch.float64, device=fabric.device)
         self.wrapped, self.optimizer = set_up(fabric, self.model, optimizer)
 
     def run(self) -> State:
@@ -243,7 +226,8 @@ class Stage:
             nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        after_step(self.model)
+        with self.guard.sparing(self.model.buffers()):
+            after_step(self.model)
         state.tokens += self.positions(self.examples(0, self.places_per_step))
         state.step += 1
 
@@ -328,7 +312,7 @@ class Stage:
     def forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The part of a step's loss that is `micro`'s, and the sums its metrics are made of."""
         part = micro.batch.part
-        torch.manual_seed(micro.seed if part is None else derive_seed(micro.seed, part.rank))
+        torch.manual_seed(micro.seed if part is None else derive_seed(micro.seed, PART, part.rank))
         with self.fabric.autocast():
             loss, totals = self.objective.weighed(model, micro.batch, seed=micro.seed, shares=micro.asked)
             return loss + micro.positions * auxiliary_loss(self.model), totals
@@ -386,7 +370,7 @@ class Stage:
     def log_training(self) -> dict[str, float]:
         """Writes the means of the training metrics since their last line, and begins the next line's."""
         state = self.state
-        metrics = means({key: self.fabric.all_reduce(total, reduce_op="sum") for key, total in self.window.items()})
+        metrics = means(self.summed())
         self.window = {}
         tokens, seconds = self.logged
         self.logged = (state.tokens, state.training_seconds)
@@ -399,6 +383,11 @@ class Stage:
             self.tracker.log(self.name, state.step, state.tokens, named | self.share_of_cores(), self.model)
             self.timed = time.monotonic() if self.tracker.callbacks else self.timed  # theirs is none of training's
         return metrics
+
+    def summed(self) -> dict[str, Tensor]:
+        """The window of all ranks."""
+        totals = {key: total.clone() for key, total in self.window.items()}  # which reducing overwrites
+        return {key: cast(Tensor, self.fabric.all_reduce(total, reduce_op="sum")) for key, total in totals.items()}
 
     def share_of_cores(self) -> dict[str, float]:
         """`cpu_share` since the last line of metrics, as "cpu_share", of training on a CPU where that is known."""
@@ -423,7 +412,7 @@ class Stage:
     def save(self) -> None:
         """Makes the present state the last checkpoint."""
         self.state.seconds = self.seconds_before + time.monotonic() - self.started
-        self.state.window = {key: total.item() for key, total in self.window.items()}
+        self.state.window = {key: total.item() for key, total in self.summed().items()}
         self.reports()
         if self.tracker:
             self.tracker.require_folder()

@@ -26,7 +26,8 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
       decay.
     - "rate x <factor>": what modules name, with that factor, in their attribute `lr_factors`.
     - "matrices": of `optimizer=muon`, the weights of linear layers in residual branches. Those of embeddings and heads
-      are no maps between hidden vectors, and stay with AdamW.
+      are no maps between hidden vectors, and stay with AdamW; so do the factors of a low-rank change, whichever of them
+      has a rate of its own.
     - "decayed": the rest.
     """
     recurrence, undecayed = (
@@ -38,10 +39,9 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
         }
         for attribute in ("recurrence", "undecayed")
     )
+    with_factors = [(module, factors) for module in model.modules() if (factors := getattr(module, "lr_factors", None))]
     own_factors = {
-        id(module.get_parameter(name)): factor
-        for module in model.modules()
-        for name, factor in getattr(module, "lr_factors", {}).items()
+        id(module.get_parameter(name)): factor for module, factors in with_factors for name, factor in factors.items()
     }
     matrices = {
         id(linear.weight)
@@ -50,6 +50,7 @@ def parameter_groups(model: nn.Module, stage: StageConfig) -> list[dict[str, Any
         for linear in layer.branch.modules()
         if isinstance(linear, nn.Linear)
     }
+    matrices -= {id(parameter) for module, _ in with_factors for parameter in module.parameters()}
     members: dict[str, list[nn.Parameter]] = {"recurrence": [], "plain": [], "matrices": [], "decayed": []}
     factors = {"recurrence": stage.recurrence_lr_factor}
     for parameter in model.parameters():

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..config import Config
-from ..models import LadderModel, ModelConfig, SequenceModel, build_model, task_head
-from ..spec import TaskSpec
+from ..models import LadderModel, SequenceModel
 
 
 def tune(model: SequenceModel, config: Config) -> SequenceModel:
@@ -33,13 +30,3 @@ def tune(model: SequenceModel, config: Config) -> SequenceModel:
     elif config.tuning == "ladder":
         return LadderModel(model, reduction=config.ladder.reduction)
     return model
-
-
-def count_trained(sized: ModelConfig, spec: TaskSpec, config: Config) -> int:
-    """How many parameters fine-tuning moves of a model of that size; nothing is allocated.
-
-    Raises: as `tune`.
-    """
-    with torch.device("meta"):
-        model = tune(build_model(sized, spec, head=task_head(spec), causal=config.causal), config)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -151,7 +151,7 @@ def test_rates_are_searched_by_what_the_task_monitors(text, tmp_path):
     assert result["lr"]["finetune"] == min(trials, key=lambda lr: trials[lr]) == 1e-2
     result = run(config(tmp_path, HEADS, causal=True, lr="search", search=search))
     summary = json.loads(next(Path(result["folder"]).glob("finetune/search/*/summary.json")).read_text())
-    assert summary.keys() == {"lr", "accuracy"}
+    assert summary.keys() == {"lr", "accuracy", "seconds"}
 
 
 @pytest.mark.parametrize("size", ["params:20k", "flops:50k"])

@@ -14,12 +14,12 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LocalJobEnvironment
 from tiny_runs import tiny_config, toy_task, wait_for_training
 
-from seqzoo.config import CONFIGS, ConfigError, compose
+from seqzoo.config import CONFIGS, ConfigError, LauncherConfig, compose
 from seqzoo.runs import campaign, run
 from seqzoo.runs.campaign import expand, plan
 from seqzoo.runs.cli import main
 from seqzoo.runs.folder import Busy, in_hand
-from seqzoo.runs.launch import Run
+from seqzoo.runs.launch import Run, launch
 from seqzoo.training import Interrupted
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train.py"
@@ -291,6 +291,43 @@ def test_jobs_of_this_machine(listops, tmp_path, capsys):
     assert [result["pretrain_run"] is None for result in finished].count(True) == 1, "one pretraining for all"
     assert main(["-m", *sweep]) == 0
     assert "3 runs: 3 finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("finished", "at_a_time"), [(True, 2), (False, 1)])
+def test_only_an_unfinished_pretraining_is_waited_for(listops, tmp_path, monkeypatch, finished, at_a_time):
+    cells, _ = plan(expand([*listops, "model=lru", "pretrain=true", "finetuning.lr=1e-3,2e-3,3e-3"]))
+    beside = tmp_path / "runs" / "lra_listops-lru-tiny-masked-s0-01234567" / "pretrain"
+    beside.mkdir(parents=True)
+    (beside / "key").write_text(cells[0].key)
+    if finished:
+        (beside / "summary.json").write_text("{}")
+    running, most = [], []
+
+    class Job:
+        job_id, asked = 1, 0
+
+        def done(self):
+            self.asked += 1
+            return self.asked > 2
+
+        def exception(self):
+            running.remove(self)
+
+        def result(self):
+            return 0
+
+    class Executor:
+        def submit(self, run, overrides):
+            running.append(Job())
+            most.append(len(running))
+            return running[-1]
+
+    monkeypatch.setattr("seqzoo.runs.launch._executor", lambda launcher, folder: Executor())
+    monkeypatch.setattr("seqzoo.runs.launch.POLL_SECONDS", 0.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launcher = LauncherConfig(cluster="local", parallel=2)
+    assert [cell for cell, _ in launch(cells, launcher, tmp_path)] == cells
+    assert max(most) == at_a_time
 
 
 def test_ctrl_c_stops_jobs_of_this_machine(listops, tmp_path, monkeypatch, capsys):

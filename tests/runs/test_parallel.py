@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import failing_at_the_last_validation, tiny_config
 from torchrun import torchrun
 from uneven_steps import CASES, first_step
 
+from seqzoo.runs import run
+from seqzoo.training import TrainingError
 from seqzoo.training.checkpoint import load_checkpoint
 
 SCRIPT = """
@@ -82,6 +85,44 @@ run(
 """
 
 
+SHARED = """
+import os
+import sys
+import time
+from seqzoo.runs import folder, run
+from tiny_runs import tiny_config, toy_task
+remove_left = folder.remove_left
+def slowly(*arguments):  # while another rank comes
+    time.sleep(0.5)
+    remove_left(*arguments)
+folder.remove_left = slowly
+run(tiny_config(sys.argv[1], pretrain=True, finetuning={"lr": 1e-3}), task=toy_task())
+"""
+
+WINDOW = """
+import sys
+import time
+from pathlib import Path
+from pytest import approx
+from uneven_steps import uneven_stage
+folder = Path(sys.argv[1])
+whole = uneven_stage("class", folder, batch_size=8)
+whole.started, whole.seconds_before = time.monotonic(), 0.0
+for _ in range(3):
+    whole.take_step()
+before = {key: total.item() for key, total in whole.summed().items()}
+whole.save()
+whole.fabric.barrier()
+again = uneven_stage("class", folder, batch_size=8)
+assert before["count"] == 24, before
+assert {key: total.item() for key, total in again.summed().items()} == before == again.state.window
+for stage in (whole, again):
+    stage.take_step()
+told = [{key: total.item() for key, total in stage.summed().items()} for stage in (whole, again)]
+assert told[0] == approx(told[1])
+"""
+
+
 def start(script: str, tmp_path: Path, *arguments: str, processes: int) -> None:
     """Runs a script in some processes."""
     subprocess.run(**torchrun(script, tmp_path, *arguments, processes=processes), check=True, timeout=300)
@@ -114,6 +155,21 @@ def test_two_processes_pretrain(tmp_path):
     assert len(losses) == 3
     assert losses[-1] < losses[0]
     assert json.loads((folder / "result.json").read_text())["tokens_seen"]["pretrain"] >= 2400
+
+
+@pytest.mark.slow
+def test_processes_do_not_find_each_other_at_work_on_a_pretraining(task, tmp_path):
+    """One that another run began, and that none has in hand."""
+    with failing_at_the_last_validation(), pytest.raises(TrainingError, match="out of luck"):
+        run(tiny_config(tmp_path / "runs", pretrain=True), task=task)
+    start(SHARED, tmp_path, str(tmp_path / "runs"), processes=2)
+    (result,) = (tmp_path / "runs").glob("*/result.json")
+    assert json.loads(result.read_text())["pretrain_run"] is None
+
+
+@pytest.mark.slow
+def test_a_line_of_metrics_is_of_all_processes_though_a_checkpoint_lies_in_it(tmp_path):
+    start(WINDOW, tmp_path, str(tmp_path), processes=2)
 
 
 @pytest.mark.slow

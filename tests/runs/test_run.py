@@ -56,6 +56,8 @@ def test_the_result_holds_what_a_comparison_needs(pretrained, task):
     assert written["params"] == sum(parameter.numel() for parameter in load(folder).parameters())
     assert set(written["test"]) == {"accuracy", "loss"}
     assert written["versions"]["torch"] == torch.__version__
+    pretraining = json.loads((folder / "pretrain" / "summary.json").read_text())
+    assert pretraining["hardware"] == written["hardware"] != ""
     assert re.fullmatch(r"unknown|[0-9a-f]{40}(\+dirty)?", written["commit"])
 
 
@@ -95,6 +97,16 @@ def test_load_and_evaluate_agree_with_the_result(pretrained, task):
     assert torch.equal(first, second)
     with pytest.raises(ConfigError, match="own task 'toy'"):
         evaluate_run(result["folder"])
+
+
+def test_what_a_gpu_trained_is_loaded_and_tested_where_there_is_none(pretrained, task, tmp_path, monkeypatch):
+    _, result = pretrained
+    folder = shutil.copytree(result["folder"], tmp_path / Path(result["folder"]).name)
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("device: cpu", "device: cuda"))
+    assert read_config(folder).device == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not load(folder).training
+    assert evaluate_run(folder, task=task)["accuracy"] == result["test"]["accuracy"]
 
 
 def test_fine_tuning_begins_with_the_pretrained_backbone(pretrained, task, tmp_path, monkeypatch, capsys):
@@ -142,6 +154,15 @@ def test_the_precision_of_a_reused_pretraining_is_that_it_had(pretrained, task, 
     config, result = pretrained
     options = {"runs_dir": str(tmp_path), "pretrain": result["folder"]}
     assert run(replace(config, **options, precision="bf16"), task=task)["precision"] == "bf16 after fp32"
+
+
+def test_the_hardware_of_a_reused_pretraining_is_that_it_had(pretrained, task, tmp_path):
+    config, result = pretrained
+    source = shutil.copytree(result["folder"], tmp_path / Path(result["folder"]).name)
+    summary = source / "pretrain" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"hardware": "1 H200"}))
+    tuned = run(replace(config, runs_dir=str(tmp_path), pretrain=str(source)), task=task)
+    assert tuned["hardware"] == f"{result['hardware']} after 1 H200"
 
 
 def test_a_damaged_result_is_none(pretrained, task, tmp_path):

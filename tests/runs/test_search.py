@@ -23,6 +23,7 @@ def test_the_best_rate_on_validation_is_taken(task, tmp_path):
         for path in (tmp_path / result["folder"]).glob(f"{stage}/search/*/summary.json"):
             summary = json.loads(path.read_text())
             trials[summary["lr"]] = summary[metric]
+            assert summary["seconds"] > 0
         assert set(trials) == {1e-6, 1e-2}
         assert trials[result["lr"][stage]] == best(trials.values())
     assert result["lr"]["finetune"] == 1e-2

@@ -4,6 +4,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from seqzoo.messages import say_once
@@ -12,7 +13,6 @@ from seqzoo.training.checkpoint import (
     CHECKSUM,
     Checkpoint,
     load_checkpoint,
-    load_metadata,
     load_weights,
     save_checkpoint,
     save_weights,
@@ -33,7 +33,8 @@ def test_weights_and_metadata_come_back(tmp_path):
     loaded = load_weights(tmp_path / "best.safetensors")
     assert torch.equal(loaded["layer.weight"], torch.full((2, 3), 2.0))
     assert loaded["layer.count"].item() == 7
-    assert load_metadata(tmp_path / "best.safetensors") == {"accuracy": "0.25", "step": "3"}
+    with safe_open(tmp_path / "best.safetensors", "pt") as file:
+        assert {"accuracy": "0.25", "step": "3"}.items() < file.metadata().items()
 
 
 def test_a_checkpoint_comes_back_and_replaces_the_one_before(tmp_path):
@@ -113,7 +114,6 @@ def test_weights_of_before_are_read_and_that_is_said_once(tmp_path, capsys):
     save_file(weights(2.0), path, {"accuracy": "0.5"})
     for _ in range(2):
         torch.testing.assert_close(load_weights(path), weights(2.0), rtol=0, atol=0)
-    assert load_metadata(path) == {"accuracy": "0.5"}
     assert capsys.readouterr().err.count(f"{path} has no checksum") == 1
 
 

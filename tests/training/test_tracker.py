@@ -40,8 +40,9 @@ def test_wandb_is_online_only_with_a_key(tmp_path, monkeypatch):
     (tmp_path / "netrc").chmod(0o600)
     assert wandb_mode(None) == "online"
     assert wandb_mode("disabled") == "disabled"
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode(None) == "offline"
+    for named, meant in {"offline": "offline", "dryrun": "offline", "run": "online", "off": "offline"}.items():
+        monkeypatch.setenv("WANDB_MODE", named)
+        assert wandb_mode(None) == meant, named
 
 
 class Client:

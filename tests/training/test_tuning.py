@@ -20,7 +20,7 @@ from seqzoo.training import TrainingError
 from seqzoo.training.checkpoint import load_weights
 from seqzoo.training.loop import Stage
 from seqzoo.training.optimizer import build_optimizer
-from seqzoo.training.tuning import count_trained, tune
+from seqzoo.training.tuning import tune
 
 LITTLE = ("head", "lora", "ladder")
 SMALL = {"lora": LoraConfig(rank=2, alpha=4), "ladder": LadderConfig(reduction=4)}
@@ -80,11 +80,13 @@ def test_what_moves(task, tmp_path, block, tuning):
     else:
         assert {name for name in given if "proj" in name and name.endswith("weight")} <= moved
     params = sum(parameter.numel() for parameter in pretrained.parameters())
-    trained = count_trained(settings.model, task.spec, settings)
+    trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     assert (result["params"], result["trained_params"], result["tuning"]) == (params, trained, tuning)
     model = load(folder)
     assert params == sum(parameter.numel() for parameter in model.parameters()) or tuning in ("lora", "ladder")
     assert (trained < params) == (tuning != "full")
+    assert (result["mfu"]["finetune"] is None) == (tuning != "full"), "what is frozen takes less than three passes"
+    assert result["mfu"]["pretrain"] > 0
 
 
 def base(name: str) -> str:
@@ -143,13 +145,16 @@ def test_what_is_tuned_is_compiled_as_a_whole(task, tmp_path, tuning, block):
     torch.testing.assert_close(compiled(batch.inputs, batch.lengths), model(batch.inputs, batch.lengths))
 
 
-def test_b_learns_faster_than_a(task, tmp_path):
-    settings = config(tmp_path, "lora")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_b_learns_faster_than_a_and_neither_is_a_matrix_to_muon(task, tmp_path, optimizer):
+    settings = config(tmp_path, "lora", finetuning={"optimizer": optimizer})
     settings.lora.lr_ratio = 4
     model = tune(build_model(settings.model, task.spec, head="classify", causal=False), settings)
+    groups = build_optimizer(model, settings.finetuning).param_groups
+    assert {group["name"] for group in groups} == {"plain", "decayed", "rate x 4"}
     rates = {
         name: group["lr"]
-        for group in build_optimizer(model, settings.finetuning).param_groups
+        for group in groups
         for name, parameter in model.named_parameters()
         if any(parameter is member for member in group["params"])
     }
