@@ -39,6 +39,7 @@ ADVICE = {
     errno.EMFILE: "`ulimit -n` says how many may be open at once",
     errno.ENOMEM: "fewer or smaller programs at once leave more memory",
 }
+REFUSED = "DefaultCPUAllocator"  # in the RuntimeError of PyTorch's, which has an OutOfMemoryError for GPUs
 NO_MEMORY = "there is not enough memory; a smaller batch_size, or model, takes less"
 
 
@@ -63,7 +64,7 @@ def told(error: BaseException) -> Told | None:
         return Told(what, MISUSED)
     if isinstance(error, OSError):
         return Told(_of_system(error), FAILED)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter PyTorch's
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or REFUSED in str(error):
         return Told(NO_MEMORY, FAILED)
     if "RANK" in os.environ and ("gloo" in str(error) or type(error).__name__.startswith("Dist")):
         return Told(f"rank {os.environ['RANK']}: another rank has ended; what it says, if anything, is why", FAILED)

@@ -36,8 +36,9 @@ def import_plugins(arguments: Iterable[str]) -> list[str]:
     others = []
     for argument in arguments:
         if argument.startswith(KEY):
-            for name in argument.removeprefix(KEY).strip("[]").split(","):
-                _import(name.strip(" '\""))
+            names = (name.strip(" '\"") for name in argument.removeprefix(KEY).strip("[]").split(","))
+            for name in filter(None, names):
+                _import(name)
         else:
             others.append(argument)
     return others

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from seqzoo.config import ConfigError
 from seqzoo.failures import ADVICE, Told, ends, told
@@ -35,6 +36,13 @@ def fail(error):
     raise error
 
 
+def out_of_memory():
+    """What PyTorch raises where a CPU has too little."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -46,6 +54,7 @@ def fail(error):
         (LinkError(Path("lock")), 1),
         (refused(errno.ENOSPC, "runs/metrics.jsonl"), 1),
         (MemoryError(), 1),
+        (out_of_memory(), 1),
         (KeyboardInterrupt(), 130),
     ],
     ids=lambda value: type(value).__name__,

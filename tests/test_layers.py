@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; rooms of one storey do not know each other either
-    ("draws", "extras", "kernels", "messages", "metrics", "settings", "spec", "valid", "version"),
-    ("failures", "records"),
+    ("draws", "extras", "kernels", "messages", "names", "settings", "spec", "valid", "version"),
+    ("failures", "metrics", "records"),
     ("files", "plugins"),
     ("blocks", "groups", "precision", "study", "tasks.store"),
     ("tasks.listops", "tasks.pathfinder"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..messages import unknown
+from ..names import is_taken
 from ..valid import Range, check_options
 from .base import Block
 from .conv import Conv
@@ -84,9 +85,8 @@ def register_block(name: str, *, model: Mapping[str, Any] | None = None) -> Call
     def register(kind: Kind) -> Kind:
         if not (isinstance(kind, type) and issubclass(kind, Block)):
             raise ValueError(f"register_block({name!r}): got {kind!r}; valid: a subclass of seqzoo.Block")
-        taken: type | None = BLOCKS.get(name)
-        same = taken is not None and (taken.__module__, taken.__qualname__) == (kind.__module__, kind.__qualname__)
-        if not name.isidentifier() or name in OF_MODELS or (taken is not None and not same):
+        taken = name in OF_MODELS or is_taken(name, BLOCKS, kind)
+        if taken or not name.isidentifier():
             raise ValueError(
                 f"register_block({name!r}): valid: letters, digits and _, and no name that there is: "
                 f"{', '.join([*BLOCKS, *OF_MODELS])}"

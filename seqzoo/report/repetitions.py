@@ -27,6 +27,8 @@ def difference(runs: Sequence[Result], besides: Sequence[str] = ()) -> str | Non
     sections = [_sections(run.folder) for run in runs]
     names = dict.fromkeys(name for each in sections for name in each if name not in ignored)
     suspects = [name for name in names if _differ([each[name] for each in sections if name in each])]
+    if _differ(data := [digest for run in runs if (digest := _data(run.folder))]):
+        return f"data, by SHA-256 {', '.join(sorted({digest[:8] for digest in data}))}"
     if "pretraining" not in ignored and any(run.pretrain_run for run in runs):
         suspects.append("pretraining")
     if not suspects:
@@ -73,6 +75,14 @@ def _configuration(run: Path) -> Mapping[str, Any]:
         return read(run / "config.yaml")
     except (OSError, ValueError):
         return {}
+
+
+def _data(run: Path) -> str | None:
+    """The SHA-256 of what it learnt from; None: the run is older than those."""
+    try:
+        return read(run / "task.json")["data"]["sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _settings(

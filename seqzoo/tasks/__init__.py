@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..names import is_taken
 from . import (
     acl_retrieval,
     char_lm,
@@ -106,6 +107,8 @@ def register_task(name: str, *, max_length: int, mask_ratio: float = 0.15, **key
     TaskConfig(**given)
 
     def register(build: Build) -> Build:
+        if is_taken(name, TASKS, build):
+            raise ValueError(f"register_task({name!r}): there is one; valid: another name")
         TASKS[name], OWN[name] = build, given
         return build
 

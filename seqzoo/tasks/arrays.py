@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..records import is_name
 from ..spec import TaskSpec
 from .data import Task, assemble, hold_out, split_arrays, token_dtype
 
+OF_SEQZOO = Path(__file__).resolve().parents[1] / "configs" / "task"  # a file for each
 LARGEST = 2**31 - 3  # of counts: ids are int32, and <mask> and <pad> stand behind them
 
 
@@ -53,9 +55,12 @@ def from_arrays(
         max_length: None takes the longest sequence's.
 
     Raises:
-        ValueError: the name is none for a folder; inputs and labels differ in number, a sequence is empty, too long or
-            not of integers, an id or a label is out of range, or there are too few examples to cut a split from.
+        ValueError: the name is none for a folder, or a benchmark's; inputs and labels differ in number, a sequence is
+            empty, too long or not of integers, an id or a label is out of range, or there are too few examples to cut a
+            split from.
     """
+    if (OF_SEQZOO / f"{name}.yaml").exists():
+        raise ValueError(f"name={name!r}: valid: a plain name that no task of seqzoo has")
     if not is_name(name):
         raise ValueError(f"name={name!r}: valid: a plain name, which run folders can be called by")
     if kind not in ("tokens", "pixels"):

@@ -52,7 +52,7 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         rate=RATE,
         num_classes=NUM_CLASSES,
         source=FOLDER,
-        note="" if config.max_length >= LONGEST else f"recordings cut to {config.max_length:,} samples",
+        note="" if config.max_length == LONGEST else f"recordings cut to {config.max_length:,} samples",
         cache_dir=cache_dir,
     )
 

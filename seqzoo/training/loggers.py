@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from ..config import ConfigError, WandbConfig
 from ..files import inside, write_text
 from ..messages import unknown
+from ..names import is_taken
 from ..records import read_text
 
 STAGES = ("pretrain", "finetune")
@@ -145,9 +146,14 @@ def register_logger(name: str) -> Callable[[MakeT], MakeT]:
 
     It is called with the run's folder, its configuration as plain dictionaries, and the name that the seeds of an
     experiment share, when a run begins or goes on.
+
+    Raises:
+        ValueError: the name is taken.
     """
 
     def register(make: MakeT) -> MakeT:
+        if is_taken(name, LOGGERS, make):
+            raise ValueError(f"register_logger({name!r}): there is one; valid: another name")
         LOGGERS[name] = make
         return make
 

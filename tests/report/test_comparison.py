@@ -235,6 +235,13 @@ def test_fine_tunings_of_unlike_pretrainings_are_no_cell(write_run, tmp_path, fo
     assert reasons[tuned.name] == "runs of its cell differ in more than the seed: pretraining.lr 0.001, 0.002"
 
 
+def test_runs_on_other_data_are_no_cell(write_run, tmp_path):
+    for seed, digest in enumerate(("aaaaaaaa01", "bbbbbbbb01")):
+        (configured(write_run(seed=seed)) / "task.json").write_text(json.dumps({"data": {"sha256": digest}}))
+    (reason,) = {one.reason for one in compared(tmp_path)[1]}
+    assert reason == "runs of its cell differ in more than the seed: data, by SHA-256 aaaaaaaa, bbbbbbbb"
+
+
 def test_a_gain_names_what_else_its_sides_differ_in(write_run, tmp_path):
     usual = {"objective": "masked", "augment": False, "model": {"dropout": 0.0}}
     for model, lr in (("lru", 1e-3), ("transformer", 1e-2)):

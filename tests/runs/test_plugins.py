@@ -125,6 +125,21 @@ def test_train_runs_what_a_plugin_brings(plugin, capsys):
     assert f"own_recall {result['test']['own_recall']:.4f}" in capsys.readouterr().out
 
 
+def test_a_name_that_another_registered_is_refused(plugin):
+    compose(["plugins=[]"])
+    compose(ASKED)
+    del sys.modules["own_plugin"]
+    compose(ASKED)  # the same, anew
+    for register in (
+        seqzoo.register_metric("own_margin"),
+        seqzoo.register_logger("own_list"),
+        seqzoo.register_logger("wandb"),
+        seqzoo.register_task("own_parity", max_length=4),
+    ):
+        with pytest.raises(ValueError, match="there is one; valid: another name"):
+            register(print)
+
+
 def test_a_configuration_never_imports(plugin):
     plain = seqzoo.config.to_dict(tiny_config(plugin)) | {"plugins": ["own_plugin"]}
     config = from_dict(plain)
@@ -165,7 +180,7 @@ def test_entry_points_are_loaded_where_they_are_named(plugin, monkeypatch):
     assert "own_plugin" in sys.modules
 
 
-@pytest.mark.parametrize("name", ["no_such_plugin", "no_such.plugin", "../plugin.py", ""])
+@pytest.mark.parametrize("name", ["no_such_plugin", "no_such.plugin", "../plugin.py"])
 def test_a_plugin_that_is_not_there_is_named(name, plugin, capsys):
     with pytest.raises(PluginError, match=r"no module of that name .* valid: plugins=\[my_module\]"):
         compose([f"plugins=[{name}]"])

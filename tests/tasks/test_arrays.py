@@ -110,6 +110,7 @@ def replaced(values: list, at: int, value) -> list:
         ({"inputs": replaced(ONES, 7, [[1, 2], [3]])}, "train: sequence 7 has rows of unequal length, or no numbers"),
         ({"inputs": replaced([ONES[:2]] * 40, 7, 1), "num_inputs": 2}, "train: example 7 has 0 sequences; valid: 2"),
         ({"val": (ONES,)}, "val is of 1 parts; valid: inputs and labels"),
+        ({"name": "lra_image"}, "name='lra_image': valid: a plain name that no task of seqzoo has"),
         ({"mask_ratio": 7.0}, "mask_ratio is 7.0; valid: between 0 and 1"),
         ({"vocab_size": 20.5}, "vocab_size is 20.5; valid: an integer from 1 to"),
         ({"num_classes": "2"}, "num_classes is '2'; valid: an integer from 1 to"),
@@ -127,4 +128,4 @@ def replaced(values: list, at: int, value) -> list:
 )
 def test_errors_say_where_and_what_is_valid(change, message):
     with pytest.raises(ValueError, match=message):
-        from_arrays("mine", **{"kind": "tokens", "inputs": ONES, "labels": LABELS, **change})
+        from_arrays(**{"name": "mine", "kind": "tokens", "inputs": ONES, "labels": LABELS, **change})

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from seqzoo.tasks import TASKS, TaskConfig, build_task
+from seqzoo.tasks.config import USUAL
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "task"
 
@@ -52,10 +53,17 @@ def test_every_task_has_a_typed_configuration_file(name, max_length, mask_ratio)
 def test_what_the_file_has_otherwise_is_noted(name):
     usual = load(name)
     assert usual.unusual == ""
-    for key in ("val_fraction", "test_fraction", "split_seed", "min_frequency"):
+    noted = {"val_fraction", "test_fraction", "split_seed", "min_frequency", *USUAL.get(name, ())}
+    for key in sorted(noted):
         if (value := getattr(usual, key)) is not None:
-            changed = value + (0.125 if "fraction" in key else 1)
-            assert load(name, **{key: changed}).unusual == f"{key} {changed:g}"
+            changed = value + (1e-7 if "fraction" in key else 1_234_567 if key == "split_seed" else 1)
+            assert load(name, **{key: changed}).unusual == f"{key} {changed}"
+
+
+@pytest.mark.parametrize("name", ["acl_retrieval", "associative_recall", "induction_heads", "selective_copying"])
+def test_whatever_draws_other_examples_is_noted(name):
+    given = {key for key, value in load(name).__dict__.items() if value is not None}
+    assert {*USUAL[name]} == given - {"name", "mask_ratio"}
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ def tasks(monkeypatch):
     pictures = np.random.default_rng(0).integers(0, 256, (40, 9), dtype=np.uint8)
 
     def image(config, **folders):
-        return from_arrays("lra_image", kind="pixels", inputs=pictures, labels=[0, 1] * 20)
+        task = from_arrays("pictures", kind="pixels", inputs=pictures, labels=[0, 1] * 20)
+        return replace(task, spec=replace(task.spec, name="lra_image"))
 
     def text(config, **folders):
         raise MissingData("no reviews anywhere; put them there")

@@ -42,10 +42,10 @@ LARGEST_READ = 16 * CHUNK
 def released_folder(folder: str, data_dir: Path | None, cache_dir: Path) -> Path | None:
     """Where `folder` of the release is, such as "tsv_data" or "pathfinder32/curv_contour_length_14"; None if nowhere.
 
-    Under `data_dir`, on its own or where the archive unpacks to; or unpacked earlier, or now, into `cache_dir`, of the
-    archive in `data_dir`. Without a `data_dir` it is nowhere: what can be generated is. Unpacking takes minutes, shows
-    how far it is, and ends by printing the number of files, their bytes and a SHA-256 of them all: that of lines
-    `<SHA-256>  <name>`, as `sha256sum` prints them, sorted by name.
+    Under `data_dir`, where the archive unpacks to, be `data_dir` above that or within, or on its own; or unpacked
+    earlier, or now, into `cache_dir`, of the archive in `data_dir`. Without a `data_dir` it is nowhere: what can be
+    generated is. Unpacking takes minutes, shows how far it is, and ends by printing the number of files, their bytes
+    and a SHA-256 of them all: that of lines `<SHA-256>  <name>`, as `sha256sum` prints them, sorted by name.
 
     Raises:
         DataError: the archive is truncated or damaged, a member would land outside the folder or is no plain file, or
@@ -54,7 +54,9 @@ def released_folder(folder: str, data_dir: Path | None, cache_dir: Path) -> Path
     if data_dir is None:
         return None
     unpacked = cache_dir / UNPACKED
-    for place in (data_dir, data_dir / ROOT, *(place / UNPACKED for place in places(cache_dir))):
+    within = data_dir / "lra_release"
+    outer = (within / folder).is_dir() and not (data_dir / ROOT).is_dir()  # whose own folders are stale
+    for place in (within if outer else data_dir, data_dir / ROOT, *(place / UNPACKED for place in places(cache_dir))):
         if (place / folder).is_dir():
             return place / folder
     archive = next((data_dir / name for name in ARCHIVES if (data_dir / name).is_file()), None)

@@ -110,6 +110,14 @@ def test_folders_come_before_the_archive(place):
     assert not (place / "cache").exists()
 
 
+@pytest.mark.parametrize("folder", ["listops-1000", "pathfinder128/curv_contour_length_14"])
+@pytest.mark.parametrize("data_dir", [".", "lra_release", INNER])
+def test_the_stale_folders_of_an_unpacked_archive_are_not_read(tmp_path, folder, data_dir):
+    for root in ("lra_release", INNER):
+        (tmp_path / root / folder).mkdir(parents=True)
+    assert released_folder(folder, tmp_path / data_dir, tmp_path / "cache").resolve() == tmp_path / INNER / folder
+
+
 def test_the_archive_under_a_longer_name_and_with_dots(place):
     (place / "data" / "lra_release.gz").unlink()
     dotted = [regular(f"./{INNER}/tsv_data/a.tsv", b"a")]
