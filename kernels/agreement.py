@@ -13,7 +13,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> tuple[float, float]:
 
     A row far below the tensor's own scale is measured against a hundredth of that scale, so that rounding in a row
     of zeros does not count as an error of 100 %. A tensor that should be zero is measured absolutely. What is not
-    finite is infinitely wrong.
+    finite, on either side, is infinitely wrong.
 
     Args:
         actual: on any device, in any precision.
@@ -27,7 +27,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> tuple[float, float]:
     wide = torch.complex128 if expected.is_complex() else torch.float64
     expected = expected.detach().to(wide)
     actual = actual.detach().to(expected)
-    if not torch.isfinite(actual.abs()).all():
+    if not (torch.isfinite(actual.abs()).all() and torch.isfinite(expected.abs()).all()):
         return math.inf, math.inf
     if actual.numel() == 0:
         return 0.0, 0.0

@@ -16,6 +16,8 @@ PACKAGES = (
     "seqzoo.analysis",
     "seqzoo.blocks",
     "seqzoo.config",
+    "seqzoo.hf",
+    "seqzoo.interop.onnx",
     "seqzoo.kernels",
     "seqzoo.models",
     "seqzoo.tasks",

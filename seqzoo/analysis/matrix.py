@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from ..blocks import Block
 from ..blocks.masks import check_padding
+from ..blocks.modes import evaluating
+from ..blocks.states import Held
 from ..kernels.common import accumulation_dtype, valid_positions, zero_padding
 
 CHANNELS = 16  # of an input, tried at a time: what bounds memory
@@ -53,18 +54,6 @@ def mixing_matrices(module: nn.Module, *inputs: Any, **options: Any) -> dict[str
     return found
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within it every module inside is in evaluation mode; afterwards in the one it was in."""
-    training = [each for each in module.modules() if each.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each in training:
-            each.training = True
-
-
 def _of_call(
     block: Block,
     x: Tensor,
@@ -74,8 +63,14 @@ def _of_call(
     attention_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool | None = None,
+    state: Any = None,
     **others: Any,
 ) -> Tensor:
+    if (held := Held.of(state)) is not None and held.position.any():
+        raise ValueError(
+            f"{type(block).__name__} was given a state with steps in it; valid: sequences from their beginning, which "
+            "use_cache=False gives in transformers"
+        )
     if refused := [name for name, value in others.items() if value is not None]:
         raise ValueError(
             f"{type(block).__name__} was given {', '.join(refused)}; valid: padded sequences from their beginning"

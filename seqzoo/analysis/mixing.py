@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..blocks import Block
+from ..blocks.modes import evaluating
 from ..models import SequenceModel
 from ..spec import Batch
-from .matrix import evaluating, mixing_matrix
+from .matrix import mixing_matrix
 from .statistics import (
     distance_profile,
     effective_rank,

@@ -139,11 +139,11 @@ def build_block(
         **options: the keyword arguments of the block's class.
 
     Raises:
-        ValueError: a width out of range, or as `check_block` does, or options that do not go together; the message
-            says what is valid.
+        ValueError: a width out of range, a direction that is neither True nor False, or as `check_block` does, or
+            options that do not go together; the message says what is valid.
     """
     check_block(name, options)
-    check_options(build_block, {"d_model": d_model}, default=NUMBERS)
+    check_options(build_block, {"d_model": d_model, "causal": causal}, default=NUMBERS)
     with nullcontext() if device is None else torch.device(device):
         block = BLOCKS[name](d_model, causal=causal, **options)
     return block if dtype is None else block.to(dtype)

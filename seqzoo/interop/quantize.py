@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..blocks.masks import check_padding
+from ..blocks.modes import evaluating
 from ..blocks.quantizers import SAMPLE, kmeans
 from ..kernels import nearest_code, vq_attention
 from ..kernels.common import query_heads
@@ -63,7 +64,7 @@ def quantize_keys(
     Raises:
         ValueError: there is no batch, fewer keys than codes, or attention that is not causal.
     """
-    batches, before, training = list(batches), model.config._attn_implementation, model.training
+    batches, before = list(batches), model.config._attn_implementation
     if not batches:
         raise ValueError("quantize_keys: no batch; valid: one or more, of text as the model will meet")
     keys: dict[nn.Module, list[Tensor]] = {}
@@ -81,33 +82,31 @@ def quantize_keys(
 
     AttentionInterface.register(RECORDING, recording)
     AttentionMaskInterface.register(RECORDING, seen_mask)
-    model.eval()
-    try:
-        model.set_attn_implementation(RECORDING)
-        loss_before = _loss(model, batches)
-        names = {module: name for name, module in model.named_modules()}
-        codebooks, errors = {}, {}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            for module, parts in keys.items():
-                points = torch.cat(parts).transpose(0, 1)  # [G, n, D]
-                if points.shape[1] < codebook_size:
-                    raise ValueError(
-                        f"quantize_keys: {points.shape[1]} keys for codebook_size={codebook_size}; valid: more or "
-                        "longer batches, or fewer codes"
-                    )
-                made = kmeans(points, codebook_size)
-                codes = nearest_code(points.transpose(0, 1)[None], made)[0].transpose(0, 1)  # [G, n]
-                off = points - made.take_along_dim(codes[..., None], 1)
-                codebooks[names[module]] = made
-                errors[names[module]] = float(off.norm() / points.norm())
-        set_codebooks(model, codebooks, block_len=block_len)
-        return Quantized(loss_before, _loss(model, batches), errors, codebooks)
-    except BaseException:
-        model.set_attn_implementation(before)
-        raise
-    finally:
-        model.train(training)
+    with evaluating(model):
+        try:
+            model.set_attn_implementation(RECORDING)
+            loss_before = _loss(model, batches)
+            names = {module: name for name, module in model.named_modules()}
+            codebooks, errors = {}, {}
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(seed)
+                for module, parts in keys.items():
+                    points = torch.cat(parts).transpose(0, 1)  # [G, n, D]
+                    if points.shape[1] < codebook_size:
+                        raise ValueError(
+                            f"quantize_keys: {points.shape[1]} keys for codebook_size={codebook_size}; valid: more or "
+                            "longer batches, or fewer codes"
+                        )
+                    made = kmeans(points, codebook_size)
+                    codes = nearest_code(points.transpose(0, 1)[None], made)[0].transpose(0, 1)  # [G, n]
+                    off = points - made.take_along_dim(codes[..., None], 1)
+                    codebooks[names[module]] = made
+                    errors[names[module]] = float(off.norm() / points.norm())
+            set_codebooks(model, codebooks, block_len=block_len)
+            return Quantized(loss_before, _loss(model, batches), errors, codebooks)
+        except BaseException:
+            model.set_attn_implementation(before)
+            raise
 
 
 def set_codebooks(model: PreTrainedModel, codebooks: Mapping[str, Tensor], *, block_len: int = 64) -> None:

@@ -6,13 +6,15 @@ import ast
 import inspect
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import AsSelfAttention, Block
+from ..blocks.softmax_attention import SoftmaxAttention
+from .compared import difference
 
 OWN = "a build that returns a module of your own around a block"
 
@@ -50,8 +52,10 @@ def replace(
     (`seqzoo.hf.Mixer`), or of timm (as it is). It is moved to the old layer's device, dtype and mode. Weights fit where
     a block has queries, keys and values as the old layer had them: the same heads of the same width. With
     `build_block("softmax_attention", d, num_heads=..., rotary=False, bias=True)`, or `rotary=True` for a layer of
-    transformers that rotates by PyTorch's usual base of 10,000, outputs are then what they were. An
-    `nn.TransformerEncoder` with a new layer makes no nested tensors of padded batches any more.
+    transformers that rotates halves by the usual base of 10,000, outputs are then what they were; both layers are given
+    random inputs, and where a `softmax_attention` computes something else, the report says how far off it is. Copied
+    parameters are trained where the old ones were. An `nn.TransformerEncoder` with a new layer makes no nested tensors
+    of padded batches any more.
 
     Args:
         model: it is changed in place, once everything is built.
@@ -63,7 +67,8 @@ def replace(
 
     Raises:
         ValueError: there is no such layer in the model, the model is one itself, or a layer is called with what no
-            block takes, returns what no block does, or is a layer around attention.
+            block takes, returns what no block does, hides what comes later where the block does not, or is a layer
+            around attention.
     """
     if isinstance(model, kind):
         raise ValueError(
@@ -90,7 +95,7 @@ def replace(
             if isinstance(parent, nn.TransformerDecoderLayer) and child == "multihead_attn":
                 made[id(old)] = None, Replaced(name, _name(old), None, (), (), "it attends to another sequence")
             else:
-                made[id(old)] = _new(name, old, build(old))
+                made[id(old)] = _new(name, old, build(old), model)
         report.append(made[id(old)][1]._replace(name=name))
     for _, parent, child, old in places:
         new = made[id(old)][0]
@@ -103,7 +108,7 @@ def replace(
     return report
 
 
-def _new(name: str, old: nn.Module, new: nn.Module | None) -> tuple[nn.Module | None, Replaced]:
+def _new(name: str, old: nn.Module, new: nn.Module | None, model: nn.Module) -> tuple[nn.Module | None, Replaced]:
     """What is put in place of `old`, with its weights."""
     if new is None:
         return None, Replaced(name, _name(old), None, (), (), "build gave None")
@@ -112,6 +117,8 @@ def _new(name: str, old: nn.Module, new: nn.Module | None) -> tuple[nn.Module | 
         new = new.to(own.device, own.dtype)
     copied, why = _copy(old, new) if isinstance(new, Block) else (set(), "not a block of seqzoo")
     left = tuple(key for key, _ in old.named_parameters() if key not in copied)
+    if copied and isinstance(new, SoftmaxAttention):
+        why = "; ".join(filter(None, (why, *_beside(old, new), difference(old, new, model))))
     done = Replaced(name, _name(old), _name(new), tuple(sorted(copied)), left, why)
     put = _callable_as(name, old, new) if isinstance(new, Block) else new
     return put.train(old.training), done
@@ -131,6 +138,10 @@ def _callable_as(name: str, old: nn.Module, block: Block) -> nn.Module:
 
     _check_arguments(name, old, TAKEN)
     _check_attention(name, old)
+    if getattr(old, "is_causal", None) is True and not block.causal:
+        raise ValueError(
+            f"{name}: {_name(old)} hides what comes later, {_name(block)} does not; valid: a block with causal=True"
+        )
     return Mixer(block, getattr(old, "layer_idx", None), given)
 
 
@@ -178,6 +189,10 @@ def _copy(old: nn.Module, block: Block) -> tuple[set[str], str]:
         return set(), f"{heads} heads and {groups} of keys there, {own_heads} and {own_groups} here"
     qkv, out = found
     turned, why = _turns(old, block)
+    of_qkv = {key for part in qkv for key, _ in part.values()}
+    projects = any(
+        isinstance(layer, nn.Linear) and f"{name}.weight" not in of_qkv for name, layer in old.named_modules()
+    )
     copied: set[str] = set()
     for layer, parts in ((block.qkv_proj, qkv), (block.out_proj, out)):
         for kind in ("weight", "bias"):
@@ -185,10 +200,10 @@ def _copy(old: nn.Module, block: Block) -> tuple[set[str], str]:
             if not given:
                 if target is not None and kind == "bias":
                     nn.init.zeros_(target)
-                elif target is not None and layer is block.out_proj:
+                elif target is not None and layer is block.out_proj and not projects:
                     nn.init.eye_(target)  # the model projects the outputs elsewhere
                 continue
-            whole = torch.cat([value for _, value in given])
+            whole = torch.cat([value.detach() for _, value in given])
             if target is None or target.shape != whole.shape:
                 shape = "none" if target is None else list(target.shape)
                 why = f"{kind} is {list(whole.shape)} there and {shape} here"
@@ -197,6 +212,7 @@ def _copy(old: nn.Module, block: Block) -> tuple[set[str], str]:
                 whole = _as_pairs(whole, own_heads, own_groups)
             with torch.no_grad():
                 target.copy_(whole)
+            target.requires_grad_(any(value.requires_grad for _, value in given))
             copied |= {key for key, _ in given}
     return copied, why
 
@@ -212,8 +228,8 @@ def _projections(old: nn.Module) -> tuple[list[Part], list[Part]] | None:
         qkv = [_named(old, {"weight": "in_proj_weight", "bias": "in_proj_bias"})]
         return qkv, [_linear(old, "out_proj")]
     for names, ends in (
-        (("qkv",), ("proj",)),
-        (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj")),
+        (("qkv",), ("proj", "projection")),
+        (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "dense")),
         (("query", "key", "value"), ()),
     ):
         if all(isinstance(getattr(old, name, None), nn.Linear) for name in names):
@@ -222,13 +238,26 @@ def _projections(old: nn.Module) -> tuple[list[Part], list[Part]] | None:
     return None
 
 
+def _beside(old: nn.Module, block: SoftmaxAttention) -> Iterator[str]:
+    """What the old layer does that outputs of a few steps in evaluation do not show."""
+    names = ("dropout", "attention_dropout")
+    dropped = [rate for name in names if isinstance(rate := getattr(old, name, None), float) and rate > 0]
+    dropped += [layer.p for layer in old.modules() if isinstance(layer, nn.Dropout) and layer.p > 0]
+    if dropped:
+        yield f"dropout of {', '.join(f'{rate:g}' for rate in dropped)} there, none here"
+    of_model = getattr(getattr(old, "config", None), "sliding_window", None)
+    window = getattr(old, "sliding_window", of_model)
+    if isinstance(window, int) and block.window is None:
+        yield f"a window of {window} there, none here"
+
+
 def _linear(old: nn.Module, name: str) -> Part:
     return _named(old, {kind: f"{name}.{kind}" for kind in ("weight", "bias")})
 
 
 def _named(old: nn.Module, names: dict[str, str]) -> Part:
     there = dict(old.named_parameters())
-    return {kind: (name, there[name].detach()) for kind, name in names.items() if name in there}
+    return {kind: (name, there[name]) for kind, name in names.items() if name in there}
 
 
 def _heads(old: nn.Module) -> tuple[int | None, int | None]:

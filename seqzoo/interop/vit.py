@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..blocks import build_block, check_block
 
 WITH_HEADS = ("softmax_attention", "linear_attention", "performer")  # as timm's attention has them
-REFUSED = ("qk_norm", "scale_norm", "gated", "attn_drop", "proj_drop")
+TAKEN = ("qkv_bias", "proj_bias", "norm_layer")  # the last is of norms that are refused
 
 
 class ViTMixer(nn.Module):
@@ -54,7 +54,7 @@ def timm_attention(name: str, **options: Any) -> type[nn.Module]:
 
     Raises:
         ValueError: as `build_block`; and from the class, where the model asks for what no block has: norms of queries
-            and keys or of outputs, a gate, or dropout.
+            and keys or of outputs, a gate, dropout, or heads or outputs of another width.
     """
     check_block(name, options)
 
@@ -62,9 +62,10 @@ def timm_attention(name: str, **options: Any) -> type[nn.Module]:
         """Makes a `ViTMixer` from what timm gives to its attention."""
 
         def __new__(cls, dim: int, num_heads: int = 8, device: Any = None, dtype: Any = None, **asked: Any) -> Any:
-            for option in REFUSED:
-                if asked.get(option):
-                    raise ValueError(f"{option}={asked[option]}: no block has it; valid: a model of timm without")
+            as_usual = {"dim_out": dim, "attn_head_dim": dim // num_heads}
+            for option, value in asked.items():
+                if value and option not in TAKEN and value != as_usual.get(option):
+                    raise ValueError(f"{option}={value}: no block has it; valid: a model of timm without")
             of_model: dict[str, Any] = {}
             if name in WITH_HEADS:
                 of_model = {"num_heads": num_heads, "bias": bool(asked.get("qkv_bias") or asked.get("proj_bias", True))}

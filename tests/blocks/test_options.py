@@ -53,6 +53,12 @@ def test_options_are_the_original_s_in_copies_and_nobody_changes_them():
     assert block.options["gate_rank"] == 3
 
 
+@pytest.mark.parametrize("causal", ["no", None, 1])
+def test_a_direction_is_true_or_false(causal):
+    with pytest.raises(ValueError, match=f"causal={causal!r}: valid: bool"):
+        build_block("lru", 16, causal=causal)
+
+
 class Own(Block):
     def __init__(self, d_model, *, causal=False, decay=0.9, **others):
         super().__init__(d_model, causal=causal)

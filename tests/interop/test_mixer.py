@@ -5,6 +5,7 @@ import torch
 
 import seqzoo
 from seqzoo import build_block, replace
+from seqzoo.analysis import mixing_matrices
 
 BLOCKS = {"lru": {}, "mamba2": {"state_dim": 4}, "gau": {"chunk_len": 4, "key_dim": 6}, "softmax_attention": {}}
 
@@ -82,6 +83,16 @@ def test_trains_on_padded_and_packed_batches(model, ids, both_sides):
     torch.testing.assert_close(y, alone, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_its_mixing_is_seen_though_it_keeps_a_cache(model, ids):
+    kept, without = (mixing_matrices(model, ids, use_cache=use_cache) for use_cache in (True, False))
+    assert [*kept] == [f"model.layers.{n}.self_attn.block" for n in range(2)]
+    assert all(torch.equal(weights, without[name]) for name, weights in kept.items())
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"LRU was given a state with steps in it; valid: .* use_cache=False"):
+        mixing_matrices(model, ids, past_key_values=cache)
+
+
 def test_refusals(model, build, ids, both_sides):
     with pytest.raises(ValueError, match="LRU has no weights to return"):
         model(ids, output_attentions=True)
@@ -91,10 +102,10 @@ def test_refusals(model, build, ids, both_sides):
     model(ids)  # needs no mask
     with pytest.raises(ValueError, match=r"LRU: a mask of all pairs of steps; valid: seqzoo\.hf\.register"):
         model(ids, attention_mask=both_sides)
-    other = build("Llama", "seqzoo_softmax")
-    replace(other, type(other.model.layers[0].self_attn), lambda old: build_block("lru", 32))
-    with pytest.raises(ValueError, match="LRU is built with causal=False, the layer's mask is of causal=True"):
-        other(ids, use_cache=False)
+    other = build("Bert", "seqzoo_softmax")
+    replace(other, type(other.encoder.layer[0].attention.self), lambda old: build_block("lru", 32, causal=True))
+    with pytest.raises(ValueError, match="LRU is built with causal=True, the layer's mask is of causal=False"):
+        other(ids)
     full = model(ids, use_cache=True).past_key_values
     full.layers[0] = seqzoo.hf.StateLayer()
     full.layers[0].update(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1))

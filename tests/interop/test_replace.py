@@ -32,7 +32,7 @@ def test_weights_of_pytorch_fit():
     torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], before[~padding], atol=1e-6, rtol=1e-6)
     assert [str(each) for each in changed] == [
         f"layers.{n}.self_attn: MultiheadAttention -> SoftmaxAttention; "
-        "copied in_proj_bias, in_proj_weight, out_proj.bias, out_proj.weight"
+        "copied in_proj_bias, in_proj_weight, out_proj.bias, out_proj.weight; dropout of 0.1 there, none here"
         for n in range(2)
     ]
     assert not model.layers[0].self_attn.training
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_said():
     (first, _) = replace(encoder(), nn.MultiheadAttention, lambda old: softmax(old, bias=False))
     assert first.copied == ("in_proj_weight", "out_proj.weight")
     assert first.left == ("in_proj_bias", "out_proj.bias")
-    assert first.why == "bias is [16] there and none here"
+    assert first.why == "bias is [16] there and none here; dropout of 0.1 there, none here"
 
 
 @torch.no_grad()
@@ -160,7 +160,8 @@ def test_weights_of_llama_fit(build, ids, in_front, rotary):
     options = {"num_heads": 4, "num_kv_heads": 2, "causal": True, "rotary": rotary}
     changed = replace(model, kind, lambda old: build_block("softmax_attention", 32, **options))
     assert changed[0].copied == ("k_proj.weight", "o_proj.weight", "q_proj.weight", "v_proj.weight")
-    assert changed[0].why == ("" if rotary else "rotary positions there alone")
+    assert changed[0].why.startswith("" if rotary else "rotary positions there alone; outputs differ by ")
+    assert rotary == (changed[0].why == "")
     there = in_front.bool()
     y, z = (each(ids, attention_mask=in_front).logits[there] for each in (model, expected))
     if rotary:
@@ -179,3 +180,51 @@ def test_weights_of_bert_fit(build, ids, both_sides):
     there = both_sides.bool()
     y, z = (each(ids, attention_mask=both_sides).last_hidden_state[there] for each in (model, expected))
     torch.testing.assert_close(y, z, atol=1e-4, rtol=1e-4)
+
+
+UNLIKE_LLAMA = {
+    "cohere": {},  # channels 2i and 2i + 1 are turned together
+    "glm": {"head_dim": 8, "attention_bias": True},  # and half of them alone
+    "granite": {"attention_multiplier": 0.9},
+    "nemotron": {"head_dim": 8},
+    "olmo": {"clip_qkv": 0.3},
+    "phi": {},
+    "qwen3": {"head_dim": 8},
+    "smollm3": {"no_rope_layers": [0, 0]},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", UNLIKE_LLAMA)
+def test_what_computes_something_else_says_how_far_off_it_is(transformers, name):
+    torch.manual_seed(0)
+    rope = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}} if name not in ("glm", "phi") else {}
+    sizes = {**SIZES, "num_key_value_heads": 4, "pad_token_id": 0, **rope, **UNLIKE_LLAMA[name]}
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **sizes)).eval()
+    kind = next(type(layer) for layer in model.modules() if type(layer).__name__.endswith("Attention"))
+    options = {"num_heads": 4, "causal": True, "rotary": True, "bias": name in ("glm", "phi")}
+    changed = replace(model, kind, lambda old: build_block("softmax_attention", 32, **options))
+    assert all("v_proj.weight" in each.copied and "outputs differ by" in each.why for each in changed)
+
+
+def test_a_window_is_no_full_attention(build):
+    model = build("Mistral", sliding_window=4)
+    kind = type(model.model.layers[0].self_attn)
+    options = {"num_heads": 4, "num_kv_heads": 2, "causal": True, "rotary": True}
+    (first, *_) = replace(model, kind, lambda old: build_block("softmax_attention", 32, **options))
+    assert first.why == "a window of 4 there, none here"
+
+
+def test_a_block_that_sees_what_comes_later_stands_in_no_layer_that_hides_it(build):
+    model = build("Llama")
+    kind = type(model.model.layers[0].self_attn)
+    with pytest.raises(ValueError, match="LlamaAttention hides what comes later, LRU does not; valid: a block"):
+        replace(model, kind, lambda old: build_block("lru", 32))
+
+
+def test_what_was_frozen_stays_frozen():
+    model = encoder()
+    model.layers[0].requires_grad_(False)
+    assert len(replace(model, nn.MultiheadAttention, softmax)) == 2
+    assert not any(parameter.requires_grad for parameter in model.layers[0].parameters())
+    assert all(parameter.requires_grad for parameter in model.layers[1].parameters())

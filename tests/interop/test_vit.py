@@ -58,6 +58,8 @@ def test_refusals(timm):
         seqzoo.timm_attention("lrv")
     with pytest.raises(ValueError, match="qk_norm=True: no block has it"):
         vit(timm, attn_layer=seqzoo.timm_attention("lru"), qk_norm=True)
+    with pytest.raises(ValueError, match="attn_head_dim=16: no block has it"):
+        seqzoo.timm_attention("lru")(32, num_heads=4, attn_head_dim=16, dim_out=32)
     eva = timm.models.Eva(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, use_rot_pos_emb=True)
     with pytest.raises(ValueError, match="EvaAttention is called with rope, which no block takes"):
         replace(eva, timm.models.eva.EvaAttention, lambda old: build_block("lru", 16))

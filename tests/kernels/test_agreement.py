@@ -25,7 +25,10 @@ def test_what_should_be_zero_is_measured_absolutely():
 
 
 def test_what_is_not_finite_is_infinitely_wrong():
-    assert relative_error(torch.tensor([1.0, math.nan]), torch.ones(2)) == (math.inf, math.inf)
+    for bad in (math.nan, math.inf):
+        there = torch.tensor([1.0, bad])
+        for actual, expected in ((there, torch.ones(2)), (torch.ones(2), there), (there, there)):
+            assert relative_error(actual, expected) == (math.inf, math.inf)
 
 
 def test_shapes_must_agree():
