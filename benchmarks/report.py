@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = 5  # that a task has of every run
 TASKS = ("lra_text", "lra_image", "lra_listops", "lra_retrieval", "lra_pathfinder")
 NOISE = 0.01  # relative, of metrics; absolute, of test accuracies
-PROGRAM = """
+PROGRAM = r"""
 import re, sys, time
 from seqzoo.report.cli import main
 status = main()
