@@ -66,7 +66,7 @@ def test_answers_at_positions_are_learnt(objective, recall, tmp_path):
     assert result["test"]["accuracy"] > 0.6 > 1.5 * result["majority"]
     assert result["majority"] == recall.majority
     assert result["n_test"] == 80
-    assert result["task_note"] == "length 8, num_symbols 3, num_train 400"
+    assert result["task_note"] == "length 8, num_symbols 3, num_train 400, num_val 50, num_test 80"
 
     model = load(result["folder"])
     assert result["params"] == sum(parameter.numel() for parameter in model.parameters())

@@ -216,7 +216,7 @@ def test_rates_are_searched_by_accuracy(task, tmp_path):
     result = run(joint(tmp_path, lr="search", search=SearchConfig(rates=[1e-6, 1e-2], share=0.5)), task=task)
     trials = list(Path(result["folder"]).glob("finetune/search/*/summary.json"))
     assert len(trials) == 2
-    assert all(json.loads(path.read_text()).keys() == {"lr", "accuracy"} for path in trials)
+    assert all(json.loads(path.read_text()).keys() == {"lr", "accuracy", "seconds"} for path in trials)
     assert not any("second" in name for trial in trials for name in load_weights(trial.parent / "best.safetensors"))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,7 +134,8 @@ def test_a_task_says_which_it_allows(monkeypatch, tmp_path):
     assert AUGMENTATIONS.keys() < TASKS.keys()
 
     def toy(config, **places):
-        return from_arrays(config.name, kind="tokens", inputs=[[1, 2]] * 40, labels=[0, 1] * 20)
+        task = from_arrays("toy", kind="tokens", inputs=[[1, 2]] * 40, labels=[0, 1] * 20)
+        return replace(task, spec=replace(task.spec, name=config.name))
 
     for name in TASKS:
         monkeypatch.setitem(TASKS, name, toy)

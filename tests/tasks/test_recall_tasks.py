@@ -93,7 +93,8 @@ def test_many_ids_take_wider_integers(tmp_path):
 
 def test_the_note_tells_the_difficulty(tmp_path):
     assert build("associative_recall", tmp_path).note == (
-        "length 32, num_pairs 3, num_queries 5, num_symbols 9, num_train 1,500, generator_seed 3"
+        "length 32, num_pairs 3, num_queries 5, num_symbols 9, num_train 1,500, generator_seed 3, "
+        "num_val 40, num_test 60"
     )
     assert "seed" not in build("associative_recall", tmp_path, generator_seed=0).note
 
