@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .names import is_taken
+from .names import check_free
 
 TAKEN = ("loss", "accuracy", "correct", "count", "bits_per_character", "step")
 
@@ -37,8 +37,7 @@ def register_metric(name: str, *, reduce: Callable[[Tensor], float] | None = Non
         raise ValueError(f"register_metric({name!r}): valid: letters, digits and _, and none of {', '.join(TAKEN)}")
 
     def register(measure: Measure) -> Measure:
-        if is_taken(name, {known: metric.measure for known, metric in METRICS.items()}, measure):
-            raise ValueError(f"register_metric({name!r}): there is one; valid: another name")
+        check_free("register_metric", name, {known: metric.measure for known, metric in METRICS.items()}, measure)
         METRICS[name] = Metric(measure, reduce)
         return measure
 

@@ -172,9 +172,14 @@ class Row:
         """The cell from scratch with the budget of the cells in one phase."""
         return self.matched if self.pretrained else self.scratch
 
+    @cached_property
+    def _of_one_phase(self) -> dict[int, Gain]:
+        before = self.scratch_of_total
+        return {id(cell): Gain(cell, before) for cell in self.one_phase} if before else {}
+
     def gain_of(self, cell: Cell) -> Gain | None:
         """What one phase, of the budget that `cell` has, adds to from scratch."""
-        return Gain(cell, self.scratch_of_total) if self.scratch_of_total else None
+        return self._of_one_phase.get(id(cell))
 
     @cached_property
     def difference(self) -> Gain | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..names import is_taken
+from ..names import check_free
 from . import (
     acl_retrieval,
     char_lm,
@@ -107,8 +107,7 @@ def register_task(name: str, *, max_length: int, mask_ratio: float = 0.15, **key
     TaskConfig(**given)
 
     def register(build: Build) -> Build:
-        if is_taken(name, TASKS, build):
-            raise ValueError(f"register_task({name!r}): there is one; valid: another name")
+        check_free("register_task", name, TASKS, build)
         TASKS[name], OWN[name] = build, given
         return build
 

@@ -9,17 +9,18 @@ from ..valid import Between, Count, Examples, Length, Number, Range, Text, Width
 
 COUNTS = {"train": "num_train", "val": "num_val", "test": "num_test"}  # the key of each split's size
 CUT = {"val_fraction": 0.1, "split_seed": 42}
+DRAWN = {"generator_seed": 0}
 # How data are drawn, split, cut and spelt where nobody says otherwise, as the files have it; but for what tasks note
 # in words of their own.
 USUAL: dict[str, dict[str, float]] = {
     **dict.fromkeys(("fsdd", "lra_image", "scifar", "smnist"), CUT),
-    "acl_retrieval": {"max_length": 4000, **CUT, "test_fraction": 0.1, "min_frequency": 15, "generator_seed": 0},
-    "associative_recall": {"num_val": 3000, "num_test": 3000},
+    "acl_retrieval": {"max_length": 4000, **CUT, "test_fraction": 0.1, "min_frequency": 15, **DRAWN},
+    "associative_recall": {**DRAWN, "num_val": 3000, "num_test": 3000},
     "char_lm": {"val_fraction": 0.05, "test_fraction": 0.05, "min_frequency": 1},
-    "induction_heads": {"num_val": 2000, "num_test": 2000},
+    "induction_heads": {**DRAWN, "num_val": 2000, "num_test": 2000},
     "lra_retrieval": {"min_frequency": 1},
     "lra_text": {**CUT, "min_frequency": 15},
-    "selective_copying": {"num_val": 1000, "num_test": 1000},
+    "selective_copying": {**DRAWN, "num_val": 1000, "num_test": 1000},
 }
 POSITIONS = 2 * 10**10  # of all splits together, generated: bytes, at least
 

@@ -77,8 +77,6 @@ def build(config: TaskConfig, *, data_dir: Path | None, cache_dir: Path) -> Task
         seed = int(np.random.SeedSequence([settings["generator_seed"], number]).generate_state(1)[0])
         arrays |= _draw(recall.draw, split, settings[count], seed, spec, options)
     told = {"length": config.max_length, **options, "num_train": settings["num_train"]}
-    if settings["generator_seed"]:  # 0 in the files
-        told["generator_seed"] = settings["generator_seed"]
     note = ", ".join(f"{name} {value:,}" for name, value in told.items())
     return assemble(spec, arrays, note=note, symbols=symbols)
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from ..config import ConfigError, WandbConfig
 from ..files import inside, write_text
 from ..messages import unknown
-from ..names import is_taken
+from ..names import check_free
 from ..records import read_text
 
 STAGES = ("pretrain", "finetune")
@@ -152,8 +152,7 @@ def register_logger(name: str) -> Callable[[MakeT], MakeT]:
     """
 
     def register(make: MakeT) -> MakeT:
-        if is_taken(name, LOGGERS, make):
-            raise ValueError(f"register_logger({name!r}): there is one; valid: another name")
+        check_free("register_logger", name, LOGGERS, make)
         LOGGERS[name] = make
         return make
 
